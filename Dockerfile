@@ -1,0 +1,50 @@
+# syntax=docker/dockerfile:1
+# Two images from one file:
+#     docker build --target build   -t ldm-deploy:build .    compiles bundles (PyTorch, CPU)
+#     docker build --target runtime -t ldm-deploy .          runs bundles, without PyTorch (the default target)
+#     docker run --rm -v "$PWD":/work -u "$(id -u):$(id -g)" ldm-deploy generate my-bundle "a red apple" -o apple.png
+
+FROM python:3.11-slim AS base
+ENV PIP_NO_CACHE_DIR=1 \
+    PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    PYTHONDONTWRITEBYTECODE=1
+# A virtual environment is one folder: it is copied between stages whole, without pip's own leftovers.
+RUN python -m venv /opt/ldm-deploy
+ENV PATH="/opt/ldm-deploy/bin:$PATH"
+
+# The wheel, made once for both images.
+FROM base AS wheel
+WORKDIR /src
+COPY . .
+RUN pip wheel --no-deps --wheel-dir /wheels .
+
+FROM base AS runtime-environment
+COPY --from=wheel /wheels /wheels
+COPY constraints.txt /
+RUN pip install --constraint /constraints.txt /wheels/*.whl \
+    && pip uninstall --yes setuptools pip
+
+FROM base AS build
+COPY --from=wheel /wheels /wheels
+COPY constraints.txt /
+# PyTorch's own index has the CPU build; PyPI's build for Linux brings gigabytes of CUDA.
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+RUN wheel="$(echo /wheels/*.whl)" \
+    && pip install --extra-index-url "$TORCH_INDEX" --constraint /constraints.txt "${wheel}[build]" \
+    && useradd --create-home --uid 1000 deploy \
+    && install -d -o deploy -g deploy /work
+USER 1000:1000
+WORKDIR /work
+ENTRYPOINT ["ldm-deploy"]
+CMD ["--help"]
+
+FROM python:3.11-slim AS runtime
+COPY --from=runtime-environment /opt/ldm-deploy /opt/ldm-deploy
+ENV PATH="/opt/ldm-deploy/bin:$PATH" \
+    PYTHONDONTWRITEBYTECODE=1
+RUN useradd --create-home --uid 1000 deploy \
+    && install -d -o deploy -g deploy /work
+USER 1000:1000
+WORKDIR /work
+ENTRYPOINT ["ldm-deploy"]
+CMD ["--help"]

@@ -1,0 +1,70 @@
+# The project's commands. `make help` lists them; `make demo` and `make test` do all the set-up themselves.
+
+VENV  := .venv
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.installed
+DEMO  := build/reference-onnxruntime-fp32
+PEERS := latency
+
+# Overridable on the command line: the interpreter to make .venv with, and more arguments for pip, such as
+#     make setup PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+# which on Linux takes PyTorch's CPU build in place of PyPI's CUDA build (several GB).
+PYTHON   ?=
+PIP_ARGS ?=
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint slow large gpu peers clean
+
+help: ## list these commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## create .venv with all that build, run and test need on a CPU (needs Python 3.11+ alone)
+
+demo: $(STAMP) ## build the reference model for ONNX Runtime and generate a grid of pictures
+	$(BIN)/python -m deploy build --target onnxruntime -o $(DEMO)
+	$(BIN)/python -m deploy generate $(DEMO) --prompts deploy/reference_model/demo_prompts.txt --grid 4 -o build/demo.png
+	@printf '\n  picture  %s\n  report   %s\n' build/demo.png $(DEMO)/report/report.html
+
+test: lint ## lint, types, direction of imports, tests
+	$(BIN)/pytest --durations=10
+
+lint: $(STAMP) ## ruff, mypy, import-linter
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+slow: $(STAMP) ## the tests that take minutes or make virtual environments of their own
+	$(BIN)/pytest -m slow
+
+large: $(STAMP) ## pipelines of real size: hours, and tens of GB of disk
+	$(BIN)/pytest -m large
+
+gpu: $(STAMP) ## the tests that need an NVIDIA GPU
+	$(BIN)/pytest -m gpu
+
+peers: $(STAMP) ## measure against other projects, each in an environment of its own
+	@for peer in $(PEERS); do $(BIN)/python -m tests.peers.$$peer || exit; done
+
+clean: ## remove what was built, and the caches; .venv stays
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	find $(wildcard calibration deploy exporters runtimes tests) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Touched last, so that an interrupted installation is taken up again. Nothing runs while both files are older.
+$(STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing into $(VENV): some minutes the first time"
+	@$(BIN)/python -m pip install -qq $(PIP_ARGS) --constraint constraints.txt --editable '.[build,dev]'
+	@touch $@
+
+# 3.11 first: the pinned releases are tested on it. A `python3.12` may be a shim that does not run: each is tried.
+$(BIN)/python:
+	@for python in $(or $(PYTHON),python3.11 python3.12 python3.13 python3); do \
+	    if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	        $$python -c 'import ensurepip, venv' 2>/dev/null || { \
+	            echo "$$python cannot make virtual environments: install its venv package (Debian: python3-venv)" >&2; exit 1; }; \
+	        $$python -m venv --clear $(VENV) && exit; \
+	        rm -rf $(VENV); exit 1; \
+	    fi; \
+	done; \
+	echo "No Python 3.11 or newer found: install one, or name it with make setup PYTHON=/path/to/python" >&2; exit 1

@@ -1,0 +1,244 @@
+"""`build`: lay out the passes, run or reuse each component, gate the result, commit one folder."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from deploy.cache import Cache, assemble, default_root, key_of, versions_of
+from deploy.gate import Gate
+from deploy.observers import measured
+from deploy.origin import open_origin
+from deploy.passes import PASSES
+from deploy.plan import Pass, PlannedPass, Step, Unavailable, load_passes, plan_all, structure
+from deploy.spec import BuildSpec
+from runtimes.bundle import (
+    Bundle,
+    check_output,
+    committed,
+    link_or_copy,
+    records_below,
+    translated_disk_errors,
+    write_manifest,
+)
+from runtimes.errors import BundleError, DeployError
+from runtimes.manifest import Component, Manifest, digest_of, to_json
+
+
+class Listener(Protocol):
+    """Told what a build is doing."""
+
+    def working(self, text: str) -> None:
+        """Something begins."""
+
+    def finished(self, text: str) -> None:
+        """Something is done."""
+
+
+class Silent:
+    """A listener for library use."""
+
+    def working(self, text: str) -> None:
+        """Nothing."""
+
+    def finished(self, text: str) -> None:
+        """Nothing."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a build made; `up_to_date` if the output already was this very build."""
+
+    bundle: Bundle
+    up_to_date: bool
+
+
+def plan_build(spec: BuildSpec) -> list[PlannedPass]:
+    """Lay out a build without any work.
+
+    Raises:
+        InputError: the model cannot be read, or the passes do not fit together.
+    """
+    return plan_all(load_passes(PASSES), open_origin(spec).manifest, spec)
+
+
+def default_output(spec: BuildSpec, origin: Bundle) -> Path:
+    """`build/<model>-<target>-<precision>`."""
+    return Path("build") / f"{origin.manifest.source.id}-{spec.target}-{spec.precision}"
+
+
+def run_build(spec: BuildSpec, output: Path | None = None, *, progress: Listener | None = None,
+              cache_root: Path | None = None) -> Outcome:
+    """Build a bundle.
+
+    Args:
+        spec: what to build.
+        output: folder of the bundle; default `build/<model>-<target>-<precision>`.
+        progress: told what happens.
+        cache_root: where finished components are kept; default `~/.cache/ldm-deploy`.
+
+    Raises:
+        InputError: bad model, spec or output (nothing is written).
+        ParityError: a pass broke the accuracy budget; the message names pass, component and shape.
+        UnavailableError: this machine lacks something.
+    """
+    listener = progress or Silent()
+    listener.working("reading the model")
+    origin = open_origin(spec)
+    target = output or default_output(spec, origin)
+    check_output(target)
+    planned = plan_all(load_passes(PASSES), origin.manifest, spec)
+    for entry in planned:
+        if isinstance(entry.planned, Unavailable):
+            entry.planned.raise_error()
+    key = build_key(spec, origin, planned)
+    if (done := find_finished(target, key)) is not None:
+        return Outcome(done, up_to_date=True)
+    cache = Cache(cache_root or default_root())
+    with translated_disk_errors(cache.root):
+        cache.drop_leftovers()
+        with workspace(cache.root) as work:
+            result, gate = _run_passes(spec, origin, planned, cache, work, listener)
+            parity = gate.check_pipeline(result, listener)
+            bundle = _commit(spec, result, gate, parity, key, target, listener)
+    return Outcome(bundle, up_to_date=False)
+
+
+def build_key(spec: BuildSpec, origin: Bundle, planned: list[PlannedPass]) -> str:
+    """Identifies a build: source bytes, spec, passes, versions of every library they use."""
+    steps = [to_json(p.planned.record) for p in planned if isinstance(p.planned, Step)]
+    return digest_of({"source": origin.manifest.digest, "spec": spec.resolved(), "passes": steps,
+                      "tools": tool_versions([p.instance for p in planned])})
+
+
+def tool_versions(passes: list[Pass]) -> dict[str, str]:
+    """Versions that the manifest records."""
+    names = sorted({library for p in passes for library in p.libraries} | {"ldm-deploy", "numpy", "onnxruntime"})
+    return {"python": platform.python_version(), **versions_of(tuple(names))}
+
+
+def find_finished(target: Path, key: str) -> Bundle | None:
+    """The bundle at `target` if it is intact and comes from the same build."""
+    try:
+        bundle = Bundle.open(target)
+    except BundleError:
+        return None
+    return bundle if bundle.manifest.measured.get("build_key") == key else None
+
+
+@contextmanager
+def workspace(root: Path) -> Iterator[Path]:
+    """A folder for the bundles between passes; links only, removed at the end."""
+    (root / "work").mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=root / "work"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _run_passes(spec: BuildSpec, origin: Bundle, planned: list[PlannedPass], cache: Cache, work: Path,
+                listener: Listener) -> tuple[Bundle, Gate]:
+    bundle, costs = origin, []
+    gate = Gate(spec, cache)
+    for number, entry in enumerate(planned):
+        step = entry.planned
+        if not isinstance(step, Step):
+            continue
+        before = bundle
+        folder = work / f"{number:02d}-{step.pass_name}"
+        bundle, cost = _run_pass(entry.instance, step, before, folder, cache, listener)
+        costs.append(cost)
+        bundle = replace(bundle, manifest=replace(bundle.manifest, measured={"passes": list(costs)}))
+        bundle = gate.after_pass(entry.instance, before, bundle, listener)
+        listener.finished(f"{step.pass_name}: {step.summary} ({cost['seconds']:.1f} s"
+                          f"{', from the cache' if cost['reused'] == len(step.reads) else ''})")
+    return bundle, gate
+
+
+def _run_pass(instance: Pass, step: Step, before: Bundle, folder: Path, cache: Cache,
+              listener: Listener) -> tuple[Bundle, dict[str, Any]]:
+    """Run or reuse each component of one pass and lay the resulting bundle out as links."""
+    folder.mkdir()
+    seconds, peak, reused = 0.0, 0, 0
+    parts: dict[str, tuple[Component, Path]] = {}
+    for name in step.reads:
+        listener.working(f"{step.pass_name}: {name}")
+        key = key_of(instance, step, name, before)
+        with measured() as cost:
+            found = cache.find(key)
+            reused += found is not None
+            parts[name] = found or cache.store(key, lambda out, n=name: _run_component(instance, step, n, before, out))
+        seconds += cost.seconds
+        peak = max(peak, cost.peak_rss_bytes)
+    carried = {n: (c, before.path) for n, c in before.manifest.components.items()
+               if n not in step.reads and n in step.after.components}
+    assemble(folder, {**carried, **parts})
+    components = {n: c for n, (c, _) in {**carried, **parts}.items()}
+    files = instance.write_files(step, before, folder)
+    manifest = replace(step.after, components=dict(sorted(components.items())), files=files)
+    _check_prediction(step, manifest)
+    write_manifest(folder, manifest)
+    cost = {"name": step.pass_name, "seconds": round(seconds, 3), "peak_rss_bytes": peak, "reused": reused,
+            "bytes_in": size_of(before.manifest), "bytes_out": size_of(manifest)}
+    return Bundle(folder, manifest), cost
+
+
+def _run_component(instance: Pass, step: Step, name: str, before: Bundle, out: Path) -> Component:
+    try:
+        component = instance.run(step, name, before, out)
+    except DeployError as error:
+        error.where = error.where or f"pass {step.pass_name}, {name}"
+        raise
+    for file in out.rglob("*"):
+        # Links to the user's own weights share their mode; only what we wrote is sealed.
+        if file.is_file() and file.stat().st_nlink == 1:
+            file.chmod(0o444)
+    return component
+
+
+def size_of(manifest: Manifest) -> int:
+    """Bytes of all networks; files that two components share count once."""
+    return sum({name: r.bytes for c in manifest.components.values() for name, r in c.files.items()}.values())
+
+
+def _check_prediction(step: Step, manifest: Manifest) -> None:
+    predicted, found = structure(step.after), structure(manifest)
+    for name in sorted(set(predicted) | set(found)):
+        if predicted.get(name) != found.get(name):
+            raise DeployError(f"the pass left {found.get(name)}, its plan said {predicted.get(name)}",
+                              where=f"pass {step.pass_name}, {name}", fix="this is a bug of ldm-deploy: report it")
+
+
+def _commit(spec: BuildSpec, result: Bundle, gate: Gate, parity: Mapping[str, Any] | None, key: str, target: Path,
+            listener: Listener) -> Bundle:
+    """Write the final folder: links to the components, tokenizers, scheduler, report, manifest."""
+    from deploy.report import write_report
+
+    listener.working("writing the bundle")
+    manifest = result.manifest
+    measurements = {
+        **manifest.measured,
+        "build_key": key,
+        "built_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "host": platform.node(),
+        "source_path": str(Path(spec.model).resolve()) if Path(spec.model).exists() else spec.model,
+        "gate_seconds": round(gate.seconds, 3),
+    }
+    manifest = replace(manifest, verified=spec.verify, parity=parity, measured=measurements)
+    with committed(target) as folder:
+        for name in manifest.all_files():
+            link_or_copy(result.path / name, folder / name)
+        if spec.verify:
+            write_report(folder / "report", manifest, gate.pictures)
+            report = records_below(folder / "report", folder)
+            manifest = replace(manifest, measured={**measurements, "files": to_json(report)})
+        write_manifest(folder, manifest)
+    return Bundle(target, manifest)

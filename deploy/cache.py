@@ -1,0 +1,125 @@
+"""Results of passes, kept by content: the same inputs, config and library versions are never computed twice.
+
+Layout: `<root>/passes/<key>/` holds component.json and the component's files at their paths within a bundle;
+`<root>/facts/<key>.json` holds small measured facts such as parity figures. Time, host and paths never enter a key.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from deploy.plan import Pass, Step
+from runtimes.bundle import Bundle, link_or_copy, sha256_of
+from runtimes.errors import BundleError
+from runtimes.manifest import Component, digest_of, from_json, to_json
+
+COMPONENT_FILE = "component.json"
+
+
+def default_root() -> Path:
+    """`$LDM_DEPLOY_CACHE`, or `~/.cache/ldm-deploy`."""
+    return Path(os.environ.get("LDM_DEPLOY_CACHE", "~/.cache/ldm-deploy")).expanduser()
+
+
+def versions_of(libraries: tuple[str, ...]) -> dict[str, str]:
+    """Installed versions; a library that is absent counts as such."""
+    found = {}
+    for library in libraries:
+        try:
+            found[library] = metadata.version(library)
+        except metadata.PackageNotFoundError:
+            found[library] = "absent"
+    return found
+
+
+def key_of(instance: Pass, step: Step, name: str, source: Bundle) -> str:
+    """Cache key of one component written by one step."""
+    return digest_of(
+        {
+            "pass": [step.pass_name, step.version, to_json(step.config)],
+            "component": name,
+            "specs": to_json({n: step.after.components[n].axes for n in (name,)}),
+            "reads": {read: source.component(read).sha256 for read in step.reads[name]},
+            "libraries": versions_of(instance.libraries),
+        }
+    )
+
+
+class Cache:
+    """A folder of finished results; safe for several builds at once, since entries appear by rename."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def find(self, key: str) -> tuple[Component, Path] | None:
+        """A finished component and the folder its paths are relative to; a damaged entry is dropped."""
+        folder = self.root / "passes" / key
+        try:
+            raw = json.loads((folder / COMPONENT_FILE).read_text(encoding="utf-8"))
+            component: Component = from_json(Component, raw, key)
+        except (OSError, ValueError, BundleError):
+            return None
+        for name, record in component.files.items():
+            path = folder / name
+            if not path.is_file() or path.stat().st_size != record.bytes or sha256_of(path) != record.sha256:
+                shutil.rmtree(folder, ignore_errors=True)
+                return None
+        return component, folder
+
+    def store(self, key: str, produce: Callable[[Path], Component]) -> tuple[Component, Path]:
+        """Let `produce` write into a temporary folder, then rename it to the key."""
+        passes = self.root / "passes"
+        passes.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=passes))
+        try:
+            component = produce(partial)
+            (partial / COMPONENT_FILE).write_text(json.dumps(to_json(component)), encoding="utf-8")
+            try:
+                partial.rename(passes / key)
+            except OSError:
+                # Another build finished the same component first; its bytes are the same.
+                if not (passes / key / COMPONENT_FILE).is_file():
+                    raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        return component, passes / key
+
+    def fact(self, key_parts: Any, compute: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+        """A small JSON fact, computed once per key."""
+        file = self.root / "facts" / f"{digest_of(key_parts)}.json"
+        try:
+            return dict(json.loads(file.read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            pass
+        value = dict(compute())
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle, partial = tempfile.mkstemp(prefix=".partial-", dir=file.parent)
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            json.dump(value, stream, allow_nan=False)
+        Path(partial).replace(file)
+        return value
+
+    def drop_leftovers(self) -> None:
+        """Remove what killed builds left half-written, unless it is young enough to belong to a running one."""
+        import time
+
+        passes = self.root / "passes"
+        for partial in [*passes.glob(".partial-*"), *(self.root / "work").glob("*")]:
+            if time.time() - partial.stat().st_mtime > 3600:
+                shutil.rmtree(partial, ignore_errors=True)
+
+
+def assemble(folder: Path, parts: Mapping[str, tuple[Component, Path]]) -> None:
+    """Link the files of components, each from its own folder, into one bundle folder."""
+    for component, root in parts.values():
+        for name in component.files:
+            destination = folder / name
+            if not destination.exists():
+                link_or_copy(root / name, destination)

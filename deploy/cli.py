@@ -1,0 +1,145 @@
+"""The command line: arguments and exit codes only. What a command does lives in the module it calls."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from runtimes.errors import DeployError
+
+app = typer.Typer(
+    name="ldm-deploy",
+    help="Compile a trained latent diffusion model into a bundle that runs without PyTorch, with proof of its accuracy.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object instead of text")]
+BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="folder that `build` wrote")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, tensorrt or tensorrt-rtx")]
+Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0 = all cores")]
+
+
+@app.command()
+def build(
+    model: Annotated[str, typer.Argument(help="folder in diffusers layout; without it, the model that ships with us")] = "",
+    target: Annotated[str, typer.Option(help="onnxruntime, openvino, tensorrt or tensorrt-rtx")] = "",
+    precision: Annotated[str, typer.Option(help="fp32, fp16, int8 or auto")] = "",
+    shapes: Annotated[list[str], typer.Option(help="axis=min:opt:max, several with commas: batch=1:2:8,height=...")] = [],  # noqa: B006
+    spec: Annotated[Path | None, typer.Option(help="YAML file with these options; those given here win")] = None,
+    budget: Annotated[list[str], typer.Option(help="override an accuracy limit: image_psnr_db=40")] = [],  # noqa: B006
+    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="compare with PyTorch and fail on a broken budget")] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print what would be done, do nothing")] = False,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="default: build/MODEL-TARGET-PRECISION")] = None,
+) -> None:
+    """Build a bundle: load, export, optimize, and prove it equal to PyTorch."""
+    from deploy import console
+    from deploy.build import plan_build, run_build
+    from deploy.spec import make_spec, parse_budget, parse_shapes
+
+    options: dict[str, Any] = {k: v for k, v in (("model", model), ("target", target), ("precision", precision)) if v}
+    if shapes:
+        options["shapes"] = parse_shapes(shapes)
+    if budget:
+        options["budget"] = parse_budget(budget)
+    if not verify:
+        options["verify"] = False
+    build_spec = make_spec(options, spec)
+    if dry_run:
+        console.show_plan(plan_build(build_spec), build_spec, output)
+        return
+    with console.BuildProgress() as progress:
+        outcome = run_build(build_spec, output, progress=progress)
+    console.show_outcome(outcome)
+
+
+@app.command()
+def generate(
+    bundle: BundlePath,
+    prompt: Annotated[list[str], typer.Argument(help="what to draw")] = [],  # noqa: B006
+    prompts: Annotated[Path | None, typer.Option(help="file with one prompt a line, instead of PROMPT")] = None,
+    negative: Annotated[str, typer.Option(help="what not to draw")] = "",
+    image: Annotated[Path | None, typer.Option(help="start from this picture (image-to-image)")] = None,
+    strength: Annotated[float, typer.Option(help="how far to leave the picture, 0 to 1")] = 0.6,
+    steps: Annotated[int, typer.Option(help="denoising steps")] = 25,
+    guidance: Annotated[float | None, typer.Option(help="guidance_scale; default: the bundle's own")] = None,
+    seed: Annotated[int, typer.Option(help="the first picture's seed; the next ones count up")] = 0,
+    count: Annotated[int, typer.Option("-n", "--count", min=1, help="pictures for each prompt")] = 1,
+    scheduler: Annotated[str | None, typer.Option(help="ddim, euler, euler-ancestral, dpm++, unipc, lcm, pndm")] = None,
+    height: Annotated[int | None, typer.Option(help="pixels")] = None,
+    width: Annotated[int | None, typer.Option(help="pixels")] = None,
+    latents: Annotated[Path | None, typer.Option(help="initial latents, .npy float32 (batch, channels, H/f, W/f)")] = None,
+    save_latents: Annotated[Path | None, typer.Option(help="write the final latents as .npy")] = None,
+    grid: Annotated[int, typer.Option(help="write one sheet with this many columns")] = 0,
+    device: Device = "cpu",
+    threads: Threads = 0,
+    output: Annotated[Path, typer.Option("-o", "--output", help="PNG file; several pictures get numbered names")] = Path("out.png"),
+) -> None:
+    """Draw pictures with a bundle. Needs no PyTorch."""
+    from deploy.generate import GenerateRequest, generate_files
+
+    generate_files(
+        GenerateRequest(
+            bundle=bundle, prompts=tuple(prompt), prompts_file=prompts, negative=negative, image=image,
+            strength=strength, steps=steps, guidance_scale=guidance, seed=seed, count=count, scheduler=scheduler,
+            height=height, width=width, latents=latents, save_latents=save_latents, grid=grid, device=device,
+            threads=threads, output=output,
+        )
+    )
+
+
+@app.command()
+def verify(
+    bundle: BundlePath,
+    against: Annotated[str | None, typer.Option(help="the source model; default: where the bundle was built from")] = None,
+    device: Device = "cpu",
+    json: Json = False,
+) -> None:
+    """Compare a bundle with its PyTorch source at component, trajectory and image level."""
+    from deploy import console
+    from deploy.verify import verify_bundle
+
+    result = verify_bundle(bundle, against, device=device)
+    console.print_json(result.to_json()) if json else console.show_verification(result)
+    result.enforce()
+
+
+@app.command()
+def inspect(bundle: BundlePath, json: Json = False) -> None:
+    """Show what is in a bundle: components, axes, passes, sizes, parity."""
+    from deploy import console
+    from runtimes.bundle import Bundle
+    from runtimes.manifest import to_json
+
+    opened = Bundle.open(bundle)
+    console.print_json(to_json(opened.manifest)) if json else console.show_bundle(opened)
+
+
+@app.command()
+def doctor(json: Json = False) -> None:
+    """Show what this machine can build and run, and what is missing for the rest."""
+    from deploy import console
+    from deploy.doctor import examine
+
+    findings = examine()
+    console.print_json(findings) if json else console.show_findings(findings)
+
+
+def main() -> None:
+    """Run the command line; every DeployError becomes one line and its exit code."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except DeployError as error:
+        from deploy.console import show_error
+
+        show_error(error)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; finished parts are kept and the next build goes on from them\n")
+        sys.exit(130)

@@ -1,0 +1,194 @@
+"""Everything that is printed: rich tables and progress on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from deploy.build import Outcome
+    from deploy.plan import PlannedPass
+    from deploy.spec import BuildSpec
+    from deploy.verify import Verification
+    from runtimes.bundle import Bundle
+    from runtimes.errors import DeployError
+    from runtimes.pipeline import Step
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def megabytes(size: float) -> str:
+    """1 MB = 10^6 bytes."""
+    return f"{size / 1e6:.1f} MB"
+
+
+def print_json(value: Any) -> None:
+    """The one object of `--json`, nothing else on standard output."""
+    out.print_json(json.dumps(value, ensure_ascii=False)) if out.is_terminal else out.out(
+        json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def show_error(error: DeployError) -> None:
+    """One line: what, where, and what to do."""
+    place = f"{escape(error.where)}: " if error.where else ""
+    remedy = f" [dim]— {escape(error.fix)}[/]" if error.fix else ""
+    err.print(f"[bold red]error:[/] {place}{escape(error.what)}{remedy}")
+
+
+class BuildProgress:
+    """Passes and components as they run. Implements `deploy.build.Listener`."""
+
+    def __enter__(self) -> BuildProgress:
+        self._bars = Progress(SpinnerColumn(), TextColumn("{task.description}"), BarColumn(20), TimeElapsedColumn(),
+                              console=err, transient=True)
+        self._bars.start()
+        self._task = self._bars.add_task("planning", total=None)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def working(self, text: str) -> None:
+        """Say what is being done now."""
+        self._bars.update(self._task, description=escape(text))
+
+    def finished(self, text: str) -> None:
+        """Say what is done."""
+        self._bars.console.print(escape(text))
+
+
+class StepProgress:
+    """Denoising steps as a bar."""
+
+    def __init__(self, steps: int) -> None:
+        self._bars = Progress(TextColumn("drawing"), BarColumn(30), TextColumn("{task.completed}/{task.total}"),
+                              console=err, transient=True)
+        self._task = self._bars.add_task("", total=steps)
+
+    def __enter__(self) -> StepProgress:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def on_step(self, step: Step) -> None:
+        """Hook for `Pipeline(..., on_step=)`."""
+        self._bars.update(self._task, completed=step.index + 1, total=step.total)
+
+
+def show_plan(planned: Sequence[PlannedPass], spec: BuildSpec, output: Path | None) -> None:
+    """The whole build before any work."""
+    from deploy.plan import Skip, Step
+
+    table = Table("pass", "what it will do", "components", title="dry run: nothing is written")
+    for entry in planned:
+        if isinstance(entry.planned, Step):
+            table.add_row(entry.instance.name, entry.planned.summary, ", ".join(entry.planned.reads))
+        elif isinstance(entry.planned, Skip):
+            table.add_row(f"[dim]{entry.instance.name}[/]", f"[dim]skipped: {escape(entry.planned.reason)}[/]", "")
+        else:
+            table.add_row(f"[red]{entry.instance.name}[/]", f"[red]unavailable: {escape(entry.planned.what)}[/]", "")
+    out.print(table)
+    out.print(f"target {spec.target}, precision {spec.precision}, output {output or 'build/…'}")
+
+
+def show_outcome(outcome: Outcome) -> None:
+    """What `build` made, where it lies."""
+    if outcome.up_to_date:
+        out.print(f"[green]up to date[/] {outcome.bundle.path}")
+    else:
+        show_bundle(outcome.bundle)
+    report = outcome.bundle.path / "report" / "report.html"
+    if report.is_file():
+        out.print(f"report: {report}")
+
+
+def show_bundle(bundle: Bundle) -> None:
+    """Components, passes, parity."""
+    manifest = bundle.manifest
+    size = sum(r.bytes for r in manifest.all_files().values())
+    out.print(f"[bold]{bundle.path}[/]  {manifest.family} from {escape(manifest.source.id)}, target {manifest.target}, "
+              f"{manifest.precision}, {megabytes(size)}")
+    out.print(f"digest {manifest.digest}")
+    table = Table("component", "format", "precision", "parameters", "size", "inputs -> outputs", "relative L2")
+    for name, c in sorted(manifest.components.items()):
+        flow = f"{', '.join(_tensor(t) for t in c.inputs)} -> {', '.join(_tensor(t) for t in c.outputs)}"
+        parity = f"{c.parity['relative_l2']:.1e}" if c.parity else "[bold red]not verified[/]"
+        table.add_row(name, c.format, c.precision, f"{c.parameters / 1e6:.2f} M", megabytes(c.bytes), escape(flow), parity)
+    out.print(table)
+    axes = {n: a for c in manifest.components.values() for n, a in c.axes.items()}
+    ranges: dict[str, list[str]] = {}
+    for name, c in sorted(manifest.components.items()):
+        for axis, a in c.axes.items():
+            text = f"{a.range.min}:{a.range.opt}:{a.range.max}" + (f" step {a.multiple}" if a.multiple > 1 else "")
+            ranges.setdefault(f"{axis} {text} ({axes[axis].meaning})", []).append(name)
+    for text, names in ranges.items():
+        out.print(f"  axis {escape(text)}: {', '.join(names)}")
+    costs = {p["name"]: p for p in manifest.measured.get("passes", [])}
+    for record in manifest.passes:
+        cost = costs.get(record.name)
+        spent = f"{cost['seconds']:.1f} s, peak {megabytes(cost['peak_rss_bytes'])}" if cost else ""
+        out.print(f"  pass {record.name} v{record.version}  {spent}")
+    if not manifest.verified:
+        out.print("[bold red]NOT VERIFIED: built with --no-verify; nothing says that it equals the source[/]")
+    elif manifest.parity:
+        show_parity(manifest.parity)
+
+
+def show_parity(parity: Mapping[str, Any]) -> None:
+    """The figures of a verification, in the shape of `verify --json`."""
+    images, drift = parity.get("images"), parity.get("trajectory", {}).get("relative_l2")
+    if drift:
+        out.print(f"  trajectory: relative L2 {drift[0]:.1e} after the first step, {drift[-1]:.1e} after the last")
+    if images:
+        out.print(f"  images: PSNR >= {images['psnr_db']:.1f} dB, SSIM >= {images['ssim']:.4f} over {images['count']}")
+    if retrieval := parity.get("retrieval"):
+        out.print(f"  retrieval: {retrieval['bundle']:.1%}, reference {retrieval['reference']:.1%}")
+    for reason in parity.get("unverified", []):
+        out.print(f"  [yellow]unverified: {escape(str(reason))}[/]")
+
+
+def show_verification(result: Verification) -> None:
+    """What `verify` found."""
+    value = result.to_json()
+    table = Table("component", "max abs", "relative L2", "cosine", "non-finite", "shapes")
+    for name, c in value["components"].items():
+        table.add_row(name, f"{c['max_abs']:.2e}", f"{c['relative_l2']:.2e}", f"{c['cosine']:.8f}", str(c["nonfinite"]),
+                      " ".join("x".join(map(str, s)) for s in c["shapes"]))
+    out.print(table)
+    show_parity(value)
+    out.print("[bold green]ok[/]" if value["ok"] else "[bold red]budget broken[/]")
+
+
+def show_findings(findings: Mapping[str, Any]) -> None:
+    """What `doctor` found."""
+    machine = findings["machine"]
+    out.print(f"{machine['processor']}, {machine['cores']} cores, {megabytes(machine['memory_bytes'])} memory, "
+              f"{' '.join(machine.get('instructions', []))}")
+    for section in ("build", "run"):
+        table = Table(section, "", "detail", "what to do")
+        for name, f in findings[section].items():
+            table.add_row(name, "[green]yes[/]" if f["available"] else "[red]no[/]", escape(f["detail"]), escape(f["fix"]))
+        out.print(table)
+    out.print(f"GPU: {findings['gpu']['detail']}")
+
+
+def show_generated(files: Sequence[Path], *, count: int, load_seconds: float, draw_seconds: float,
+                   peak_rss_bytes: int) -> None:
+    """Where the pictures are and what they cost."""
+    names = str(files[0]) if len(files) == 1 else f"{files[0]} … {files[-1]}"
+    out.print(f"{names}: {count} picture{'s' if count > 1 else ''} in {draw_seconds:.2f} s, "
+              f"loaded in {load_seconds:.2f} s, peak memory {megabytes(peak_rss_bytes)}")
+
+
+def _tensor(spec: Any) -> str:
+    return f"{spec.name}({', '.join(map(str, spec.shape))})"

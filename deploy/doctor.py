@@ -1,0 +1,82 @@
+"""`doctor`: what this machine can build and run, and what is missing for the rest. Imports nothing heavy itself."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from importlib import metadata, util
+from pathlib import Path
+from typing import Any
+
+BUILD_PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "onnx", "onnxscript", "pydantic", "jinja2")
+
+
+def version(distribution: str) -> str | None:
+    """Installed version, or nothing."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def machine() -> dict[str, Any]:
+    """Processor, instruction sets that matter for quantized kernels, cores, memory, free disk."""
+    info: dict[str, Any] = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+        info["processor"] = text.split("model name")[1].split(":")[1].split("\n")[0].strip()
+        flags = set(text.split("flags")[1].split("\n")[0].split())
+        info["instructions"] = [f for f in ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8",
+                                            "amx_bf16") if f in flags]
+    except (OSError, IndexError):
+        pass
+    info["memory_bytes"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    info["free_disk_bytes"] = shutil.disk_usage(Path.cwd()).free
+    info["python"] = platform.python_version()
+    return info
+
+
+def _finding(available: bool, detail: str, fix: str = "") -> dict[str, Any]:
+    return {"available": available, "detail": detail, "fix": "" if available else fix}
+
+
+def building() -> dict[str, Any]:
+    """What `build` needs."""
+    missing = [p for p in BUILD_PACKAGES if version(p) is None]
+    findings = {"onnxruntime target": _finding(
+        not missing, f"missing: {', '.join(missing)}" if missing else f"torch {version('torch')}",
+        "pip install 'ldm-deploy[build]'")}
+    return findings
+
+
+def running() -> dict[str, Any]:
+    """What `generate` can run on."""
+    findings: dict[str, Any] = {}
+    providers: list[str] = []
+    if util.find_spec("onnxruntime") is not None:
+        import onnxruntime
+
+        providers = onnxruntime.get_available_providers()
+    has = version("onnxruntime") or version("onnxruntime-gpu")
+    findings["cpu"] = _finding("CPUExecutionProvider" in providers, f"onnxruntime {has}" if has else "not installed",
+                               "pip install onnxruntime")
+    for device, provider, fix in (
+        ("cuda", "CUDAExecutionProvider", "pip install 'ldm-deploy[gpu]' on a machine with an NVIDIA GPU"),
+        ("tensorrt", "TensorrtExecutionProvider", "pip install 'ldm-deploy[gpu]' and TensorRT"),
+        ("tensorrt-rtx", "NvTensorRTRTXExecutionProvider", "an onnxruntime build with the TensorRT-RTX provider"),
+    ):
+        there = provider in providers
+        findings[device] = _finding(there, provider if there else f"this onnxruntime has no {provider}", fix)
+    return findings
+
+
+def gpu() -> dict[str, Any]:
+    """Whether an NVIDIA driver answers."""
+    there = Path("/proc/driver/nvidia/version").is_file() or shutil.which("nvidia-smi") is not None
+    return _finding(there, "driver found" if there else "no NVIDIA driver", "install the NVIDIA driver")
+
+
+def examine() -> dict[str, Any]:
+    """Everything `doctor` shows, JSON-able."""
+    return {"machine": machine(), "build": building(), "run": running(), "gpu": gpu()}

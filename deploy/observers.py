@@ -1,0 +1,50 @@
+"""What is measured around a pass without the pass knowing: seconds, peak memory, bytes in and out."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass
+class Measurement:
+    """Cost of one piece of work.
+
+    Attributes:
+        seconds: wall clock.
+        peak_rss_bytes: highest resident memory of this process during the work.
+    """
+
+    seconds: float = 0.0
+    peak_rss_bytes: int = 0
+
+
+def reset_peak() -> None:
+    """Forget earlier memory peaks; where the kernel does not allow it, peaks stay cumulative (an over-estimate)."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_rss_bytes() -> int:
+    """Highest resident memory since the last reset."""
+    with suppress(OSError, ValueError, IndexError):
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@contextmanager
+def measured() -> Iterator[Measurement]:
+    """Measure the block; the result is filled in when it ends."""
+    result = Measurement()
+    reset_peak()
+    began = time.perf_counter()
+    try:
+        yield result
+    finally:
+        result.seconds = time.perf_counter() - began
+        result.peak_rss_bytes = peak_rss_bytes()

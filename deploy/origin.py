@@ -1,0 +1,87 @@
+"""The source model seen as a bundle: its folder, with a manifest made from configs and headers. No torch."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from deploy.reference_model import WEIGHTS
+from deploy.spec import REFERENCE, BuildSpec
+from exporters.families import ComponentSpec
+from exporters.source import ComponentSource, open_source
+from runtimes.bundle import Bundle, record_of, records_below
+from runtimes.errors import InputError
+from runtimes.manifest import SCHEMA, Component, Manifest, Source
+
+ORIGIN_FORMAT = "diffusers"
+# AutoencoderKL holds both halves; a parameter is counted for the component that uses it.
+VAE_HALVES = {"vae_encoder": ("encoder.", "quant_conv."), "vae_decoder": ("decoder.", "post_quant_conv.")}
+PRECISIONS = {"F32": "fp32", "F16": "fp16", "BF16": "bf16", "F64": "fp64"}
+
+
+def model_folder(model: str) -> Path:
+    """The folder that a model argument names.
+
+    Raises:
+        InputError: the reference model is asked for and its weights are not in this installation.
+    """
+    if model != REFERENCE:
+        return Path(model)
+    if not WEIGHTS.is_dir():
+        raise InputError("the reference model's weights are missing from this installation", where=str(WEIGHTS),
+                         fix="install ldm-deploy again, or give a MODEL folder")
+    return WEIGHTS
+
+
+def open_origin(spec: BuildSpec) -> Bundle:
+    """Read a diffusers folder as the bundle from which the first pass starts.
+
+    Raises:
+        InputError: not a pipeline folder, an unknown family, unusable weights, or shapes that do not fit it.
+    """
+    folder = model_folder(spec.model)
+    source = open_source(folder)
+    specs = source.family.components(source, spec.shapes)
+    hashes = {name: record_of(file) for name, file in source.weight_files().items()}
+    components = {name: _component(source.components[s.source_component], s, folder) for name, s in specs.items()}
+    files = {}
+    for tokenizer in source.tokenizers.values():
+        files.update(records_below(tokenizer, folder))
+    files.update(records_below(folder / "scheduler", folder))
+    manifest = Manifest(
+        schema=SCHEMA,
+        family=source.family.name,
+        source=Source(REFERENCE if spec.model == REFERENCE else folder.resolve().name,
+                      {name: record.sha256 for name, record in hashes.items()}),
+        target=spec.target,
+        precision=spec.precision,
+        pipeline=source.family.facts(source),
+        components=dict(sorted(components.items())),
+        passes=(),
+        files=files,
+        tools={},
+        spec=spec.resolved(),
+        verified=False,
+    )
+    return Bundle(folder, manifest)
+
+
+def _component(source: ComponentSource, spec: ComponentSpec, folder: Path) -> Component:
+    names = [source.folder / "config.json", *([source.index] if source.index else []), *source.weights]
+    files = {p.relative_to(folder).as_posix(): record_of(p) for p in names}
+    headers = source.headers()
+    own = VAE_HALVES.get(spec.name, ("",))
+    sizes = {key: (kind, math.prod(shape)) for key, (kind, shape) in headers.items() if key.startswith(own)}
+    stored = max(sizes.values(), key=lambda entry: entry[1], default=("F32", 0))[0]
+    return Component(
+        format=ORIGIN_FORMAT,
+        file=(source.index or source.weights[0]).relative_to(folder).as_posix(),
+        files=files,
+        inputs=spec.inputs,
+        outputs=spec.outputs,
+        axes=spec.axes,
+        class_name=source.class_name,
+        precision=PRECISIONS.get(stored, stored.lower()),
+        parameters=sum(count for _, count in sizes.values()),
+        details={"library": source.library, "source_component": spec.source_component},
+    )

@@ -1,0 +1,196 @@
+"""Which shapes are compared: per component the common one, the smallest, and one that nothing was traced at.
+
+Sizes are planned for the pipeline first (images, latent rows, latent columns), because the inputs of all components
+are recorded from the same run; each component then gets its own batch and sequence out of its own ranges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from runtimes.errors import InputError
+from runtimes.manifest import Component, PipelineFacts
+from runtimes.tensors import Axis, ShapeRange, TensorSpec
+
+KINDS = ("opt", "min", "unseen", "max")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of the reference pipeline that inputs are recorded from.
+
+    Attributes:
+        images: pictures drawn at once.
+        height, width: pixels.
+        guided: whether both guidance branches run, which doubles the batch of the denoising network.
+        sizes: component -> axis -> size that the recorded inputs are fitted to.
+    """
+
+    images: int
+    height: int
+    width: int
+    guided: bool
+    sizes: Mapping[str, Mapping[str, int]]
+
+
+def spatial_spec(component: Component) -> TensorSpec | None:
+    """The input that is a picture or latents, (B, C, H, W); a text encoder has none."""
+    return next((spec for spec in component.inputs if len(spec.shape) == 4), None)
+
+
+def range_of(component: Component, dimension: int | str) -> tuple[ShapeRange, int]:
+    """Allowed sizes of one dimension and the number they are multiples of."""
+    if isinstance(dimension, int):
+        return ShapeRange(dimension, dimension, dimension), 1
+    axis = component.axes.get(dimension)
+    if axis is None:
+        raise InputError(f"axis {dimension!r} has no range", where="manifest.json", fix="build the bundle again")
+    return axis.range, axis.multiple
+
+
+def batch_range(component: Component) -> ShapeRange:
+    """Allowed sizes of the first dimension of the first input."""
+    return range_of(component, component.inputs[0].shape[0])[0]
+
+
+def plan_runs(components: Mapping[str, Component], facts: PipelineFacts, denoiser: str = "unet") -> tuple[Run, ...]:
+    """At least three runs with distinct shapes, as far as the components' axes leave a choice.
+
+    Args:
+        components: of the candidate: its ranges are the promise that is checked.
+        facts: of the pipeline.
+        denoiser: the component whose batch guidance doubles.
+
+    Raises:
+        InputError: the components' ranges have no latent size in common.
+    """
+    rows, columns = (_latent_sizes(components, facts, dimension) for dimension in (2, 3))
+    spatial = {
+        "opt": (rows.opt, columns.opt), "min": (rows.smallest, columns.smallest),
+        "unseen": _non_square(rows, columns), "max": (rows.largest, columns.largest),
+    }
+    runs: list[Run] = []
+    for kind in KINDS:
+        sizes = {name: _sizes(c, name, kind, spatial[kind], facts) for name, c in components.items()}
+        if any(run.sizes == sizes for run in runs):
+            continue
+        runs.append(_run(components, sizes, spatial[kind], facts, denoiser))
+        if len(runs) == 3:
+            break
+    return tuple(runs)
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """Sizes that an axis may have, ascending, and the ones that somebody has likely tried before."""
+
+    allowed: tuple[int, ...]
+    opt: int
+
+    @property
+    def smallest(self) -> int:
+        return self.allowed[0]
+
+    @property
+    def largest(self) -> int:
+        return self.allowed[-1]
+
+    def unseen(self, *, avoid: Iterable[int] = (), odd: bool = False) -> int:
+        """The size nearest to `opt` that is not min, opt or max (nor in `avoid`), odd if asked; else the next best."""
+        tried, avoided = {self.smallest, self.opt, self.largest}, set(avoid)
+
+        def rank(size: int) -> tuple[bool, bool, bool, bool, int]:
+            return size in avoided, size in tried, odd and size % 2 == 0, size == self.opt, abs(size - self.opt)
+
+        return min(self.allowed, key=rank)
+
+
+def _choice(span: ShapeRange, multiple: int) -> _Choice:
+    allowed = tuple(size for size in range(span.min, span.max + 1) if size % multiple == 0)
+    if not allowed:
+        raise InputError(f"no multiple of {multiple} lies between {span.min} and {span.max}", where="shapes")
+    return _Choice(allowed, min(allowed, key=lambda size: abs(size - span.opt)))
+
+
+def _unit(name: str, facts: PipelineFacts) -> int:
+    """Size along a spatial axis of a component per latent row or column."""
+    return facts.vae_scale_factor if name == "vae_encoder" else 1
+
+
+def _latent_sizes(components: Mapping[str, Component], facts: PipelineFacts, dimension: int) -> _Choice:
+    """Latent rows (dimension 2) or columns (3) that every component takes."""
+    default = (facts.height if dimension == 2 else facts.width) // facts.vae_scale_factor
+    allowed: set[int] | None = None
+    for name, component in components.items():
+        spec = spatial_spec(component)
+        if spec is None:
+            continue
+        span, multiple = range_of(component, spec.shape[dimension])
+        unit = _unit(name, facts)
+        sizes = {s // unit for s in range(span.min, span.max + 1) if s % unit == 0 and s % multiple == 0}
+        allowed = sizes if allowed is None else allowed & sizes
+    if allowed is None:
+        return _Choice((default,), default)
+    if not allowed:
+        raise InputError("the components' ranges have no latent size in common", where="shapes",
+                         fix="give height and width ranges that are multiples of the VAE factor")
+    ordered = tuple(sorted(allowed))
+    return _Choice(ordered, min(ordered, key=lambda size: abs(size - default)))
+
+
+def _non_square(rows: _Choice, columns: _Choice) -> tuple[int, int]:
+    height = rows.unseen()
+    return height, columns.unseen(avoid=(height,))
+
+
+def _sizes(
+    component: Component, name: str, kind: str, spatial: tuple[int, int], facts: PipelineFacts
+) -> dict[str, int]:
+    spec = spatial_spec(component)
+    fixed = dict(zip(spec.shape[2:], spatial, strict=True)) if spec is not None else {}
+    batch = component.inputs[0].shape[0]
+    sizes = {}
+    for axis_name in _axes_of(component):
+        if axis_name in fixed:
+            sizes[axis_name] = fixed[axis_name] * _unit(name, facts)
+            continue
+        axis: Axis = component.axes[axis_name]
+        choice = _choice(axis.range, axis.multiple)
+        by_kind = {"opt": choice.opt, "min": choice.smallest, "max": choice.largest,
+                   "unseen": choice.unseen(odd=axis_name == batch)}
+        sizes[axis_name] = by_kind[kind]
+    return sizes
+
+
+def _axes_of(component: Component) -> list[str]:
+    names = [d for spec in component.inputs for d in spec.shape if isinstance(d, str)]
+    for name in dict.fromkeys(names):
+        range_of(component, name)
+    return list(dict.fromkeys(names))
+
+
+def _run(
+    components: Mapping[str, Component], sizes: Mapping[str, Mapping[str, int]], spatial: tuple[int, int],
+    facts: PipelineFacts, denoiser: str,
+) -> Run:
+    """As few images as fill every component's batch; rows are repeated where guidance cannot double the batch."""
+    guided = denoiser in components and batch_range(components[denoiser]).max >= 2
+    wanted = 1
+    for name, component in components.items():
+        batch = component.inputs[0].shape[0]
+        size = sizes[name].get(batch, 1) if isinstance(batch, str) else batch
+        if spatial_spec(component) is not None:  # prompts and rows of other calls make up a text encoder's batch
+            wanted = max(wanted, -(-size // 2) if name == denoiser and guided else size)
+    images = min(wanted, images_at_once(components, denoiser))
+    factor = facts.vae_scale_factor
+    return Run(images, spatial[0] * factor, spatial[1] * factor, guided, sizes)
+
+
+def images_at_once(components: Mapping[str, Component], denoiser: str = "unet", wanted: int = 8) -> int:
+    """How many images the components take in one batch, with guidance, up to `wanted`."""
+    limits = [wanted]
+    for name, component in components.items():
+        largest = batch_range(component).max
+        limits.append(max(1, largest // 2) if name == denoiser else largest)
+    return min(limits)

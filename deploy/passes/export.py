@@ -1,0 +1,52 @@
+"""`export`: every component from PyTorch to ONNX, one in memory at a time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from deploy.plan import Pass, Planned, Step
+from runtimes.bundle import Bundle, records_below
+from runtimes.errors import InputError
+from runtimes.manifest import Component, Manifest
+
+if TYPE_CHECKING:
+    from deploy.spec import BuildSpec
+
+
+class Export(Pass):
+    """`torch.onnx.export(dynamo=True)` with the axes that the family declares."""
+
+    name: ClassVar[str] = "export"
+    version: ClassVar[int] = 1
+    libraries: ClassVar[tuple[str, ...]] = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx-ir")
+    verify: ClassVar[bool] = True
+
+    def plan(self, before: Manifest, spec: BuildSpec) -> Planned:
+        """Every component that is still a PyTorch network."""
+        components = {}
+        for name, component in before.components.items():
+            if component.format != "safetensors":
+                raise InputError(f"{name} is {component.format}, expected safetensors", where="pass export",
+                                 fix="export comes after load and before everything that works on graphs")
+            components[name] = replace(
+                component, format="onnx", precision="fp32", file=f"components/{name}/model.onnx", files={},
+                details={"opset": spec.opset, "source_component": component.details["source_component"]})
+        config = {"opset": spec.opset, "exporter": "torch.onnx.export(dynamo=True)"}
+        step = Step(self.name, self.version, config, {n: (n,) for n in components},
+                    replace(before, components=components), f"PyTorch to ONNX, opset {spec.opset}")
+        return replace(step, after=replace(step.after, passes=(*before.passes, step.record)))
+
+    def run(self, step: Step, name: str, source: Bundle, out: Path) -> Component:
+        """Load one network, export it, let go of it."""
+        from exporters.families import ComponentSpec
+        from exporters.modules import load_module, torch_component
+        from exporters.onnx_from_torch import export_onnx
+
+        before, planned = source.component(name), step.after.components[name]
+        folder = source.file(before.file).parent
+        module = torch_component(name, load_module(folder, before.details["library"], before.class_name))
+        spec = ComponentSpec(name, before.details["source_component"], before.inputs, before.outputs, before.axes)
+        export_onnx(module, spec, out / "components" / name, opset=step.config["opset"])
+        return replace(planned, files=records_below(out / "components" / name, out))

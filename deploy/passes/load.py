@@ -1,0 +1,64 @@
+"""`load`: bring the source model into a bundle under canonical names, refusing anything broken at the door."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from deploy.origin import ORIGIN_FORMAT
+from deploy.plan import Pass, Planned, Step
+from runtimes.bundle import Bundle, link_or_copy, records_below
+from runtimes.errors import InputError
+from runtimes.manifest import Component, FileRecord, Manifest
+
+if TYPE_CHECKING:
+    from deploy.spec import BuildSpec
+
+
+class Load(Pass):
+    """Link configs and weights, check every tensor, rewrite tokenizers so that `tokenizers` alone reads them."""
+
+    name: ClassVar[str] = "load"
+    version: ClassVar[int] = 1
+    libraries: ClassVar[tuple[str, ...]] = ("torch", "diffusers", "transformers", "safetensors", "tokenizers")
+    verify: ClassVar[bool] = False
+
+    def plan(self, before: Manifest, spec: BuildSpec) -> Planned:
+        """Every component of a diffusers folder, renamed."""
+        components = {}
+        for name, component in before.components.items():
+            if component.format != ORIGIN_FORMAT:
+                raise InputError(f"{name} is already {component.format}", where="pass load", fix="load comes first")
+            part = component.details["source_component"]
+            suffix = ".index.json" if component.file.endswith(".index.json") else ""
+            components[name] = replace(component, format="safetensors", files={},
+                                       file=f"components/{part}/model.safetensors{suffix}")
+        after = replace(before, components=components)
+        step = Step(self.name, self.version, {}, {n: (n,) for n in components}, after,
+                    f"read {before.source.id} ({before.family}), check every weight")
+        return replace(step, after=replace(after, passes=(*before.passes, step.record)))
+
+    def run(self, step: Step, name: str, source: Bundle, out: Path) -> Component:
+        """Link one network's files and load it once, so that every weight is known to fit and to be finite."""
+        from exporters.modules import load_module
+        from exporters.source import link_component, open_source
+
+        planned = step.after.components[name]
+        part = planned.details["source_component"]
+        folder = out / "components" / part
+        link_component(open_source(source.path).components[part], folder)
+        load_module(folder, planned.details["library"], planned.class_name)
+        return replace(planned, files=records_below(folder, out))
+
+    def write_files(self, step: Step, source: Bundle, out: Path) -> dict[str, FileRecord]:
+        """Tokenizers in the one form the runtime reads, and the scheduler's config."""
+        from exporters.source import open_source
+        from runtimes.tokenizer import prepare_tokenizer
+
+        origin = open_source(source.path)
+        for name, folder in origin.tokenizers.items():
+            prepare_tokenizer(folder, out / name)
+        link_or_copy(source.path / "scheduler" / "scheduler_config.json", out / "scheduler" / "scheduler_config.json")
+        written = [*origin.tokenizers, "scheduler"]
+        return {n: r for folder in written for n, r in records_below(out / folder, out).items()}

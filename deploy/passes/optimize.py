@@ -1,0 +1,47 @@
+"""`optimize`: fold, fuse and clean the graphs for the target, keeping only what measures faster there."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from deploy.plan import Pass, Planned, Step
+from runtimes.bundle import Bundle, records_below
+from runtimes.errors import InputError
+from runtimes.manifest import Component, Manifest
+
+if TYPE_CHECKING:
+    from deploy.spec import BuildSpec
+
+
+class Optimize(Pass):
+    """Target-independent folding, then the fusions that `exporters.onnx_optimize` found to pay on the target."""
+
+    name: ClassVar[str] = "optimize"
+    version: ClassVar[int] = 1
+    libraries: ClassVar[tuple[str, ...]] = ("onnx", "onnxscript", "onnx-ir", "onnxruntime")
+    verify: ClassVar[bool] = True
+
+    def plan(self, before: Manifest, spec: BuildSpec) -> Planned:
+        """Every ONNX component; the structure stays, the nodes change."""
+        for name, component in before.components.items():
+            if component.format != "onnx":
+                raise InputError(f"{name} is {component.format}, expected onnx", where="pass optimize",
+                                 fix="optimize comes after export")
+        config = {"target": spec.target}
+        components = {n: replace(c, files={}) for n, c in before.components.items()}
+        step = Step(self.name, self.version, config, {n: (n,) for n in components},
+                    replace(before, components=components), f"fold and fuse for {spec.target}")
+        return replace(step, after=replace(step.after, passes=(*before.passes, step.record)))
+
+    def run(self, step: Step, name: str, source: Bundle, out: Path) -> Component:
+        """Optimize one graph; what changed is kept in the component's details."""
+        from exporters.onnx_optimize import optimize_onnx
+
+        planned = step.after.components[name]
+        folder = out / "components" / name
+        folder.mkdir(parents=True)
+        report = optimize_onnx(source.file(planned.file), folder / "model.onnx", name, step.config["target"])
+        return replace(planned, files=records_below(folder, out),
+                       details={**planned.details, "optimization": report.to_json()})

@@ -1,0 +1,138 @@
+"""Planning: manifest to manifest, without opening a weight. What a pass is, and how a chain of them is laid out."""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from runtimes.bundle import Bundle, link_or_copy
+from runtimes.errors import DeployError, UnavailableError
+from runtimes.manifest import Component, FileRecord, Manifest, PassRecord
+
+if TYPE_CHECKING:
+    from deploy.spec import BuildSpec
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one pass will do: printable, hashable into a cache key, made without opening a weight.
+
+    Attributes:
+        pass_name, version: of the pass that planned it.
+        config: every default resolved, JSON-able.
+        reads: component that will be written -> components whose contents decide its bytes.
+        after: predicted structure; the next pass plans from it and the build checks it against the result.
+        summary: one line for a person.
+    """
+
+    pass_name: str
+    version: int
+    config: Mapping[str, Any]
+    reads: Mapping[str, tuple[str, ...]]
+    after: Manifest
+    summary: str
+
+    @property
+    def record(self) -> PassRecord:
+        """The entry of this step in the manifest's list of passes."""
+        return PassRecord(self.pass_name, self.version, dict(self.config))
+
+
+@dataclass(frozen=True)
+class Skip:
+    """The pass would change nothing."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Unavailable:
+    """This machine lacks something that the pass needs."""
+
+    what: str
+    where: str
+    fix: str
+
+    def raise_error(self) -> None:
+        """Stop the build."""
+        raise UnavailableError(self.what, where=self.where, fix=self.fix)
+
+
+Planned = Step | Skip | Unavailable
+
+
+class Pass(ABC):
+    """One transformation. Instances keep no state.
+
+    Attributes:
+        name: as the manifest records it.
+        version: bumped whenever the output changes.
+        libraries: distributions whose versions enter the cache key.
+        verify: whether the parity gate runs after it (a pass that only moves files needs none).
+    """
+
+    name: ClassVar[str]
+    version: ClassVar[int]
+    libraries: ClassVar[tuple[str, ...]]
+    verify: ClassVar[bool]
+
+    @abstractmethod
+    def plan(self, before: Manifest, spec: BuildSpec) -> Planned:
+        """Say what would be done; refuse an order that cannot work with InputError."""
+
+    @abstractmethod
+    def run(self, step: Step, name: str, source: Bundle, out: Path) -> Component:
+        """Write component `name` below `out` (paths as in the bundle) and return its record; `source` stays as it is."""
+
+    def write_files(self, step: Step, source: Bundle, out: Path) -> dict[str, FileRecord]:
+        """Write tokenizers and scheduler into the bundle folder `out`; by default they are carried over as they are."""
+        for name in source.manifest.files:
+            link_or_copy(source.path / name, out / name)
+        return dict(source.manifest.files)
+
+
+@dataclass(frozen=True)
+class PlannedPass:
+    """A pass of the build order with what it will do."""
+
+    instance: Pass
+    planned: Planned
+
+
+def load_passes(table: Mapping[str, str]) -> list[Pass]:
+    """Instantiate the passes of the table, name -> module:Class, in its order."""
+    passes = []
+    for path in table.values():
+        module, _, attribute = path.partition(":")
+        passes.append(getattr(importlib.import_module(module), attribute)())
+    return passes
+
+
+def plan_all(passes: Sequence[Pass], origin: Manifest, spec: BuildSpec) -> list[PlannedPass]:
+    """Lay out the whole build.
+
+    Raises:
+        DeployError: a pass cannot work on what the passes before it leave; the message names the pass.
+    """
+    manifest, planned = origin, []
+    for instance in passes:
+        try:
+            step = instance.plan(manifest, spec)
+        except DeployError as error:
+            error.where = error.where or f"pass {instance.name}"
+            raise
+        planned.append(PlannedPass(instance, step))
+        if isinstance(step, Step):
+            manifest = step.after
+    return planned
+
+
+def structure(manifest: Manifest) -> dict[str, Any]:
+    """The part of a manifest that a plan predicts: formats, precisions, inputs, outputs and axes of the components."""
+    return {
+        name: (c.format, c.precision, c.inputs, c.outputs, dict(c.axes)) for name, c in manifest.components.items()
+    }

@@ -1,0 +1,90 @@
+"""The parity reference: components of a source bundle run by PyTorch in float32. The only torch file of `deploy`."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from deploy.parity.pool import SessionPool
+from exporters.modules import load_module, torch_component
+from runtimes.bundle import Bundle
+from runtimes.errors import BundleError, UnavailableError
+from runtimes.manifest import Component
+from runtimes.session import Arrays, Session
+
+SOURCE_FORMAT = "safetensors"
+
+
+class TorchSession(Session):
+    """A component before export: PyTorch on the CPU, float32, inference mode; equal feeds give equal bits.
+
+    The ranges of the axes are not enforced: they are a promise of the bundle that is built, not of the source.
+
+    Args:
+        bundle: a bundle whose component has the format "safetensors".
+        name: of the component; also says which half of a VAE is meant.
+
+    Raises:
+        BundleError: the bundle has no such component, or it is not in the source format.
+        InputError: weights and config.json do not fit.
+        UnavailableError: not enough memory.
+    """
+
+    def __init__(self, bundle: Bundle, name: str) -> None:
+        component = bundle.component(name)
+        super().__init__(name, _unbounded(component))
+        library = component.details.get("library")
+        if component.format != SOURCE_FORMAT or not isinstance(library, str):
+            raise BundleError(f"{component.format!r} is not a format that PyTorch runs", where=f"{bundle.path}: {name}",
+                              fix="give the source model, a diffusers folder")
+        folder = bundle.file(component.file).parent
+        try:
+            self._module: Any = torch_component(name, load_module(folder, library, component.class_name))
+        except (MemoryError, RuntimeError) as error:
+            raise _translated(error, name) from error
+
+    def _run(self, feeds: Arrays) -> dict[str, np.ndarray[Any, Any]]:
+        if self._module is None:
+            raise BundleError("the session was closed", where=self.name)
+        tensors = [torch.from_numpy(np.ascontiguousarray(feeds[spec.name])) for spec in self.component.inputs]
+        try:
+            with torch.inference_mode():
+                outputs = self._module(*tensors)
+        except (MemoryError, RuntimeError) as error:
+            raise _translated(error, self.name) from error
+        pairs = zip(self.component.outputs, outputs, strict=True)
+        return {spec.name: output.contiguous().numpy().copy() for spec, output in pairs}
+
+    def close(self) -> None:
+        """Free the weights; running it again is an error."""
+        self._module = None
+        gc.collect()  # modules are cyclic, and the next network's weights need this one's memory
+
+
+def reference_sessions(bundle: Bundle, *, capacity: int | None = None) -> dict[str, Session]:
+    """Sessions of every component of a source bundle, loaded when first run.
+
+    Args:
+        bundle: all of its components have the format "safetensors".
+        capacity: how many stay loaded at once, the least recently run being freed; all of them by default.
+    """
+    components = {name: _unbounded(component) for name, component in bundle.manifest.components.items()}
+    limit = len(components) if capacity is None else capacity
+    return SessionPool(components, lambda name: TorchSession(bundle, name), limit).sessions
+
+
+def _unbounded(component: Component) -> Component:
+    return replace(component, axes={})
+
+
+def _translated(error: BaseException, name: str) -> Exception:
+    """Out of memory as what it is; any other RuntimeError is a shape that the network itself refuses."""
+    text = str(error).partition("\n")[0]
+    if isinstance(error, MemoryError) or "alloc" in text:
+        return UnavailableError("not enough memory for the PyTorch reference", where=name,
+                                fix="verify at smaller shapes, or on a machine with more memory")
+    return BundleError(f"PyTorch cannot run it: {text}", where=name)

@@ -1,0 +1,138 @@
+"""What the user asks for: `BuildSpec`, validated with pydantic from options or a YAML file."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from runtimes.errors import InputError
+from runtimes.tensors import ShapeRange
+
+REFERENCE = "reference"
+Target = Literal["onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"]
+Precision = Literal["fp32", "fp16", "int8", "auto"]
+
+
+class BuildSpec(BaseModel):
+    """A whole build. Every field has the default that `build` without options uses.
+
+    Attributes:
+        model: folder in diffusers layout, or "reference" for the model that ships with the package.
+        shapes: axis -> min:opt:max; batch in images, height and width in pixels, sequence in tokens.
+        opset: ONNX opset of the exported graphs.
+        verify: run the parity gate; without it the bundle is marked as not verified.
+        budget: overrides of the precision's accuracy budget, by name.
+        prompts: what the image-level comparison draws; the model's own set when empty.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    model: str = REFERENCE
+    target: Target = "onnxruntime"
+    precision: Precision = "fp32"
+    shapes: dict[str, ShapeRange] = Field(default_factory=dict)
+    opset: int = Field(default=20, ge=20, le=24)
+    verify: bool = True
+    budget: dict[str, float] = Field(default_factory=dict)
+    prompts: tuple[str, ...] = ()
+
+    @field_validator("shapes", mode="before")
+    @classmethod
+    def _parse_shapes(cls, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {str(k): parse_range(str(k), v) for k, v in value.items()}
+        return value
+
+    def resolved(self) -> dict[str, Any]:
+        """The JSON-able form kept in the manifest: no local folder, so that the same build has the same digest."""
+        content = self.model_dump(mode="json", exclude={"model", "shapes"})
+        content["shapes"] = {k: f"{r.min}:{r.opt}:{r.max}" for k, r in sorted(self.shapes.items())}
+        return content
+
+
+def parse_range(name: str, value: Any) -> ShapeRange:
+    """Read `min:opt:max`, a single number (all three), or a ShapeRange.
+
+    Raises:
+        InputError: not numbers, or not in order.
+    """
+    if isinstance(value, ShapeRange):
+        return value
+    parts = str(value).split(":")
+    if len(parts) not in (1, 3) or not all(p.strip().isdigit() for p in parts):
+        raise InputError(f"{value!r} is not a range", where=f"--shapes {name}", fix=f"write {name}=min:opt:max")
+    low, middle, high = (int(p) for p in (parts * 3)[:3])
+    return ShapeRange(low, middle, high)
+
+
+def parse_shapes(options: Sequence[str]) -> dict[str, ShapeRange]:
+    """Read `batch=1:2:8,height=...` options, each possibly holding several axes.
+
+    Raises:
+        InputError: a part without `=`, or an axis given twice.
+    """
+    shapes: dict[str, ShapeRange] = {}
+    for part in (p.strip() for option in options for p in option.split(",")):
+        name, equals, value = part.partition("=")
+        if not equals:
+            raise InputError(f"{part!r} is not axis=min:opt:max", where="--shapes", fix="write batch=1:2:8,height=...")
+        if name in shapes:
+            raise InputError(f"{name} is given twice", where="--shapes")
+        shapes[name] = parse_range(name, value)
+    return shapes
+
+
+def make_spec(options: Mapping[str, Any], file: Path | None = None) -> BuildSpec:
+    """Merge a YAML file with options given on the command line, which win.
+
+    Raises:
+        InputError: unreadable YAML, an unknown key (with the nearest known one), or a value that does not fit.
+    """
+    content: dict[str, Any] = {}
+    where = "build options"
+    if file is not None:
+        content, where = _read_yaml(file), str(file)
+    content.update(options)
+    unknown = sorted(set(content) - set(BuildSpec.model_fields))
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], BuildSpec.model_fields, n=1)
+        raise InputError(f"unknown key {unknown[0]!r}", where=where,
+                         fix=f"did you mean {near[0]}?" if near else f"known: {', '.join(BuildSpec.model_fields)}")
+    try:
+        return BuildSpec(**content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(p) for p in first["loc"])
+        raise InputError(f"{place}: {first['msg']}, got {first['input']!r:.60}", where=where) from error
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"cannot read the spec: {error}".splitlines()[0], where=str(file)) from error
+    if not isinstance(content, dict):
+        raise InputError("a spec is a mapping of build options", where=str(file), fix="see README, 'Build spec'")
+    return content
+
+
+def parse_budget(options: Sequence[str]) -> dict[str, float]:
+    """Read `name=number` options.
+
+    Raises:
+        InputError: no `=`, or not a number.
+    """
+    budget: dict[str, float] = {}
+    for part in (p.strip() for option in options for p in option.split(",")):
+        name, _, value = part.partition("=")
+        try:
+            budget[name] = float(value)
+        except ValueError:
+            raise InputError(f"{part!r} is not name=number", where="--budget", fix="write image_psnr_db=40") from None
+    return budget

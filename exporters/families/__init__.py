@@ -1,0 +1,38 @@
+"""Which pipelines are known: one table by the class name in model_index.json, one file of data a family."""
+
+from __future__ import annotations
+
+import difflib
+
+from exporters.families.base import ComponentSpec, Family
+from exporters.families.stable_diffusion import STABLE_DIFFUSION
+from runtimes.errors import InputError
+
+FAMILIES: dict[str, Family] = {
+    "StableDiffusionPipeline": STABLE_DIFFUSION,
+    "StableDiffusionImg2ImgPipeline": STABLE_DIFFUSION,
+    "StableDiffusionInpaintPipeline": STABLE_DIFFUSION,  # with a 4-channel U-Net, inpainting is masking latents
+}
+
+__all__ = ["FAMILIES", "ComponentSpec", "Family", "family_of"]
+
+
+def family_of(pipeline_class: str, where: str) -> Family:
+    """The family of a pipeline class.
+
+    Args:
+        pipeline_class: `_class_name` of model_index.json.
+        where: the file that names it, for the error.
+
+    Raises:
+        InputError: an unknown class; names the known ones and the nearest.
+    """
+    if pipeline_class in FAMILIES:
+        return FAMILIES[pipeline_class]
+    nearest = difflib.get_close_matches(pipeline_class, FAMILIES, n=1, cutoff=0.6)
+    hint = f"nearest: {nearest[0]}; " if nearest else ""
+    raise InputError(
+        f"unknown pipeline class {pipeline_class!r}",
+        where=where,
+        fix=f"{hint}known: {', '.join(sorted(FAMILIES))}",
+    )

@@ -1,0 +1,214 @@
+"""PyTorch modules of a component: strict loading of old and new file layouts, and wrappers with named inputs.
+
+Imports torch; import it inside the function that needs it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from exporters.quiet import quiet
+from exporters.source import find_weights, read_json
+from runtimes.errors import InputError
+
+# What diffusers < 0.13 called the parts of an attention block of the VAE.
+_OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+# transformers < 5, and all published checkpoints, put the text encoder's weights below this name.
+_OLD_PREFIX = "text_model."
+_SHOWN = 3
+
+
+def load_module(folder: Path, library: str, class_name: str, *, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Build a component and fill it from its safetensors files.
+
+    Nothing is initialized at random: the module is made without storage and takes over the memory-mapped tensors,
+    so weights already stored in `dtype` are never copied.
+
+    Args:
+        folder: holds config.json and the weights, in the layout of any release of diffusers or transformers.
+        library: "diffusers" or "transformers".
+        class_name: as in model_index.json.
+        dtype: of the floating-point weights of the result; the parity reference is float32.
+
+    Returns:
+        the module in eval mode, without gradients.
+
+    Raises:
+        InputError: an unknown class, a weight of the file that the model has no place for, a weight of the model
+            that the file lacks, shapes that differ, or a NaN or infinity.
+    """
+    from safetensors import safe_open
+
+    config = read_json(folder / "config.json")
+    with quiet():
+        module = _empty(folder, library, class_name, config)
+    wanted = dict(module.state_dict())
+    recomputed = {name for name, _ in module.named_buffers()} - set(wanted)
+    found: dict[str, Tensor] = {}
+    unused: list[str] = []
+    for file in find_weights(folder)[0]:
+        with safe_open(file, framework="pt", device="cpu") as tensors:
+            for key in tensors.keys():
+                target = _target(key, wanted)
+                if target is not None and target not in found:
+                    found[target] = _fitted(tensors.get_tensor(key), wanted[target], key, folder, dtype)
+                elif target is not None or not _is_recomputed(key, recomputed):
+                    unused.append(key)
+    _refuse_misfits(folder, class_name, unused, sorted(set(wanted) - set(found) - _tied(module, found)))
+    module.load_state_dict(found, strict=False, assign=True)
+    tie: Any = getattr(module, "tie_weights", None)
+    if tie is not None:
+        tie()
+    return module.eval().requires_grad_(False)
+
+
+def _empty(folder: Path, library: str, class_name: str, config: dict[str, Any]) -> nn.Module:
+    """The module with parameters on the meta device; buffers that no file holds are computed for real."""
+    from accelerate import init_empty_weights
+
+    known = library in ("diffusers", "transformers")  # nothing else is imported on a model's word
+    kind = getattr(importlib.import_module(library), class_name, None) if known else None
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise InputError(f"{class_name} of {library!r} is not a network that the installed version knows",
+                         where=str(folder), fix="upgrade diffusers and transformers")
+    make: Any = kind
+    try:
+        with init_empty_weights(include_buffers=False):
+            if library == "diffusers":
+                module: nn.Module = make.from_config(config)
+            else:
+                module = make(make.config_class.from_dict(config))
+    except (TypeError, ValueError, KeyError, AttributeError, NotImplementedError) as error:
+        raise InputError(f"{class_name} cannot be built from its config: {error}", where=str(folder / "config.json"),
+                         fix="save the pipeline again") from error
+    return module
+
+
+def _target(key: str, wanted: Mapping[str, Tensor]) -> str | None:
+    """The model's name of a weight of the file, or None."""
+    candidates = [key, key.removeprefix(_OLD_PREFIX), _OLD_PREFIX + key]
+    candidates += [key.replace(old, new) for old, new in _OLD_ATTENTION.items() if old in key]
+    return next((name for name in candidates if name in wanted), None)
+
+
+def _is_recomputed(key: str, recomputed: set[str]) -> bool:
+    """True for buffers that old files hold and the model computes itself (`embeddings.position_ids`)."""
+    return bool({key, key.removeprefix(_OLD_PREFIX), _OLD_PREFIX + key} & recomputed)
+
+
+def _fitted(tensor: Tensor, place: Tensor, key: str, folder: Path, dtype: torch.dtype) -> Tensor:
+    """A tensor of the file in the shape and dtype of its place, checked to be finite."""
+    if tensor.shape != place.shape:
+        if tensor.shape != (*place.shape, 1, 1):  # old attention blocks stored 1x1 convolutions
+            raise InputError(f"{key} has shape {tuple(tensor.shape)}, the config asks for {tuple(place.shape)}",
+                             where=str(folder), fix="use the config.json that belongs to these weights")
+        tensor = tensor.reshape(place.shape)
+    if place.is_floating_point():
+        if not tensor.is_floating_point():
+            raise InputError(f"{key} is {tensor.dtype}, expected floating point", where=str(folder),
+                             fix="use unquantized weights")
+        if not torch.isfinite(tensor if tensor.dtype.itemsize > 1 else tensor.float()).all():
+            kind = "NaN" if torch.isnan(tensor.float()).any() else "infinity"
+            raise InputError(f"{key} holds {kind}", where=str(folder), fix="the model is broken: get its weights again")
+        tensor = tensor.to(dtype)
+    return tensor
+
+
+def _tied(module: nn.Module, found: Mapping[str, Tensor]) -> set[str]:
+    """Names that the model fills itself from another weight that was found."""
+    tied = getattr(module, "_tied_weights_keys", None)
+    return {name for name, other in tied.items() if other in found} if isinstance(tied, dict) else set()
+
+
+def _refuse_misfits(folder: Path, class_name: str, unused: list[str], missing: list[str]) -> None:
+    def some(keys: list[str]) -> str:
+        more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
+        return ", ".join(keys[:_SHOWN]) + more
+
+    problems = []
+    if missing:
+        problems.append(f"the file lacks {some(missing)}")
+    if unused:
+        problems.append(f"{class_name} has no place for {some(sorted(unused))}")
+    if problems:
+        raise InputError("the weights do not fit the model: " + "; ".join(problems), where=str(folder),
+                         fix="use weights and config.json of the same model")
+
+
+class TextEncoder(nn.Module):
+    """input_ids (B, S) int64 -> last_hidden_state (B, S, C) float32."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Wrap the network; nothing is copied."""
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor]:
+        """Hidden states after the last layer norm."""
+        return (self.model(input_ids=input_ids).last_hidden_state,)
+
+
+class UNet(nn.Module):
+    """sample (B, C, H, W), timestep (B,), encoder_hidden_states (B, S, D), all float32 -> out_sample (B, C, H, W)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Wrap the network; nothing is copied."""
+        super().__init__()
+        self.model = model
+
+    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> tuple[Tensor]:
+        """The network's prediction."""
+        return (self.model(sample, timestep, encoder_hidden_states, return_dict=False)[0],)
+
+
+class VaeEncoder(nn.Module):
+    """sample (B, 3, fH, fW) float32 in [-1, 1] -> latent_parameters (B, 2C, H, W): mean, then log-variance."""
+
+    def __init__(self, model: Any) -> None:
+        """Take over one half of an AutoencoderKL; nothing is copied."""
+        super().__init__()
+        self.encoder, self.quant_conv = model.encoder, model.quant_conv or nn.Identity()
+
+    def forward(self, sample: Tensor) -> tuple[Tensor]:
+        """Moments of the posterior; drawing from it and scaling stay outside."""
+        return (self.quant_conv(self.encoder(sample)),)
+
+
+class VaeDecoder(nn.Module):
+    """latent_sample (B, C, H, W) float32, divided by the scaling factor -> sample (B, 3, fH, fW)."""
+
+    def __init__(self, model: Any) -> None:
+        """Take over one half of an AutoencoderKL; nothing is copied."""
+        super().__init__()
+        self.decoder, self.post_quant_conv = model.decoder, model.post_quant_conv or nn.Identity()
+
+    def forward(self, latent_sample: Tensor) -> tuple[Tensor]:
+        """The picture, not clipped."""
+        return (self.decoder(self.post_quant_conv(latent_sample)),)
+
+
+WRAPPERS: dict[str, Callable[[Any], nn.Module]] = {
+    "text_encoder": TextEncoder,
+    "unet": UNet,
+    "vae_encoder": VaeEncoder,
+    "vae_decoder": VaeDecoder,
+}
+
+
+def torch_component(name: str, module: nn.Module) -> nn.Module:
+    """The function of a component: named inputs in order, a tuple of outputs, exactly what is exported.
+
+    Args:
+        name: of the component in the bundle; vae_encoder and vae_decoder share one AutoencoderKL.
+        module: from `load_module`.
+
+    Returns:
+        a module in eval mode that shares the weights; of a VAE it holds only the half that the component uses.
+    """
+    return WRAPPERS[name](module).eval()

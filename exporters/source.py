@@ -1,0 +1,280 @@
+"""A diffusers pipeline folder, read without torch: configs parsed, weight files found and checked, nothing loaded."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from exporters.families import Family, family_of
+from runtimes.bundle import link_or_copy
+from runtimes.errors import InputError
+
+MODEL_INDEX = "model_index.json"
+# base names of weight files: transformers' first, then diffusers'
+_STEMS = ("model", "diffusion_pytorch_model")
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_MAX_HEADER = 100_000_000  # the safetensors format's own limit
+_LIBRARIES = {"diffusers": "diffusers", "transformers": "transformers", "stable_diffusion": "diffusers"}
+
+
+@dataclass(frozen=True)
+class ComponentSource:
+    """One network of the pipeline on disk.
+
+    Attributes:
+        library, class_name: as model_index.json names them.
+        config: config.json.
+        weights: safetensors files, sorted; more than one if sharded.
+        index: the shards' index, if sharded.
+    """
+
+    name: str
+    library: str
+    class_name: str
+    folder: Path
+    config: Mapping[str, Any]
+    weights: tuple[Path, ...]
+    index: Path | None = None
+
+    def headers(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Safetensors dtype ("F32", "F16", ...) and shape of every tensor, from the headers alone."""
+        return {
+            key: (entry["dtype"], tuple(entry["shape"]))
+            for file in self.weights
+            for key, entry in read_header(file).items()
+        }
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights in the files."""
+        total = 0
+        for _, shape in self.headers().values():
+            count = 1
+            for size in shape:
+                count *= size
+            total += count
+        return total
+
+
+@dataclass(frozen=True)
+class Source:
+    """A pipeline on disk.
+
+    Attributes:
+        pipeline_class: `_class_name` of model_index.json.
+        family: the family that class belongs to.
+        components: networks that the family needs, by their name in model_index.json.
+        tokenizers: tokenizer folders by name.
+        scheduler_class: class named for the scheduler; scheduler_config: its config.
+        ignored: entries of model_index.json that are not used (safety_checker, feature_extractor, ...).
+    """
+
+    path: Path
+    pipeline_class: str
+    family: Family
+    components: Mapping[str, ComponentSource]
+    tokenizers: Mapping[str, Path]
+    scheduler_class: str
+    scheduler_config: Mapping[str, Any]
+    ignored: tuple[str, ...] = field(default=())
+
+    def tokenizer_config(self, name: str) -> Mapping[str, Any]:
+        """tokenizer_config.json of one tokenizer, empty if it has none.
+
+        Raises:
+            InputError: not valid JSON.
+        """
+        file = self.tokenizers[name] / "tokenizer_config.json"
+        return read_json(file) if file.is_file() else {}
+
+    def weight_files(self) -> dict[str, Path]:
+        """Every weight file by its path relative to the pipeline."""
+        return {f.relative_to(self.path).as_posix(): f for c in self.components.values() for f in c.weights}
+
+
+def open_source(path: Path | str) -> Source:
+    """Read a pipeline folder.
+
+    Raises:
+        InputError: no such folder, no or broken model_index.json, an unknown pipeline class, a component whose
+            folder, config or weights are missing or truncated, or weights as pickle only.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        kind = "it is a file" if folder.exists() else "no such folder"
+        raise InputError(kind, where=str(folder), fix="give a diffusers pipeline folder, the one with model_index.json")
+    index_file = folder / MODEL_INDEX
+    if not index_file.is_file():
+        raise InputError(f"it holds no {MODEL_INDEX}", where=str(folder),
+                         fix="give a diffusers pipeline folder; `pipe.save_pretrained(folder)` writes one")
+    index = read_json(index_file)
+    family = family_of(str(index.get("_class_name")), str(index_file))
+    entries = {name: entry for name, entry in index.items() if _names_a_class(entry)}
+    for name in (*family.source_components, *family.tokenizers, "scheduler"):
+        if name not in entries:
+            raise InputError(f"{name} is missing", where=str(index_file), fix="save the whole pipeline again")
+        if not (folder / name).is_dir():
+            raise InputError(f"the folder {name} is missing", where=str(folder), fix="copy the whole pipeline again")
+    used = {*family.source_components, *family.tokenizers, "scheduler"}
+    return Source(
+        path=folder,
+        pipeline_class=index["_class_name"],
+        family=family,
+        components={name: _component(folder, name, entries[name]) for name in family.source_components},
+        tokenizers={name: folder / name for name in family.tokenizers},
+        scheduler_class=entries["scheduler"][1],
+        scheduler_config=read_json(folder / "scheduler" / "scheduler_config.json"),
+        ignored=tuple(sorted(set(entries) - used)),
+    )
+
+
+def _names_a_class(entry: Any) -> bool:
+    return isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry)
+
+
+def _component(pipeline: Path, name: str, entry: list[str]) -> ComponentSource:
+    folder = pipeline / name
+    library = _LIBRARIES.get(entry[0])
+    if library is None:
+        raise InputError(f"{name} comes from the library {entry[0]!r}", where=str(pipeline / MODEL_INDEX),
+                         fix="only classes of diffusers and transformers are loaded; custom code is never run")
+    config = read_json(folder / "config.json")
+    weights, index = find_weights(folder)
+    return ComponentSource(name, library, entry[1], folder, config, weights, index)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        InputError: missing, unreadable, not JSON, or not an object.
+    """
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{file.name} is missing", where=str(file.parent),
+                         fix="copy the whole pipeline again") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"not valid JSON: {error}", where=str(file), fix="copy the file again") from error
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror}", where=str(file)) from error
+    if not isinstance(value, dict):
+        raise InputError(f"expected a JSON object, found {type(value).__name__}", where=str(file))
+    return value
+
+
+def find_weights(folder: Path) -> tuple[tuple[Path, ...], Path | None]:
+    """The safetensors files of a component and, if sharded, their index.
+
+    A file without variant wins over `.fp16` and others; a variant is taken when it is the only one.
+
+    Raises:
+        InputError: none, several variants and no plain one, a missing shard, a truncated file, or pickle only.
+    """
+    for stem in _STEMS:
+        single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+        if single.is_file():
+            return _checked((single,)), None
+        if index.is_file():
+            return _shards(index), index
+    variants = sorted(p for stem in _STEMS for p in folder.glob(f"{stem}.*.safetensors") if "-of-" not in p.name)
+    indices = sorted(p for stem in _STEMS for p in folder.glob(f"{stem}.safetensors.index.*.json"))
+    if len(variants) + len(indices) == 1:
+        return (_checked((variants[0],)), None) if variants else (_shards(indices[0]), indices[0])
+    if variants or indices:
+        names = ", ".join(p.name for p in (*variants, *indices))
+        raise InputError(f"several variants of the weights and no plain one: {names}", where=str(folder),
+                         fix="keep one of them, named without the variant")
+    pickles = sorted(p.name for pattern in _PICKLES for p in folder.glob(pattern))
+    if pickles:
+        raise InputError(
+            f"the weights are a pickle ({pickles[0]}), which can run code when it is read: refused", where=str(folder),
+            fix="convert where you trust it: `DiffusionPipeline.from_pretrained(old)"
+            ".save_pretrained(new, safe_serialization=True)`")
+    raise InputError("no weights: no .safetensors file", where=str(folder), fix="copy the whole pipeline again")
+
+
+def _shards(index: Path) -> tuple[Path, ...]:
+    mapping = read_json(index).get("weight_map")
+    if not isinstance(mapping, dict) or not all(isinstance(v, str) for v in mapping.values()):
+        raise InputError("the index has no weight_map", where=str(index), fix="copy the whole pipeline again")
+    names = sorted(set(mapping.values()))
+    for name in names:
+        if Path(name).name != name:
+            raise InputError(f"the shard {name!r} lies outside the folder", where=str(index), fix="do not use it")
+        if not (index.parent / name).is_file():
+            raise InputError(f"the shard {name} is missing", where=str(index.parent), fix="copy it again")
+    files = _checked(tuple(index.parent / name for name in names))
+    present = {key for file in files for key in read_header(file)}
+    if lost := sorted(set(mapping) - present):
+        raise InputError(f"{lost[0]} is in the index but in no shard", where=str(index), fix="copy it again")
+    return files
+
+
+def _checked(files: tuple[Path, ...]) -> tuple[Path, ...]:
+    for file in files:
+        read_header(file)
+    return files
+
+
+def read_header(file: Path) -> dict[str, dict[str, Any]]:
+    """Header of a safetensors file: tensor name -> dtype, shape, data_offsets.
+
+    Raises:
+        InputError: not a safetensors file, or shorter or longer than its header says.
+    """
+    size = file.stat().st_size
+    again = "copy the file again"
+    with file.open("rb") as stream:
+        start = stream.read(8)
+        if len(start) < 8:
+            raise InputError(f"truncated: {size} bytes, too short for a safetensors file", where=str(file), fix=again)
+        (length,) = struct.unpack("<Q", start)
+        if length > _MAX_HEADER:
+            raise InputError("not a safetensors file", where=str(file), fix=again)
+        text = stream.read(length)
+    if len(text) < length:
+        raise InputError(f"truncated inside its header: {size} bytes", where=str(file), fix=again)
+    try:
+        header = json.loads(text)
+        del text
+        header.pop("__metadata__", None)
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    except (ValueError, AttributeError, KeyError, TypeError, IndexError) as error:
+        raise InputError("not a safetensors file: its header is damaged", where=str(file), fix=again) from error
+    if size != 8 + length + end:
+        kind = "truncated" if size < 8 + length + end else "damaged"
+        raise InputError(f"{kind}: {size} bytes, its header says {8 + length + end}", where=str(file), fix=again)
+    checked: dict[str, dict[str, Any]] = header
+    return checked
+
+
+def link_component(component: ComponentSource, out_folder: Path) -> tuple[Path, ...]:
+    """Hard-link config.json and weights into a folder, under canonical names.
+
+    Names: `model.safetensors`, or the shards by `model-00001-of-00002.safetensors` with their index rewritten.
+
+    Returns:
+        the files written, config.json first; the second is the entry file (weights or index).
+    """
+    config = out_folder / "config.json"
+    link_or_copy(component.folder / "config.json", config)
+    if component.index is None:
+        weights = out_folder / "model.safetensors"
+        link_or_copy(component.weights[0], weights)
+        return config, weights
+    count = len(component.weights)
+    names = {file.name: f"model-{i:05}-of-{count:05}.safetensors" for i, file in enumerate(component.weights, 1)}
+    index = read_json(component.index)
+    index["weight_map"] = {key: names[shard] for key, shard in sorted(index["weight_map"].items())}
+    index_file = out_folder / "model.safetensors.index.json"
+    index_file.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    shards = []
+    for file in component.weights:
+        shards.append(out_folder / names[file.name])
+        link_or_copy(file, shards[-1])
+    return config, index_file, *shards

@@ -1,0 +1,42 @@
+"""Run a bundle: numpy and one backend, no torch. Everything is imported when first used.
+
+    import runtimes
+
+    pipeline = runtimes.load("build/reference-onnxruntime-fp32")
+    pipeline("a red apple", steps=25, seed=0)[0].save("apple.png")
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from runtimes.bundle import Bundle
+    from runtimes.errors import BundleError, DeployError, InputError, ParityError, UnavailableError
+    from runtimes.loading import load
+    from runtimes.pipeline import Pipeline, Step
+    from runtimes.profile import Profile
+
+__all__ = ["Bundle", "BundleError", "DeployError", "InputError", "ParityError", "Pipeline", "Profile", "Step",
+           "UnavailableError", "load"]
+
+_MODULES = {
+    "Bundle": "bundle",
+    "Pipeline": "pipeline",
+    "Profile": "profile",
+    "Step": "pipeline",
+    "load": "loading",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f"{__name__}.{_MODULES.get(name, 'errors')}")
+    globals()[name] = value = getattr(module, name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

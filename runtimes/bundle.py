@@ -1,0 +1,184 @@
+"""The central type: a folder plus its manifest. Opening checks it, committing is one rename."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from runtimes.errors import BundleError, DeployError, InputError, UnavailableError
+from runtimes.manifest import MANIFEST_FILE, Component, FileRecord, Manifest, dumps, parse, safe_path
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle on disk. Nothing in it is written after the commit."""
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: Path | str, *, check_hashes: bool = True) -> Bundle:
+        """Open a bundle and check that every file is the one that was built.
+
+        Args:
+            path: folder with manifest.json.
+            check_hashes: compare contents by sha256; otherwise only presence and size.
+
+        Raises:
+            BundleError: not a bundle, another schema, or a file that is missing, changed or outside.
+        """
+        folder = Path(path)
+        manifest_file = folder / MANIFEST_FILE
+        if not folder.is_dir():
+            raise BundleError("no such folder", where=str(folder), fix="give the folder that `build` wrote")
+        if not manifest_file.is_file():
+            raise BundleError("not a bundle: it holds no manifest.json", where=str(folder),
+                              fix="give the folder that `build` wrote")
+        try:
+            text = manifest_file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise BundleError("not UTF-8 text", where=str(manifest_file)) from error
+        bundle = cls(folder, parse(text, str(manifest_file)))
+        for name, record in bundle.manifest.all_files().items():
+            bundle._check_file(name, record, check_hashes)
+        return bundle
+
+    def file(self, name: str) -> Path:
+        """Absolute path of a file of the bundle; symbolic links may not lead out of it.
+
+        Raises:
+            BundleError: the path leaves the bundle.
+        """
+        path = self.path / safe_path(name)
+        if not path.resolve().is_relative_to(self.path.resolve()):
+            raise BundleError(f"{name} is a link out of the bundle", where=str(self.path))
+        return path
+
+    def component(self, name: str) -> Component:
+        """The component of that name.
+
+        Raises:
+            BundleError: the bundle has none.
+        """
+        if name not in self.manifest.components:
+            raise BundleError(f"the bundle has no {name}", where=str(self.path),
+                              fix=f"it has {', '.join(sorted(self.manifest.components))}")
+        return self.manifest.components[name]
+
+    def _check_file(self, name: str, record: FileRecord, check_hash: bool) -> None:
+        path = self.file(name)
+        if not path.is_file():
+            problem = "is missing"
+        elif path.stat().st_size != record.bytes:
+            problem = f"has {path.stat().st_size} bytes, the manifest says {record.bytes}"
+        elif check_hash and sha256_of(path) != record.sha256:
+            problem = "was changed since the bundle was built (sha256 differs)"
+        else:
+            return
+        raise BundleError(f"{name} {problem}", where=str(self.path), fix="copy the bundle again or rebuild it")
+
+
+def sha256_of(path: Path) -> str:
+    """Content hash of a file, read in blocks."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def record_of(path: Path) -> FileRecord:
+    """Size and hash of a file."""
+    return FileRecord(path.stat().st_size, sha256_of(path))
+
+
+def records_below(folder: Path, root: Path) -> dict[str, FileRecord]:
+    """Records of every file below `folder`, keyed by path relative to `root`, sorted."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {p.relative_to(root).as_posix(): record_of(p) for p in files}
+
+
+def link_or_copy(source: Path, destination: Path) -> None:
+    """Hard-link a file; across file systems, or where links are not allowed, copy it."""
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source.resolve(), destination)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.EACCES):
+            raise
+        shutil.copyfile(source, destination)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write manifest.json, the last file of a bundle."""
+    (folder / MANIFEST_FILE).write_text(dumps(manifest), encoding="utf-8")
+
+
+def check_output(path: Path) -> None:
+    """Refuse to replace anything that is not a bundle.
+
+    Raises:
+        InputError: the path exists and is neither empty nor a bundle.
+    """
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise InputError("the output exists and is not a folder", where=str(path), fix="choose another -o")
+    if path.is_dir() and any(path.iterdir()) and not (path / MANIFEST_FILE).is_file():
+        raise InputError("the output exists and is not a bundle; it is left as it was", where=str(path),
+                         fix="choose another -o or remove it yourself")
+
+
+@contextmanager
+def committed(path: Path) -> Iterator[Path]:
+    """Yield a temporary sibling of `path`; on success rename it into place, on failure remove it.
+
+    An existing bundle is moved aside first and restored if the rename fails.
+
+    Raises:
+        InputError: the path exists and is not a bundle, or cannot be written.
+        UnavailableError: the disk is full.
+    """
+    check_output(path)
+    with translated_disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+        partial.chmod(0o755)
+        try:
+            yield partial
+            _swap(partial, path)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _swap(partial: Path, path: Path) -> None:
+    if not path.exists():
+        partial.rename(path)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+    path.rename(old / path.name)
+    try:
+        partial.rename(path)
+    except OSError:
+        (old / path.name).rename(path)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def translated_disk_errors(path: Path) -> Iterator[None]:
+    """Turn a full disk, a read-only folder or a missing permission into one clear line."""
+    try:
+        yield
+    except DeployError:
+        raise
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UnavailableError("the disk is full", where=str(path), fix="free some space and run again; "
+                                   "finished passes are kept in the cache") from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise InputError(f"cannot write: {error.strerror}", where=str(path), fix="choose another folder") from error
+        raise

@@ -1,0 +1,66 @@
+"""Latents and pixels: the two halves of the autoencoder, in chunks of the batch they were built for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtimes.batching import row_range, run_rows, slices
+from runtimes.errors import ParityError
+from runtimes.session import Session
+
+Float32 = NDArray[np.float32]
+
+
+def decode(decoder: Session, latents: Float32, scaling_factor: float) -> Float32:
+    """Latents to pixels.
+
+    Args:
+        decoder: latent_sample -> sample in -1..1.
+        latents: (B, C, H/f, W/f) float32 as denoised.
+        scaling_factor: what the latents were multiplied by.
+
+    Returns:
+        (B, H, W, 3) float32 in 0..1.
+
+    Raises:
+        ParityError: the decoder's output is not finite.
+    """
+    return np.concatenate(list(_decoded(decoder, latents, scaling_factor)))
+
+
+def decode_uint8(decoder: Session, latents: Float32, scaling_factor: float) -> NDArray[np.uint8]:
+    """As `decode`, rounded to (B, H, W, 3) uint8 chunk by chunk."""
+    return np.concatenate([to_uint8(chunk) for chunk in _decoded(decoder, latents, scaling_factor)])
+
+
+def to_uint8(pixels: Float32) -> NDArray[np.uint8]:
+    """0..1 to 0..255, halves to even as diffusers' `numpy_to_pil`."""
+    return np.rint(pixels * 255).astype(np.uint8)
+
+
+def encode(encoder: Session, pixels: Float32) -> tuple[Float32, Float32]:
+    """Pixels to the moments of their latents' normal distribution.
+
+    Args:
+        encoder: sample -> latent_parameters, mean and log-variance side by side on the channels.
+        pixels: (B, 3, H, W) float32 in -1..1.
+
+    Returns:
+        mean and standard deviation, (B, C, H/f, W/f) float32 each, not yet scaled.
+    """
+    parameters = run_rows(encoder, {"sample": pixels}, "latent_parameters").astype(np.float32, copy=False)
+    mean, logvar = np.split(parameters, 2, axis=1)
+    return mean, np.exp(0.5 * np.clip(logvar, -30.0, 20.0))
+
+
+def _decoded(decoder: Session, latents: Float32, scaling_factor: float) -> Iterator[Float32]:
+    for part in slices(len(latents), row_range(decoder).max):
+        sample = run_rows(decoder, {"latent_sample": latents[part] / np.float32(scaling_factor)}, "sample")
+        if not np.isfinite(sample).all():
+            raise ParityError("the decoded image is not finite", where=decoder.name,
+                              fix="build the decoder in a higher precision")
+        pixels: Float32 = sample.astype(np.float32, copy=False).transpose(0, 2, 3, 1) / np.float32(2)
+        yield np.clip(pixels + np.float32(0.5), 0, 1)

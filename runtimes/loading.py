@@ -1,0 +1,80 @@
+"""A bundle on disk to a pipeline that runs it."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from runtimes.bundle import Bundle
+from runtimes.errors import BundleError
+from runtimes.pipeline import Pipeline
+from runtimes.session import Session, SessionOptions, open_session
+from runtimes.tokenizer import ClipTokenizer
+
+SCHEDULER_FILE = "scheduler/scheduler_config.json"
+TOKENIZER_FOLDER = "tokenizer"
+# Loaded with the bundle, so that a device or a graph that is missing shows at once; the encoder waits for an image.
+NEEDED = ("text_encoder", "unet", "vae_decoder")
+
+
+def load(bundle_dir: Path | str | Bundle, device: str = "cpu", threads: int = 0, check_hashes: bool = True) -> Pipeline:
+    """Load a bundle.
+
+    Args:
+        bundle_dir: folder that `build` wrote, or an open bundle.
+        device: "cpu", or an accelerator that the bundle's backend knows ("cuda", "tensorrt", "tensorrt-rtx").
+        threads: CPU threads inside one operator; 0 uses every core.
+        check_hashes: compare every file with its sha256 first; otherwise only presence and size.
+
+    Raises:
+        BundleError: not a bundle, or one that is broken, changed or from another schema.
+        UnavailableError: this machine lacks the backend, the device or the memory.
+    """
+    bundle = bundle_dir if isinstance(bundle_dir, Bundle) else Bundle.open(bundle_dir, check_hashes=check_hashes)
+    sessions = BundleSessions(bundle, SessionOptions(device, threads))
+    for name in NEEDED:
+        sessions[name]
+    facts = bundle.manifest.pipeline
+    tokenizer = ClipTokenizer.load(bundle.file(f"{TOKENIZER_FOLDER}/tokenizer.json").parent, facts.tokens)
+    return Pipeline(sessions, facts, scheduler_config(bundle), tokenizer)
+
+
+def scheduler_config(bundle: Bundle) -> dict[str, Any]:
+    """The bundle's scheduler_config.json.
+
+    Raises:
+        BundleError: missing or not a JSON object.
+    """
+    file = bundle.file(SCHEDULER_FILE)
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BundleError(f"cannot read it: {error}", where=str(file), fix="build the bundle again") from error
+    if not isinstance(config, dict):
+        raise BundleError("expected a JSON object", where=str(file), fix="build the bundle again")
+    return config
+
+
+class BundleSessions(Mapping[str, Session]):
+    """The components of a bundle, each loaded when first asked for, once for all threads."""
+
+    def __init__(self, bundle: Bundle, options: SessionOptions) -> None:
+        self._bundle, self._options = bundle, options
+        self._loaded: dict[str, Session] = {}
+        self._lock = threading.Lock()
+
+    def __getitem__(self, name: str) -> Session:
+        if name not in self._loaded:
+            with self._lock:
+                if name not in self._loaded:
+                    self._loaded[name] = open_session(self._bundle, name, self._options)
+        return self._loaded[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._bundle.manifest.components)
+
+    def __len__(self) -> int:
+        return len(self._bundle.manifest.components)

@@ -1,0 +1,257 @@
+"""`manifest.json` as frozen dataclasses: parse with clear errors, write canonically, digest what *is*.
+
+What was `measured` (seconds, memory, host, time, parity figures) is kept apart and left out of the digest:
+the same source, spec and tool versions give the same digest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from runtimes.errors import BundleError
+from runtimes.tensors import Axis, TensorSpec
+
+SCHEMA = 1
+MANIFEST_FILE = "manifest.json"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size and content hash of one file of the bundle."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Component:
+    """One network of the pipeline as it lies in the bundle.
+
+    Attributes:
+        format: key of `runtimes.session.FORMATS`, or "safetensors" before export.
+        file: the entry file, relative to the bundle; `files` holds it and everything it refers to.
+        class_name: the PyTorch class it came from, as model_index.json names it.
+        precision: "fp32", "fp16", "int8", ...: what most of its weights are stored in.
+        details: facts only one format has (opset, builder, compute capabilities, ...).
+        parity: figures of the component-level comparison, or nothing if unverified.
+    """
+
+    format: str
+    file: str
+    files: Mapping[str, FileRecord]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    axes: Mapping[str, Axis]
+    class_name: str
+    precision: str
+    parameters: int
+    details: Mapping[str, Any] = field(default_factory=dict)
+    parity: Mapping[str, Any] | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Size of all files together."""
+        return sum(record.bytes for record in self.files.values())
+
+    @property
+    def sha256(self) -> str:
+        """One hash over the names and contents of all files."""
+        return digest_of({name: record.sha256 for name, record in self.files.items()})
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """A pass that ran: enough to run it again."""
+
+    name: str
+    version: int
+    config: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class PipelineFacts:
+    """What the sampling loop must know besides the networks.
+
+    Attributes:
+        latent_channels: channels of `sample` that are denoised.
+        vae_scale_factor: pixels per latent row or column.
+        scaling_factor: latents are multiplied by it before denoising, divided before decoding.
+        height, width: default size in pixels.
+        tokens: length to which prompts are padded and cut.
+    """
+
+    latent_channels: int
+    vae_scale_factor: int
+    scaling_factor: float
+    height: int
+    width: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the bundle came from: an id without local folders, and the hash of every weight file."""
+
+    id: str
+    sha256: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything about a bundle except the bytes of its files."""
+
+    schema: int
+    family: str
+    source: Source
+    target: str
+    precision: str
+    pipeline: PipelineFacts
+    components: Mapping[str, Component]
+    passes: tuple[PassRecord, ...]
+    files: Mapping[str, FileRecord]
+    tools: Mapping[str, str]
+    spec: Mapping[str, Any]
+    verified: bool
+    parity: Mapping[str, Any] | None = None
+    measured: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """sha256 over what the bundle is; measurements are left out."""
+        content = to_json(self)
+        for key in ("measured", "parity", "verified"):
+            del content[key]
+        for component in content["components"].values():
+            del component["parity"]
+        return digest_of(content)
+
+    def all_files(self) -> dict[str, FileRecord]:
+        """Every file the manifest vouches for: the components', tokenizers and scheduler, the report."""
+        records = dict(self.files)
+        for component in self.components.values():
+            records.update(component.files)
+        for name, record in self.measured.get("files", {}).items():
+            records[name] = FileRecord(**record)
+        return records
+
+
+def digest_of(value: Any) -> str:
+    """sha256 of canonical JSON."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def to_json(value: Any) -> Any:
+    """Dataclasses, mappings and tuples as plain JSON values."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(k): to_json(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_json(v) for v in value]
+    return value
+
+
+def from_json(kind: Any, value: Any, where: str) -> Any:
+    """Build `kind` from a JSON value.
+
+    Raises:
+        BundleError: naming the key path at which the value does not fit. Unknown keys are refused too: a newer
+            writer must raise the schema version instead.
+    """
+    origin, arguments = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        return _from_union(arguments, value, where)
+    if dataclasses.is_dataclass(kind):
+        return _from_object(kind, value, where)
+    if origin is tuple and isinstance(value, list):
+        return tuple(from_json(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+    if origin is not None and origin is not tuple and isinstance(value, dict):
+        return {k: from_json(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
+    if kind is float and type(value) is int:
+        return float(value)
+    if isinstance(kind, type) and type(value) is kind:
+        return value
+    raise BundleError(f"expected {getattr(kind, '__name__', kind)}, found {value!r:.60}", where=where)
+
+
+def _from_union(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
+    for kind in kinds:
+        if kind is type(None):
+            if value is None:
+                return None
+            continue
+        try:
+            return from_json(kind, value, where)
+        except BundleError:
+            if len(kinds) == 1 or kind is kinds[-1] or (kinds[-1] is type(None) and kind is kinds[-2]):
+                raise
+    raise BundleError(f"unexpected value {value!r:.60}", where=where)
+
+
+def _from_object(kind: Any, value: Any, where: str) -> Any:
+    if not isinstance(value, dict):
+        raise BundleError(f"expected an object, found {value!r:.60}", where=where)
+    hints = get_type_hints(kind)
+    required = {f.name for f in dataclasses.fields(kind)
+                if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING}
+    if missing := sorted(required - set(value)):
+        raise BundleError(f"missing {', '.join(missing)}", where=where)
+    if unknown := sorted(set(value) - set(hints)):
+        raise BundleError(f"unknown key {', '.join(unknown)}", where=where)
+    return kind(**{k: from_json(hints[k], v, f"{where}.{k}") for k, v in value.items()})
+
+
+def safe_path(name: str) -> PurePosixPath:
+    """A relative path that stays inside the bundle.
+
+    Raises:
+        BundleError: absolute, with `..`, with a backslash or drive, or empty.
+    """
+    path = PurePosixPath(name)
+    if not name or path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name or "\0" in name:
+        raise BundleError(f"the path {name!r} leaves the bundle", where=MANIFEST_FILE,
+                          fix="do not use this bundle; get it again from where it was built")
+    return path
+
+
+def parse(text: str, where: str) -> Manifest:
+    """Read a manifest.
+
+    Raises:
+        BundleError: not JSON, another schema, a missing or unknown key, a path that leaves the bundle.
+    """
+    try:
+        raw = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise BundleError(f"not valid JSON: {error}", where=where) from error
+    schema = raw.get("schema") if isinstance(raw, dict) else None
+    if schema != SCHEMA:
+        newer = isinstance(schema, int) and schema > SCHEMA
+        raise BundleError(
+            f"manifest schema {schema!r}, this version of ldm-deploy reads {SCHEMA}",
+            where=where,
+            fix="upgrade ldm-deploy" if newer else "build the bundle again",
+        )
+    manifest: Manifest = from_json(Manifest, raw, Path(where).name)
+    for name, component in manifest.components.items():
+        if component.file not in component.files:
+            raise BundleError(f"{component.file} is not among the files of {name}", where=where)
+    for name in manifest.all_files():
+        safe_path(name)
+    return manifest
+
+
+def dumps(manifest: Manifest) -> str:
+    """Text of manifest.json: sorted keys, so that equal manifests are equal files."""
+    return json.dumps(to_json(manifest), sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n"

@@ -1,0 +1,70 @@
+"""Least-recently-used cache of embedded prompts, bounded in bytes and safe to share between threads."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class CacheStats:
+    """A snapshot of the cache.
+
+    Attributes:
+        bytes: size of the arrays it holds.
+    """
+
+    hits: int
+    misses: int
+    entries: int
+    bytes: int
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the look-ups that were answered, 0 before the first."""
+        return self.hits / max(self.hits + self.misses, 1)
+
+
+class PromptCache:
+    """Token ids to their embedding. An entry larger than the whole bound is not kept."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._lock = threading.Lock()
+        self._entries: OrderedDict[bytes, NDArray[Any]] = OrderedDict()
+        self._bytes = self._hits = self._misses = 0
+
+    def get(self, key: bytes) -> NDArray[Any] | None:
+        """The read-only array stored under `key`, or None."""
+        with self._lock:
+            array = self._entries.get(key)
+            if array is None:
+                self._misses += 1
+                return None
+            self._hits += 1
+            self._entries.move_to_end(key)
+            return array
+
+    def put(self, key: bytes, array: NDArray[Any]) -> None:
+        """Store an array, which becomes read-only, and drop the longest unused ones beyond the bound."""
+        array = np.ascontiguousarray(array)
+        array.setflags(write=False)
+        with self._lock:
+            if (old := self._entries.pop(key, None)) is not None:
+                self._bytes -= old.nbytes
+            self._entries[key] = array
+            self._bytes += array.nbytes
+            while self._bytes > self._max_bytes:
+                _, dropped = self._entries.popitem(last=False)
+                self._bytes -= dropped.nbytes
+
+    @property
+    def stats(self) -> CacheStats:
+        """Hits, misses and size so far."""
+        with self._lock:
+            return CacheStats(self._hits, self._misses, len(self._entries), self._bytes)

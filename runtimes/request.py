@@ -1,0 +1,211 @@
+"""What a caller asks of a pipeline, checked as a whole before any work and spread out to one entry per image."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtimes.batching import input_spec
+from runtimes.errors import InputError
+from runtimes.images import ImageLike, open_image, to_pixels
+from runtimes.manifest import PipelineFacts
+from runtimes.noise import resolve_seeds
+from runtimes.session import Session
+from runtimes.tensors import ShapeRange
+from runtimes.tokenizer import check_text
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+OUTPUTS = ("pil", "numpy", "latents")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A checked call. Everything per image has one entry for each of the B images.
+
+    Attributes:
+        prompts, negatives: texts; `negatives` is empty where guidance is off.
+        latent_shape: (C, H/f, W/f).
+        pictures: distinct initial images, (K, 3, H, W) float32 in -1..1, or None for text to image.
+        picture_of: index into `pictures` for every image.
+        latents: given initial noise, (B, C, H/f, W/f) float32 of unit variance, or None to draw it.
+    """
+
+    prompts: tuple[str, ...]
+    negatives: tuple[str, ...]
+    latent_shape: tuple[int, int, int]
+    guidance_scale: float
+    seeds: tuple[int, ...]
+    pictures: NDArray[np.float32] | None
+    picture_of: tuple[int, ...]
+    latents: NDArray[np.float32] | None
+
+
+def check_request(
+    sessions: Mapping[str, Session], facts: PipelineFacts, *, prompt: str | Sequence[str],
+    negative_prompt: str | Sequence[str], images_per_prompt: int, guidance_scale: float,
+    seed: int | Sequence[int] | None, height: int | None, width: int | None,
+    image: ImageLike | Sequence[ImageLike] | None, latents: NDArray[np.float32] | None,
+) -> Request:
+    """Check a call's arguments; see `Pipeline.__call__` for their meaning.
+
+    Raises:
+        InputError: the first argument that cannot be used.
+    """
+    prompts = _texts(prompt, "the prompt")
+    if not prompts:
+        raise InputError("no prompt", where="prompt", fix="give at least one; it may be an empty string")
+    copies = whole(images_per_prompt, "images_per_prompt")
+    negatives = _texts(negative_prompt, "the negative prompt")
+    if isinstance(negative_prompt, str):
+        negatives *= len(prompts)
+    if len(negatives) != len(prompts):
+        raise InputError(f"{len(negatives)} negative prompts for {len(prompts)} prompts", where="negative_prompt",
+                         fix="give one, or one per prompt")
+    scale = finite(guidance_scale, "guidance_scale")
+    pictures = [] if image is None else _pictures(image, len(prompts))
+    height, width = _size(facts, sessions, height, width, pictures, latents)
+    shape = facts.latent_channels, height // facts.vae_scale_factor, width // facts.vae_scale_factor
+    count = len(prompts) * copies
+    return Request(
+        prompts=_repeated(prompts, copies),
+        negatives=_repeated(negatives, copies) if scale > 1 else (),
+        latent_shape=shape,
+        guidance_scale=scale,
+        seeds=resolve_seeds(seed, count),
+        pictures=np.stack([to_pixels(p, height, width) for p in pictures]) if pictures else None,
+        picture_of=(0,) * count if len(pictures) == 1 else _repeated(range(len(pictures)), copies),
+        latents=None if latents is None else check_latents(latents, (count, *shape)),
+    )
+
+
+def check_latents(latents: object, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Refuse latents of another type or shape, or with numbers that are not finite.
+
+    Raises:
+        InputError: naming what was expected.
+    """
+    if not isinstance(latents, np.ndarray) or latents.dtype != np.float32 or latents.shape != shape:
+        found = f"{latents.dtype} {latents.shape}" if isinstance(latents, np.ndarray) else type(latents).__name__
+        raise InputError(f"the latents are {found}, expected float32 {shape}", where="latents",
+                         fix="(images, channels, height / f, width / f), unit variance")
+    if not np.isfinite(latents).all():
+        raise InputError("the latents hold NaN or infinity", where="latents")
+    return latents
+
+
+def check_size(facts: PipelineFacts, sessions: Mapping[str, Session], name: str, pixels: int) -> int:
+    """Refuse a height or width that the networks do not take.
+
+    Raises:
+        InputError: not a multiple, or outside the range that the bundle was built for.
+    """
+    limits, multiple = pixel_limits(facts, sessions, name)
+    pixels = whole(pixels, name)
+    if pixels % multiple or pixels not in limits:
+        steps = f" in steps of {multiple}" if limits.min < limits.max else ""
+        near = sorted({min(max(p, limits.min), limits.max)
+                       for p in (pixels // multiple * multiple, -(-pixels // multiple) * multiple)})
+        raise InputError(f"{name} is {pixels}, the bundle makes {limits.min} to {limits.max}{steps}", where=name,
+                         fix=f"nearest: {' or '.join(map(str, near))}; other sizes need a rebuild with --shapes")
+    return pixels
+
+
+def pixel_limits(facts: PipelineFacts, sessions: Mapping[str, Session], name: str) -> tuple[ShapeRange, int]:
+    """The range of a height or width in pixels, and what it must be a multiple of: the U-Net's and decoder's alike."""
+    position = {"height": 2, "width": 3}[name]
+    least, most, multiple = 1, 1 << 20, 1
+    for component, tensor in (("unet", "sample"), ("vae_decoder", "latent_sample")):
+        size = input_spec(sessions[component], tensor).shape[position]
+        if isinstance(size, int):
+            least, most = max(least, size), min(most, size)
+        elif (axis := sessions[component].component.axes.get(size)) is not None:
+            least, most = max(least, axis.range.min), min(most, axis.range.max)
+            multiple = math.lcm(multiple, axis.multiple)
+    least, most = -(-least // multiple) * multiple, most // multiple * multiple
+    if least > most:
+        raise InputError(f"U-Net and decoder have no {name} in common", where=name, fix="build the bundle again")
+    factor = facts.vae_scale_factor
+    return ShapeRange(least * factor, least * factor, most * factor), multiple * factor
+
+
+def whole(value: object, where: str) -> int:
+    """A whole number from 1 on.
+
+    Raises:
+        InputError: anything else.
+    """
+    try:
+        if isinstance(value, bool | np.bool_):
+            raise TypeError
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise InputError(f"{where} is {value!r}, expected a whole number from 1 on", where=where)
+    return number
+
+
+def finite(value: Any, where: str) -> float:
+    """A finite number.
+
+    Raises:
+        InputError: NaN, infinity, or not a number.
+    """
+    try:
+        number = math.nan if isinstance(value, str | bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise InputError(f"{where} is {value!r}, expected a finite number", where=where)
+    return number
+
+
+def _texts(value: object, what: str) -> tuple[str, ...]:
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        check_text(value, what)
+        return (str(value),)
+    for text in value:
+        check_text(text, what)
+    return tuple(value)
+
+
+def _repeated(values: Sequence[Any], copies: int) -> tuple[Any, ...]:
+    """Each value `copies` times in a row, as diffusers orders the images of several prompts."""
+    return tuple(value for value in values for _ in range(copies))
+
+
+def _pictures(image: ImageLike | Sequence[ImageLike], prompts: int) -> list[Image]:
+    several = isinstance(image, Sequence) and not isinstance(image, str)
+    sources: Sequence[Any] = image if several else [image]  # type: ignore[assignment]
+    if len(sources) not in (1, prompts):
+        raise InputError(f"{len(sources)} images for {prompts} prompts", where="image", fix="give one, or one each")
+    return [open_image(source) for source in sources]
+
+
+def _size(
+    facts: PipelineFacts, sessions: Mapping[str, Session], height: int | None, width: int | None,
+    pictures: Sequence[Image], latents: object,
+) -> tuple[int, int]:
+    """Height and width in pixels: as asked for, else the latents', else the first picture's rounded down, else the
+    bundle's own."""
+    sizes = []
+    for name, given, axis, default in (("height", height, 2, facts.height), ("width", width, 3, facts.width)):
+        if given is not None:
+            size = given
+        elif isinstance(latents, np.ndarray) and latents.ndim == 4 and latents.shape[axis]:
+            size = latents.shape[axis] * facts.vae_scale_factor
+        elif pictures:
+            multiple = pixel_limits(facts, sessions, name)[1]
+            size = max(getattr(pictures[0], name) // multiple, 1) * multiple
+        else:
+            size = default
+        sizes.append(check_size(facts, sessions, name, size))
+    return sizes[0], sizes[1]

@@ -1,0 +1,77 @@
+"""The two protocols of sampling: `Scheduler`, an immutable description, and `Run`, the state of one denoising run."""
+
+from __future__ import annotations
+
+from typing import Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from runtimes.schedulers.sigmas import Float32
+
+Timesteps: TypeAlias = npt.NDArray[np.float32] | npt.NDArray[np.int64]
+
+
+class Run(Protocol):
+    """One denoising run. Not shareable: multistep methods remember earlier model outputs.
+
+    The steps are taken in the order i = 0, 1, ..., len(timesteps) - 1:
+
+        sample = noise * run.init_noise_sigma            # or run.add_noise(original, noise), image to image
+        for i, t in enumerate(run.timesteps):
+            output = unet(run.scale_model_input(sample, i), t)
+            sample = run.step(output, i, sample, standard_normal() if run.needs_noise(i) else None)
+
+    Every array of samples, noise or model output is (B, C, H, W) float32; a batch shares one run.
+    """
+
+    @property
+    def timesteps(self) -> Timesteps:
+        """What the U-Net is told at each step: (n,) descending, float32 for the Euler methods and int64 for others."""
+        ...
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """Standard deviation of the sample that a run from pure noise starts with."""
+        ...
+
+    def scale_model_input(self, sample: Float32, i: int) -> Float32:
+        """What the U-Net is given at step i in place of `sample`."""
+        ...
+
+    def needs_noise(self, i: int) -> bool:
+        """Whether step i adds fresh noise."""
+        ...
+
+    def step(self, model_output: Float32, i: int, sample: Float32, noise: Float32 | None = None) -> Float32:
+        """The sample after step i. `noise` is standard normal, drawn by the caller, where `needs_noise(i)`."""
+        ...
+
+    def add_noise(self, original: Float32, noise: Float32) -> Float32:
+        """`original` diffused to the noise level of the run's first timestep; `noise` is standard normal."""
+        ...
+
+
+class Scheduler(Protocol):
+    """A sampling method with its noise schedule: immutable, hashable, shareable between threads."""
+
+    @property
+    def num_train_timesteps(self) -> int:
+        """Length of the training schedule: the most steps a run can have."""
+        ...
+
+    @property
+    def prediction_type(self) -> str:
+        """What the U-Net predicts: epsilon, v_prediction or sample."""
+        ...
+
+    def start(self, steps: int, strength: float = 1.0, eta: float = 0.0) -> Run:
+        """Begin a run.
+
+        Args:
+            steps: length of the whole schedule, 1 to num_train_timesteps.
+            strength: share of the schedule that is run, in (0, 1]; below 1 for image to image, as
+                StableDiffusionImg2ImgPipeline.get_timesteps cuts it.
+            eta: DDIM's share of fresh noise, 0 (deterministic) to 1 (DDPM); 0 for every other method.
+        """
+        ...

@@ -1,0 +1,78 @@
+"""`Session`: one loaded component, numpy in and out. The table of formats; the checks every backend shares."""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from runtimes.bundle import Bundle
+from runtimes.errors import BundleError
+from runtimes.manifest import Component
+from runtimes.tensors import bind_axes
+
+Arrays = Mapping[str, np.ndarray[Any, Any]]
+
+# format of a component -> module:class of the session that runs it. A new runtime is one line here and one file.
+FORMATS: dict[str, str] = {
+    "onnx": "runtimes.session_ort:OrtSession",
+}
+
+
+@dataclass(frozen=True)
+class SessionOptions:
+    """How a backend should run.
+
+    Attributes:
+        device: "cpu", or an accelerator that the format's backend knows ("cuda", "tensorrt", "tensorrt-rtx").
+        threads: CPU threads inside one operator; 0 lets the backend use all cores.
+    """
+
+    device: str = "cpu"
+    threads: int = 0
+
+
+class Session(ABC):
+    """One loaded component. Thread-safe: it keeps no state between calls."""
+
+    def __init__(self, name: str, component: Component) -> None:
+        self.name, self.component = name, component
+
+    def run(self, feeds: Arrays) -> dict[str, np.ndarray[Any, Any]]:
+        """Run the component.
+
+        Args:
+            feeds: every input of the component by name, with the dtype and shape its TensorSpec says.
+
+        Returns:
+            every output by name, fresh arrays that the caller owns.
+
+        Raises:
+            InputError: a name, dtype or shape does not fit.
+        """
+        bind_axes(self.component.inputs, feeds, self.component.axes, self.name)
+        return self._run(feeds)
+
+    @abstractmethod
+    def _run(self, feeds: Arrays) -> dict[str, np.ndarray[Any, Any]]:
+        """Run checked feeds."""
+
+
+def open_session(bundle: Bundle, name: str, options: SessionOptions) -> Session:
+    """Load one component of a bundle.
+
+    Raises:
+        BundleError: no runtime runs its format.
+        UnavailableError: the runtime or the device is missing on this machine.
+    """
+    component = bundle.component(name)
+    if component.format not in FORMATS:
+        raise BundleError(f"no runtime runs the format {component.format!r}", where=f"{bundle.path}: {name}",
+                          fix=f"build for one of {', '.join(sorted(FORMATS))}")
+    module, _, attribute = FORMATS[component.format].partition(":")
+    session: Session = getattr(importlib.import_module(module), attribute)(bundle, name, options)
+    return session

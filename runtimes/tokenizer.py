@@ -1,0 +1,297 @@
+"""CLIP tokenization through `tokenizers` alone: prompts to padded ids, and published tokenizer folders to ours.
+
+Equal to transformers' `CLIPTokenizer`, which rebuilds normalizer and splitting from the vocabulary, the merges and the
+added tokens whichever layout a folder has. So does `prepare_tokenizer`; the bundle then holds the finished result.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtimes.errors import BundleError, InputError
+
+if TYPE_CHECKING:
+    from tokenizers import AddedToken, Tokenizer
+
+MAX_CHARACTERS = 4000
+TOKENIZER_FILE = "tokenizer.json"
+CONFIG_FILE = "tokenizer_config.json"
+
+# transformers/models/clip/tokenization_clip.py; OpenAI CLIP's simple_tokenizer.py
+_WORD = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
+_MARKERS = {
+    "bos_token": "<|startoftext|>",
+    "eos_token": "<|endoftext|>",
+    "unk_token": "<|endoftext|>",
+    "pad_token": "<|endoftext|>",
+}
+_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# transformers writes 10**30 where no length was given
+_ABSURD_LENGTH = 1_000_000
+
+logger = logging.getLogger(__name__)
+
+
+class ClipTokenizer:
+    """Prompts to ids. Immutable after loading, so threads may share it.
+
+    Attributes:
+        tokens: length of every row, both markers counted.
+        pad_id: id that fills a row after the end marker ("!" in Stable Diffusion 2, the end marker elsewhere).
+    """
+
+    def __init__(self, tokenizer: Tokenizer, tokens: int, pad_token: str) -> None:
+        pad_id = tokenizer.token_to_id(pad_token)
+        if pad_id is None:
+            raise BundleError(f"the padding token {pad_token!r} is not in the vocabulary", where=TOKENIZER_FILE)
+        self.tokens, self.pad_id = tokens, int(pad_id)
+        tokenizer.enable_truncation(tokens)
+        tokenizer.enable_padding(length=tokens, pad_id=self.pad_id, pad_token=pad_token)
+        self._tokenizer = tokenizer
+
+    @classmethod
+    def load(cls, folder: Path | str, tokens: int) -> ClipTokenizer:
+        """Read a folder that `prepare_tokenizer` wrote.
+
+        Raises:
+            BundleError: a file is missing or not what `tokenizers` reads.
+        """
+        from tokenizers import Tokenizer
+
+        file = Path(folder) / TOKENIZER_FILE
+        try:
+            tokenizer = Tokenizer.from_file(str(file))
+            config = json.loads((Path(folder) / CONFIG_FILE).read_text(encoding="utf-8"))
+            pad_token = config["pad_token"]
+        except Exception as error:  # `tokenizers` raises bare Exception
+            raise BundleError(f"cannot read the tokenizer: {_first_line(error)}", where=str(folder),
+                              fix="build the bundle again") from error
+        return cls(tokenizer, tokens, pad_token)
+
+    def __call__(self, texts: Sequence[str]) -> NDArray[np.int64]:
+        """Tokenize prompts.
+
+        Args:
+            texts: any strings; a text that needs more than `tokens` is cut with a logged warning that quotes the rest.
+
+        Returns:
+            (len(texts), tokens) int64, start marker first, end marker last before the padding.
+
+        Raises:
+            InputError: a text is not a string, not valid Unicode, or longer than 4,000 characters.
+        """
+        ids = np.empty((len(texts), self.tokens), np.int64)
+        for row, text in enumerate(texts):
+            check_text(text)
+            encoding = self._tokenizer.encode(text)
+            ids[row] = encoding.ids
+            if encoding.overflowing:
+                start = next(s for s, e in encoding.overflowing[0].offsets if e > s)
+                logger.warning("the prompt is longer than %d tokens; this part of it was cut: %r",
+                               self.tokens, text[start:])
+        return ids
+
+
+def check_text(text: object, what: str = "the prompt") -> None:
+    """Refuse what no tokenizer should be given.
+
+    Raises:
+        InputError: not a string, not valid Unicode, or longer than 4,000 characters.
+    """
+    if not isinstance(text, str):
+        raise InputError(f"{what} is {type(text).__name__}, expected a string")
+    if len(text) > MAX_CHARACTERS:
+        raise InputError(f"{what} has {len(text):,} characters, at most {MAX_CHARACTERS:,} are accepted",
+                         fix="shorten it; only the first tokens would be used")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{what} is not valid Unicode at character {error.start}",
+                         fix="remove the unpaired surrogate") from error
+
+
+def tokenizer_json_from_bpe(
+    vocab_file: Path | str, merges_file: Path | str, added: Iterable[AddedToken] | None = None
+) -> str:
+    """The text of a tokenizer.json equal to CLIP's, from the two files of older releases.
+
+    Args:
+        vocab_file: vocab.json, a mapping of token to id.
+        merges_file: merges.txt, a pair a line after an optional version line.
+        added: tokens found in the text before it is split; by default the two markers.
+
+    Raises:
+        InputError: a file is missing or malformed, or a marker is not in the vocabulary.
+    """
+    vocab, merges = _from_bpe_files(vocab_file, merges_file)
+    return _clip_json(vocab, merges, list(added) if added is not None else _tokens_of(_MARKERS), _MARKERS,
+                      str(vocab_file))
+
+
+def prepare_tokenizer(source_folder: Path | str, out_folder: Path | str) -> int | None:
+    """Write tokenizer.json and a small tokenizer_config.json from a published tokenizer folder of either layout.
+
+    Returns:
+        the longest prompt in tokens that the source states, or None where it states none.
+
+    Raises:
+        InputError: no tokenizer there, or files that are malformed or contradict each other.
+    """
+    source, out = Path(source_folder), Path(out_folder)
+    config = _read_object(source / CONFIG_FILE) or {}
+    whole = _read_object(source / TOKENIZER_FILE)
+    try:
+        names, added, ids = _special_tokens(source, config, whole)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"malformed special tokens: {error!r}", where=str(source),
+                         fix="save the tokenizer again with transformers") from error
+    if whole is not None:
+        vocab, merges = _from_tokenizer_json(whole, source / TOKENIZER_FILE)
+    elif (source / "vocab.json").is_file() and (source / "merges.txt").is_file():
+        vocab, merges = _from_bpe_files(source / "vocab.json", source / "merges.txt")
+    else:
+        raise InputError("no tokenizer: neither tokenizer.json nor vocab.json with merges.txt", where=str(source),
+                         fix="download the model again")
+    text = _clip_json(vocab, merges, added, names, str(source))
+    written = {token["content"]: token["id"] for token in json.loads(text)["added_tokens"]}
+    if wrong := sorted(t for t, i in ids.items() if written.get(t, i) != i):
+        raise InputError(f"the ids of the added tokens {', '.join(wrong)} contradict the vocabulary", where=str(source),
+                         fix="save the tokenizer again with transformers")
+    length = config.get("model_max_length")
+    length = int(length) if isinstance(length, int | float) and 2 < length < _ABSURD_LENGTH else None
+    small = {name: names[name] for name in _MARKERS} | {"model_max_length": length, "tokenizer_class": "CLIPTokenizer"}
+    out.mkdir(parents=True, exist_ok=True)
+    (out / TOKENIZER_FILE).write_text(text, encoding="utf-8")
+    (out / CONFIG_FILE).write_text(json.dumps(small, indent=2, sort_keys=True, ensure_ascii=False) + "\n",
+                                   encoding="utf-8")
+    return length
+
+
+def _clip_json(
+    vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], added: list[AddedToken], names: Mapping[str, str],
+    where: str,
+) -> str:
+    from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+    from tokenizers.models import BPE
+
+    try:
+        tokenizer = Tokenizer(BPE(vocab=dict(vocab), merges=list(merges), continuing_subword_prefix="",
+                                  end_of_word_suffix="</w>", fuse_unk=False, unk_token=names["unk_token"]))
+    except Exception as error:  # `tokenizers` raises bare Exception, e.g. for a merge that is not in the vocabulary
+        raise InputError(f"vocabulary and merges do not fit: {_first_line(error)}", where=where) from error
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(_WORD), behavior="removed", invert=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+    ])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_tokens(added)
+    start, end = (_numbered(tokenizer, names[name], where) for name in ("bos_token", "eos_token"))
+    _numbered(tokenizer, names["pad_token"], where)
+    tokenizer.post_processor = processors.RobertaProcessing(end, start, trim_offsets=False, add_prefix_space=False)
+    return str(tokenizer.to_str(pretty=True))
+
+
+def _numbered(tokenizer: Tokenizer, token: str, where: str) -> tuple[str, int]:
+    number = tokenizer.token_to_id(token)
+    if number is None:
+        raise InputError(f"{token} is not in the vocabulary", where=where, fix="download the tokenizer again")
+    return token, number
+
+
+def _special_tokens(
+    source: Path, config: Mapping[str, Any], whole: Mapping[str, Any] | None
+) -> tuple[dict[str, str], list[AddedToken], dict[str, int]]:
+    """Names of the markers, the added tokens in the order of their ids, and the ids the source states.
+
+    The precedence is that of transformers' `PreTrainedTokenizerBase._from_pretrained`.
+    """
+    values: dict[str, Any] = {**_MARKERS, **{k: config[k] for k in _NAMED if config.get(k)}}
+    stated: dict[int, AddedToken] = {}
+    if "added_tokens_decoder" in config:
+        stated = {int(i): _token(t) for i, t in config["added_tokens_decoder"].items()}
+    else:
+        special = _read_object(source / "special_tokens_map.json") or {}
+        values |= {k: special[k] for k in _NAMED if special.get(k)}
+        contents = {_content(v) for v in values.values()}
+        for text, i in (_read_object(source / "added_tokens.json") or {}).items():
+            stated[i] = _token({"content": text, "normalized": text not in contents, "special": text in contents})
+        for token in whole.get("added_tokens", []) if whole else []:
+            stated[token["id"]] = _token({k: v for k, v in token.items() if k != "id"})
+    names = {k: _content(v) for k, v in values.items()}
+    added = [token for _, token in sorted(stated.items())]
+    known = {token.content for token in added}
+    added += [t for t in _tokens_of(values) if t.content not in known]
+    return names, added, {token.content: i for i, token in stated.items()}
+
+
+def _tokens_of(values: Mapping[str, Any]) -> list[AddedToken]:
+    """The distinct special tokens in transformers' order of names.
+
+    Equal contents with other flags stay: `tokenizers` lets the last of them count, as it does for transformers.
+    """
+    tokens: list[AddedToken] = []
+    for name in _NAMED:
+        if name in values and (token := _token(values[name])) not in tokens:
+            tokens.append(token)
+    return tokens
+
+
+def _token(value: Any) -> AddedToken:
+    from tokenizers import AddedToken
+
+    if isinstance(value, str):
+        return AddedToken(value, special=True)
+    flags = {k: bool(value[k]) for k in ("single_word", "lstrip", "rstrip", "normalized") if k in value}
+    return AddedToken(value["content"], special=bool(value.get("special", True)), **flags)
+
+
+def _content(value: Any) -> str:
+    return value if isinstance(value, str) else str(value["content"])
+
+
+def _from_bpe_files(vocab_file: Path | str, merges_file: Path | str) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    from tokenizers.models import BPE
+
+    try:
+        vocab, merges = BPE.read_file(str(vocab_file), str(merges_file))
+    except Exception as error:  # `tokenizers` raises bare Exception
+        raise InputError(f"cannot read the vocabulary: {_first_line(error)}", where=f"{vocab_file}, {merges_file}",
+                         fix="download the tokenizer again") from error
+    return vocab, merges
+
+
+def _from_tokenizer_json(whole: Mapping[str, Any], file: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    try:
+        model = whole["model"]
+        if model.get("type", "BPE") != "BPE":
+            raise InputError(f"a {model['type']} tokenizer, expected CLIP's byte-pair encoding", where=str(file))
+        pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
+        return dict(model["vocab"]), [(first, second) for first, second in pairs]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"malformed tokenizer: {error!r}", where=str(file), fix="download the model again") from error
+
+
+def _read_object(file: Path) -> dict[str, Any] | None:
+    """A JSON object, or None where there is no such file."""
+    if not file.is_file():
+        return None
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"not valid JSON: {error}", where=str(file)) from error
+    if not isinstance(value, dict):
+        raise InputError("expected a JSON object", where=str(file))
+    return value
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

@@ -1,0 +1,1 @@
+"""The tests, in the folders of what they test; not part of the wheel."""

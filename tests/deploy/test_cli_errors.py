@@ -1,0 +1,128 @@
+"""Bad input on the command line: one clear line on stderr, the right exit code, nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from deploy.cli import main
+from deploy.reference_model import WEIGHTS
+
+Cli = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Cli:
+    """Run the command line in an empty folder: exit code and stderr."""
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    monkeypatch.setenv("LDM_DEPLOY_CACHE", str(tmp_path / "cache"))
+
+    def run(*arguments: str | Path) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["ldm-deploy", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        return int(stop.value.code or 0), capsys.readouterr().err
+
+    return run
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A copy of the reference model that a test may break."""
+    return Path(shutil.copytree(WEIGHTS, tmp_path / "model"))
+
+
+def assert_refused(result: tuple[int, str], *words: str, code: int = 2) -> None:
+    exit_code, text = result
+    assert exit_code == code, text
+    assert text.startswith("error: "), text
+    assert len(text.strip().splitlines()) == 1, text
+    for word in words:
+        assert word in text
+
+
+def assert_nothing_left(folder: Path) -> None:
+    assert [p for p in folder.rglob("*") if p.is_file()] == []
+
+
+def test_no_such_folder(cli: Cli):
+    assert_refused(cli("build", "nowhere"), "nowhere", "no such folder")
+    assert_nothing_left(Path.cwd())
+
+
+def test_a_folder_without_model_index(cli: Cli, tmp_path: Path):
+    (tmp_path / "empty").mkdir()
+    assert_refused(cli("build", tmp_path / "empty"), "model_index.json")
+
+
+def test_an_unknown_pipeline_class_names_the_known_ones(cli: Cli, model: Path):
+    index = json.loads((model / "model_index.json").read_text())
+    (model / "model_index.json").write_text(json.dumps({**index, "_class_name": "StableDifusionPipeline"}))
+    assert_refused(cli("build", model), "StableDifusionPipeline", "nearest: StableDiffusionPipeline")
+
+
+def test_a_missing_weight_file(cli: Cli, model: Path):
+    (model / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    assert_refused(cli("build", model), "unet", "no .safetensors file")
+
+
+def test_a_truncated_weight_file(cli: Cli, model: Path):
+    file = model / "vae" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    assert_refused(cli("build", model), "vae", "truncated")
+
+
+def test_a_pickle_is_refused_with_the_way_to_convert(cli: Cli, model: Path):
+    (model / "unet" / "diffusion_pytorch_model.safetensors").rename(model / "unet" / "diffusion_pytorch_model.bin")
+    assert_refused(cli("build", model), "pickle", "safe_serialization=True")
+
+
+def test_nan_weights_name_component_and_tensor(cli: Cli, model: Path):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    file = model / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights["conv_in.weight"][0, 0, 0, 0] = torch.nan
+    save_file(weights, file)
+    assert_refused(cli("build", model), "unet", "conv_in.weight", "NaN")
+    assert_nothing_left(Path.cwd())
+
+
+def test_an_output_that_exists_and_is_not_a_bundle_is_left_alone(cli: Cli, tmp_path: Path):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("ten years")
+    assert_refused(cli("build", "-o", mine), "not a bundle")
+    assert (mine / "thesis.txt").read_text() == "ten years"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--shapes", "depth=1:2:3"), ("depth", "height")),
+        (("--shapes", "height=70"), ("70", "multiple")),
+        (("--target", "coreml"), ("target",)),
+        (("--budget", "psnr=40"), ("psnr", "image_psnr_db")),
+        (("--spec", "missing.yaml"), ("missing.yaml",)),
+    ],
+)
+def test_unusable_options(cli: Cli, arguments: tuple[str, ...], words: tuple[str, ...]):
+    assert_refused(cli("build", *arguments), *words)
+
+
+def test_a_dry_run_prints_the_passes_and_writes_nothing(cli: Cli, capsys: pytest.CaptureFixture[str], monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["ldm-deploy", "build", "--dry-run"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    out = capsys.readouterr().out
+    assert not stop.value.code
+    assert all(name in out for name in ("load", "export", "optimize"))
+    assert_nothing_left(Path.cwd())

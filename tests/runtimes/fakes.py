@@ -1,0 +1,161 @@
+"""Sessions and bundles small enough to reason about: numpy functions, and ONNX graphs of a few nodes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from runtimes.bundle import Bundle, records_below, write_manifest
+from runtimes.manifest import SCHEMA, Component, Manifest, PipelineFacts, Source
+from runtimes.session import Session
+from runtimes.tensors import Axis, ShapeRange, TensorSpec
+
+CHANNELS, FACTOR, TOKENS, WIDTH = 2, 4, 5, 3
+FACTS = PipelineFacts(latent_channels=CHANNELS, vae_scale_factor=FACTOR, scaling_factor=0.5, height=32, width=32,
+                      tokens=TOKENS)
+DDIM = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
+        "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
+
+
+def axes(batch: ShapeRange, side: ShapeRange, multiple: int = 1) -> dict[str, Axis]:
+    return {"batch": Axis("images", batch), "height": Axis("rows", side, multiple),
+            "width": Axis("columns", side, multiple)}
+
+
+def component(
+    inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], axes: Mapping[str, Axis], **changes: Any
+) -> Component:
+    values: dict[str, Any] = {"format": "onnx", "file": "model.onnx", "files": {}, "class_name": "Fake",
+                              "precision": "fp32", "parameters": 1, "details": {}}
+    return Component(inputs=inputs, outputs=outputs, axes=axes, **(values | changes))
+
+
+def components(batch: int = 8, side: tuple[int, int] = (4, 16), multiple: int = 2) -> dict[str, Component]:
+    """The four components' I/O, as a family declares it."""
+    rows, small = ShapeRange(1, 1, batch), ShapeRange(side[0], side[0], side[1])
+    pixels = ShapeRange(side[0] * FACTOR, side[0] * FACTOR, side[1] * FACTOR)
+    image = ("batch", 3, "height", "width")
+    latent = ("batch", CHANNELS, "height", "width")
+    hidden = ("batch", TOKENS, WIDTH)
+    return {
+        "text_encoder": component(
+            (TensorSpec("input_ids", "int64", ("batch", TOKENS)),), (TensorSpec("last_hidden_state", "float32", hidden),),
+            {"batch": Axis("prompts", rows)}),
+        "unet": component(
+            (TensorSpec("sample", "float32", latent), TensorSpec("timestep", "float32", ("batch",)),
+             TensorSpec("encoder_hidden_states", "float32", hidden)),
+            (TensorSpec("out_sample", "float32", latent),), axes(rows, small, multiple)),
+        "vae_encoder": component(
+            (TensorSpec("sample", "float32", image),),
+            (TensorSpec("latent_parameters", "float32", ("batch", 2 * CHANNELS, "height/4", "width/4")),),
+            axes(rows, pixels, FACTOR)),
+        "vae_decoder": component(
+            (TensorSpec("latent_sample", "float32", latent),),
+            (TensorSpec("sample", "float32", ("batch", 3, "height*4", "width*4")),), axes(rows, small)),
+    }
+
+
+class FakeSession(Session):
+    """A numpy function as a component; every call is recorded."""
+
+    def __init__(self, name: str, component: Component, function: Callable[..., np.ndarray]) -> None:
+        super().__init__(name, component)
+        self.function = function
+        self.calls: list[dict[str, np.ndarray]] = []
+
+    def _run(self, feeds):
+        self.calls.append({name: np.array(value) for name, value in feeds.items()})
+        return {self.component.outputs[0].name: self.function(**feeds)}
+
+
+def text_encoder(input_ids):
+    return np.sin(input_ids[:, :, None] * np.arange(1, WIDTH + 1)).astype(np.float32)
+
+
+def unet(sample, timestep, encoder_hidden_states):
+    shift = encoder_hidden_states.mean(axis=(1, 2))[:, None, None, None]
+    return (np.tanh(sample) * 0.7 + np.roll(sample, 1, axis=3) * 0.2 + shift * 0.3
+            + timestep[:, None, None, None] / 5000).astype(np.float32)
+
+
+def vae_encoder(sample):
+    small = sample[:, :CHANNELS, ::FACTOR, ::FACTOR]
+    return np.concatenate([small, small * 0.1 - 3], axis=1)
+
+
+def vae_decoder(latent_sample):
+    large = latent_sample.repeat(FACTOR, axis=2).repeat(FACTOR, axis=3)
+    return np.concatenate([large, large[:, :1] * 0.5], axis=1)
+
+
+def fake_sessions(**limits: Any) -> dict[str, Session]:
+    functions = {"text_encoder": text_encoder, "unet": unet, "vae_encoder": vae_encoder, "vae_decoder": vae_decoder}
+    return {name: FakeSession(name, part, functions[name]) for name, part in components(**limits).items()}
+
+
+def tokenize(texts):
+    """Not CLIP: a few numbers per text."""
+    rows = [[len(text), *text.encode()[: TOKENS - 1]] for text in texts]
+    return np.array([row + [0] * (TOKENS - len(row)) for row in rows], np.int64)
+
+
+# ---- graphs and bundles ------------------------------------------------------------------------------------------
+
+
+def graph(inputs: list, outputs: list, nodes: list, constants: Mapping[str, np.ndarray] | None = None) -> onnx.ModelProto:
+    """An ONNX model from (name, dtype, shape) triples and helper.make_node results."""
+    made = helper.make_graph(
+        nodes, "g",
+        [helper.make_tensor_value_info(*i) for i in inputs], [helper.make_tensor_value_info(*o) for o in outputs],
+        [numpy_helper.from_array(value, name) for name, value in (constants or {}).items()])
+    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    onnx.checker.check_model(model)
+    return model
+
+
+def affine_model() -> onnx.ModelProto:
+    """y = x @ w + b on (batch, 4)."""
+    weights = np.arange(12, dtype=np.float32).reshape(4, 3)
+    return graph([("x", TensorProto.FLOAT, ["batch", 4])], [("y", TensorProto.FLOAT, ["batch", 3])],
+                 [helper.make_node("MatMul", ["x", "w"], ["p"]), helper.make_node("Add", ["p", "b"], ["y"])],
+                 {"w": weights, "b": np.float32([1, 2, 3])})
+
+
+AFFINE = component((TensorSpec("x", "float32", ("batch", 4)),), (TensorSpec("y", "float32", ("batch", 3)),),
+                   {"batch": Axis("rows", ShapeRange(1, 2, 8))}, file="components/affine/model.onnx")
+
+
+def write_bundle(folder: Path, parts: Mapping[str, Component], facts: PipelineFacts = FACTS) -> Bundle:
+    """Finish a folder whose components' files lie in components/NAME, as the build does."""
+    extra = {**records_below(folder / "tokenizer", folder), **records_below(folder / "scheduler", folder)}
+    listed = {}
+    for name, part in parts.items():
+        records = records_below(folder / "components" / name, folder)
+        listed[name] = Component(**{f: getattr(part, f) for f in Component.__dataclass_fields__} | {"files": records, "parity": {}})
+    manifest = Manifest(schema=SCHEMA, family="stable-diffusion", source=Source("fake", {}), target="onnxruntime",
+                        precision="fp32", pipeline=facts, components=listed, passes=(), files=extra, tools={}, spec={},
+                        verified=False, parity={})
+    write_manifest(folder, manifest)
+    return Bundle.open(folder)
+
+
+def affine_bundle(folder: Path, model: onnx.ModelProto | bytes | None = None, part: Component = AFFINE,
+                  **save: Any) -> Bundle:
+    file = folder / part.file
+    file.parent.mkdir(parents=True)
+    if isinstance(model, bytes):
+        file.write_bytes(model)
+    else:
+        onnx.save(model or affine_model(), file, **save)
+    return write_bundle(folder, {"affine": part})
+
+
+def write_json(file: Path, value: Any) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(value), encoding="utf-8")
