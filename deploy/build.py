@@ -6,9 +6,10 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -106,8 +107,10 @@ def run_build(spec: BuildSpec, output: Path | None = None, *, progress: Listener
         cache.drop_leftovers()
         with workspace(cache.root) as work:
             result, gate = _run_passes(spec, origin, planned, cache, work, listener)
-            parity = gate.check_pipeline(result, listener)
-            bundle = _commit(spec, result, gate, parity, key, target, listener)
+            parity = gate.check_pipeline(listener)
+            tools = tool_versions([p.instance for p in planned])
+            result = replace(result, manifest=replace(result.manifest, parity=parity, tools=tools))
+            bundle = _commit(spec, result, gate, key, target, listener)
     return Outcome(bundle, up_to_date=False)
 
 
@@ -147,7 +150,7 @@ def workspace(root: Path) -> Iterator[Path]:
 def _run_passes(spec: BuildSpec, origin: Bundle, planned: list[PlannedPass], cache: Cache, work: Path,
                 listener: Listener) -> tuple[Bundle, Gate]:
     bundle, costs = origin, []
-    gate = Gate(spec, cache)
+    gate = Gate(spec, origin.manifest.source.id, cache)
     for number, entry in enumerate(planned):
         step = entry.planned
         if not isinstance(step, Step):
@@ -157,10 +160,25 @@ def _run_passes(spec: BuildSpec, origin: Bundle, planned: list[PlannedPass], cac
         bundle, cost = _run_pass(entry.instance, step, before, folder, cache, listener)
         costs.append(cost)
         bundle = replace(bundle, manifest=replace(bundle.manifest, measured={"passes": list(costs)}))
-        bundle = gate.after_pass(entry.instance, before, bundle, listener)
+        if entry.instance.verify:
+            bundle = gate.after_pass(step.pass_name, step.reads, bundle, listener)
+        elif before is origin:
+            gate.start(bundle)
         listener.finished(f"{step.pass_name}: {step.summary} ({cost['seconds']:.1f} s"
                           f"{', from the cache' if cost['reused'] == len(step.reads) else ''})")
     return bundle, gate
+
+
+def load_source(origin: Bundle, spec: BuildSpec, cache: Cache, work: Path, listener: Listener) -> Bundle:
+    """The source model as the bundle that parity is measured against: what the first pass leaves.
+
+    Raises:
+        InputError: its weights do not fit or are not finite.
+    """
+    first = load_passes(PASSES)[0]
+    step = first.plan(origin.manifest, spec)
+    assert isinstance(step, Step)
+    return _run_pass(first, step, origin, work / "source", cache, listener)[0]
 
 
 def _run_pass(instance: Pass, step: Step, before: Bundle, folder: Path, cache: Cache,
@@ -172,12 +190,12 @@ def _run_pass(instance: Pass, step: Step, before: Bundle, folder: Path, cache: C
     for name in step.reads:
         listener.working(f"{step.pass_name}: {name}")
         key = key_of(instance, step, name, before)
-        with measured() as cost:
+        with measured() as spent:
             found = cache.find(key)
             reused += found is not None
-            parts[name] = found or cache.store(key, lambda out, n=name: _run_component(instance, step, n, before, out))
-        seconds += cost.seconds
-        peak = max(peak, cost.peak_rss_bytes)
+            parts[name] = found or cache.store(key, partial(_run_component, instance, step, name, before))
+        seconds += spent.seconds
+        peak = max(peak, spent.peak_rss_bytes)
     carried = {n: (c, before.path) for n, c in before.manifest.components.items()
                if n not in step.reads and n in step.after.components}
     assemble(folder, {**carried, **parts})
@@ -186,8 +204,8 @@ def _run_pass(instance: Pass, step: Step, before: Bundle, folder: Path, cache: C
     manifest = replace(step.after, components=dict(sorted(components.items())), files=files)
     _check_prediction(step, manifest)
     write_manifest(folder, manifest)
-    cost = {"name": step.pass_name, "seconds": round(seconds, 3), "peak_rss_bytes": peak, "reused": reused,
-            "bytes_in": size_of(before.manifest), "bytes_out": size_of(manifest)}
+    cost: dict[str, Any] = {"name": step.pass_name, "seconds": round(seconds, 3), "peak_rss_bytes": peak,
+                            "reused": reused, "bytes_in": size_of(before.manifest), "bytes_out": size_of(manifest)}
     return Bundle(folder, manifest), cost
 
 
@@ -217,8 +235,7 @@ def _check_prediction(step: Step, manifest: Manifest) -> None:
                               where=f"pass {step.pass_name}, {name}", fix="this is a bug of ldm-deploy: report it")
 
 
-def _commit(spec: BuildSpec, result: Bundle, gate: Gate, parity: Mapping[str, Any] | None, key: str, target: Path,
-            listener: Listener) -> Bundle:
+def _commit(spec: BuildSpec, result: Bundle, gate: Gate, key: str, target: Path, listener: Listener) -> Bundle:
     """Write the final folder: links to the components, tokenizers, scheduler, report, manifest."""
     from deploy.report import write_report
 
@@ -232,7 +249,7 @@ def _commit(spec: BuildSpec, result: Bundle, gate: Gate, parity: Mapping[str, An
         "source_path": str(Path(spec.model).resolve()) if Path(spec.model).exists() else spec.model,
         "gate_seconds": round(gate.seconds, 3),
     }
-    manifest = replace(manifest, verified=spec.verify, parity=parity, measured=measurements)
+    manifest = replace(manifest, verified=spec.verify and manifest.parity is not None, measured=measurements)
     with committed(target) as folder:
         for name in manifest.all_files():
             link_or_copy(result.path / name, folder / name)

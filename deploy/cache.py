@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -91,25 +92,27 @@ class Cache:
             shutil.rmtree(partial, ignore_errors=True)
         return component, passes / key
 
-    def fact(self, key_parts: Any, compute: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
-        """A small JSON fact, computed once per key."""
-        file = self.root / "facts" / f"{digest_of(key_parts)}.json"
+    def find_fact(self, key_parts: Any) -> dict[str, Any] | None:
+        """A small JSON fact stored before, or nothing."""
         try:
-            return dict(json.loads(file.read_text(encoding="utf-8")))
+            return dict(json.loads(self._fact_file(key_parts).read_text(encoding="utf-8")))
         except (OSError, ValueError):
-            pass
-        value = dict(compute())
+            return None
+
+    def store_fact(self, key_parts: Any, value: Mapping[str, Any]) -> None:
+        """Keep a small JSON fact."""
+        file = self._fact_file(key_parts)
         file.parent.mkdir(parents=True, exist_ok=True)
         handle, partial = tempfile.mkstemp(prefix=".partial-", dir=file.parent)
         with os.fdopen(handle, "w", encoding="utf-8") as stream:
             json.dump(value, stream, allow_nan=False)
         Path(partial).replace(file)
-        return value
+
+    def _fact_file(self, key_parts: Any) -> Path:
+        return self.root / "facts" / f"{digest_of(key_parts)}.json"
 
     def drop_leftovers(self) -> None:
         """Remove what killed builds left half-written, unless it is young enough to belong to a running one."""
-        import time
-
         passes = self.root / "passes"
         for partial in [*passes.glob(".partial-*"), *(self.root / "work").glob("*")]:
             if time.time() - partial.stat().st_mtime > 3600:

@@ -9,11 +9,11 @@ from typing import Annotated, Any
 
 import typer
 
-from runtimes.errors import DeployError
+from runtimes.errors import DeployError, UnavailableError
 
 app = typer.Typer(
     name="ldm-deploy",
-    help="Compile a trained latent diffusion model into a bundle that runs without PyTorch, with proof of its accuracy.",
+    help="Compile a trained latent diffusion model into a bundle that runs without PyTorch, and prove its accuracy.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -23,17 +23,25 @@ Json = Annotated[bool, typer.Option("--json", help="print one JSON object instea
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="folder that `build` wrote")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, tensorrt or tensorrt-rtx")]
 Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0 = all cores")]
+Shapes = Annotated[list[str], typer.Option(help="axis=min:opt:max, several with commas: batch=1:2:8,height=...")]
+BudgetOptions = Annotated[list[str], typer.Option(help="override an accuracy limit: image_psnr_db=40")]
+VerifyFlag = Annotated[
+    bool, typer.Option("--verify/--no-verify", help="compare with PyTorch and fail on a broken budget")
+]
+OutputPng = Annotated[Path, typer.Option("-o", "--output", help="PNG file; several pictures get numbered names")]
+Against = Annotated[str | None, typer.Option(help="the source model; default: where the bundle was built from")]
+ModelArgument = Annotated[str, typer.Argument(help="folder in diffusers layout; default: the model that ships with us")]
 
 
 @app.command()
 def build(
-    model: Annotated[str, typer.Argument(help="folder in diffusers layout; without it, the model that ships with us")] = "",
+    model: ModelArgument = "",
     target: Annotated[str, typer.Option(help="onnxruntime, openvino, tensorrt or tensorrt-rtx")] = "",
     precision: Annotated[str, typer.Option(help="fp32, fp16, int8 or auto")] = "",
-    shapes: Annotated[list[str], typer.Option(help="axis=min:opt:max, several with commas: batch=1:2:8,height=...")] = [],  # noqa: B006
+    shapes: Shapes = [],  # noqa: B006
     spec: Annotated[Path | None, typer.Option(help="YAML file with these options; those given here win")] = None,
-    budget: Annotated[list[str], typer.Option(help="override an accuracy limit: image_psnr_db=40")] = [],  # noqa: B006
-    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="compare with PyTorch and fail on a broken budget")] = True,
+    budget: BudgetOptions = [],  # noqa: B006
+    verify: VerifyFlag = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print what would be done, do nothing")] = False,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="default: build/MODEL-TARGET-PRECISION")] = None,
 ) -> None:
@@ -73,12 +81,12 @@ def generate(
     scheduler: Annotated[str | None, typer.Option(help="ddim, euler, euler-ancestral, dpm++, unipc, lcm, pndm")] = None,
     height: Annotated[int | None, typer.Option(help="pixels")] = None,
     width: Annotated[int | None, typer.Option(help="pixels")] = None,
-    latents: Annotated[Path | None, typer.Option(help="initial latents, .npy float32 (batch, channels, H/f, W/f)")] = None,
+    latents: Annotated[Path | None, typer.Option(help="initial latents, .npy float32 (B, C, H/f, W/f)")] = None,
     save_latents: Annotated[Path | None, typer.Option(help="write the final latents as .npy")] = None,
     grid: Annotated[int, typer.Option(help="write one sheet with this many columns")] = 0,
     device: Device = "cpu",
     threads: Threads = 0,
-    output: Annotated[Path, typer.Option("-o", "--output", help="PNG file; several pictures get numbered names")] = Path("out.png"),
+    output: OutputPng = Path("out.png"),
 ) -> None:
     """Draw pictures with a bundle. Needs no PyTorch."""
     from deploy.generate import GenerateRequest, generate_files
@@ -96,7 +104,7 @@ def generate(
 @app.command()
 def verify(
     bundle: BundlePath,
-    against: Annotated[str | None, typer.Option(help="the source model; default: where the bundle was built from")] = None,
+    against: Against = None,
     device: Device = "cpu",
     json: Json = False,
 ) -> None:
@@ -107,6 +115,9 @@ def verify(
     result = verify_bundle(bundle, against, device=device)
     console.print_json(result.to_json()) if json else console.show_verification(result)
     result.enforce()
+    if result.unverified:
+        raise UnavailableError("not everything could be executed here", where="; ".join(result.unverified),
+                               fix="verify it where its runtime and device are")
 
 
 @app.command()

@@ -13,6 +13,9 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from deploy.build import Outcome
     from deploy.plan import PlannedPass
     from deploy.spec import BuildSpec
@@ -48,7 +51,7 @@ class BuildProgress:
 
     def __enter__(self) -> BuildProgress:
         self._bars = Progress(SpinnerColumn(), TextColumn("{task.description}"), BarColumn(20), TimeElapsedColumn(),
-                              console=err, transient=True)
+                              console=err, transient=True, disable=not err.is_terminal)
         self._bars.start()
         self._task = self._bars.add_task("planning", total=None)
         return self
@@ -62,15 +65,17 @@ class BuildProgress:
 
     def finished(self, text: str) -> None:
         """Say what is done."""
-        self._bars.console.print(escape(text))
+        err.print(escape(text))
 
 
 class StepProgress:
-    """Denoising steps as a bar."""
+    """Denoising steps as a bar; keeps the latents of the last step, (B, C, H/f, W/f) float32."""
+
+    latents: NDArray[np.float32]
 
     def __init__(self, steps: int) -> None:
         self._bars = Progress(TextColumn("drawing"), BarColumn(30), TextColumn("{task.completed}/{task.total}"),
-                              console=err, transient=True)
+                              console=err, transient=True, disable=not err.is_terminal)
         self._task = self._bars.add_task("", total=steps)
 
     def __enter__(self) -> StepProgress:
@@ -82,6 +87,7 @@ class StepProgress:
 
     def on_step(self, step: Step) -> None:
         """Hook for `Pipeline(..., on_step=)`."""
+        self.latents = step.latents
         self._bars.update(self._task, completed=step.index + 1, total=step.total)
 
 
@@ -119,12 +125,14 @@ def show_bundle(bundle: Bundle) -> None:
     out.print(f"[bold]{bundle.path}[/]  {manifest.family} from {escape(manifest.source.id)}, target {manifest.target}, "
               f"{manifest.precision}, {megabytes(size)}")
     out.print(f"digest {manifest.digest}")
-    table = Table("component", "format", "precision", "parameters", "size", "inputs -> outputs", "relative L2")
+    table = Table("component", "format", "precision", "parameters", "size", "relative L2")
+    for name, c in sorted(manifest.components.items()):
+        parity = _figure(c.parity["relative_l2"], ".1e") if c.parity else "[bold red]not verified[/]"
+        table.add_row(name, c.format, c.precision, f"{c.parameters / 1e6:.2f} M", megabytes(c.bytes), parity)
+    out.print(table)
     for name, c in sorted(manifest.components.items()):
         flow = f"{', '.join(_tensor(t) for t in c.inputs)} -> {', '.join(_tensor(t) for t in c.outputs)}"
-        parity = f"{c.parity['relative_l2']:.1e}" if c.parity else "[bold red]not verified[/]"
-        table.add_row(name, c.format, c.precision, f"{c.parameters / 1e6:.2f} M", megabytes(c.bytes), escape(flow), parity)
-    out.print(table)
+        out.print(f"  {name}: {escape(flow)}")
     axes = {n: a for c in manifest.components.values() for n, a in c.axes.items()}
     ranges: dict[str, list[str]] = {}
     for name, c in sorted(manifest.components.items()):
@@ -148,9 +156,11 @@ def show_parity(parity: Mapping[str, Any]) -> None:
     """The figures of a verification, in the shape of `verify --json`."""
     images, drift = parity.get("images"), parity.get("trajectory", {}).get("relative_l2")
     if drift:
-        out.print(f"  trajectory: relative L2 {drift[0]:.1e} after the first step, {drift[-1]:.1e} after the last")
-    if images:
-        out.print(f"  images: PSNR >= {images['psnr_db']:.1f} dB, SSIM >= {images['ssim']:.4f} over {images['count']}")
+        first, last = _figure(drift[0], ".1e"), _figure(drift[-1], ".1e")
+        out.print(f"  trajectory: relative L2 {first} after the first step, {last} after the last")
+    if images and images["count"]:
+        psnr, ssim = _figure(images["psnr_db"], ".1f"), _figure(images["ssim"], ".4f")
+        out.print(f"  images: PSNR >= {psnr} dB, SSIM >= {ssim} over {images['count']}")
     if retrieval := parity.get("retrieval"):
         out.print(f"  retrieval: {retrieval['bundle']:.1%}, reference {retrieval['reference']:.1%}")
     for reason in parity.get("unverified", []):
@@ -162,7 +172,8 @@ def show_verification(result: Verification) -> None:
     value = result.to_json()
     table = Table("component", "max abs", "relative L2", "cosine", "non-finite", "shapes")
     for name, c in value["components"].items():
-        table.add_row(name, f"{c['max_abs']:.2e}", f"{c['relative_l2']:.2e}", f"{c['cosine']:.8f}", str(c["nonfinite"]),
+        figures = (_figure(c["max_abs"], ".2e"), _figure(c["relative_l2"], ".2e"), _figure(c["cosine"], ".8f"))
+        table.add_row(name, *figures, str(c["nonfinite"]),
                       " ".join("x".join(map(str, s)) for s in c["shapes"]))
     out.print(table)
     show_parity(value)
@@ -177,7 +188,8 @@ def show_findings(findings: Mapping[str, Any]) -> None:
     for section in ("build", "run"):
         table = Table(section, "", "detail", "what to do")
         for name, f in findings[section].items():
-            table.add_row(name, "[green]yes[/]" if f["available"] else "[red]no[/]", escape(f["detail"]), escape(f["fix"]))
+            there = "[green]yes[/]" if f["available"] else "[red]no[/]"
+            table.add_row(name, there, escape(f["detail"]), escape(f["fix"]))
         out.print(table)
     out.print(f"GPU: {findings['gpu']['detail']}")
 
@@ -188,6 +200,11 @@ def show_generated(files: Sequence[Path], *, count: int, load_seconds: float, dr
     names = str(files[0]) if len(files) == 1 else f"{files[0]} … {files[-1]}"
     out.print(f"{names}: {count} picture{'s' if count > 1 else ''} in {draw_seconds:.2f} s, "
               f"loaded in {load_seconds:.2f} s, peak memory {megabytes(peak_rss_bytes)}")
+
+
+def _figure(value: float | None, form: str) -> str:
+    """A figure, or what stands for one that is not finite or was not computed."""
+    return "-" if value is None else format(value, form)
 
 
 def _tensor(spec: Any) -> str:

@@ -102,11 +102,10 @@ def generate_files(request: GenerateRequest) -> list[Path]:
         result = pipeline(
             wanted, negative_prompt=request.negative, steps=request.steps, scheduler=request.scheduler,
             seed=list(range(request.seed, request.seed + len(wanted))), height=request.height, width=request.width,
-            output="latents" if request.save_latents else "pil", on_step=progress.on_step, **options,
+            on_step=progress.on_step, **options,
         )
     if request.save_latents is not None:
-        save_array(result, request.save_latents)
-        result = pipeline.decode(result)
+        save_array(progress.latents, request.save_latents)
     files = save_images(result, request.output, request.grid)
     drawn = time.perf_counter()
     console.show_generated(files, count=len(result), load_seconds=loaded - began, draw_seconds=drawn - loaded,

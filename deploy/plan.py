@@ -86,7 +86,7 @@ class Pass(ABC):
 
     @abstractmethod
     def run(self, step: Step, name: str, source: Bundle, out: Path) -> Component:
-        """Write component `name` below `out` (paths as in the bundle) and return its record; `source` stays as it is."""
+        """Write component `name` below `out`, at its paths in the bundle, and return its record."""
 
     def write_files(self, step: Step, source: Bundle, out: Path) -> dict[str, FileRecord]:
         """Write tokenizers and scheduler into the bundle folder `out`; by default they are carried over as they are."""

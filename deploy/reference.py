@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -54,15 +55,19 @@ class TorchSession(Session):
         try:
             with torch.inference_mode():
                 outputs = self._module(*tensors)
-        except (MemoryError, RuntimeError) as error:
+        except (MemoryError, RuntimeError, ValueError, IndexError) as error:
             raise _translated(error, self.name) from error
         pairs = zip(self.component.outputs, outputs, strict=True)
         return {spec.name: output.contiguous().numpy().copy() for spec, output in pairs}
 
     def close(self) -> None:
         """Free the weights; running it again is an error."""
+        if self._module is None:
+            return
+        alive = weakref.ref(self._module)
         self._module = None
-        gc.collect()  # modules are cyclic, and the next network's weights need this one's memory
+        if alive() is not None:  # in a reference cycle; the next network needs its memory now
+            gc.collect()
 
 
 def reference_sessions(bundle: Bundle, *, capacity: int | None = None) -> dict[str, Session]:
@@ -82,7 +87,7 @@ def _unbounded(component: Component) -> Component:
 
 
 def _translated(error: BaseException, name: str) -> Exception:
-    """Out of memory as what it is; any other RuntimeError is a shape that the network itself refuses."""
+    """Out of memory as what it is; anything else is a shape that the network itself refuses."""
     text = str(error).partition("\n")[0]
     if isinstance(error, MemoryError) or "alloc" in text:
         return UnavailableError("not enough memory for the PyTorch reference", where=name,

@@ -38,7 +38,7 @@ def write_report(folder: Path, manifest: Manifest, pictures: Sequence[Picture]) 
     (folder / "images").mkdir(parents=True)
     rows = []
     for i, picture in enumerate(pictures):
-        row = {"prompt": picture.prompt, "scheduler": picture.scheduler, "psnr_db": picture.psnr_db, "ssim": picture.ssim}
+        row: dict[str, Any] = {"prompt": picture.prompt, "scheduler": picture.scheduler, "psnr_db": picture.psnr_db}
         for kind, pixels in (("reference", picture.reference), ("bundle", picture.candidate),
                              ("difference", amplified_difference(picture.reference, picture.candidate))):
             png = to_png(pixels)
@@ -89,7 +89,8 @@ def amplified_difference(reference: np.ndarray[Any, Any], candidate: np.ndarray[
     import numpy as np
 
     difference = np.abs(reference.astype(np.int32) - candidate.astype(np.int32))
-    return np.minimum(difference * AMPLIFICATION, 255).astype(np.uint8)
+    amplified: np.ndarray[Any, Any] = np.minimum(difference * AMPLIFICATION, 255).astype(np.uint8)
+    return amplified
 
 
 def to_png(pixels: np.ndarray[Any, Any]) -> bytes:

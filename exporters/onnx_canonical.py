@@ -10,35 +10,58 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 from onnxscript import optimizer
 
+from exporters import onnx_shapes
+from exporters.onnx_graph import attribute, constant_of, derived_weight, made_by, number_repeated_names, replace
+
 _SCOPES = "pkg.torch.onnx.name_scopes"
+_NO_MODULE = "_empty_nn_module_stack"  # what the exporter calls the place of arithmetic on sizes
 Dimensions = Sequence[int | str]
 
 
 def canonicalize(model: ir.Model) -> None:
-    """Fold constants, simplify reshapes, drop what is unused, name nodes after modules, forget how it was traced.
+    """Fold constants, simplify shapes, drop what is unused, name nodes after modules, forget how it was traced.
 
-    In place. Values keep their names where they had a meaning; local paths, stack traces and the exporter's symbols
-    go, so equal modules give equal bytes.
+    In place. Weights keep the names of the source's files; local paths, stack traces and the exporter's symbols go,
+    so equal modules give equal bytes.
     """
     fold_weight_transposes(model)
     optimizer.optimize_ir(model)
-    simplify_reshapes(model)
+    read_concatenated_parts(model)
+    onnx_shapes.transpose_flat(model)
+    onnx_shapes.simplify_targets(model)
     optimizer.optimize_ir(model)
-    ir.passes.Sequential(
-        common.IdentityEliminationPass(),
-        common.CommonSubexpressionEliminationPass(),
-        common.DeduplicateInitializersPass(),
-        common.RemoveUnusedNodesPass(),
-        common.TopologicalSortPass(),
-    )(model)
+    clean(model)
     name_nodes(model)
     rename_weights(model)
     forget(model)
+
+
+def clean(model: ir.Model) -> None:
+    """Remove identities, repeated and unused nodes and repeated small constants; put the rest in order."""
+    ir.passes.Sequential(
+        common.IdentityEliminationPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.RemoveUnusedNodesPass(),
+        common.TopologicalSortPass(),
+    )(model)
+    _merge_equal_integers(model)
+
+
+def _merge_equal_integers(model: ir.Model) -> None:
+    """Shapes and indices only: two equal weights stay two, since an adapter or a quantizer may change one."""
+    seen: dict[tuple[Any, ...], ir.Value] = {}
+    for value in list(model.graph.initializers.values()):
+        tensor = value.const_value
+        if tensor is None or tensor.dtype != ir.DataType.INT64 or tensor.size > 64 or value.is_graph_output():
+            continue
+        first = seen.setdefault((tuple(tensor.shape), tensor.numpy().tobytes()), value)
+        if first is not value and value.name:
+            ir.convenience.replace_all_uses_with(value, first)
+            del model.graph.initializers[value.name]
 
 
 def rename_dimensions(model: ir.Model, pairs: Iterable[tuple[ir.Shape | None, Dimensions]]) -> None:
@@ -65,104 +88,56 @@ def rename_dimensions(model: ir.Model, pairs: Iterable[tuple[ir.Shape | None, Di
             value.shape = ir.Shape([renamed(dim) for dim in value.shape])
 
 
-def _dims(shape: Any, order: Sequence[int] | None = None) -> list[Any]:
-    dims = list(shape)
-    return dims if order is None else [dims[i] for i in order]
-
-
 def fold_weight_transposes(model: ir.Model) -> None:
-    """Store a weight as the MatMul reads it, instead of transposing at run time.
-
-    The transposed weight is named KEY.T and computed when it is written, so that no copy is held.
-    """
-    graph = model.graph
-    for node in [n for n in graph if n.op_type == "Transpose"]:
+    """Store a weight as the MatMul reads it, named KEY.T, instead of transposing at run time."""
+    for node in [n for n in model.graph if n.op_type == "Transpose"]:
         weight = node.inputs[0]
-        if weight is None or not weight.is_initializer() or weight.const_value is None or weight.name is None:
+        if weight is None or not weight.is_initializer() or weight.const_value is None:
             continue
-        order = node.attributes["perm"].as_ints()
-        source, name = weight.const_value, f"{weight.name}.T"
-        if name not in graph.initializers:
-            graph.register_initializer(ir.Value(
-                name=name, shape=ir.Shape(_dims(source.shape, order)), type=ir.TensorType(source.dtype),
-                const_value=_transposed(source, order, name)))
-        ir.convenience.replace_all_uses_with(node.outputs[0], graph.initializers[name])
-        graph.remove(node, safe=True)
+        order = attribute(node, "perm")
+        shape: list[Any] = list(weight.const_value.shape)
+        folded = derived_weight(model, f"{weight.name}.T", [weight], [shape[i] for i in order],
+                                lambda array, order=order: array.transpose(order))
+        replace(node.outputs[0], folded)
+        model.graph.remove(node, safe=True)
 
 
-def _transposed(source: ir.TensorProtocol, order: Sequence[int], name: str) -> ir.LazyTensor:
-    def evaluate() -> ir.TensorProtocol:
-        return ir.Tensor(np.ascontiguousarray(source.numpy().transpose(order)), name=name)
-
-    return ir.LazyTensor(evaluate, source.dtype, ir.Shape(_dims(source.shape, order)), name=name)
-
-
-def simplify_reshapes(model: ir.Model) -> None:
-    """Replace computed targets of Reshape by constants: 0 copies a dimension, one -1 is inferred.
-
-    The exporter computes every target from Shape, Slice and Concat; in a U-Net of 300 attention reshapes that was
-    half of all nodes.
-    """
-    for node in [n for n in model.graph if n.op_type == "Reshape"]:
-        data, target = node.inputs[0], node.inputs[1]
-        if data is None or target is None or target.const_value is not None or data.shape is None:
+def read_concatenated_parts(model: ir.Model) -> None:
+    """Read a part that was just concatenated directly: the time embedding swaps its sine and cosine halves."""
+    for node in [n for n in model.graph if n.op_type == "Slice"]:
+        joined = made_by(node.inputs[0], "Concat")
+        bounds = [constant_of(value) for value in node.inputs[1:5]]
+        if joined is None or len(bounds) != 4 or any(b is None or b.size != 1 for b in bounds):
             continue
-        wanted = _target_dimensions(node)
-        if wanted is None:
+        start, end, axis, step = (int(b.item()) for b in bounds if b is not None)
+        rank = len(node.inputs[0].shape) if node.inputs[0] is not None and node.inputs[0].shape is not None else 0
+        if step != 1 or rank == 0 or axis % rank != attribute(joined, "axis") % rank:
             continue
-        constant = _as_constant(list(data.shape), wanted)
-        if constant is None:
-            continue
-        name = "reshape_" + "_".join(str(d).replace("-", "m") for d in constant)
-        if name not in model.graph.initializers:
-            tensor = ir.tensor(np.array(constant, np.int64), name=name)
-            model.graph.register_initializer(ir.Value(name=name, shape=ir.Shape([len(constant)]), type=ir.TensorType(tensor.dtype),
-                                                      const_value=tensor))
-        node.replace_input_with(1, model.graph.initializers[name])
-        node.attributes.pop("allowzero", None)
-
-
-def _target_dimensions(node: ir.Node) -> list[int | ir.SymbolicDim] | None:
-    """What is known about the shape of a Reshape's output."""
-    shape, target = node.outputs[0].shape, node.inputs[1]
-    if shape is not None and all(isinstance(d, int) or d.value is not None for d in shape):
-        return list(shape)
-    maker = target.producer() if target is not None else None
-    if maker is not None and maker.op_type == "Shape" and not maker.attributes and maker.inputs[0] is not None:
-        original = maker.inputs[0].shape
-        return list(original) if original is not None else None
-    return None
-
-
-def _as_constant(have: list[int | ir.SymbolicDim], want: list[int | ir.SymbolicDim]) -> list[int] | None:
-    """Target of a Reshape without symbols, or None if two dimensions would have to be inferred."""
-    result, inferred = [], 0
-    for i, dim in enumerate(want):
-        if isinstance(dim, int):
-            result.append(dim)
-        elif i < len(have) and not isinstance(have[i], int) and dim.value is not None and have[i] == dim:
-            result.append(0)
-        else:
-            result.append(-1)
-            inferred += 1
-    return result if inferred <= 1 else None
+        position = 0
+        for part in joined.inputs:
+            size = part.shape[axis] if part is not None and part.shape is not None else None
+            if not isinstance(size, int) or part is None:
+                break
+            last = part is joined.inputs[-1]
+            if position == start and (position + size == end or (last and end > position + size)):
+                replace(node.outputs[0], part)
+                break
+            position += size
 
 
 def name_nodes(model: ir.Model) -> None:
     """Name each node by the module it comes from: `down_blocks.0.resnets.1.conv1/Conv`; repeats get a number."""
-    seen: dict[str, int] = {}
     for node in model.graph:
-        base = f"{_module_path(node)}/{node.op_type}"
-        seen[base] = seen.get(base, 0) + 1
-        node.name = base if seen[base] == 1 else f"{base}_{seen[base]}"
+        node.name = f"{_module_path(node)}/{node.op_type}"
+    number_repeated_names(model)
 
 
 def _module_path(node: ir.Node) -> str:
     scopes = node.metadata_props.get(_SCOPES)
-    if not scopes:
-        return ""
-    path: Sequence[str] = ast.literal_eval(scopes)  # ['', 'model', 'model.conv_in', 'conv2d']
-    return path[-2].removeprefix("model.") if len(path) > 1 else ""
+    path: Sequence[str] = ast.literal_eval(scopes) if scopes else ()  # ['', 'model', 'model.conv_in', 'conv2d']
+    if len(path) > 1 and not path[-2].startswith(_NO_MODULE):
+        return path[-2].removeprefix("model.") or "main"
+    return "main"
 
 
 def rename_weights(model: ir.Model) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
 import os
 import warnings
@@ -22,12 +21,14 @@ _HARMLESS = (
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence known noise for the duration; what is printed meanwhile is dropped, errors are raised as usual."""
+    """Silence loggers and known warnings for the duration; errors are raised as usual.
+
+    The streams themselves are left alone: a progress display in another thread keeps drawing.
+    """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [logger.level for logger in loggers]
-    sink = io.StringIO()
-    with warnings.catch_warnings(), contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
+    with warnings.catch_warnings():
         for category, message in _HARMLESS:
             warnings.filterwarnings("ignore", message=message, category=category)
         try:

@@ -186,17 +186,16 @@ def from_json(kind: Any, value: Any, where: str) -> Any:
 
 
 def _from_union(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
+    if value is None and type(None) in kinds:
+        return None
+    problem = BundleError(f"unexpected value {value!r:.60}", where=where)
     for kind in kinds:
-        if kind is type(None):
-            if value is None:
-                return None
-            continue
-        try:
-            return from_json(kind, value, where)
-        except BundleError:
-            if len(kinds) == 1 or kind is kinds[-1] or (kinds[-1] is type(None) and kind is kinds[-2]):
-                raise
-    raise BundleError(f"unexpected value {value!r:.60}", where=where)
+        if kind is not type(None):
+            try:
+                return from_json(kind, value, where)
+            except BundleError as error:
+                problem = error
+    raise problem
 
 
 def _from_object(kind: Any, value: Any, where: str) -> Any:

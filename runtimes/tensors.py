@@ -104,6 +104,6 @@ def bind_axes(
             raise InputError(
                 f"{name}={size} is outside what the bundle was built for ({axis.range.min} to {axis.range.max}{of})",
                 where=where,
-                fix=f"choose a size within it, or rebuild with --shapes {name}=min:opt:max",
+                fix="choose a size within it, or rebuild with --shapes (batch in images, height and width in pixels)",
             )
     return sizes

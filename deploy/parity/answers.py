@@ -74,7 +74,8 @@ class Reference:
             options: prompts, guidance and steps of the recording.
 
         Raises:
-            InputError: text to image never calls this component, so there are no real inputs.
+            NoRealInputsError: text to image never calls this component.
+            UnavailableError: the reference does not fit into memory.
         """
         recording = self._recording_key(runs, options)
         key = {**recording, "name": name, "inputs": to_json(component.inputs)}

@@ -19,7 +19,7 @@ SCHEDULE_TOLERANCE = 1e-6  # both noise schedules come from the same code: equal
 
 
 def different_keys(reference: Mapping[str, Any], candidate: Mapping[str, Any]) -> list[str]:
-    """Keys of two scheduler configs whose values differ, as `key: value -> value`; notes of diffusers (`_...`) do not count."""
+    """Keys of two scheduler configs that differ, as `key: value -> value`; diffusers' notes (`_...`) do not count."""
     keys = sorted(k for k in {*reference, *candidate} if not k.startswith("_") or k == "_class_name")
     return [f"{k}: {reference.get(k)!r} -> {candidate.get(k)!r}" for k in keys if reference.get(k) != candidate.get(k)]
 

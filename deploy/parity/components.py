@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,10 +10,10 @@ from deploy.parity.answers import Reference
 from deploy.parity.metrics import Comparison, TensorErrors, tensor_errors, worst
 from deploy.parity.options import ParityOptions
 from deploy.parity.pool import close
-from deploy.parity.samples import Feeds, Sample, cast
+from deploy.parity.samples import Feeds, NoRealInputsError, Sample, cast
 from deploy.parity.shapes import plan_runs
 from runtimes.bundle import Bundle
-from runtimes.errors import DeployError, InputError, UnavailableError
+from runtimes.errors import DeployError, UnavailableError
 from runtimes.manifest import Component
 from runtimes.session import FORMATS, Session, SessionOptions, open_session
 
@@ -79,8 +78,7 @@ def check_components(
         names: only these components (a pass that leaves the others alone); all by default.
 
     Raises:
-        InputError: the bundles have no sizes in common, or a name that the candidate lacks.
-        UnavailableError: the reference does not fit into memory.
+        InputError: the candidate's components have no sizes in common, or it lacks one of `names`.
     """
     components = candidate.manifest.components
     runs = plan_runs(components, candidate.manifest.pipeline)
@@ -93,7 +91,7 @@ def check_components(
             continue
         try:
             samples = reference.samples(name, component, runs, options)
-        except InputError as error:
+        except (NoRealInputsError, UnavailableError) as error:
             unverified[name] = str(error)
             continue
         try:
@@ -102,8 +100,7 @@ def check_components(
                 figures[name] = _compare(session, samples)
             finally:
                 close(session)
-                del session
-                gc.collect()
+                del session  # before the next network is loaded
         except UnavailableError as error:
             unverified[name] = str(error)
         except DeployError as error:
@@ -143,8 +140,8 @@ def _compare(session: Session, samples: Sequence[Sequence[Sample]]) -> Figures:
     for sample in (sample for at_shape in samples for sample in at_shape):
         try:
             outputs = _outputs(session, sample)
-        except _Unusable as problem:
-            refused.append((problem, sample))
+        except _Unusable as error:
+            refused.append((error, sample))
             continue
         worked.append(sample)
         shape = sample.shape_of(component)

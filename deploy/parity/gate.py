@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -90,7 +89,10 @@ class Verification:
     def unverified(self) -> list[str]:
         """What could not be executed here and why, one sentence each."""
         found = [f"{name}: {why}" for name, why in self.components.unverified.items()]
-        return found + ([f"pipeline: {self.pipeline.unverified}"] if self.pipeline.unverified else [])
+        levels = (("pipeline", self.pipeline.unverified), ("retrieval", self.pipeline.says_nothing(self.budget)))
+        for level, why in levels:
+            found += [f"{level}: {why}"] if why else []
+        return found
 
     @property
     def broken(self) -> bool:
@@ -158,7 +160,6 @@ def verify(
 
     Raises:
         InputError: prompts, schedulers or sizes that the reference refuses too.
-        UnavailableError: the reference does not fit into memory.
     """
     components = check_components(reference, candidate, options)
     pipeline = check_pipeline(reference, candidate, budget, options, components=components, gallery=gallery)

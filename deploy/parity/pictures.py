@@ -1,4 +1,4 @@
-"""Trajectory and image level: the same prompts, seeds and samplers through two pipelines, step by step and at the end."""
+"""Trajectory and image level: latents after every step and pictures at the end, of two pipelines side by side."""
 
 from __future__ import annotations
 

@@ -23,9 +23,9 @@ class Gallery:
     The score of a set of drawn pictures is the share whose nearest tile is the one of their prompt, nearest by the
     root mean square difference of RGB after a box filter down to the tile's size. Why this distance: it depends on no
     network, so nothing under test judges itself; the box filter over 2x2 pixels makes a shift by one pixel or
-    the softness of an autoencoder cost little; and the reference model's subjects were chosen at least 0.2 RMS apart
-    at exactly this size (`deploy/reference_model/choose_subjects.py`), so two tiles cannot be mistaken for each other
-    by a small error.
+    the softness of an autoencoder cost little; and the reference model's subjects were chosen 0.2 RMS apart
+    (`deploy/reference_model/choose_subjects.py`; 0.195 at least between the tiles of gallery.png, which another filter
+    drew), so a picture closer than 0.097 to its own tile cannot be nearer to another.
 
     Attributes:
         names: of the tiles, all different.

@@ -16,6 +16,10 @@ Feeds = dict[str, np.ndarray[Any, Any]]
 CALLS_PER_SHAPE = 3  # first, middle and last step: high noise, both, low noise
 
 
+class NoRealInputsError(InputError):
+    """The reference pipeline never runs a component."""
+
+
 @dataclass(frozen=True)
 class Sample:
     """One call of a component with what the reference answered.
@@ -45,10 +49,11 @@ def fit(component: Component, calls: Sequence[Feeds], sizes: Mapping[str, int]) 
         sizes: of the named axes.
 
     Raises:
-        InputError: nothing was recorded, or a picture of another size.
+        NoRealInputsError: nothing was recorded.
+        InputError: a picture of another size was recorded.
     """
     if not calls:
-        raise InputError("the pipeline never called it", where=component.file)
+        raise NoRealInputsError("text to image never calls it, so there are no real inputs to compare at")
     return [_fit_call(component, calls, i, sizes) for i in spread(len(calls), CALLS_PER_SHAPE)]
 
 

@@ -6,14 +6,15 @@ are recorded from the same run; each component then gets its own batch and seque
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from runtimes.errors import InputError
 from runtimes.manifest import Component, PipelineFacts
 from runtimes.tensors import Axis, ShapeRange, TensorSpec
 
-KINDS = ("opt", "min", "unseen", "max")
+SHAPES = 3  # that every component is compared at, where its axes leave a choice
+MAX_RUNS = 6
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,10 @@ def batch_range(component: Component) -> ShapeRange:
 
 
 def plan_runs(components: Mapping[str, Component], facts: PipelineFacts, denoiser: str = "unet") -> tuple[Run, ...]:
-    """At least three runs with distinct shapes, as far as the components' axes leave a choice.
+    """Runs that give every component at least three distinct shapes, as far as its axes leave a choice.
+
+    The first is the most common size, the second the smallest, the others not square, with an odd batch, and of sizes
+    that are none of min, opt and max. The largest sizes are left out: their reference may take hours.
 
     Args:
         components: of the candidate: its ranges are the promise that is checked.
@@ -66,44 +70,45 @@ def plan_runs(components: Mapping[str, Component], facts: PipelineFacts, denoise
         InputError: the components' ranges have no latent size in common.
     """
     rows, columns = (_latent_sizes(components, facts, dimension) for dimension in (2, 3))
-    spatial = {
-        "opt": (rows.opt, columns.opt), "min": (rows.smallest, columns.smallest),
-        "unseen": _non_square(rows, columns), "max": (rows.largest, columns.largest),
-    }
     runs: list[Run] = []
-    for kind in KINDS:
-        sizes = {name: _sizes(c, name, kind, spatial[kind], facts) for name, c in components.items()}
-        if any(run.sizes == sizes for run in runs):
-            continue
-        runs.append(_run(components, sizes, spatial[kind], facts, denoiser))
-        if len(runs) == 3:
+    for number in range(MAX_RUNS):
+        height = rows.pick(number)
+        spatial = height, columns.pick(number, avoid=height)
+        sizes = {name: _sizes(c, name, number, spatial, facts) for name, c in components.items()}
+        if all(run.sizes != sizes for run in runs):
+            runs.append(_run(components, sizes, spatial, facts, denoiser))
+        if all(len({tuple(run.sizes[name].items()) for run in runs}) >= SHAPES for name in components):
             break
     return tuple(runs)
 
 
 @dataclass(frozen=True)
 class _Choice:
-    """Sizes that an axis may have, ascending, and the ones that somebody has likely tried before."""
+    """Sizes that an axis may have, ascending, and the most common one."""
 
     allowed: tuple[int, ...]
     opt: int
 
-    @property
-    def smallest(self) -> int:
-        return self.allowed[0]
+    def pick(self, number: int, *, avoid: int = 0, odd: bool = False) -> int:
+        """The size for the run of that number: opt, min, then sizes that are neither nor max, nearest to opt first.
 
-    @property
-    def largest(self) -> int:
-        return self.allowed[-1]
+        Args:
+            number: of the run.
+            avoid: a size to take only if there is no other (the other side of a picture).
+            odd: prefer odd sizes.
+        """
+        if number == 0:
+            return self.opt
+        smallest, largest = self.allowed[0], self.allowed[-1]
+        if number == 1:
+            return smallest
 
-    def unseen(self, *, avoid: Iterable[int] = (), odd: bool = False) -> int:
-        """The size nearest to `opt` that is not min, opt or max (nor in `avoid`), odd if asked; else the next best."""
-        tried, avoided = {self.smallest, self.opt, self.largest}, set(avoid)
+        def rank(size: int) -> tuple[bool, bool, bool, bool]:
+            return size == avoid, size in (smallest, self.opt), odd and size % 2 == 0, size == largest
 
-        def rank(size: int) -> tuple[bool, bool, bool, bool, int]:
-            return size in avoided, size in tried, odd and size % 2 == 0, size == self.opt, abs(size - self.opt)
-
-        return min(self.allowed, key=rank)
+        ordered = sorted(self.allowed, key=lambda size: (rank(size), abs(size - self.opt)))
+        best = [size for size in ordered if rank(size) == rank(ordered[0])]
+        return best[(number - 2) % len(best)]
 
 
 def _choice(span: ShapeRange, multiple: int) -> _Choice:
@@ -120,7 +125,7 @@ def _unit(name: str, facts: PipelineFacts) -> int:
 
 def _latent_sizes(components: Mapping[str, Component], facts: PipelineFacts, dimension: int) -> _Choice:
     """Latent rows (dimension 2) or columns (3) that every component takes."""
-    default = (facts.height if dimension == 2 else facts.width) // facts.vae_scale_factor
+    common = (facts.height if dimension == 2 else facts.width) // facts.vae_scale_factor
     allowed: set[int] | None = None
     for name, component in components.items():
         spec = spatial_spec(component)
@@ -128,24 +133,20 @@ def _latent_sizes(components: Mapping[str, Component], facts: PipelineFacts, dim
             continue
         span, multiple = range_of(component, spec.shape[dimension])
         unit = _unit(name, facts)
+        common = span.opt // unit
         sizes = {s // unit for s in range(span.min, span.max + 1) if s % unit == 0 and s % multiple == 0}
         allowed = sizes if allowed is None else allowed & sizes
     if allowed is None:
-        return _Choice((default,), default)
+        return _Choice((common,), common)
     if not allowed:
         raise InputError("the components' ranges have no latent size in common", where="shapes",
                          fix="give height and width ranges that are multiples of the VAE factor")
     ordered = tuple(sorted(allowed))
-    return _Choice(ordered, min(ordered, key=lambda size: abs(size - default)))
-
-
-def _non_square(rows: _Choice, columns: _Choice) -> tuple[int, int]:
-    height = rows.unseen()
-    return height, columns.unseen(avoid=(height,))
+    return _Choice(ordered, min(ordered, key=lambda size: abs(size - common)))
 
 
 def _sizes(
-    component: Component, name: str, kind: str, spatial: tuple[int, int], facts: PipelineFacts
+    component: Component, name: str, number: int, spatial: tuple[int, int], facts: PipelineFacts
 ) -> dict[str, int]:
     spec = spatial_spec(component)
     fixed = dict(zip(spec.shape[2:], spatial, strict=True)) if spec is not None else {}
@@ -156,10 +157,7 @@ def _sizes(
             sizes[axis_name] = fixed[axis_name] * _unit(name, facts)
             continue
         axis: Axis = component.axes[axis_name]
-        choice = _choice(axis.range, axis.multiple)
-        by_kind = {"opt": choice.opt, "min": choice.smallest, "max": choice.largest,
-                   "unseen": choice.unseen(odd=axis_name == batch)}
-        sizes[axis_name] = by_kind[kind]
+        sizes[axis_name] = _choice(axis.range, axis.multiple).pick(number, odd=axis_name == batch)
     return sizes
 
 

@@ -50,9 +50,10 @@ class Store:
         if self._folder is None:
             return self._memory.get(digest_of(key))
         try:
-            with np.load(self._file(self._folder, key), allow_pickle=False) as archive:
-                return {name: archive[name] for name in archive.files}
-        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+            with self._file(self._folder, key).open("rb") as stream:
+                archive = np.load(stream, allow_pickle=False)
+                return {name: archive[name] for name in archive.files}  # zip checks the CRC of each
+        except (OSError, ValueError, EOFError, AttributeError, KeyError, zipfile.BadZipFile):
             return None
 
     def put(self, key: Any, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from deploy.origin import ORIGIN_FORMAT
 from deploy.plan import Pass, Planned, Step
-from runtimes.bundle import Bundle, link_or_copy, records_below
+from runtimes.bundle import Bundle, records_below
 from runtimes.errors import InputError
 from runtimes.manifest import Component, FileRecord, Manifest
 
@@ -54,11 +55,16 @@ class Load(Pass):
     def write_files(self, step: Step, source: Bundle, out: Path) -> dict[str, FileRecord]:
         """Tokenizers in the one form the runtime reads, and the scheduler's config."""
         from exporters.source import open_source
+        from runtimes.schedulers import stable_diffusion_config
         from runtimes.tokenizer import prepare_tokenizer
 
         origin = open_source(source.path)
         for name, folder in origin.tokenizers.items():
             prepare_tokenizer(folder, out / name)
-        link_or_copy(source.path / "scheduler" / "scheduler_config.json", out / "scheduler" / "scheduler_config.json")
+        # What the PyTorch pipeline really samples with: it corrects outdated configs when it loads them.
+        config = stable_diffusion_config(origin.scheduler_config)
+        (out / "scheduler").mkdir()
+        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+        (out / "scheduler" / "scheduler_config.json").write_text(text, encoding="utf-8")
         written = [*origin.tokenizers, "scheduler"]
         return {n: r for folder in written for n, r in records_below(out / folder, out).items()}

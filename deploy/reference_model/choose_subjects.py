@@ -62,6 +62,7 @@ def candidates() -> list[tuple[str, str, str]]:
 
 
 def main() -> None:
+    """Write subjects.json."""
     rows = candidates()
     small = on_white(render_all([r[0] for r in rows], 32)).astype(np.float32) / 255
     # Short names first: of two look-alikes the one that is easier to ask for stays.

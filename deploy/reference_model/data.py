@@ -73,4 +73,5 @@ def render_all(characters: list[str], size: int = IMAGE_SIZE) -> np.ndarray[Any,
 def on_white(rgba: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Composite premultiplied RGBA (..., 4) uint8 on white: (..., 3) uint8."""
     colour, alpha = rgba[..., :3].astype(np.int32), rgba[..., 3:].astype(np.int32)
-    return np.clip(colour + 255 - alpha, 0, 255).astype(np.uint8)
+    composed: np.ndarray[Any, Any] = np.clip(colour + 255 - alpha, 0, 255).astype(np.uint8)
+    return composed

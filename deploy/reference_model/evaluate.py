@@ -54,7 +54,7 @@ def main(
     names = [s.name for s in load_subjects()]
     asked = [names[i] for i in np.linspace(0, len(names) - 1, count).round().astype(int)]
     gallery = Gallery.load(GALLERY_FILE, names, columns=GALLERY_COLUMNS)
-    score = gallery.score(draw(pipeline, asked, guidance_scale), asked)
+    score = gallery.score(draw(pipeline, asked, guidance_scale).astype(np.float32) / 255, asked)
     typer.echo(f"prompt retrieval: {score:.1%} of {count} prompts, {STEPS} steps, guidance {guidance_scale}")
     save_grid(draw(pipeline, list(COMPOSED), guidance_scale), 5, sheet)
     typer.echo(f"composed prompts, none of them in the set: {sheet}")

@@ -135,7 +135,9 @@ class Trainer:
 
 
 def augment(rgba: Tensor, generator: torch.Generator) -> Tensor:
-    """Shift, mirror, permute colours and change the background: (B, 4, H, W) premultiplied [0, 1] -> (B, 3, H, W) [-1, 1].
+    """Shift, mirror, permute colours, change the background.
+
+    (B, 4, H, W) premultiplied in [0, 1] -> (B, 3, H, W) in [-1, 1].
 
     Half of the pictures stay as they are on white; the others keep the autoencoder useful for pictures people bring.
     """
@@ -175,11 +177,12 @@ def save_grid(pictures: np.ndarray[Any, Any], columns: int, file: Path) -> None:
 
 def to_uint8(pictures: Tensor) -> np.ndarray[Any, Any]:
     """(N, 3, H, W) in [-1, 1] -> (N, H, W, 3) uint8."""
-    array: np.ndarray[Any, Any] = ((pictures.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    shifted = (pictures.float().clamp(-1, 1) + 1) * 127.5
+    array: np.ndarray[Any, Any] = shifted.round().byte().permute(0, 2, 3, 1).numpy()
     return array
 
 
-def train_autoencoder(stage: Stage, subjects: list[Subject], folder: Path, seed: int, bfloat16: bool) -> nn.Module:
+def train_autoencoder(stage: Stage, subjects: list[Subject], folder: Path, seed: int, bfloat16: bool) -> Any:
     """L1 + edge L1 + 1e-6 KL, the last as in Rombach et al. 2022 (arXiv:2112.10752, appendix G)."""
     torch.manual_seed(seed)
     vae = make_autoencoder()
@@ -191,8 +194,9 @@ def train_autoencoder(stage: Stage, subjects: list[Subject], folder: Path, seed:
         posterior = vae.encode(pictures).latent_dist
         decoded = vae.decode(posterior.sample(generator)).sample.float()
         pixels = pictures[0].numel()
-        return (F.l1_loss(decoded, pictures) + F.l1_loss(edges(decoded), edges(pictures))
+        loss: Tensor = (F.l1_loss(decoded, pictures) + F.l1_loss(edges(decoded), edges(pictures))
                 + 1e-6 * posterior.kl().float().mean() / pixels)
+        return loss
 
     plain = torch.from_numpy(on_white(render_all([s.character for s in subjects[::21]]))).permute(0, 3, 1, 2)
 
@@ -233,7 +237,8 @@ def train_diffusion(stage: Stage, subjects: list[Subject], vae: Any, folder: Pat
     vae.register_to_config(scaling_factor=scale)
     trainer = Trainer(stage, nn.ModuleDict({"unet": unet, "text_encoder": text_encoder}), folder, seed, bfloat16)
     texts = [form.format(n) for form in CAPTION_FORMS for n in names] + [""]
-    tokens = tokenizer(texts, padding="max_length", truncation=True, max_length=POSITIONS, return_tensors="pt").input_ids
+    encoded = tokenizer(texts, padding="max_length", truncation=True, max_length=POSITIONS, return_tensors="pt")
+    tokens = encoded.input_ids
     alphas = scheduler.alphas_cumprod
     weight = (alphas / (1 - alphas)).clamp(max=5) / (alphas / (1 - alphas) + 1)
 
@@ -250,7 +255,8 @@ def train_diffusion(stage: Stage, subjects: list[Subject], vae: Any, folder: Pat
         states = text_encoder(tokens[caption]).last_hidden_state
         predicted = unet(scheduler.add_noise(latents, noise, t), t, states).sample.float()
         target = scheduler.get_velocity(latents, noise, t)
-        return (weight[t] * (predicted - target).square().mean(dim=(1, 2, 3))).mean()
+        loss: Tensor = (weight[t] * (predicted - target).square().mean(dim=(1, 2, 3))).mean()
+        return loss
 
     pipeline = StableDiffusionPipeline(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet,
                                        scheduler=scheduler, safety_checker=None, feature_extractor=None,
@@ -272,7 +278,7 @@ def train_diffusion(stage: Stage, subjects: list[Subject], vae: Any, folder: Pat
 def main(
     folder: Annotated[Path, typer.Option(help="checkpoints, sample sheets, and the finished model")] = CHECKPOINTS,
     autoencoder_steps: int = 3000,
-    diffusion_steps: int = 9000,
+    diffusion_steps: int = 4300,
     seed: int = 0,
     threads: Annotated[int, typer.Option(help="CPU threads")] = 2,
 ) -> None:
@@ -282,7 +288,7 @@ def main(
     subjects = load_subjects()
     bfloat16 = has_fast_bfloat16()
     stages = (Stage("autoencoder", autoencoder_steps, 32, 1e-3, decay=0.5),
-              Stage("diffusion", diffusion_steps, 128, 6e-4, decay=0.3, ema=0.9995))
+              Stage("diffusion", diffusion_steps, 128, 6e-4, decay=0.19, ema=0.999))
     vae = train_autoencoder(stages[0], subjects, folder, seed, bfloat16)
     pipeline = train_diffusion(stages[1], subjects, vae, folder, seed, bfloat16)
     pipeline.to(torch.float16).save_pretrained(folder / "model", safe_serialization=True)

@@ -2,54 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from deploy.cli import main
 from deploy.reference_model import WEIGHTS
-
-Cli = Callable[..., tuple[int, str]]
-
-
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Cli:
-    """Run the command line in an empty folder: exit code and stderr."""
-    work = tmp_path / "work"
-    work.mkdir()
-    monkeypatch.chdir(work)
-    monkeypatch.setenv("LDM_DEPLOY_CACHE", str(tmp_path / "cache"))
-
-    def run(*arguments: str | Path) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["ldm-deploy", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        return int(stop.value.code or 0), capsys.readouterr().err
-
-    return run
+from tests.deploy.conftest import Cli, assert_nothing_left, assert_refused
 
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     """A copy of the reference model that a test may break."""
     return Path(shutil.copytree(WEIGHTS, tmp_path / "model"))
-
-
-def assert_refused(result: tuple[int, str], *words: str, code: int = 2) -> None:
-    exit_code, text = result
-    assert exit_code == code, text
-    assert text.startswith("error: "), text
-    assert len(text.strip().splitlines()) == 1, text
-    for word in words:
-        assert word in text
-
-
-def assert_nothing_left(folder: Path) -> None:
-    assert [p for p in folder.rglob("*") if p.is_file()] == []
 
 
 def test_no_such_folder(cli: Cli):
@@ -118,11 +86,25 @@ def test_unusable_options(cli: Cli, arguments: tuple[str, ...], words: tuple[str
     assert_refused(cli("build", *arguments), *words)
 
 
-def test_a_dry_run_prints_the_passes_and_writes_nothing(cli: Cli, capsys: pytest.CaptureFixture[str], monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["ldm-deploy", "build", "--dry-run"])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    out = capsys.readouterr().out
-    assert not stop.value.code
-    assert all(name in out for name in ("load", "export", "optimize"))
+def test_a_dry_run_prints_the_passes_and_writes_nothing(cli: Cli):
+    result = cli("build", "--dry-run")
+    assert not result.code
+    assert all(name in result.out for name in ("load", "export", "optimize"))
     assert_nothing_left(Path.cwd())
+
+
+def test_a_full_disk_is_said_in_one_line_and_leaves_nothing(cli: Cli, model: Path, monkeypatch, tmp_path: Path):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setenv("LDM_DEPLOY_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(os, "link", full)
+    assert_refused(cli("build", model), "disk is full", code=4)
+    assert_nothing_left(Path.cwd())
+    assert_nothing_left(tmp_path / "cache")
+
+
+def test_a_bug_of_ours_is_exit_code_1(cli: Cli, monkeypatch):
+    monkeypatch.setattr("deploy.origin.open_source", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cli("build", "--dry-run")

@@ -30,7 +30,8 @@ class Shout(Pass):
         if any(c.format == "loud" for c in before.components.values()):
             raise InputError("already loud", fix="shout once")
         after = {n: dataclasses.replace(c, format="loud", files={}) for n, c in before.components.items()}
-        return Step(self.name, self.version, {}, {n: (n,) for n in after}, dataclasses.replace(before, components=after), "")
+        manifest = dataclasses.replace(before, components=after)
+        return Step(self.name, self.version, {}, {n: (n,) for n in after}, manifest, "")
 
     def run(self, step, name, source, out):
         self.ran.append(name)
@@ -86,6 +87,7 @@ def bundle(tmp_path: Path) -> Bundle:
 
 def run(instance: Pass, bundle: Bundle, cache: Cache, folder: Path) -> tuple[Bundle, dict]:
     step = instance.plan(bundle.manifest, BuildSpec())
+    assert isinstance(step, Step)
     return _run_pass(instance, step, bundle, folder, cache, Silent())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from runtimes.bundle import Bundle, records_below, write_manifest
 from runtimes.manifest import SCHEMA, Component, Manifest, PipelineFacts, Source
+from runtimes.pipeline import Pipeline
 from runtimes.session import Session
 from runtimes.tensors import Axis, ShapeRange, TensorSpec
 
@@ -45,7 +47,8 @@ def components(batch: int = 8, side: tuple[int, int] = (4, 16), multiple: int = 
     hidden = ("batch", TOKENS, WIDTH)
     return {
         "text_encoder": component(
-            (TensorSpec("input_ids", "int64", ("batch", TOKENS)),), (TensorSpec("last_hidden_state", "float32", hidden),),
+            (TensorSpec("input_ids", "int64", ("batch", TOKENS)),),
+            (TensorSpec("last_hidden_state", "float32", hidden),),
             {"batch": Axis("prompts", rows)}),
         "unet": component(
             (TensorSpec("sample", "float32", latent), TensorSpec("timestep", "float32", ("batch",)),
@@ -94,9 +97,17 @@ def vae_decoder(latent_sample):
     return np.concatenate([large, large[:, :1] * 0.5], axis=1)
 
 
-def fake_sessions(**limits: Any) -> dict[str, Session]:
-    functions = {"text_encoder": text_encoder, "unet": unet, "vae_encoder": vae_encoder, "vae_decoder": vae_decoder}
+def fake_sessions(**limits: Any) -> dict[str, FakeSession]:
+    functions: dict[str, Callable[..., np.ndarray]] = {
+        "text_encoder": text_encoder, "unet": unet, "vae_encoder": vae_encoder, "vae_decoder": vae_decoder}
     return {name: FakeSession(name, part, functions[name]) for name, part in components(**limits).items()}
+
+
+def calls_of(pipeline: Pipeline, name: str) -> list[dict[str, np.ndarray]]:
+    """What a fake session of the pipeline was fed so far."""
+    session = pipeline.sessions[name]
+    assert isinstance(session, FakeSession)
+    return session.calls
 
 
 def tokenize(texts):
@@ -108,7 +119,9 @@ def tokenize(texts):
 # ---- graphs and bundles ------------------------------------------------------------------------------------------
 
 
-def graph(inputs: list, outputs: list, nodes: list, constants: Mapping[str, np.ndarray] | None = None) -> onnx.ModelProto:
+def graph(
+    inputs: list, outputs: list, nodes: list, constants: Mapping[str, Any] | None = None
+) -> onnx.ModelProto:
     """An ONNX model from (name, dtype, shape) triples and helper.make_node results."""
     made = helper.make_graph(
         nodes, "g",
@@ -124,7 +137,7 @@ def affine_model() -> onnx.ModelProto:
     weights = np.arange(12, dtype=np.float32).reshape(4, 3)
     return graph([("x", TensorProto.FLOAT, ["batch", 4])], [("y", TensorProto.FLOAT, ["batch", 3])],
                  [helper.make_node("MatMul", ["x", "w"], ["p"]), helper.make_node("Add", ["p", "b"], ["y"])],
-                 {"w": weights, "b": np.float32([1, 2, 3])})
+                 {"w": weights, "b": np.array([1, 2, 3], np.float32)})
 
 
 AFFINE = component((TensorSpec("x", "float32", ("batch", 4)),), (TensorSpec("y", "float32", ("batch", 3)),),
@@ -137,7 +150,7 @@ def write_bundle(folder: Path, parts: Mapping[str, Component], facts: PipelineFa
     listed = {}
     for name, part in parts.items():
         records = records_below(folder / "components" / name, folder)
-        listed[name] = Component(**{f: getattr(part, f) for f in Component.__dataclass_fields__} | {"files": records, "parity": {}})
+        listed[name] = dataclasses.replace(part, files=records, parity={})
     manifest = Manifest(schema=SCHEMA, family="stable-diffusion", source=Source("fake", {}), target="onnxruntime",
                         precision="fp32", pipeline=facts, components=listed, passes=(), files=extra, tools={}, spec={},
                         verified=False, parity={})
@@ -159,3 +172,43 @@ def affine_bundle(folder: Path, model: onnx.ModelProto | bytes | None = None, pa
 def write_json(file: Path, value: Any) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(value), encoding="utf-8")
+
+
+def write_pipeline_bundle(folder: Path, vocabulary: int) -> Bundle:
+    """A bundle of four ONNX graphs of a few nodes; the caller has written tokenizer/."""
+    f, i = TensorProto.FLOAT, TensorProto.INT64
+    node, latent = helper.make_node, ["batch", CHANNELS, "height", "width"]
+    table = np.sin(np.arange(vocabulary * WIDTH, dtype=np.float32)).reshape(vocabulary, WIDTH)
+    graphs = {
+        "text_encoder": graph(
+            [("input_ids", i, ["batch", TOKENS])], [("last_hidden_state", f, ["batch", TOKENS, WIDTH])],
+            [node("Gather", ["table", "input_ids"], ["last_hidden_state"])], {"table": table}),
+        "unet": graph(
+            [("sample", f, latent), ("timestep", f, ["batch"]),
+             ("encoder_hidden_states", f, ["batch", TOKENS, WIDTH])], [("out_sample", f, latent)],
+            [node("ReduceMean", ["encoder_hidden_states", "last"], ["mean"], keepdims=1),
+             node("Reshape", ["mean", "column"], ["shift"]), node("Tanh", ["sample"], ["tanh"]),
+             node("Div", ["timestep", "thousands"], ["t"]), node("Reshape", ["t", "column"], ["time"]),
+             node("Add", ["tanh", "shift"], ["sum"]), node("Add", ["sum", "time"], ["out_sample"])],
+            {"last": np.array([1, 2], np.int64), "column": np.array([-1, 1, 1, 1], np.int64),
+             "thousands": np.float32(5000)}),
+        "vae_encoder": graph(
+            [("sample", f, ["batch", 3, "height", "width"])],
+            [("latent_parameters", f, ["batch", 2 * CHANNELS, "h", "w"])],
+            [node("AveragePool", ["sample"], ["small"], kernel_shape=[FACTOR] * 2, strides=[FACTOR] * 2),
+             node("Gather", ["small", "channels"], ["latent_parameters"], axis=1)],
+            {"channels": np.array([0, 1, 1, 2], np.int64)}),
+        "vae_decoder": graph(
+            [("latent_sample", f, latent)], [("sample", f, ["batch", 3, "h", "w"])],
+            [node("Gather", ["latent_sample", "channels"], ["rgb"], axis=1),
+             node("Resize", ["rgb", "", "scales"], ["sample"], mode="nearest")],
+            {"channels": np.array([0, 1, 0], np.int64), "scales": np.array([1, 1, FACTOR, FACTOR], np.float32)}),
+    }
+    parts = {}
+    for name, part in components().items():
+        file = folder / "components" / name / "model.onnx"
+        file.parent.mkdir(parents=True)
+        onnx.save(graphs[name], file)
+        parts[name] = dataclasses.replace(part, file=file.relative_to(folder).as_posix())
+    write_json(folder / "scheduler" / "scheduler_config.json", DDIM)
+    return write_bundle(folder, parts)

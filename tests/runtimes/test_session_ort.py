@@ -20,7 +20,7 @@ from tests.runtimes.fakes import AFFINE, affine_bundle, affine_model, component,
 
 CPU = SessionOptions(threads=1)
 X = np.arange(8, dtype=np.float32).reshape(2, 4)
-Y = X @ np.arange(12, dtype=np.float32).reshape(4, 3) + np.float32([1, 2, 3])
+Y = X @ np.arange(12, dtype=np.float32).reshape(4, 3) + np.array([1, 2, 3], np.float32)
 
 
 @pytest.fixture

@@ -5,19 +5,18 @@ from __future__ import annotations
 import json
 import logging
 import random
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 from transformers import CLIPTokenizer
 
 from runtimes.errors import BundleError, InputError
 from runtimes.tokenizer import ClipTokenizer, prepare_tokenizer, tokenizer_json_from_bpe
+from tests.runtimes.vocabulary import WORDS, Vocabulary, make_vocabulary
 
-WORDS = """a an the red green blue apple grinning face cat dog house tree sun moon star heart hand fish bird car ship
-flower rocket smiling crying person woman man child running under over near photo of picture painting it's they're
-don't we'll i've 3d 2024 café naïve über straße""".split()
 PIECES = [
     "", " ", "\t", "\n", "\r\n", "\u00a0", "\u2003", "\u3000", "\x00", "\x07", "\x1f", "\x7f", "\u200b", "\u200d",
     "\ufeff", "\u2028", "\ufffd", "é", "e\u0301", "ﬁ", "Å", "Ω", "ß", "İ", "ı", "Ǆ", "漢字", "日本語テスト", "한국어",
@@ -41,24 +40,12 @@ def odd_strings(count: int) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """A small BPE in OpenAI's order: bytes, bytes that end a word, merges, the two markers."""
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(r"[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"), "removed", invert=True),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe.train_from_iterator(WORDS * 3, trainers.BpeTrainer(
-        vocab_size=900, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False))
-    merges = [tuple(m) for m in json.loads(bpe.to_str())["model"]["merges"]]
-    words = ["!", *(a for a in alphabet if a != "!"), *(a + "</w>" for a in alphabet), *("".join(m) for m in merges)]
-    words = [*dict.fromkeys(words), "<|startoftext|>", "<|endoftext|>"]
-    return {word: i for i, word in enumerate(words)}, merges
+def vocabulary() -> Vocabulary:
+    return make_vocabulary()
 
 
-def write_old(folder: Path, vocabulary: tuple[dict[str, int], list[tuple[str, str]]], config: dict[str, object],
-              special: dict[str, object]) -> Path:
+def write_old(folder: Path, vocabulary: Vocabulary, config: Mapping[str, object],
+              special: Mapping[str, object]) -> Path:
     folder.mkdir()
     vocab, merges = vocabulary
     (folder / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
@@ -73,7 +60,7 @@ def flags(content: str, normalized: bool) -> dict[str, object]:
     return {"content": content, "lstrip": False, "normalized": normalized, "rstrip": False, "single_word": False}
 
 
-def make_folder(layout: str, length: int, path: Path, vocabulary: tuple[dict[str, int], list[tuple[str, str]]]) -> Path:
+def make_folder(layout: str, length: int, path: Path, vocabulary: Vocabulary) -> Path:
     start, end = "<|startoftext|>", "<|endoftext|>"
     typed = {"__type": "AddedToken", **flags(end, True)}
     if layout == "transformers 5":

@@ -1,0 +1,139 @@
+"""The parity gate around passes: what is compared when, with which prompts. `deploy.parity` does the comparing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
+
+from deploy.cache import Cache, versions_of
+from deploy.parity.answers import Reference
+from deploy.parity.budgets import budget_for
+from deploy.parity.components import ComponentReport, Figures, check_components
+from deploy.parity.gate import Verification, component_json, enforce
+from deploy.parity.options import PROMPTS, ParityOptions
+from deploy.parity.pipelines import check_pipeline
+from deploy.parity.retrieval import Gallery
+from deploy.reference_model import GALLERY_COLUMNS, GALLERY_FILE, GALLERY_TILE, demo_prompts, subject_names
+from deploy.report import Picture
+from deploy.spec import REFERENCE, BuildSpec
+from runtimes.bundle import Bundle
+from runtimes.manifest import digest_of, to_json
+from runtimes.session import SessionOptions
+
+if TYPE_CHECKING:
+    from deploy.build import Listener
+
+RETRIEVAL_PROMPTS = 40
+
+
+def options_for(source_id: str, prompts: tuple[str, ...], device: str = "cpu") -> ParityOptions:
+    """What is drawn: the user's prompts, else the reference model's own subjects, else everyday ones."""
+    session = SessionOptions(device)
+    if source_id != REFERENCE:
+        return ParityOptions(prompts=prompts or PROMPTS, session=session)
+    names = subject_names()
+    asked = tuple(names[round(i * (len(names) - 1) / (RETRIEVAL_PROMPTS - 1))] for i in range(RETRIEVAL_PROMPTS))
+    return ParityOptions(prompts=prompts or demo_prompts()[:8], retrieval_prompts=asked, session=session)
+
+
+def gallery_for(source_id: str) -> Gallery | None:
+    """The pictures retrieval is scored by: only the reference model has them."""
+    if source_id != REFERENCE:
+        return None
+    return Gallery.load(GALLERY_FILE, subject_names(), columns=GALLERY_COLUMNS, tile=GALLERY_TILE)
+
+
+class Gate:
+    """Compares bundles of one build with its source and stops the build at the first pass that breaks the budget.
+
+    Attributes:
+        seconds: spent on comparing, apart from the passes' own time.
+        pictures: drawn by reference and bundle, for the report.
+    """
+
+    def __init__(self, spec: BuildSpec, source_id: str, cache: Cache) -> None:
+        self.seconds = 0.0
+        self.pictures: list[Picture] = []
+        self._spec, self._cache, self._source_id = spec, cache, source_id
+        self._budget = budget_for(spec.precision, spec.budget)
+        self._options = options_for(source_id, spec.prompts)
+        self._reference: Reference | None = None
+        self._figures: dict[str, Figures] = {}
+        self._executed: Bundle | None = None
+        self._unverified: dict[str, str] = {}
+
+    def start(self, source: Bundle) -> None:
+        """Take the loaded source model as the reference of everything that follows."""
+        self._reference = Reference(source, cache=self._cache.root)
+
+    def after_pass(self, pass_name: str, written: Iterable[str], bundle: Bundle, listener: Listener) -> Bundle:
+        """Compare the components that a pass wrote; gives the bundle back with their figures in its manifest.
+
+        Raises:
+            ParityError: naming the pass, component, shape and worst output.
+        """
+        if not self._spec.verify or self._reference is None:
+            return bundle
+        components = dict(bundle.manifest.components)
+        self._unverified = {}
+        with self._timed():
+            for name in written:
+                listener.working(f"{pass_name}: comparing {name} with PyTorch")
+                report = self._check(self._reference, bundle, name)
+                enforce(report, self._budget, pass_name)
+                self._unverified.update(report.unverified)
+                if name in report.figures:
+                    self._figures[name] = report.figures[name]
+                    parity = component_json(report.figures[name], self._budget)
+                    components[name] = replace(components[name], parity=parity)
+        bundle = replace(bundle, manifest=replace(bundle.manifest, components=components))
+        if not self._unverified:
+            self._executed = bundle
+        return bundle
+
+    def check_pipeline(self, listener: Listener) -> Mapping[str, Any] | None:
+        """Compare whole drawings of the last bundle that runs here; the result is the manifest's parity.
+
+        Raises:
+            ParityError: naming what is to blame.
+        """
+        if not self._spec.verify or self._reference is None or self._executed is None:
+            return None
+        listener.working("comparing pictures with PyTorch's")
+        components = ComponentReport(self._figures, {})
+        with self._timed():
+            report = check_pipeline(self._reference, self._executed, self._budget, self._options,
+                                    components=components, gallery=gallery_for(self._source_id))
+            enforce(report, self._budget, "package")
+        self.pictures = [Picture(p.prompt, p.scheduler, p.reference, p.candidate, p.psnr_db, p.ssim)
+                         for p in report.pairs]
+        figures = ComponentReport(self._figures, self._unverified)
+        return Verification(figures, report, self._budget).to_json()
+
+    def _check(self, reference: Reference, bundle: Bundle, name: str) -> ComponentReport:
+        """Figures of one component, from the cache when the same bytes were compared before."""
+        component = bundle.component(name)
+        key = {"kind": "component parity", "source": reference.identity, "component": component.sha256,
+               "inputs": to_json(component.inputs), "axes": to_json(component.axes),
+               "facts": to_json(bundle.manifest.pipeline), "options": digest_of(to_json(self._options)),
+               "format": component.format, "libraries": versions_of(("onnxruntime", "openvino", "torch"))}
+        if (known := self._cache.find_fact(key)) is not None:
+            shapes = tuple(tuple(s) for s in known.pop("shapes"))
+            figures = Figures(**{**known, "shapes": shapes, "worst_shape": tuple(known["worst_shape"])})
+            return ComponentReport({name: figures}, {})
+        report = check_components(reference, bundle, self._options, [name])
+        figures_found = report.figures.get(name)
+        if figures_found is not None and figures_found.compare(self._budget.component_relative_l2):
+            self._cache.store_fact(key, asdict(figures_found))
+        return report
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds += time.perf_counter() - began

@@ -1,0 +1,50 @@
+"""`openvino`: each ONNX graph as OpenVINO's `.xml` and `.bin`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib import util
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from deploy.plan import Pass, Planned, Skip, Step, Unavailable
+from runtimes.bundle import Bundle, records_below
+from runtimes.errors import InputError
+from runtimes.manifest import Component, Manifest
+
+if TYPE_CHECKING:
+    from deploy.spec import BuildSpec
+
+
+class OpenVino(Pass):
+    """OpenVINO's conversion; its own graph optimization runs at load time, for the CPU that is there."""
+
+    name: ClassVar[str] = "openvino"
+    version: ClassVar[int] = 1
+    libraries: ClassVar[tuple[str, ...]] = ("openvino",)
+    verify: ClassVar[bool] = True
+
+    def plan(self, before: Manifest, spec: BuildSpec) -> Planned:
+        """Every component, when the target is openvino."""
+        if spec.target != "openvino":
+            return Skip(f"the target is {spec.target}")
+        for name, component in before.components.items():
+            if component.format != "onnx":
+                raise InputError(f"{name} is {component.format}, expected onnx", where="pass openvino",
+                                 fix="it comes after everything that works on graphs")
+        if util.find_spec("openvino") is None:
+            return Unavailable("openvino is not installed", "target openvino", "pip install 'ldm-deploy[openvino]'")
+        components = {n: replace(c, format="openvino", file=f"components/{n}/model.xml", files={})
+                      for n, c in before.components.items()}
+        step = Step(self.name, self.version, {}, {n: (n,) for n in components},
+                    replace(before, components=components), "OpenVINO's own files")
+        return replace(step, after=replace(step.after, passes=(*before.passes, step.record)))
+
+    def run(self, step: Step, name: str, source: Bundle, out: Path) -> Component:
+        """Convert one graph."""
+        from exporters.openvino_from_onnx import convert_openvino
+
+        before, planned = source.component(name), step.after.components[name]
+        folder = out / "components" / name
+        report = convert_openvino(source.file(before.file), folder / "model.xml", before.inputs, before.outputs)
+        return replace(planned, files=records_below(folder, out), details={**before.details, **report.to_json()})

@@ -1,0 +1,85 @@
+"""`precision`: 16 bits where they pay: computed in on GPUs; only stored in on CPUs, which lack the kernels."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from deploy.plan import Pass, Planned, Skip, Step
+from runtimes.bundle import Bundle, records_below
+from runtimes.errors import InputError
+from runtimes.manifest import Component, Manifest
+
+if TYPE_CHECKING:
+    from deploy.spec import BuildSpec
+
+MODES = {"tensorrt": "compute", "tensorrt-rtx": "compute", "onnxruntime": "storage", "openvino": "storage"}
+
+
+class Precision(Pass):
+    """float32 graphs to float16, with the nodes that need float32 kept in it (exporters.onnx_precision)."""
+
+    name: ClassVar[str] = "precision"
+    version: ClassVar[int] = 1
+    libraries: ClassVar[tuple[str, ...]] = ("onnx", "onnxscript", "onnx-ir", "ml-dtypes")
+    verify: ClassVar[bool] = True
+
+    def plan(self, before: Manifest, spec: BuildSpec) -> Planned:
+        """Every float32 graph, when the spec says fp16."""
+        if spec.precision != "fp16":
+            return Skip(f"the build is {spec.precision}")
+        for name, component in before.components.items():
+            if component.format != "onnx":
+                raise InputError(f"{name} is {component.format}, expected onnx", where="pass precision",
+                                 fix="precision comes after export and before engine")
+        mode = MODES[spec.target]
+        config = {"precision": "fp16", "mode": mode, "keep": list(getattr(spec, "keep", ()))}
+        chosen = [n for n, c in before.components.items() if c.precision == "fp32"]
+        if not chosen:
+            return Skip("every component is below float32 already")
+        components = {n: replace(c, precision="fp16", files={}) if n in chosen else c
+                      for n, c in before.components.items()}
+        step = Step(self.name, self.version, config, {n: (n,) for n in chosen},
+                    replace(before, components=components), f"float16, {mode}")
+        return replace(step, after=replace(step.after, passes=(*before.passes, step.record)))
+
+    def run(self, step: Step, name: str, source: Bundle, out: Path) -> Component:
+        """Convert one graph; what stayed float32, and why, is kept in the component's details."""
+        from exporters.onnx_precision import convert_precision
+
+        planned = step.after.components[name]
+        folder = out / "components" / name
+        folder.mkdir(parents=True)
+        report = convert_precision(source.file(source.component(name).file), folder / "model.onnx",
+                                   step.config["precision"], mode=step.config["mode"], keep=step.config["keep"])
+        details = {**planned.details, "conversion": report.to_json()}
+        if step.config["mode"] == "storage" and details.get("ort_graph_optimization") == "disabled":
+            details["ort_graph_optimization"] = "basic"  # widens the weights once, at load, instead of in every call
+        return replace(planned, files=records_below(folder, out), details=details)
+
+
+def computes_in_16_bits(component: Component) -> bool:
+    """Whether ONNX Runtime's CPU provider would hide this graph's rounding and overflow (onnx_precision_emulate)."""
+    conversion = component.details.get("conversion")
+    return component.format == "onnx" and isinstance(conversion, dict) and conversion.get("mode") == "compute"
+
+
+def proof_bundle(bundle: Bundle, name: str, folder: Path) -> Bundle:
+    """The bundle with one component replaced by its emulation, which shows on a CPU what 16-bit hardware computes.
+
+    Args:
+        bundle: holds a component for which `computes_in_16_bits`.
+        folder: an empty folder; receives a bundle of links and the emulation.
+    """
+    from exporters.onnx_precision_emulate import emulate
+    from runtimes.bundle import link_or_copy
+
+    component = bundle.component(name)
+    for file in bundle.manifest.all_files():
+        if file not in component.files:
+            link_or_copy(bundle.path / file, folder / file)
+    emulate(bundle.file(component.file), folder / component.file)
+    files = records_below(folder / "components" / name, folder)
+    components = {**bundle.manifest.components, name: replace(component, files=files)}
+    return Bundle(folder, replace(bundle.manifest, components=components))

@@ -1,0 +1,98 @@
+"""The pipeline inside Triton: our sampling loop over the other models of this repository. Written by export-triton.
+
+Needs `pip install ldm-deploy` in the Python that Triton's backend uses; no torch.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from runtimes.bundle import Bundle
+from runtimes.errors import DeployError, UnavailableError
+from runtimes.loading import TOKENIZER_FOLDER, scheduler_config
+from runtimes.manifest import MANIFEST_FILE, parse
+from runtimes.pipeline import Pipeline
+from runtimes.session import Session
+from runtimes.tokenizer import ClipTokenizer
+
+
+class TritonSession(Session):
+    """A component served by Triton, called within the server."""
+
+    def __init__(self, name, component, model):
+        """Remember the model's name."""
+        super().__init__(name, component)
+        self._model = model
+
+    def _run(self, feeds):
+        # One number per row travels as (rows, 1): Triton has no empty shapes.
+        tensors = [pb_utils.Tensor(name, np.ascontiguousarray(a[:, None] if a.ndim == 1 else a))
+                   for name, a in feeds.items()]
+        request = pb_utils.InferenceRequest(
+            model_name=self._model, inputs=tensors,
+            requested_output_names=[spec.name for spec in self.component.outputs],
+            preferred_memory=pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU))
+        response = request.exec()
+        if response.has_error():
+            raise UnavailableError(response.error().message(), where=self.name, fix="see the log of the server")
+        return {spec.name: np.array(pb_utils.get_output_tensor_by_name(response, spec.name).as_numpy())
+                for spec in self.component.outputs}
+
+
+class Sessions(Mapping):
+    """Every component of the bundle."""
+
+    def __init__(self, bundle, models):
+        """Make the sessions; none is called yet."""
+        self._sessions = {n: TritonSession(n, c, models[n]) for n, c in bundle.manifest.components.items()}
+
+    def __getitem__(self, name):
+        return self._sessions[name]
+
+    def __iter__(self):
+        return iter(self._sessions)
+
+    def __len__(self):
+        return len(self._sessions)
+
+
+def value(request, name):
+    """One optional input, or None."""
+    tensor = pb_utils.get_input_tensor_by_name(request, name)
+    if tensor is None:
+        return None
+    item = tensor.as_numpy().reshape(-1)[0]
+    return item.decode() if isinstance(item, bytes) else item.item() if hasattr(item, "item") else item
+
+
+class TritonPythonModel:
+    """What Triton's Python backend calls."""
+
+    def initialize(self, args):
+        """Read tokenizer, scheduler and manifest; the networks are other models of the server."""
+        folder = Path(args["model_repository"]) / args["model_version"]
+        manifest = (folder / "bundle" / MANIFEST_FILE).read_text(encoding="utf-8")
+        bundle = Bundle(folder / "bundle", parse(manifest, MANIFEST_FILE))
+        models = json.loads((folder / "triton.json").read_text(encoding="utf-8"))
+        facts = bundle.manifest.pipeline
+        tokenizer = ClipTokenizer.load(folder / "bundle" / TOKENIZER_FOLDER, facts.tokens)
+        self.pipeline = Pipeline(Sessions(bundle, models), facts, scheduler_config(bundle), tokenizer)
+
+    def execute(self, requests):
+        """Draw the images of each request; what is wrong with one does not touch the others."""
+        return [self.answer(request) for request in requests]
+
+    def answer(self, request):
+        """One request's images, (images, height, width, 3) uint8, or its error."""
+        try:
+            prompts = [p.decode() for p in pb_utils.get_input_tensor_by_name(request, "prompt").as_numpy().reshape(-1)]
+            names = ("negative_prompt", "steps", "guidance_scale", "seed", "height", "width", "scheduler")
+            options = {name: found for name in names if (found := value(request, name)) is not None}
+            images = self.pipeline(prompts, **options)
+        except (DeployError, UnicodeDecodeError) as error:
+            return pb_utils.InferenceResponse(output_tensors=[], error=pb_utils.TritonError(str(error)))
+        pixels = np.stack([np.asarray(image) for image in images])
+        return pb_utils.InferenceResponse(output_tensors=[pb_utils.Tensor("images", pixels)])

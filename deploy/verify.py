@@ -1,0 +1,58 @@
+"""`verify`: prove a finished bundle again, on any machine that has the source model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from deploy.build import Silent, load_source, workspace
+from deploy.cache import Cache, default_root
+from deploy.gate import gallery_for, options_for
+from deploy.origin import model_folder, open_origin
+from deploy.parity.answers import Reference
+from deploy.parity.budgets import budget_for
+from deploy.parity.gate import Verification, verify
+from deploy.spec import REFERENCE, BuildSpec
+from runtimes.bundle import Bundle
+from runtimes.errors import InputError
+
+__all__ = ["Verification", "verify_bundle"]
+
+
+def verify_bundle(path: Path, against: str | None = None, *, device: str = "cpu",
+                  cache_root: Path | None = None) -> Verification:
+    """Compare a bundle with its source at component, trajectory and image level.
+
+    Args:
+        path: the bundle.
+        against: the source model; by default the one the bundle says it was built from.
+        device: where the bundle runs.
+        cache_root: keeps the reference's answers; default `~/.cache/ldm-deploy`.
+
+    Raises:
+        BundleError: the bundle is broken.
+        InputError: the source model is not there, or not the one the bundle was built from.
+    """
+    bundle = Bundle.open(path)
+    manifest = bundle.manifest
+    spec = BuildSpec(model=against or _source_of(bundle), target=manifest.target, precision=manifest.precision)  # type: ignore[arg-type]
+    origin = open_origin(spec)
+    if against is None and origin.manifest.source.sha256 != manifest.source.sha256:
+        raise InputError("the model has changed since the bundle was built", where=str(origin.path),
+                         fix="give the model it was built from, or any other on purpose, with --against")
+    cache = Cache(cache_root or default_root())
+    with workspace(cache.root) as work:
+        source = load_source(origin, spec, cache, work, Silent())
+        reference = Reference(source, cache=cache.root)
+        prompts = tuple(manifest.spec.get("prompts", ()))
+        return verify(reference, bundle, budget_for(manifest.precision, manifest.spec.get("budget")),
+                      options_for(manifest.source.id, prompts, device), gallery_for(manifest.source.id))
+
+
+def _source_of(bundle: Bundle) -> str:
+    if bundle.manifest.source.id == REFERENCE:
+        return REFERENCE
+    path = str(bundle.manifest.measured.get("source_path", ""))
+    if not model_folder(path or "?").is_dir():
+        raise InputError(f"the source model {path or bundle.manifest.source.id} is not on this machine",
+                         where=str(bundle.path), fix="give its folder with --against")
+    return path

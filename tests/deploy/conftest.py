@@ -1,0 +1,58 @@
+"""The command line as a function."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from deploy.cli import main
+
+
+class Result(NamedTuple):
+    """What a command left: exit code and both streams."""
+
+    code: int
+    out: str
+    err: str
+
+
+Cli = Callable[..., Result]
+
+
+@pytest.fixture
+def cli(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, build_cache: Path
+) -> Cli:
+    """Run the command line in an empty folder."""
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    monkeypatch.setenv("LDM_DEPLOY_CACHE", str(build_cache))
+
+    def run(*arguments: str | Path) -> Result:
+        monkeypatch.setattr(sys, "argv", ["ldm-deploy", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main()
+        streams = capsys.readouterr()
+        return Result(int(stop.value.code or 0), streams.out, streams.err)
+
+    return run
+
+
+def assert_refused(result: Result, *words: str, code: int = 2) -> None:
+    """One clear line on stderr that holds the words, and the exit code."""
+    assert result.code == code, result
+    assert result.err.startswith("error: "), result.err
+    assert len(result.err.strip().splitlines()) == 1, result.err
+    for word in words:
+        assert word in result.err
+
+
+def assert_nothing_left(folder: Path) -> None:
+    """No file below the folder."""
+    assert [p for p in folder.rglob("*") if p.is_file()] == []

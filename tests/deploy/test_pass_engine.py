@@ -1,0 +1,188 @@
+"""The passes engine, precision and openvino: what they plan, refuse and write."""
+
+from __future__ import annotations
+
+import dataclasses
+from importlib import util
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from deploy.passes import engine as engine_pass
+from deploy.passes.engine import Engine, choose_builder, component_profiles
+from deploy.passes.openvino import OpenVino
+from deploy.passes.precision import Precision, computes_in_16_bits, proof_bundle
+from deploy.plan import Skip, Step, Unavailable
+from deploy.spec import BuildSpec
+from runtimes.bundle import Bundle, sha256_of
+from runtimes.errors import InputError, UnavailableError
+from runtimes.session import SessionOptions
+from runtimes.session_ort import OrtSession
+from runtimes.tensors import Axis, ShapeRange
+from tests.runtimes.fakes import write_pipeline_bundle
+
+RTX_INSTALLED = util.find_spec("tensorrt_rtx") is not None
+OPENVINO_INSTALLED = util.find_spec("openvino") is not None
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory) -> Bundle:
+    return write_pipeline_bundle(tmp_path_factory.mktemp("passes") / "bundle", 20)
+
+
+@pytest.fixture
+def no_gpu(monkeypatch) -> None:
+    monkeypatch.setattr(engine_pass, "gpu_here", lambda: "")
+
+
+def spec(target: Any = "tensorrt", precision: Any = "fp32", **more: Any) -> Any:
+    made = BuildSpec(target=target, precision=precision)
+    return SimpleNamespace(target=made.target, precision=made.precision, **more)
+
+
+def builders(monkeypatch, *names: str) -> None:
+    monkeypatch.setattr("exporters.tensorrt_from_onnx.installed", lambda builder: builder in names)
+
+
+def planned(bundle: Bundle, instance: Any, wanted: Any) -> Step:
+    step = instance.plan(bundle.manifest, wanted)
+    assert isinstance(step, Step), step
+    return step
+
+
+# ---- which builder ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("target", "gpu", "installed", "chosen"), [
+    ("tensorrt", "H100, 9.0", ("tensorrt", "tensorrt-rtx"), "tensorrt"),
+    ("tensorrt", "", ("tensorrt", "tensorrt-rtx"), "tensorrt-rtx"),
+    ("tensorrt", "H100, 9.0", ("tensorrt-rtx",), "tensorrt-rtx"),
+    ("tensorrt-rtx", "H100, 9.0", ("tensorrt", "tensorrt-rtx"), "tensorrt-rtx"),
+])
+def test_the_builder_follows_from_target_gpu_and_packages(monkeypatch, target, gpu, installed, chosen):
+    builders(monkeypatch, *installed)
+    assert choose_builder(target, gpu) == chosen
+
+
+@pytest.mark.parametrize(("target", "gpu", "installed", "what"), [
+    ("tensorrt", "", (), "no TensorRT builder is installed"),
+    ("tensorrt", "", ("tensorrt",), "builds for the GPU of this machine, and there is none"),
+    ("tensorrt-rtx", "H100, 9.0", ("tensorrt",), "no TensorRT builder is installed"),
+])
+def test_what_is_missing_is_said_and_no_other_target_taken(monkeypatch, target, gpu, installed, what):
+    builders(monkeypatch, *installed)
+    found = choose_builder(target, gpu)
+    assert isinstance(found, Unavailable) and what in found.what and "tensorrt-rtx" in found.fix
+
+
+# ---- plans -----------------------------------------------------------------------------------------------------------
+
+
+def test_other_targets_are_left_alone(bundle):
+    assert isinstance(Engine().plan(bundle.manifest, spec("onnxruntime")), Skip)
+    assert isinstance(OpenVino().plan(bundle.manifest, spec("tensorrt")), Skip)
+    assert isinstance(Precision().plan(bundle.manifest, spec()), Skip)
+
+
+def test_the_plan_says_builder_and_gpus_and_resolves_every_option(bundle, monkeypatch, no_gpu):
+    builders(monkeypatch, "tensorrt-rtx")
+    step = planned(bundle, Engine(), spec(engine={"capabilities": "SM86+SM89", "optimization_level": 3}))
+    assert step.summary == "tensorrt-rtx engines for SM86, SM89"
+    assert step.config["options"]["optimization_level"] == 3
+    assert step.config["options"]["workspace_bytes"] == 0
+    assert {c.format for c in step.after.components.values()} == {"tensorrt"}
+    assert step.after.components["unet"].file == "components/unet/engine.trt"
+
+
+def test_an_order_that_cannot_work_is_refused(bundle):
+    parts = {n: dataclasses.replace(c, format="safetensors") for n, c in bundle.manifest.components.items()}
+    before = dataclasses.replace(bundle.manifest, components=parts)
+    for instance, wanted in ((Engine(), spec()), (Precision(), spec(precision="fp16")), (OpenVino(), spec("openvino"))):
+        with pytest.raises(InputError, match="is safetensors, expected onnx"):
+            instance.plan(before, wanted)
+
+
+def test_a_profile_outside_the_models_limits_is_refused_when_planning(bundle, monkeypatch, no_gpu):
+    builders(monkeypatch, "tensorrt-rtx")
+    wanted = spec(profiles=({"batch": ShapeRange(1, 1, 64)},))
+    with pytest.raises(InputError, match=r"profile batch=1:1:64 is outside the model's limits 1 to 8"):
+        Engine().plan(bundle.manifest, wanted)
+
+
+def test_profiles_in_images_and_pixels_become_rows_and_latents(bundle):
+    parts = dict(bundle.manifest.components)
+    doubled = {**parts["unet"].axes, "batch": Axis("images, doubled", ShapeRange(1, 2, 16))}
+    unet = dataclasses.replace(parts["unet"], axes=doubled)
+    config = {"static": False, "profiles": [{"batch": [1, 1, 1], "height": [32, 32, 64]}, {"batch": [4, 4, 8]}]}
+    made = component_profiles(unet, bundle.manifest, config, "unet")
+    assert made[0]["sample"] == ((1, 2, 8, 4), (2, 2, 8, 4), (2, 2, 16, 16))
+    assert made[1]["timestep"] == ((4,), (8,), (16,))
+
+
+# ---- running ---------------------------------------------------------------------------------------------------------
+
+
+def test_engines_are_built_or_the_package_is_named(bundle, tmp_path, no_gpu):
+    if not RTX_INSTALLED:
+        found = Engine().plan(bundle.manifest, spec())
+        assert isinstance(found, Unavailable)
+        with pytest.raises(UnavailableError, match="no TensorRT builder is installed"):
+            found.raise_error()
+        return
+    proven = {n: dataclasses.replace(c, parity={"relative_l2": 1e-6}) for n, c in bundle.manifest.components.items()}
+    source = Bundle(bundle.path, dataclasses.replace(bundle.manifest, components=proven))
+    step = planned(source, Engine(), spec())
+    part = Engine().run(step, "unet", source, tmp_path)
+    assert (tmp_path / "components/unet/engine.trt").read_bytes()[:4] == b"vtrt"
+    assert list(part.files) == [part.file] == ["components/unet/engine.trt"]
+    assert part.details["builder"] == "tensorrt-rtx" and "SM89" in part.details["compute_capabilities"]
+    assert part.details["graph_sha256"] == sha256_of(bundle.path / "components/unet/model.onnx")
+    assert part.details["executed"] is False and "very ONNX graph" in part.details["not_executed"]
+    assert part.parity == {"relative_l2": 1e-6}
+    assert (part.inputs, part.axes) == (source.component("unet").inputs, source.component("unet").axes)
+
+
+@pytest.mark.parametrize(("target", "mode"), [("tensorrt", "compute"), ("onnxruntime", "storage")])
+def test_precision_computes_in_16_bits_on_gpus_and_stores_in_them_on_cpus(bundle, tmp_path, target, mode):
+    step = planned(bundle, Precision(), spec(target, "fp16"))
+    assert step.config["mode"] == mode
+    part = Precision().run(step, "unet", bundle, tmp_path)
+    assert part.precision == "fp16" and part.details["conversion"]["mode"] == mode
+    assert computes_in_16_bits(part) == (mode == "compute")
+    onnx.checker.check_model(str(tmp_path / part.file), full_check=True)
+
+
+def test_a_16_bit_graph_is_proven_on_its_emulation(bundle, tmp_path):
+    step = planned(bundle, Precision(), spec("tensorrt", "fp16"))
+    part = Precision().run(step, "unet", bundle, tmp_path / "low")
+    for file in bundle.manifest.all_files():
+        if not file.startswith("components/unet/"):
+            (tmp_path / "low" / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "low" / file).write_bytes((bundle.path / file).read_bytes())
+    components = {**bundle.manifest.components, "unet": part}
+    low = Bundle(tmp_path / "low", dataclasses.replace(bundle.manifest, components=components))
+    proof = proof_bundle(low, "unet", tmp_path / "proof")
+    rng = np.random.default_rng(0)
+    feeds = {"sample": rng.standard_normal((2, 2, 8, 8)).astype(np.float32),
+             "timestep": np.array([900, 900], np.float32),
+             "encoder_hidden_states": rng.standard_normal((2, 5, 3)).astype(np.float32)}
+    cpu = SessionOptions(threads=1)
+    exact = OrtSession(bundle, "unet", cpu).run(feeds)["out_sample"]
+    rounded = OrtSession(proof, "unet", cpu).run(feeds)["out_sample"]
+    assert 1e-5 < np.linalg.norm(exact - rounded) / np.linalg.norm(exact) < 3e-3
+    assert Path(proof.path, part.file).is_file()
+
+
+def test_openvino_files_are_written_or_the_package_is_named(bundle, tmp_path):
+    if not OPENVINO_INSTALLED:
+        found = OpenVino().plan(bundle.manifest, spec("openvino"))
+        assert isinstance(found, Unavailable) and "openvino is not installed" in found.what
+        return
+    step = planned(bundle, OpenVino(), spec("openvino"))
+    part = OpenVino().run(step, "unet", bundle, tmp_path)
+    assert sorted(part.files) == ["components/unet/model.bin", "components/unet/model.xml"]
+    assert part.format == "openvino" and part.details["openvino_version"]

@@ -1,0 +1,145 @@
+"""What the contestants need on disk: our bundle, the plainly exported U-Net, the model in the old layout, a venv.
+
+As a program (`python -m tests.peers.prepare bundle|unet FOLDER`) it does the torch work in a process that then ends.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = ROOT / "deploy" / "reference_model" / "weights"
+PEERS = Path("~/.cache/ldm-deploy/peers").expanduser()
+# optimum-onnx 0.1.0 wants optimum ~= 2.1 and transformers < 4.58. torch by its local version: PyPI's is a CUDA build.
+OPTIMUM_PINS = (
+    "torch==2.13.0+cpu", "optimum-onnx==0.1.0", "optimum==2.1.0", "transformers==4.57.6", "diffusers==0.35.2",
+    "onnxruntime==1.32.0", "onnx==1.23.2", "accelerate==1.15.0", "numpy==2.4.6", "tokenizers==0.22.2",
+    "huggingface-hub==0.36.2", "safetensors==0.8.0", "Pillow==13.0.0",
+)
+
+
+class PreparationError(Exception):
+    """A contestant cannot be made here; the text says why."""
+
+
+def model_digest() -> str:
+    """Identifies the model's bytes: what was derived from other weights is not used again."""
+    digest = hashlib.sha256()
+    for file in sorted(p for p in MODEL.rglob("*") if p.is_file()):
+        digest.update(str(file.relative_to(MODEL)).encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()[:12]
+
+
+def optimum_python() -> Path:
+    """The interpreter of optimum-onnx's environment, made on first use.
+
+    Raises:
+        PreparationError: pip or venv failed.
+    """
+    venv = PEERS / "optimum-onnx-venv"
+    stamp = venv / "pins.json"
+    if not stamp.is_file() or json.loads(stamp.read_text()) != list(OPTIMUM_PINS):
+        _checked([sys.executable, "-m", "venv", str(venv)])
+        _checked([str(venv / "bin" / "python"), "-m", "pip", "install", "--quiet", *OPTIMUM_PINS])
+        stamp.write_text(json.dumps(OPTIMUM_PINS))
+    return venv / "bin" / "python"
+
+
+def derived(task: str, timeout: float = 1800) -> Path:
+    """Run one of this file's tasks in a process of its own.
+
+    Raises:
+        PreparationError: it failed; the last line of its output is the reason.
+    """
+    PEERS.mkdir(parents=True, exist_ok=True)
+    output = _checked([sys.executable, "-W", "ignore", "-m", "tests.peers.prepare", task], timeout)
+    return Path(output.strip().splitlines()[-1])
+
+
+def _checked(command: list[str], timeout: float = 1800) -> str:
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise PreparationError(str(error)) from error
+    if done.returncode:
+        lines = [line for line in (done.stderr or done.stdout).strip().splitlines() if line.strip()]
+        raise PreparationError(lines[-1] if lines else f"{command[0]} ended with {done.returncode}")
+    return done.stdout
+
+
+def _bundle() -> Path:
+    from deploy.build import run_build
+    from deploy.spec import BuildSpec
+
+    return run_build(BuildSpec()).bundle.path.resolve()
+
+
+def _unet() -> Path:
+    """The graph that our export pass writes, before any optimization."""
+    from deploy.build import load_source
+    from deploy.cache import Cache
+    from deploy.origin import open_origin
+    from deploy.passes.export import Export
+    from deploy.spec import BuildSpec
+
+    folder = PEERS / f"exported-{model_digest()}"
+    graph = folder / "components" / "unet" / "model.onnx"
+    if not graph.is_file():
+        spec, silent = BuildSpec(), _Silent()
+        work = folder.with_suffix(".work")
+        shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        work.mkdir()
+        folder.mkdir()
+        source = load_source(open_origin(spec), spec, Cache(PEERS / "cache"), work, silent)
+        step: Any = Export().plan(source.manifest, spec)
+        Export().run(step, "unet", source, folder)
+        shutil.rmtree(work, ignore_errors=True)
+    return graph
+
+
+class _Silent:
+    def working(self, text: str) -> None:
+        pass
+
+    def finished(self, text: str) -> None:
+        pass
+
+
+def _old_layout() -> Path:
+    """The model as transformers 4 writes it: float32, text-encoder keys below `text_model.`.
+
+    A transformers 4 reader of the new layout fills the text encoder at random with only a warning.
+    """
+    from safetensors.numpy import load_file, save_file
+
+    folder = PEERS / f"old-layout-{model_digest()}"
+    if folder.is_dir():
+        return folder
+    partial = folder.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(MODEL, partial)
+    for file in partial.rglob("*.safetensors"):
+        file.chmod(0o644)
+        weights = {name: array.astype("float32") if array.dtype == "float16" else array
+                   for name, array in load_file(file).items()}
+        if file.parent.name == "text_encoder":
+            weights = {n if n.startswith("text_model.") else f"text_model.{n}": a for n, a in weights.items()}
+        save_file(weights, file, metadata={"format": "pt"})
+    config = partial / "text_encoder" / "config.json"
+    content = json.loads(config.read_text())
+    content.pop("dtype", None)
+    content["torch_dtype"] = "float32"
+    config.write_text(json.dumps(content, indent=2))
+    partial.rename(folder)
+    return folder
+
+
+if __name__ == "__main__":
+    print({"bundle": _bundle, "unet": _unet, "old-layout": _old_layout}[sys.argv[1]]())

@@ -1,0 +1,63 @@
+"""A worker's side of the conversation: one JSON line in, one out. Standard library only: every environment runs it.
+
+    {"do": "generate", ...}  ->  {"seconds": 0.8, ...}  or  {"error": "..."}
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any
+
+Handler = Callable[..., dict[str, Any]]
+
+
+def serve(prepare: Callable[[], Mapping[str, Handler]]) -> None:
+    """Prepare the contestant, say so, then answer requests until stdin closes.
+
+    Args:
+        prepare: loads everything; returns the handlers by name. Each takes the request's other keys.
+    """
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
+    os.dup2(2, 1)  # what libraries print must not reach the conversation
+
+    def answer(work: Callable[[], dict[str, Any]]) -> bool:
+        try:
+            content = work()
+        except Exception as error:
+            traceback.print_exc()
+            text = (str(error).strip().splitlines() or ["no message"])[0]
+            content = {"error": f"{type(error).__name__}: {text[:300]}"}
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        replies.write(json.dumps({**content, "peak_rss_bytes": peak}) + "\n")
+        return "error" not in content
+
+    handlers: dict[str, Handler] = {}
+
+    def start() -> dict[str, Any]:
+        began = time.perf_counter()
+        handlers.update(prepare())
+        return {"prepare_seconds": time.perf_counter() - began}
+
+    if not answer(start):
+        return
+    for line in sys.stdin:
+        request = json.loads(line)
+        handler = handlers[request.pop("do")]
+        answer(lambda handler=handler, request=request: handler(**request))  # type: ignore[misc]
+
+
+def repeated(call: Callable[[], Any], times: int) -> dict[str, Any]:
+    """Seconds of every call, after two that do not count."""
+    seconds = []
+    for _ in range(times + 2):
+        began = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - began)
+    return {"seconds": statistics.median(seconds[2:]), "all": seconds[2:]}

@@ -1,0 +1,33 @@
+"""Yardstick "bare ORT": the U-Net as `export` wrote it, in an InferenceSession with default settings. One call only."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+
+from tests.peers.protocol import repeated, serve
+
+GRAPH, THREADS = sys.argv[1], int(sys.argv[2])
+
+
+def prepare() -> dict[str, Any]:
+    """Load the graph."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = THREADS
+    session = ort.InferenceSession(GRAPH, options, providers=["CPUExecutionProvider"])
+    dtypes = {"tensor(float)": np.float32, "tensor(int64)": np.int64}
+
+    def unet(feeds: str, times: int) -> dict[str, Any]:
+        arrays = dict(np.load(feeds))
+        wanted = {i.name: arrays[i.name].astype(dtypes[i.type]) for i in session.get_inputs()}
+        return repeated(lambda: session.run(None, wanted), times)
+
+    return {"unet": unet}
+
+
+if __name__ == "__main__":
+    serve(prepare)
