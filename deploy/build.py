@@ -29,7 +29,7 @@ from runtimes.bundle import (
     translated_disk_errors,
     write_manifest,
 )
-from runtimes.errors import BundleError, DeployError
+from runtimes.errors import BundleError, DeployError, UnavailableError
 from runtimes.manifest import Component, Manifest, digest_of, to_json
 
 
@@ -67,7 +67,19 @@ def plan_build(spec: BuildSpec) -> list[PlannedPass]:
     Raises:
         InputError: the model cannot be read, or the passes do not fit together.
     """
+    refuse_unbuildable(spec)
     return plan_all(load_passes(PASSES), open_origin(spec).manifest, spec)
+
+
+def refuse_unbuildable(spec: BuildSpec) -> None:
+    """Never silently another target or precision than the one asked for.
+
+    Raises:
+        UnavailableError: no pass of this version makes it.
+    """
+    for option, wanted, made in (("--target", spec.target, "onnxruntime"), ("--precision", spec.precision, "fp32")):
+        if wanted != made:
+            raise UnavailableError(f"{wanted} cannot be built by this version", where=option, fix=f"use {made}")
 
 
 def default_output(spec: BuildSpec, origin: Bundle) -> Path:
@@ -90,6 +102,7 @@ def run_build(spec: BuildSpec, output: Path | None = None, *, progress: Listener
         ParityError: a pass broke the accuracy budget; the message names pass, component and shape.
         UnavailableError: this machine lacks something.
     """
+    refuse_unbuildable(spec)
     listener = progress or Silent()
     listener.working("reading the model")
     origin = open_origin(spec)
