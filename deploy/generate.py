@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,8 +151,3 @@ def contact_sheet(images: list[Image], columns: int) -> Image:
     for i, image in enumerate(images):
         sheet.paste(image, ((i % columns) * width, (i // columns) * height))
     return sheet
-
-
-def dump_json(value: Any) -> str:
-    """JSON text for `--json` output."""
-    return json.dumps(value, indent=2, ensure_ascii=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -40,6 +40,10 @@ class Step:
     def record(self) -> PassRecord:
         """The entry of this step in the manifest's list of passes."""
         return PassRecord(self.pass_name, self.version, dict(self.config))
+
+    def recorded(self) -> Step:
+        """The step with its own entry at the end of the passes of `after`."""
+        return replace(self, after=replace(self.after, passes=(*self.after.passes, self.record)))
 
 
 @dataclass(frozen=True)

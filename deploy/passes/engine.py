@@ -58,7 +58,7 @@ class Engine(Pass):
             ", ".join(options.capabilities) or "every compute capability on offer")
         step = Step(self.name, self.version, config, {n: (n,) for n in components},
                     replace(before, components=components), f"{builder} engines for {where}")
-        return replace(step, after=replace(step.after, passes=(*before.passes, step.record)))
+        return step.recorded()
 
     def run(self, step: Step, name: str, source: Bundle, out: Path) -> Component:
         """Compile one graph in a process of its own."""

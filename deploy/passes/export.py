@@ -36,7 +36,7 @@ class Export(Pass):
         config = {"opset": spec.opset, "exporter": "torch.onnx.export(dynamo=True)"}
         step = Step(self.name, self.version, config, {n: (n,) for n in components},
                     replace(before, components=components), f"PyTorch to ONNX, opset {spec.opset}")
-        return replace(step, after=replace(step.after, passes=(*before.passes, step.record)))
+        return step.recorded()
 
     def run(self, step: Step, name: str, source: Bundle, out: Path) -> Component:
         """Load one network, export it, let go of it."""

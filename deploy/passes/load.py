@@ -38,7 +38,7 @@ class Load(Pass):
         after = replace(before, components=components)
         step = Step(self.name, self.version, {}, {n: (n,) for n in components}, after,
                     f"read {before.source.id} ({before.family}), check every weight")
-        return replace(step, after=replace(after, passes=(*before.passes, step.record)))
+        return step.recorded()
 
     def run(self, step: Step, name: str, source: Bundle, out: Path) -> Component:
         """Link one network's files and load it once, so that every weight is known to fit and to be finite."""

@@ -38,7 +38,7 @@ class OpenVino(Pass):
                       for n, c in before.components.items()}
         step = Step(self.name, self.version, {}, {n: (n,) for n in components},
                     replace(before, components=components), "OpenVINO's own files")
-        return replace(step, after=replace(step.after, passes=(*before.passes, step.record)))
+        return step.recorded()
 
     def run(self, step: Step, name: str, source: Bundle, out: Path) -> Component:
         """Convert one graph."""

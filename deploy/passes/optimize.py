@@ -33,7 +33,7 @@ class Optimize(Pass):
         components = {n: replace(c, files={}) for n, c in before.components.items()}
         step = Step(self.name, self.version, config, {n: (n,) for n in components},
                     replace(before, components=components), f"fold and fuse for {spec.target}")
-        return replace(step, after=replace(step.after, passes=(*before.passes, step.record)))
+        return step.recorded()
 
     def run(self, step: Step, name: str, source: Bundle, out: Path) -> Component:
         """Optimize one graph; what changed is kept in the component's details."""

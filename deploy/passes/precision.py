@@ -42,7 +42,7 @@ class Precision(Pass):
                       for n, c in before.components.items()}
         step = Step(self.name, self.version, config, {n: (n,) for n in chosen},
                     replace(before, components=components), f"float16, {mode}")
-        return replace(step, after=replace(step.after, passes=(*before.passes, step.record)))
+        return step.recorded()
 
     def run(self, step: Step, name: str, source: Bundle, out: Path) -> Component:
         """Convert one graph; what stayed float32, and why, is kept in the component's details."""
