@@ -26,6 +26,7 @@ Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0 = all cores")]
 Hint = Annotated[str, typer.Option(help="OpenVINO: latency (a call has all cores) or throughput (calls share them)")]
 PinThreads = Annotated[bool, typer.Option("--pin-threads", help="keep each CPU thread on a core of its own")]
 Shapes = Annotated[list[str], typer.Option(help="axis=min:opt:max, several with commas: batch=1:2:8,height=...")]
+Target = Annotated[str, typer.Option(help="onnxruntime, openvino, tensorrt, tensorrt-rtx; auto: faster on this CPU")]
 Keep = Annotated[list[str], typer.Option(help="pattern of node names or op types that stay in float32")]
 EngineOptions = Annotated[list[str], typer.Option(help="TensorRT builder: capabilities=SM86+SM89, static=true, …")]
 BudgetOptions = Annotated[list[str], typer.Option(help="override an accuracy limit: image_psnr_db=40")]
@@ -40,7 +41,7 @@ ModelArgument = Annotated[str, typer.Argument(help="folder in diffusers layout; 
 @app.command()
 def build(
     model: ModelArgument = "",
-    target: Annotated[str, typer.Option(help="onnxruntime, openvino, tensorrt or tensorrt-rtx")] = "",
+    target: Target = "",
     precision: Annotated[str, typer.Option(help="fp32, fp16, int8 or auto")] = "",
     shapes: Shapes = [],  # noqa: B006
     keep: Keep = [],  # noqa: B006
@@ -133,6 +134,30 @@ def verify(
     if result.unverified:
         raise UnavailableError("not everything could be executed here", where="; ".join(result.unverified),
                                fix="verify it where its runtime and device are")
+
+
+@app.command()
+def bench(
+    bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE...", help="folders that `build` wrote")],
+    against: Annotated[str, typer.Option(help="also measure PyTorch: torch,torch.compile")] = "",
+    rounds: Annotated[int, typer.Option(help="interleaved drawings of each that count")] = 7,
+    steps: Annotated[int, typer.Option(help="denoising steps")] = 25,
+    guidance: Annotated[float, typer.Option(help="guidance_scale")] = 7.5,
+    batch: Annotated[str, typer.Option(help="images at once, several with commas: 1,2,4,8")] = "1",
+    device: Device = "cpu",
+    threads: Threads = 0,
+    json: Json = False,
+) -> None:
+    """Measure bundles side by side: seconds, where they go, memory, cold start, distance from the machine's limits."""
+    from deploy import console
+    from deploy.bench.contest import BenchOptions, run_bench
+    from deploy.bench.table import show_bench
+    from deploy.spec import parse_numbers
+
+    options = BenchOptions(tuple(a.strip() for a in against.split(",") if a.strip()), rounds, steps, guidance,
+                           parse_numbers(batch, "--batch"), threads, device)
+    report = run_bench(bundles, options, console.say)
+    console.print_json(report) if json else show_bench(report)
 
 
 @app.command()

@@ -40,6 +40,11 @@ def print_json(value: Any) -> None:
         json.dumps(value, indent=2, ensure_ascii=False))
 
 
+def say(text: str) -> None:
+    """A line about what is being done, on standard error."""
+    err.print(f"[dim]{escape(text)}[/]")
+
+
 def show_error(error: DeployError) -> None:
     """One line: what, where, and what to do."""
     place = f"{escape(error.where)}: " if error.where else ""
