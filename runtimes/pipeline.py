@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtimes import decode
+from runtimes.batching import all_finite
 from runtimes.errors import BundleError, InputError, ParityError
 from runtimes.guidance import GuidedUnet
 from runtimes.images import ImageLike, to_pil
@@ -122,7 +123,8 @@ class Pipeline:
         request = check_request(
             sessions, self.facts, prompt=prompt, negative_prompt=negative_prompt, images_per_prompt=images_per_prompt,
             guidance_scale=guidance_scale, seed=seed, height=height, width=width, image=image, latents=latents)
-        result = self._generate(sessions, request, run, output, on_step)
+        with np.errstate(over="ignore", invalid="ignore"):  # every result is checked to be finite
+            result = self._generate(sessions, request, run, output, on_step)
         if profile is not None:
             profile.total_seconds += perf_counter() - start
         return result
@@ -188,7 +190,7 @@ def denoise(
         prediction = predict(run.scale_model_input(sample, i), timestep)
         fresh = noise.draw(sample.shape[1:]) if run.needs_noise(i) else None
         sample = run.step(prediction, i, sample, fresh)
-        if not np.isfinite(sample).all():
+        if not all_finite(sample):
             raise ParityError(f"the latents are not finite after step {i + 1} of {len(timesteps)}", where="unet",
                               fix="build the U-Net in a higher precision")
         if on_step is not None:
