@@ -21,9 +21,13 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object instead of text")]
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="folder that `build` wrote")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, tensorrt or tensorrt-rtx")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, tensorrt, tensorrt-rtx; OpenVINO: cpu, gpu, npu, auto")]
 Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0 = all cores")]
+Hint = Annotated[str, typer.Option(help="OpenVINO: latency (a call has all cores) or throughput (calls share them)")]
+PinThreads = Annotated[bool, typer.Option("--pin-threads", help="keep each CPU thread on a core of its own")]
 Shapes = Annotated[list[str], typer.Option(help="axis=min:opt:max, several with commas: batch=1:2:8,height=...")]
+Keep = Annotated[list[str], typer.Option(help="pattern of node names or op types that stay in float32")]
+EngineOptions = Annotated[list[str], typer.Option(help="TensorRT builder: capabilities=SM86+SM89, static=true, …")]
 BudgetOptions = Annotated[list[str], typer.Option(help="override an accuracy limit: image_psnr_db=40")]
 VerifyFlag = Annotated[
     bool, typer.Option("--verify/--no-verify", help="compare with PyTorch and fail on a broken budget")
@@ -39,6 +43,8 @@ def build(
     target: Annotated[str, typer.Option(help="onnxruntime, openvino, tensorrt or tensorrt-rtx")] = "",
     precision: Annotated[str, typer.Option(help="fp32, fp16, int8 or auto")] = "",
     shapes: Shapes = [],  # noqa: B006
+    keep: Keep = [],  # noqa: B006
+    engine: EngineOptions = [],  # noqa: B006
     spec: Annotated[Path | None, typer.Option(help="YAML file with these options; those given here win")] = None,
     budget: BudgetOptions = [],  # noqa: B006
     verify: VerifyFlag = True,
@@ -48,11 +54,18 @@ def build(
     """Build a bundle: load, export, optimize, and prove it equal to PyTorch."""
     from deploy import console
     from deploy.build import plan_build, run_build
-    from deploy.spec import make_spec, parse_budget, parse_shapes
+    from deploy.spec import covering, make_spec, parse_budget, parse_engine, parse_shapes
 
     options: dict[str, Any] = {k: v for k, v in (("model", model), ("target", target), ("precision", precision)) if v}
     if shapes:
-        options["shapes"] = parse_shapes(shapes)
+        profiles = parse_shapes(shapes)
+        options["shapes"] = covering(profiles)
+        if len(profiles) > 1:
+            options["profiles"] = profiles
+    if keep:
+        options["keep"] = tuple(keep)
+    if engine:
+        options["engine"] = parse_engine(engine)
     if budget:
         options["budget"] = parse_budget(budget)
     if not verify:
@@ -86,6 +99,8 @@ def generate(
     grid: Annotated[int, typer.Option(help="write one sheet with this many columns")] = 0,
     device: Device = "cpu",
     threads: Threads = 0,
+    hint: Hint = "latency",
+    pin_threads: PinThreads = False,
     output: OutputPng = Path("out.png"),
 ) -> None:
     """Draw pictures with a bundle. Needs no PyTorch."""
@@ -96,7 +111,7 @@ def generate(
             bundle=bundle, prompts=tuple(prompt), prompts_file=prompts, negative=negative, image=image,
             strength=strength, steps=steps, guidance_scale=guidance, seed=seed, count=count, scheduler=scheduler,
             height=height, width=width, latents=latents, save_latents=save_latents, grid=grid, device=device,
-            threads=threads, output=output,
+            threads=threads, hint=hint, pin_threads=pin_threads, output=output,
         )
     )
 
@@ -129,6 +144,22 @@ def inspect(bundle: BundlePath, json: Json = False) -> None:
 
     opened = Bundle.open(bundle)
     console.print_json(to_json(opened.manifest)) if json else console.show_bundle(opened)
+
+
+@app.command("export-triton")
+def export_triton(
+    bundle: BundlePath,
+    output: Annotated[Path, typer.Option("-o", "--output", help="folder of the model repository")],
+    instances: Annotated[int, typer.Option(min=1, help="copies of each model that serve at once")] = 1,
+    gpu: Annotated[bool, typer.Option("--gpu", help="place the models on GPUs")] = False,
+) -> None:
+    """Write a model repository for the Triton Inference Server."""
+    from deploy import console
+    from deploy import triton as repository
+    from runtimes.bundle import Bundle
+
+    options = repository.TritonOptions(instances=instances, gpu=gpu)
+    console.show_repository(output, repository.export_triton(Bundle.open(bundle), output, options))
 
 
 @app.command()

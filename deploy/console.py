@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from deploy.verify import Verification
     from runtimes.bundle import Bundle
     from runtimes.errors import DeployError
+    from runtimes.manifest import Manifest
     from runtimes.pipeline import Step
 
 out = Console(highlight=False, soft_wrap=True)
@@ -130,6 +131,7 @@ def show_bundle(bundle: Bundle) -> None:
         parity = _figure(c.parity["relative_l2"], ".1e") if c.parity else "[bold red]not verified[/]"
         table.add_row(name, c.format, c.precision, f"{c.parameters / 1e6:.2f} M", megabytes(c.bytes), parity)
     out.print(table)
+    _show_engines(manifest)
     for name, c in sorted(manifest.components.items()):
         flow = f"{', '.join(_tensor(t) for t in c.inputs)} -> {', '.join(_tensor(t) for t in c.outputs)}"
         out.print(f"  {name}: {escape(flow)}")
@@ -150,6 +152,23 @@ def show_bundle(bundle: Bundle) -> None:
         out.print("[bold red]NOT VERIFIED: built with --no-verify; nothing says that it equals the source[/]")
     elif manifest.parity:
         show_parity(manifest.parity)
+
+
+def _show_engines(manifest: Manifest) -> None:
+    """Builder and GPUs of the engines, once for all that share them, and that nothing here has executed them."""
+    engines: dict[tuple[str, ...], list[str]] = {}
+    for name, c in sorted(manifest.components.items()):
+        if c.format == "tensorrt":
+            d = c.details
+            where = ", ".join(d["compute_capabilities"]) or d["gpu"]
+            lines = [f"{d['builder']} {d['builder_version']} for {where}"]
+            lines += [f"without {gpu}: {why}" for gpu, why in d["refused_capabilities"].items()]
+            lines += [] if d["executed"] else [f"engine not executed here: {d['not_executed']}"]
+            engines.setdefault(tuple(lines), []).append(name)
+    for (first, *more), names in engines.items():
+        out.print(f"  engine {', '.join(names)}: {escape(first)}")
+        for line in more:
+            out.print(f"    [yellow]{escape(line)}[/]")
 
 
 def show_parity(parity: Mapping[str, Any]) -> None:
@@ -178,6 +197,11 @@ def show_verification(result: Verification) -> None:
     out.print(table)
     show_parity(value)
     out.print("[bold green]ok[/]" if value["ok"] else "[bold red]budget broken[/]")
+
+
+def show_repository(folder: Path, models: Sequence[str]) -> None:
+    """Where the model repository is, and what it holds."""
+    out.print(f"{folder}: {', '.join(models)}")
 
 
 def show_findings(findings: Mapping[str, Any]) -> None:

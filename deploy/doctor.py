@@ -47,7 +47,22 @@ def building() -> dict[str, Any]:
     findings = {"onnxruntime target": _finding(
         not missing, f"missing: {', '.join(missing)}" if missing else f"torch {version('torch')}",
         "pip install 'ldm-deploy[build]'")}
+    for extra in ("openvino", "tensorrt-rtx"):
+        target = f"{extra} target"
+        has = version(extra)
+        findings[target] = _finding(has is not None and not missing, f"{extra} {has or 'not installed'}",
+                                    f"pip install 'ldm-deploy[build,{extra}]'")
+    findings["tensorrt target"] = _tensorrt_target()
     return findings
+
+
+def _tensorrt_target() -> dict[str, Any]:
+    """Which builder `--target tensorrt` would take here."""
+    if version("tensorrt") and gpu()["available"]:
+        return _finding(True, f"tensorrt {version('tensorrt')}, engines for the GPU here")
+    there = version("tensorrt-rtx") is not None
+    return _finding(there, "through tensorrt-rtx, ahead of time" if there else "no TensorRT builder for this machine",
+                    "pip install 'ldm-deploy[build,tensorrt-rtx]'; with an NVIDIA GPU, ldm-deploy[build,tensorrt]")
 
 
 def running() -> dict[str, Any]:
@@ -61,6 +76,16 @@ def running() -> dict[str, Any]:
     has = version("onnxruntime") or version("onnxruntime-gpu")
     findings["cpu"] = _finding("CPUExecutionProvider" in providers, f"onnxruntime {has}" if has else "not installed",
                                "pip install onnxruntime")
+    for name, distribution, fix in (
+        ("openvino bundles", "openvino", "pip install 'ldm-deploy[openvino]'"),
+        ("tensorrt bundles", "tensorrt", "pip install 'ldm-deploy[tensorrt]'"),
+        ("tensorrt-rtx bundles", "tensorrt-rtx", "pip install 'ldm-deploy[tensorrt-rtx]'"),
+    ):
+        has = version(distribution)
+        needs_gpu = distribution.startswith("tensorrt") and not gpu()["available"]
+        detail = f"{distribution} {has or 'not installed'}" + (", no NVIDIA driver" if needs_gpu else "")
+        findings[name] = _finding(has is not None and not needs_gpu, detail,
+                                  "run them on a machine with an NVIDIA driver" if has else fix)
     for device, provider, fix in (
         ("cuda", "CUDAExecutionProvider", "pip install 'ldm-deploy[gpu]' on a machine with an NVIDIA GPU"),
         ("tensorrt", "TensorrtExecutionProvider", "pip install 'ldm-deploy[gpu]' and TensorRT"),

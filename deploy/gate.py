@@ -15,6 +15,7 @@ from deploy.parity.components import ComponentReport, Figures, check_components
 from deploy.parity.gate import Verification, component_json, enforce
 from deploy.parity.options import PROMPTS, ParityOptions
 from deploy.parity.pipelines import check_pipeline
+from deploy.parity.proof import computes_in_16_bits, provable
 from deploy.parity.retrieval import Gallery
 from deploy.reference_model import GALLERY_COLUMNS, GALLERY_FILE, GALLERY_TILE, demo_prompts, subject_names
 from deploy.report import Picture
@@ -85,9 +86,11 @@ class Gate:
                 report = self._check(self._reference, bundle, name)
                 enforce(report, self._budget, pass_name)
                 self._unverified.update(report.unverified)
-                if name in report.figures:
-                    self._figures[name] = report.figures[name]
-                    parity = component_json(report.figures[name], self._budget)
+                self._figures.update(report.figures)
+                # What cannot be executed here (an engine without its GPU) keeps the figures of the graph it was
+                # made from, and `unverified` says so.
+                if name in self._figures:
+                    parity = component_json(self._figures[name], self._budget)
                     components[name] = replace(components[name], parity=parity)
         bundle = replace(bundle, manifest=replace(bundle.manifest, components=components))
         if not self._unverified:
@@ -105,8 +108,9 @@ class Gate:
         listener.working("comparing pictures with PyTorch's")
         components = ComponentReport(self._figures, {})
         with self._timed():
-            report = check_pipeline(self._reference, self._executed, self._budget, self._options,
-                                    components=components, gallery=gallery_for(self._source_id))
+            with provable(self._executed, self._executed.manifest.components, self._cache.root / "work") as bundle:
+                report = check_pipeline(self._reference, bundle, self._budget, self._options,
+                                        components=components, gallery=gallery_for(self._source_id))
             enforce(report, self._budget, "package")
         self.pictures = [Picture(p.prompt, p.scheduler, p.reference, p.candidate, p.psnr_db, p.ssim)
                          for p in report.pairs]
@@ -118,13 +122,15 @@ class Gate:
         component = bundle.component(name)
         key = {"kind": "component parity", "source": reference.identity, "component": component.sha256,
                "inputs": to_json(component.inputs), "axes": to_json(component.axes),
+               "emulated": computes_in_16_bits(component),
                "facts": to_json(bundle.manifest.pipeline), "options": digest_of(to_json(self._options)),
                "format": component.format, "libraries": versions_of(("onnxruntime", "openvino", "torch"))}
         if (known := self._cache.find_fact(key)) is not None:
             shapes = tuple(tuple(s) for s in known.pop("shapes"))
             figures = Figures(**{**known, "shapes": shapes, "worst_shape": tuple(known["worst_shape"])})
             return ComponentReport({name: figures}, {})
-        report = check_components(reference, bundle, self._options, [name])
+        with provable(bundle, [name], self._cache.root / "work") as proof:
+            report = check_components(reference, proof, self._options, [name])
         figures_found = report.figures.get(name)
         if figures_found is not None and figures_found.compare(self._budget.component_relative_l2):
             self._cache.store_fact(key, asdict(figures_found))

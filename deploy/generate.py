@@ -39,6 +39,8 @@ class GenerateRequest:
     grid: int
     device: str
     threads: int
+    hint: str
+    pin_threads: bool
     output: Path
 
 
@@ -87,7 +89,8 @@ def generate_files(request: GenerateRequest) -> list[Path]:
 
     prompts = read_prompts(request)
     began = time.perf_counter()
-    pipeline = runtimes.load(request.bundle, device=request.device, threads=request.threads)
+    pipeline = runtimes.load(request.bundle, device=request.device, threads=request.threads, hint=request.hint,
+                             pin_threads=request.pin_threads)
     loaded = time.perf_counter()
     wanted = [p for p in prompts for _ in range(request.count)]
     options: dict[str, Any] = {}

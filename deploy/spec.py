@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from runtimes.errors import InputError
 from runtimes.tensors import ShapeRange
 
 REFERENCE = "reference"
 Target = Literal["onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"]
+ENGINE_TARGETS = ("tensorrt", "tensorrt-rtx")
 Precision = Literal["fp32", "fp16", "int8", "auto"]
 
 
@@ -22,11 +23,16 @@ class BuildSpec(BaseModel):
 
     Attributes:
         model: folder in diffusers layout, or "reference" for the model that ships with the package.
+        precision: by default what the target is made for: float16 for TensorRT, float32 elsewhere.
         shapes: axis -> min:opt:max; batch in images, height and width in pixels, sequence in tokens.
         opset: ONNX opset of the exported graphs.
         verify: run the parity gate; without it the bundle is marked as not verified.
         budget: overrides of the precision's accuracy budget, by name.
         prompts: what the image-level comparison draws; the model's own set when empty.
+        keep: patterns of node names or op types that stay in float32 when precision is lowered.
+        profiles: of TensorRT: optimization profiles, each axis -> min:opt:max within `shapes`; one over all of them
+            when empty.
+        engine: of TensorRT: options of the builder (exporters.tensorrt_options.EngineOptions, and `static`).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
@@ -39,6 +45,30 @@ class BuildSpec(BaseModel):
     verify: bool = True
     budget: dict[str, float] = Field(default_factory=dict)
     prompts: tuple[str, ...] = ()
+    keep: tuple[str, ...] = ()
+    profiles: tuple[dict[str, ShapeRange], ...] = ()
+    engine: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_precision(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and "precision" not in values and values.get("target") in ENGINE_TARGETS:
+            return {**values, "precision": "fp16"}
+        return values
+
+    @model_validator(mode="after")
+    def _only_for_engines(self) -> BuildSpec:
+        for name in ("profiles", "engine"):
+            if getattr(self, name) and self.target not in ENGINE_TARGETS:
+                raise ValueError(f"{name} needs --target {' or '.join(ENGINE_TARGETS)}")
+        return self
+
+    @field_validator("profiles", mode="before")
+    @classmethod
+    def _parse_profiles(cls, value: Any) -> Any:
+        if isinstance(value, Sequence) and not isinstance(value, str):
+            return tuple(cls._parse_shapes(profile) for profile in value)
+        return value
 
     @field_validator("shapes", mode="before")
     @classmethod
@@ -49,8 +79,9 @@ class BuildSpec(BaseModel):
 
     def resolved(self) -> dict[str, Any]:
         """The JSON-able form kept in the manifest: no local folder, so that the same build has the same digest."""
-        content = self.model_dump(mode="json", exclude={"model", "shapes"})
-        content["shapes"] = {k: f"{r.min}:{r.opt}:{r.max}" for k, r in sorted(self.shapes.items())}
+        content = self.model_dump(mode="json", exclude={"model", "shapes", "profiles"})
+        content["shapes"] = _shown(self.shapes)
+        content["profiles"] = [_shown(profile) for profile in self.profiles]
         return content
 
 
@@ -69,21 +100,52 @@ def parse_range(name: str, value: Any) -> ShapeRange:
     return ShapeRange(low, middle, high)
 
 
-def parse_shapes(options: Sequence[str]) -> dict[str, ShapeRange]:
-    """Read `batch=1:2:8,height=...` options, each possibly holding several axes.
+def parse_shapes(options: Sequence[str]) -> list[dict[str, ShapeRange]]:
+    """Read `batch=1:2:8,height=...` options, each possibly holding several axes; one that comes again begins the next
+    optimization profile.
 
     Raises:
-        InputError: a part without `=`, or an axis given twice.
+        InputError: a part without `=`, or not a range.
     """
-    shapes: dict[str, ShapeRange] = {}
+    profiles: list[dict[str, ShapeRange]] = [{}]
     for part in (p.strip() for option in options for p in option.split(",")):
         name, equals, value = part.partition("=")
         if not equals:
             raise InputError(f"{part!r} is not axis=min:opt:max", where="--shapes", fix="write batch=1:2:8,height=...")
-        if name in shapes:
-            raise InputError(f"{name} is given twice", where="--shapes")
-        shapes[name] = parse_range(name, value)
+        if name in profiles[-1]:
+            profiles.append({})
+        profiles[-1][name] = parse_range(name, value)
+    return profiles
+
+
+def covering(profiles: Sequence[Mapping[str, ShapeRange]]) -> dict[str, ShapeRange]:
+    """The ranges that hold every profile; the first one says what is most common."""
+    shapes: dict[str, ShapeRange] = {}
+    for name in dict.fromkeys(axis for profile in profiles for axis in profile):
+        ranges = [profile[name] for profile in profiles if name in profile]
+        shapes[name] = ShapeRange(min(r.min for r in ranges), ranges[0].opt, max(r.max for r in ranges))
     return shapes
+
+
+def parse_engine(options: Sequence[str]) -> dict[str, Any]:
+    """Read `name=value` options of the engine builder; values are YAML scalars.
+
+    Raises:
+        InputError: no `=`.
+    """
+    import yaml
+
+    engine: dict[str, Any] = {}
+    for option in options:
+        name, equals, value = option.partition("=")
+        if not equals:
+            raise InputError(f"{option!r} is not name=value", where="--engine", fix="write optimization_level=5")
+        engine[name.strip()] = yaml.safe_load(value)
+    return engine
+
+
+def _shown(shapes: Mapping[str, ShapeRange]) -> dict[str, str]:
+    return {k: f"{r.min}:{r.opt}:{r.max}" for k, r in sorted(shapes.items())}
 
 
 def make_spec(options: Mapping[str, Any], file: Path | None = None) -> BuildSpec:

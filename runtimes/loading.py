@@ -20,7 +20,8 @@ TOKENIZER_FOLDER = "tokenizer"
 NEEDED = ("text_encoder", "unet", "vae_decoder")
 
 
-def load(bundle_dir: Path | str | Bundle, device: str = "cpu", threads: int = 0, check_hashes: bool = True) -> Pipeline:
+def load(bundle_dir: Path | str | Bundle, device: str = "cpu", threads: int = 0, check_hashes: bool = True, *,
+         hint: str = "latency", pin_threads: bool = False) -> Pipeline:
     """Load a bundle.
 
     Args:
@@ -28,13 +29,15 @@ def load(bundle_dir: Path | str | Bundle, device: str = "cpu", threads: int = 0,
         device: "cpu", or an accelerator that the bundle's backend knows ("cuda", "tensorrt", "tensorrt-rtx").
         threads: CPU threads inside one operator; 0 uses every core.
         check_hashes: compare every file with its sha256 first; otherwise only presence and size.
+        hint: of OpenVINO: "latency" gives one call every core, "throughput" runs several calls at once.
+        pin_threads: keep each CPU thread on a core of its own.
 
     Raises:
         BundleError: not a bundle, or one that is broken, changed or from another schema.
         UnavailableError: this machine lacks the backend, the device or the memory.
     """
     bundle = bundle_dir if isinstance(bundle_dir, Bundle) else Bundle.open(bundle_dir, check_hashes=check_hashes)
-    sessions = BundleSessions(bundle, SessionOptions(device, threads))
+    sessions = BundleSessions(bundle, SessionOptions(device, threads, hint, pin_threads))
     for name in NEEDED:
         sessions[name]
     facts = bundle.manifest.pipeline

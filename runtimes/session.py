@@ -20,6 +20,8 @@ Arrays = Mapping[str, np.ndarray[Any, Any]]
 # format of a component -> module:class of the session that runs it. A new runtime is one line here and one file.
 FORMATS: dict[str, str] = {
     "onnx": "runtimes.session_ort:OrtSession",
+    "openvino": "runtimes.session_openvino:OpenVinoSession",
+    "tensorrt": "runtimes.session_tensorrt:TensorRtSession",
 }
 
 
@@ -30,10 +32,14 @@ class SessionOptions:
     Attributes:
         device: "cpu", or an accelerator that the format's backend knows ("cuda", "tensorrt", "tensorrt-rtx").
         threads: CPU threads inside one operator; 0 lets the backend use all cores.
+        hint: of OpenVINO: "latency" gives one call every core, "throughput" runs several calls at once.
+        pin_threads: keep each CPU thread on a core of its own.
     """
 
     device: str = "cpu"
     threads: int = 0
+    hint: str = "latency"
+    pin_threads: bool = False
 
 
 class Session(ABC):

@@ -154,6 +154,11 @@ def session_options(component: Component, options: SessionOptions) -> ort.Sessio
     result = ort.SessionOptions()
     result.graph_optimization_level = OPTIMIZATION[level]
     result.intra_op_num_threads = options.threads
+    if options.pin_threads and options.device == "cpu":
+        threads = result.intra_op_num_threads = options.threads or os.cpu_count() or 1
+        if threads > 1:  # a processor (counted from 1) for each thread but the caller's own, which ORT leaves alone
+            result.add_session_config_entry("session.intra_op_thread_affinities",
+                                            ";".join(str(n) for n in range(2, threads + 1)))
     result.inter_op_num_threads = 1
     result.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     result.log_severity_level = 3

@@ -206,7 +206,7 @@ def open_device() -> Device:
     """The GPU.
 
     Raises:
-        UnavailableError: cuda-python, the driver or a GPU is missing.
+        UnavailableError: cuda-bindings, the driver or a GPU is missing.
     """
     return CudaDevice()
 

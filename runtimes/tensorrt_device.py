@@ -1,4 +1,4 @@
-"""The few CUDA calls that running an engine takes, through cuda-python: one stream, one allocation, captured graphs."""
+"""The few CUDA calls that running an engine takes, by cuda-bindings: one stream, one allocation, captured graphs."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ class CudaDevice:
         """Open it.
 
         Raises:
-            UnavailableError: cuda-python, the driver or a GPU is missing.
+            UnavailableError: cuda-bindings, the driver or a GPU is missing.
         """
         try:
             from cuda.bindings import runtime
         except ImportError as error:
-            raise UnavailableError("cuda-python is not installed", where="device",
-                                   fix="pip install cuda-python") from error
+            raise UnavailableError("cuda-bindings is not installed", where="device",
+                                   fix="pip install cuda-bindings") from error
         self._cuda = runtime
         status, count = self._first(runtime.cudaGetDeviceCount())
         if status != runtime.cudaError_t.cudaSuccess or not count:

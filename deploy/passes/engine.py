@@ -44,12 +44,12 @@ class Engine(Pass):
             return builder
         from exporters.tensorrt_options import EngineOptions
 
-        wanted = dict(getattr(spec, "engine", {}))
+        wanted = dict(spec.engine)
         static = bool(wanted.pop("static", False))
         options = EngineOptions.from_mapping(wanted, builder)
         config = {"options": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(options).items()},
                   "static": static, "gpu": gpu_here() if builder == "tensorrt" else "",
-                  "profiles": [{a: [r.min, r.opt, r.max] for a, r in p.items()} for p in getattr(spec, "profiles", ())]}
+                  "profiles": [{a: [r.min, r.opt, r.max] for a, r in p.items()} for p in spec.profiles]}
         for name, component in before.components.items():
             component_profiles(component, before, config, name)  # refuses impossible profiles before any work
         components = {n: replace(c, format=FORMAT, file=f"components/{n}/{ENGINE_FILE}", files={})
@@ -78,7 +78,7 @@ class Engine(Pass):
             for file in before.files:
                 link_or_copy(source.path / file, out / file)
             details["weights"] = before.file
-        return replace(planned, files=records_below(folder, out), details=details, parity=before.parity)
+        return replace(planned, files=records_below(folder, out), details=details)
 
 
 def choose_builder(target: str, gpu: str) -> str | Unavailable:

@@ -34,7 +34,7 @@ class Precision(Pass):
                 raise InputError(f"{name} is {component.format}, expected onnx", where="pass precision",
                                  fix="precision comes after export and before engine")
         mode = MODES[spec.target]
-        config = {"precision": "fp16", "mode": mode, "keep": list(getattr(spec, "keep", ()))}
+        config = {"precision": "fp16", "mode": mode, "keep": list(spec.keep)}
         chosen = [n for n, c in before.components.items() if c.precision == "fp32"]
         if not chosen:
             return Skip("every component is below float32 already")
@@ -57,29 +57,3 @@ class Precision(Pass):
         if step.config["mode"] == "storage" and details.get("ort_graph_optimization") == "disabled":
             details["ort_graph_optimization"] = "basic"  # widens the weights once, at load, instead of in every call
         return replace(planned, files=records_below(folder, out), details=details)
-
-
-def computes_in_16_bits(component: Component) -> bool:
-    """Whether ONNX Runtime's CPU provider would hide this graph's rounding and overflow (onnx_precision_emulate)."""
-    conversion = component.details.get("conversion")
-    return component.format == "onnx" and isinstance(conversion, dict) and conversion.get("mode") == "compute"
-
-
-def proof_bundle(bundle: Bundle, name: str, folder: Path) -> Bundle:
-    """The bundle with one component replaced by its emulation, which shows on a CPU what 16-bit hardware computes.
-
-    Args:
-        bundle: holds a component for which `computes_in_16_bits`.
-        folder: an empty folder; receives a bundle of links and the emulation.
-    """
-    from exporters.onnx_precision_emulate import emulate
-    from runtimes.bundle import link_or_copy
-
-    component = bundle.component(name)
-    for file in bundle.manifest.all_files():
-        if file not in component.files:
-            link_or_copy(bundle.path / file, folder / file)
-    emulate(bundle.file(component.file), folder / component.file)
-    files = records_below(folder / "components" / name, folder)
-    components = {**bundle.manifest.components, name: replace(component, files=files)}
-    return Bundle(folder, replace(bundle.manifest, components=components))

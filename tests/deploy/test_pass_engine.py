@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from importlib import util
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 
+from deploy.parity.proof import computes_in_16_bits, provable
 from deploy.passes import engine as engine_pass
 from deploy.passes.engine import Engine, choose_builder, component_profiles
 from deploy.passes.openvino import OpenVino
-from deploy.passes.precision import Precision, computes_in_16_bits, proof_bundle
+from deploy.passes.precision import Precision
 from deploy.plan import Skip, Step, Unavailable
 from deploy.spec import BuildSpec
 from runtimes.bundle import Bundle, sha256_of
-from runtimes.errors import InputError, UnavailableError
+from runtimes.errors import InputError
 from runtimes.session import SessionOptions
 from runtimes.session_ort import OrtSession
 from runtimes.tensors import Axis, ShapeRange
 from tests.runtimes.fakes import write_pipeline_bundle
-
-RTX_INSTALLED = util.find_spec("tensorrt_rtx") is not None
-OPENVINO_INSTALLED = util.find_spec("openvino") is not None
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +34,8 @@ def no_gpu(monkeypatch) -> None:
     monkeypatch.setattr(engine_pass, "gpu_here", lambda: "")
 
 
-def spec(target: Any = "tensorrt", precision: Any = "fp32", **more: Any) -> Any:
-    made = BuildSpec(target=target, precision=precision)
-    return SimpleNamespace(target=made.target, precision=made.precision, **more)
+def spec(target: Any = "tensorrt", precision: Any = "fp32", **more: Any) -> BuildSpec:
+    return BuildSpec(target=target, precision=precision, **more)
 
 
 def builders(monkeypatch, *names: str) -> None:
@@ -126,24 +120,15 @@ def test_profiles_in_images_and_pixels_become_rows_and_latents(bundle):
 # ---- running ---------------------------------------------------------------------------------------------------------
 
 
-def test_engines_are_built_or_the_package_is_named(bundle, tmp_path, no_gpu):
-    if not RTX_INSTALLED:
-        found = Engine().plan(bundle.manifest, spec())
-        assert isinstance(found, Unavailable)
-        with pytest.raises(UnavailableError, match="no TensorRT builder is installed"):
-            found.raise_error()
-        return
-    proven = {n: dataclasses.replace(c, parity={"relative_l2": 1e-6}) for n, c in bundle.manifest.components.items()}
-    source = Bundle(bundle.path, dataclasses.replace(bundle.manifest, components=proven))
-    step = planned(source, Engine(), spec())
-    part = Engine().run(step, "unet", source, tmp_path)
+def test_an_engine_is_built_without_a_gpu(bundle, tmp_path, no_gpu):
+    step = planned(bundle, Engine(), spec())
+    part = Engine().run(step, "unet", bundle, tmp_path)
     assert (tmp_path / "components/unet/engine.trt").read_bytes()[:4] == b"vtrt"
     assert list(part.files) == [part.file] == ["components/unet/engine.trt"]
     assert part.details["builder"] == "tensorrt-rtx" and "SM89" in part.details["compute_capabilities"]
     assert part.details["graph_sha256"] == sha256_of(bundle.path / "components/unet/model.onnx")
     assert part.details["executed"] is False and "very ONNX graph" in part.details["not_executed"]
-    assert part.parity == {"relative_l2": 1e-6}
-    assert (part.inputs, part.axes) == (source.component("unet").inputs, source.component("unet").axes)
+    assert (part.inputs, part.axes) == (bundle.component("unet").inputs, bundle.component("unet").axes)
 
 
 @pytest.mark.parametrize(("target", "mode"), [("tensorrt", "compute"), ("onnxruntime", "storage")])
@@ -165,23 +150,21 @@ def test_a_16_bit_graph_is_proven_on_its_emulation(bundle, tmp_path):
             (tmp_path / "low" / file).write_bytes((bundle.path / file).read_bytes())
     components = {**bundle.manifest.components, "unet": part}
     low = Bundle(tmp_path / "low", dataclasses.replace(bundle.manifest, components=components))
-    proof = proof_bundle(low, "unet", tmp_path / "proof")
     rng = np.random.default_rng(0)
     feeds = {"sample": rng.standard_normal((2, 2, 8, 8)).astype(np.float32),
              "timestep": np.array([900, 900], np.float32),
              "encoder_hidden_states": rng.standard_normal((2, 5, 3)).astype(np.float32)}
     cpu = SessionOptions(threads=1)
     exact = OrtSession(bundle, "unet", cpu).run(feeds)["out_sample"]
-    rounded = OrtSession(proof, "unet", cpu).run(feeds)["out_sample"]
+    with provable(low, ["unet", "vae_decoder"], tmp_path) as proof:
+        rounded = OrtSession(proof, "unet", cpu).run(feeds)["out_sample"]
+        assert proof.path != low.path and proof.file(part.file).is_file()
     assert 1e-5 < np.linalg.norm(exact - rounded) / np.linalg.norm(exact) < 3e-3
-    assert Path(proof.path, part.file).is_file()
+    with provable(low, ["vae_decoder"], tmp_path) as proof:
+        assert proof is low, "nothing to replace"
 
 
-def test_openvino_files_are_written_or_the_package_is_named(bundle, tmp_path):
-    if not OPENVINO_INSTALLED:
-        found = OpenVino().plan(bundle.manifest, spec("openvino"))
-        assert isinstance(found, Unavailable) and "openvino is not installed" in found.what
-        return
+def test_openvino_files_are_written(bundle, tmp_path):
     step = planned(bundle, OpenVino(), spec("openvino"))
     part = OpenVino().run(step, "unet", bundle, tmp_path)
     assert sorted(part.files) == ["components/unet/model.bin", "components/unet/model.xml"]

@@ -4,21 +4,21 @@ from pathlib import Path
 
 import pytest
 
-from deploy.spec import make_spec, parse_budget, parse_shapes
+from deploy.spec import BuildSpec, covering, make_spec, parse_budget, parse_engine, parse_shapes
 from runtimes.errors import InputError
 from runtimes.tensors import ShapeRange
 
 
 def test_shapes_may_come_in_one_option_or_in_several():
     expected = {"batch": ShapeRange(1, 2, 8), "height": ShapeRange(64, 64, 64)}
-    assert parse_shapes(["batch=1:2:8,height=64"]) == expected
-    assert parse_shapes(["batch=1:2:8", "height=64"]) == expected
+    assert parse_shapes(["batch=1:2:8,height=64"]) == [expected]
+    assert parse_shapes(["batch=1:2:8", "height=64"]) == [expected]
 
 
 @pytest.mark.parametrize(
     ("option", "complaint"),
     [("batch", "not axis"), ("batch=1:2", "not a range"), ("batch=a:b:c", "not a range"), ("batch=3:2:1", "min <= opt"),
-     ("batch=0", "min <= opt"), ("batch=1,batch=2", "given twice"), ("batch=-1:2:3", "not a range")],
+     ("batch=0", "min <= opt"), ("batch=-1:2:3", "not a range")],
 )
 def test_a_wrong_range_is_one_clear_line(option: str, complaint: str):
     with pytest.raises(InputError, match=complaint):
@@ -61,3 +61,31 @@ def test_budget_options_are_numbers():
 
 def test_the_resolved_spec_holds_no_local_folder():
     assert "/somewhere" not in str(make_spec({"model": "/somewhere/model"}).resolved())
+
+
+def test_an_axis_that_comes_again_begins_the_next_profile():
+    profiles = parse_shapes(["height=64,batch=1", "batch=4:4:8"])
+    first = {"height": ShapeRange(64, 64, 64), "batch": ShapeRange(1, 1, 1)}
+    assert profiles == [first, {"batch": ShapeRange(4, 4, 8)}]
+    assert covering(profiles) == {"height": ShapeRange(64, 64, 64), "batch": ShapeRange(1, 1, 8)}
+
+
+def test_profiles_and_engine_options_are_for_engines_alone():
+    profiles = ({"batch": "1:1:1"}, {"batch": "4:4:8"})
+    assert make_spec({"target": "tensorrt", "profiles": profiles}).profiles[1] == {"batch": ShapeRange(4, 4, 8)}
+    for options in ({"profiles": profiles}, {"engine": {"static": True}}):
+        with pytest.raises(InputError, match="needs --target tensorrt or tensorrt-rtx"):
+            make_spec(options)
+
+
+def test_engine_options_are_yaml_scalars():
+    made = parse_engine(["optimization_level=5", "static=true", "capabilities=SM86+SM89"])
+    assert made == {"optimization_level": 5, "static": True, "capabilities": "SM86+SM89"}
+    with pytest.raises(InputError, match="not name=value"):
+        parse_engine(["static"])
+
+
+def test_the_target_decides_the_precision_that_is_not_asked_for():
+    assert {t: BuildSpec(target=t).precision for t in ("tensorrt", "tensorrt-rtx", "openvino", "onnxruntime")} == {
+        "tensorrt": "fp16", "tensorrt-rtx": "fp16", "openvino": "fp32", "onnxruntime": "fp32"}
+    assert BuildSpec(target="tensorrt", precision="fp32").precision == "fp32"

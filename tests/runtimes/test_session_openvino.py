@@ -73,8 +73,7 @@ def test_an_earlier_result_is_not_overwritten_by_a_later_call(bundle):
 @needs_openvino
 @pytest.mark.parametrize("hint", ["latency", "throughput"])
 def test_threads_may_share_a_session(bundle, hint):
-    options = SessionOptions(threads=1)
-    object.__setattr__(options, "hint", hint)
+    options = SessionOptions(threads=1, hint=hint)
     session = OpenVinoSession(bundle, "affine", options)
     wrong: list[int] = []
 
@@ -126,20 +125,21 @@ def test_names_that_are_not_the_manifests_are_refused(bundle):
 
 
 def test_float32_is_computed_in_float32_on_every_cpu():
-    assert properties(PART, CPU, "latency")["INFERENCE_PRECISION_HINT"] == "f32"
-    assert "INFERENCE_PRECISION_HINT" not in properties(dataclasses.replace(PART, precision="bf16"), CPU, "latency")
+    assert properties(PART, CPU)["INFERENCE_PRECISION_HINT"] == "f32"
+    assert "INFERENCE_PRECISION_HINT" not in properties(dataclasses.replace(PART, precision="bf16"), CPU)
 
 
 def test_threads_and_hints_reach_openvino():
-    made = properties(PART, SessionOptions(threads=3), "throughput")
+    made = properties(PART, SessionOptions(threads=3, hint="throughput", pin_threads=True))
     assert (made["INFERENCE_NUM_THREADS"], made["PERFORMANCE_HINT"]) == (3, "THROUGHPUT")
-    assert "INFERENCE_NUM_THREADS" not in properties(PART, SessionOptions(), "latency")
+    assert made["ENABLE_CPU_PINNING"] is True
+    assert {"INFERENCE_NUM_THREADS", "ENABLE_CPU_PINNING"}.isdisjoint(properties(PART, SessionOptions()))
     with pytest.raises(InputError, match="unknown hint 'fast'"):
-        properties(PART, CPU, "fast")
+        properties(PART, SessionOptions(hint="fast"))
 
 
 def test_a_home_that_cannot_be_written_only_costs_the_cache(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert cache_folder() is None
-    assert "CACHE_DIR" not in properties(PART, CPU, "latency")
+    assert "CACHE_DIR" not in properties(PART, CPU)

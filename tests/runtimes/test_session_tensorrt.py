@@ -218,7 +218,7 @@ def test_without_package_driver_or_gpu_one_line_says_which(tmp_path, details):
     if HAS_GPU:
         pytest.skip("this machine has a GPU: the gpu tests run on it")
     if util.find_spec(builder.replace("-", "_")) is not None:
-        expected = "no usable NVIDIA driver" if util.find_spec("cuda") else "cuda-python is not installed"
+        expected = "no usable NVIDIA driver" if util.find_spec("cuda") else "cuda-bindings is not installed"
     else:
         expected = rf"{builder} is not installed .*ldm-deploy\[{builder}\]"
     with pytest.raises(UnavailableError, match=expected):
@@ -229,7 +229,7 @@ def test_cuda_without_a_driver_is_one_line():
     if HAS_GPU and util.find_spec("cuda"):
         assert CudaDevice().capability >= (7, 5)
         return
-    with pytest.raises(UnavailableError, match=r"no usable NVIDIA driver: .|cuda-python is not installed"):
+    with pytest.raises(UnavailableError, match=r"no usable NVIDIA driver: .|cuda-bindings is not installed"):
         CudaDevice()
 
 
