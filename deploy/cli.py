@@ -87,9 +87,16 @@ def generate(
     prompts: Annotated[Path | None, typer.Option(help="file with one prompt a line, instead of PROMPT")] = None,
     negative: Annotated[str, typer.Option(help="what not to draw")] = "",
     image: Annotated[Path | None, typer.Option(help="start from this picture (image-to-image)")] = None,
-    strength: Annotated[float, typer.Option(help="how far to leave the picture, 0 to 1")] = 0.6,
+    mask: Annotated[Path | None, typer.Option(help="white where the picture is painted anew (inpainting)")] = None,
+    strength: Annotated[float | None, typer.Option(help="how far to leave the picture, 0 to 1; default 0.6, under "
+                                                        "a mask 1")] = None,
     steps: Annotated[int, typer.Option(help="denoising steps")] = 25,
     guidance: Annotated[float | None, typer.Option(help="guidance_scale; default: the bundle's own")] = None,
+    guidance_rescale: Annotated[float, typer.Option(help="against overexposure, 0 to 1")] = 0.0,
+    guidance_interval: Annotated[str, typer.Option(help="share of the steps under guidance, as first:last")] = "0:1",
+    weighting: Annotated[bool, typer.Option("--weighting", help="read (word:1.3), (word), [word] as weights")] = False,
+    long_prompts: Annotated[bool, typer.Option("--long-prompts", help="read long prompts in windows, do not cut")]
+    = False,
     seed: Annotated[int, typer.Option(help="the first picture's seed; the next ones count up")] = 0,
     count: Annotated[int, typer.Option("-n", "--count", min=1, help="pictures for each prompt")] = 1,
     scheduler: Annotated[str | None, typer.Option(help="ddim, euler, euler-ancestral, dpm++, unipc, lcm, pndm")] = None,
@@ -98,6 +105,9 @@ def generate(
     latents: Annotated[Path | None, typer.Option(help="initial latents, .npy float32 (B, C, H/f, W/f)")] = None,
     save_latents: Annotated[Path | None, typer.Option(help="write the final latents as .npy")] = None,
     grid: Annotated[int, typer.Option(help="write one sheet with this many columns")] = 0,
+    preview: Annotated[Path | None, typer.Option(help="PNG rewritten after each step: what will come of it")] = None,
+    metadata: Annotated[bool, typer.Option("--metadata/--no-metadata", help="prompt, seed and bundle hash in the PNG")]
+    = True,
     device: Device = "cpu",
     threads: Threads = 0,
     hint: Hint = "latency",
@@ -109,10 +119,12 @@ def generate(
 
     generate_files(
         GenerateRequest(
-            bundle=bundle, prompts=tuple(prompt), prompts_file=prompts, negative=negative, image=image,
-            strength=strength, steps=steps, guidance_scale=guidance, seed=seed, count=count, scheduler=scheduler,
-            height=height, width=width, latents=latents, save_latents=save_latents, grid=grid, device=device,
-            threads=threads, hint=hint, pin_threads=pin_threads, output=output,
+            bundle=bundle, prompts=tuple(prompt), prompts_file=prompts, negative=negative, image=image, mask=mask,
+            strength=strength, steps=steps, guidance_scale=guidance, guidance_rescale=guidance_rescale,
+            guidance_interval=guidance_interval, weighting=weighting, long_prompts=long_prompts, seed=seed,
+            count=count, scheduler=scheduler, height=height, width=width, latents=latents, save_latents=save_latents,
+            grid=grid, preview=preview, metadata=metadata, device=device, threads=threads, hint=hint,
+            pin_threads=pin_threads, output=output,
         )
     )
 

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from deploy.spec import BuildSpec
     from deploy.verify import Verification
     from runtimes.bundle import Bundle
+    from runtimes.denoising import Step
     from runtimes.errors import DeployError
     from runtimes.manifest import Manifest
-    from runtimes.pipeline import Step
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
