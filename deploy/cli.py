@@ -28,6 +28,10 @@ PinThreads = Annotated[bool, typer.Option("--pin-threads", help="keep each CPU t
 Shapes = Annotated[list[str], typer.Option(help="axis=min:opt:max, several with commas: batch=1:2:8,height=...")]
 Target = Annotated[str, typer.Option(help="onnxruntime, openvino, tensorrt, tensorrt-rtx; auto: faster on this CPU")]
 Keep = Annotated[list[str], typer.Option(help="pattern of node names or op types that stay in float32")]
+Quantization = Annotated[str, typer.Option(help="int8 recipe: hybrid, static, dynamic or weight-only")]
+CalibrationPrompts = Annotated[Path | None, typer.Option(help="prompts that ranges are found with, one a line")]
+CalibrationSamples = Annotated[int | None, typer.Option(help="U-Net calls that ranges are found from")]
+RangeEstimator = Annotated[str, typer.Option(help="minmax, percentile, mse or entropy")]
 EngineOptions = Annotated[list[str], typer.Option(help="TensorRT builder: capabilities=SM86+SM89, static=true, …")]
 BudgetOptions = Annotated[list[str], typer.Option(help="override an accuracy limit: image_psnr_db=40")]
 VerifyFlag = Annotated[
@@ -45,6 +49,10 @@ def build(
     precision: Annotated[str, typer.Option(help="fp32, fp16, int8 or auto")] = "",
     shapes: Shapes = [],  # noqa: B006
     keep: Keep = [],  # noqa: B006
+    quantization: Quantization = "",
+    calibration_prompts: CalibrationPrompts = None,
+    calibration_samples: CalibrationSamples = None,
+    range_estimator: RangeEstimator = "",
     engine: EngineOptions = [],  # noqa: B006
     spec: Annotated[Path | None, typer.Option(help="YAML file with these options; those given here win")] = None,
     budget: BudgetOptions = [],  # noqa: B006
@@ -57,7 +65,15 @@ def build(
     from deploy.build import plan_build, run_build
     from deploy.spec import covering, make_spec, parse_budget, parse_engine, parse_shapes
 
-    options: dict[str, Any] = {k: v for k, v in (("model", model), ("target", target), ("precision", precision)) if v}
+    options: dict[str, Any] = {k: v for k, v in (
+        ("model", model), ("target", target), ("precision", precision), ("quantization", quantization),
+        ("range_estimator", range_estimator)) if v}
+    if calibration_samples is not None:
+        options["calibration_samples"] = calibration_samples
+    if calibration_prompts is not None:
+        from calibration.prompts import read_prompts
+
+        options["calibration_prompts"] = read_prompts(calibration_prompts)
     if shapes:
         profiles = parse_shapes(shapes)
         options["shapes"] = covering(profiles)
