@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from runtimes.pipeline import Pipeline
     from runtimes.profile import Profile
 
-__all__ = ["Bundle", "BundleError", "CancelledError", "DeployError", "InputError", "ParityError", "Pipeline", "Profile", "Step",
-           "UnavailableError", "load"]
+__all__ = ["Bundle", "BundleError", "CancelledError", "DeployError", "InputError", "ParityError", "Pipeline", "Profile",
+           "Step", "UnavailableError", "load"]
 
 _MODULES = {
     "Bundle": "bundle",
