@@ -12,6 +12,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from deploy.report import grouped
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -192,7 +194,7 @@ def show_parity(parity: Mapping[str, Any]) -> None:
         out.print(f"  images: PSNR >= {psnr} dB, SSIM >= {ssim} over {images['count']}")
     if retrieval := parity.get("retrieval"):
         out.print(f"  retrieval: {retrieval['bundle']:.1%}, reference {retrieval['reference']:.1%}")
-    for reason in parity.get("unverified", []):
+    for reason in grouped(parity.get("unverified", [])):
         out.print(f"  [yellow]unverified: {escape(str(reason))}[/]")
 
 
