@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from deploy.auto_target import decide, known_target
 from deploy.cache import Cache, assemble, default_root, key_of, versions_of
 from deploy.gate import Gate
 from deploy.observers import measured
@@ -70,6 +71,7 @@ def plan_build(spec: BuildSpec) -> list[PlannedPass]:
         InputError: the model cannot be read, or the passes do not fit together.
     """
     refuse_unbuildable(spec)
+    known_target(spec)
     return plan_all(load_passes(PASSES), open_origin(spec).manifest, spec)
 
 
@@ -106,6 +108,7 @@ def run_build(spec: BuildSpec, output: Path | None = None, *, progress: Listener
     """
     refuse_unbuildable(spec)
     listener = progress or Silent()
+    spec = decide(spec, cache_root, listener)
     listener.working("reading the model")
     origin = open_origin(spec)
     target = output or default_output(spec, origin)

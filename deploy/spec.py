@@ -13,7 +13,7 @@ from runtimes.errors import InputError
 from runtimes.tensors import ShapeRange
 
 REFERENCE = "reference"
-Target = Literal["onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"]
+Target = Literal["onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", "auto"]
 ENGINE_TARGETS = ("tensorrt", "tensorrt-rtx")
 Precision = Literal["fp32", "fp16", "int8", "auto"]
 Quantization = Literal["hybrid", "static", "dynamic", "weight-only"]
@@ -26,6 +26,7 @@ class BuildSpec(BaseModel):
 
     Attributes:
         model: folder in diffusers layout, or "reference" for the model that ships with the package.
+        target: what the bundle runs on; "auto" is the CPU runtime that measures faster here (deploy.auto_target).
         precision: by default what the target is made for: float16 for TensorRT, float32 elsewhere.
         shapes: axis -> min:opt:max; batch in images, height and width in pixels, sequence in tokens.
         opset: ONNX opset of the exported graphs.
@@ -38,6 +39,7 @@ class BuildSpec(BaseModel):
         calibration_prompts: what is drawn to find the ranges of activations; the model's own set when empty.
         calibration_samples: U-Net calls that are recorded.
         range_estimator: how a range follows from what was seen (calibration.ranges).
+        step_cache: give the U-Net a second entry, which reuses its deep features (exporters.step_cache).
         profiles: of TensorRT: optimization profiles, each axis -> min:opt:max within `shapes`; one over all of them
             when empty.
         engine: of TensorRT: options of the builder (exporters.tensorrt_options.EngineOptions, and `static`).
@@ -59,6 +61,7 @@ class BuildSpec(BaseModel):
     calibration_prompts: tuple[str, ...] = ()
     calibration_samples: int = Field(default=128, ge=1)
     range_estimator: RangeEstimator = "mse"
+    step_cache: bool = False
     profiles: tuple[dict[str, ShapeRange], ...] = ()
     engine: dict[str, Any] = Field(default_factory=dict)
 
@@ -211,3 +214,15 @@ def parse_budget(options: Sequence[str]) -> dict[str, float]:
         except ValueError:
             raise InputError(f"{part!r} is not name=number", where="--budget", fix="write image_psnr_db=40") from None
     return budget
+
+
+def parse_numbers(text: str, where: str) -> tuple[int, ...]:
+    """Read `1,2,4`.
+
+    Raises:
+        InputError: not whole numbers.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() for part in parts):
+        raise InputError(f"{text!r} is not a list of whole numbers", where=where, fix="write 1,2,4")
+    return tuple(int(part) for part in parts)

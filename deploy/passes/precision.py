@@ -54,7 +54,7 @@ class Precision(Pass):
         folder.mkdir(parents=True)
         report = convert_precision(source.file(source.component(name).file), folder / "model.onnx",
                                    step.config["precision"], mode=step.config["mode"], keep=step.config["keep"])
-        details = {**planned.details, "conversion": report.to_json()}
+        details = {**source.component(name).details, "conversion": report.to_json()}
         if step.config["mode"] == "storage" and details.get("ort_graph_optimization") == "disabled":
             details["ort_graph_optimization"] = "basic"  # widens the weights once, at load, instead of in every call
         return replace(planned, files=records_below(folder, out), details=details)

@@ -100,7 +100,7 @@ class Quantize(Pass):
             found["summary"]["instead_of"] = f"{recipe}, whose relative L2 was {lost:.2g}"
         (folder / DETAILS_FILE).write_text(json.dumps(found["layers"], sort_keys=True), encoding="utf-8")
         return replace(planned, files=records_below(folder, out),
-                       details={**planned.details, "quantization": found["summary"]})
+                       details={**source.component(name).details, "quantization": found["summary"]})
 
     def explain(self, step: Step, name: str, before: Bundle, after: Bundle) -> str:
         """The layers that add most of the error, by activations of the two graphs on recorded inputs."""
