@@ -29,6 +29,7 @@ Shapes = Annotated[list[str], typer.Option(help="axis=min:opt:max, several with 
 Target = Annotated[str, typer.Option(help="onnxruntime, openvino, tensorrt, tensorrt-rtx; auto: faster on this CPU")]
 Keep = Annotated[list[str], typer.Option(help="pattern of node names or op types that stay in float32")]
 Quantization = Annotated[str, typer.Option(help="int8 recipe: hybrid, static, dynamic or weight-only")]
+Methods = Annotated[list[str], typer.Option(help="split-skips, smoothquant, bias-correction: lose less in 8 bits")]
 CalibrationPrompts = Annotated[Path | None, typer.Option(help="prompts that ranges are found with, one a line")]
 CalibrationSamples = Annotated[int | None, typer.Option(help="U-Net calls that ranges are found from")]
 RangeEstimator = Annotated[str, typer.Option(help="minmax, percentile, mse or entropy")]
@@ -50,6 +51,7 @@ def build(
     shapes: Shapes = [],  # noqa: B006
     keep: Keep = [],  # noqa: B006
     quantization: Quantization = "",
+    quantization_methods: Methods = [],  # noqa: B006
     calibration_prompts: CalibrationPrompts = None,
     calibration_samples: CalibrationSamples = None,
     range_estimator: RangeEstimator = "",
@@ -70,6 +72,8 @@ def build(
     options: dict[str, Any] = {k: v for k, v in (
         ("model", model), ("target", target), ("precision", precision), ("quantization", quantization),
         ("range_estimator", range_estimator), ("step_cache", step_cache)) if v}
+    if quantization_methods:
+        options["quantization_methods"] = tuple(quantization_methods)
     if calibration_samples is not None:
         options["calibration_samples"] = calibration_samples
     if calibration_prompts is not None:

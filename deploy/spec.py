@@ -17,6 +17,7 @@ Target = Literal["onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", "auto"]
 ENGINE_TARGETS = ("tensorrt", "tensorrt-rtx")
 Precision = Literal["fp32", "fp16", "int8", "auto"]
 Quantization = Literal["hybrid", "static", "dynamic", "weight-only"]
+QuantizationMethod = Literal["split-skips", "smoothquant", "bias-correction"]
 RangeEstimator = Literal["minmax", "percentile", "mse", "entropy"]
 
 
@@ -34,6 +35,7 @@ class BuildSpec(BaseModel):
         prompts: what the image-level comparison draws; the model's own set when empty.
         keep: patterns of node names or op types that stay in float32 when precision is lowered.
         quantization: recipe of int8 builds (calibration.layers.assign).
+        quantization_methods: what is done to lose less in 8 bits (calibration.transforms).
         calibration_prompts: what is drawn to find the ranges of activations; the model's own set when empty.
         calibration_samples: U-Net calls that are recorded.
         range_estimator: how a range follows from what was seen (calibration.ranges).
@@ -55,6 +57,7 @@ class BuildSpec(BaseModel):
     prompts: tuple[str, ...] = ()
     keep: tuple[str, ...] = ()
     quantization: Quantization = "hybrid"
+    quantization_methods: tuple[QuantizationMethod, ...] = ()
     calibration_prompts: tuple[str, ...] = ()
     calibration_samples: int = Field(default=128, ge=1)
     range_estimator: RangeEstimator = "mse"
