@@ -175,7 +175,7 @@ def _run_passes(spec: BuildSpec, origin: Bundle, planned: list[PlannedPass], cac
         bundle, cost = _run_pass(entry.instance, step, before, folder, cache, listener)
         costs.append(cost)
         bundle = replace(bundle, manifest=replace(bundle.manifest, measured={"passes": list(costs)}))
-        if entry.instance.verify:
+        if entry.instance.verify and not step.provisional:
             bundle = gate.after_pass(step.pass_name, step.reads, bundle, listener)
         elif before is origin:
             gate.start(bundle)
