@@ -6,6 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, Field, model_validator
 
+from runtimes.errors import InputError
+
 
 class PruningOptions(BaseModel):
     """What is taken out of the denoising network, and how it learns to do without.
@@ -37,7 +39,8 @@ class PruningOptions(BaseModel):
     @model_validator(mode="after")
     def _recovers_from_something(self) -> PruningOptions:
         if self.recover and not self.prunes:
-            raise ValueError("recover needs something to recover from: prune, prune_blocks or mask")
+            raise InputError("nothing is pruned that could recover", where="--recover",
+                             fix="give --prune, --prune-blocks or --mask, too")
         if self.recover_prompts and not self.recover:
-            raise ValueError("recover_prompts needs recover")
+            raise InputError("prompts to distil on, but no steps", where="--recover-prompts", fix="give --recover, too")
         return self

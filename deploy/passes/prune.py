@@ -45,8 +45,7 @@ class Prune(Pass):
         config = {"prune": spec.prune, "method": spec.prune_method, "widths": spec.prune_widths,
                   "blocks": spec.prune_blocks, "mask": spec.mask, **drawing_config(before, spec)}
         drawn = spec.prune and (spec.prune_method == "taylor" or spec.prune_widths == "sensitivity")
-        components = {**before.components, NAME: replace(component, files={}, precision="fp32",
-                                                         file=f"components/{NAME}/{WEIGHTS_FILE}")}
+        components = {**before.components, NAME: replace(component, files={}, file=f"components/{NAME}/{WEIGHTS_FILE}")}
         reads: dict[str, tuple[str, ...]] = {NAME: (NAME, "text_encoder") if drawn else (NAME,)}
         if spec.recover:
             components[TEACHER] = replace(component, files={},
@@ -68,7 +67,7 @@ class Prune(Pass):
         from deploy.pruning.network import prune_unet, write_network
 
         network, details = prune_unet(source, NAME, step.config)
-        write_network(network, folder / WEIGHTS_FILE)
+        write_network(network, folder / WEIGHTS_FILE, planned.precision)
         return replace(planned, files=records_below(folder, out),
                        parameters=sum(p.numel() for p in network.parameters()),
                        details={**planned.details, "pruning": details})

@@ -46,5 +46,5 @@ class Recover(Pass):
         before, folder = source.component(name), out / "components" / name
         folder.mkdir(parents=True)
         network, details = recover_unet(source, name, TEACHER, step.config)
-        write_network(network, folder / WEIGHTS_FILE)
+        write_network(network, folder / WEIGHTS_FILE, before.precision)
         return replace(before, files=records_below(folder, out), details={**before.details, "recovery": details})

@@ -17,6 +17,7 @@ from deploy.pruning.trajectory import Batch
 from runtimes.bundle import Bundle
 
 SCAN_BATCHES, SCAN_SIZE = 16, 8
+STORED = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def prune_unet(source: Bundle, name: str, config: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -46,11 +47,18 @@ def prune_unet(source: Bundle, name: str, config: Mapping[str, Any]) -> tuple[An
     return network, details
 
 
-def write_network(network: Any, file: Path) -> None:
-    """Write weights, float32, and config.json beside them."""
+def write_network(network: Any, file: Path, precision: str) -> None:
+    """Write weights and config.json beside them.
+
+    Args:
+        network: a diffusers network.
+        file: of the weights.
+        precision: that the original is stored in, so that the pipeline stays of one dtype: "fp32", "fp16", "bf16".
+    """
     from safetensors.torch import save_file
 
-    save_file({k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}, file)
+    dtype = STORED.get(precision, torch.float32)
+    save_file({k: v.detach().to("cpu", dtype).contiguous() for k, v in network.state_dict().items()}, file)
     content = {k: v for k, v in json.loads(network.to_json_string()).items() if k != "_name_or_path"}
     text = json.dumps(content, indent=2, sort_keys=True) + "\n"
     (file.parent / "config.json").write_text(text, encoding="utf-8")
