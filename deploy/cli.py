@@ -34,6 +34,13 @@ CalibrationPrompts = Annotated[Path | None, typer.Option(help="prompts that rang
 CalibrationSamples = Annotated[int | None, typer.Option(help="U-Net calls that ranges are found from")]
 RangeEstimator = Annotated[str, typer.Option(help="minmax, percentile, mse or entropy")]
 EngineOptions = Annotated[list[str], typer.Option(help="TensorRT builder: capabilities=SM86+SM89, static=true, …")]
+Prune = Annotated[float, typer.Option(help="share of the denoising network's channels to remove: 0.3")]
+PruneMethod = Annotated[str, typer.Option(help="what a channel's importance is: taylor, l1 or l2")]
+PruneWidths = Annotated[str, typer.Option(help="levels lose the same share (uniform) or what they bear (sensitivity)")]
+PruneBlocks = Annotated[str, typer.Option(help="whole blocks to remove, BK-SDM's base, small or tiny")]
+Mask = Annotated[str, typer.Option(help="weights to zero, no shape changes: textbook or 2:4")]
+Recover = Annotated[int, typer.Option(help="steps of distillation from the original after pruning")]
+RecoverPrompts = Annotated[Path | None, typer.Option(help="file with one prompt a line to distil on")]
 BudgetOptions = Annotated[list[str], typer.Option(help="override an accuracy limit: image_psnr_db=40")]
 VerifyFlag = Annotated[
     bool, typer.Option("--verify/--no-verify", help="compare with PyTorch and fail on a broken budget")
@@ -58,6 +65,13 @@ def build(
     engine: EngineOptions = [],  # noqa: B006
     step_cache: Annotated[bool, typer.Option("--step-cache", help="a second U-Net graph, for generate "
                                                                   "--cache-interval")] = False,
+    prune: Prune = 0.0,
+    prune_method: PruneMethod = "",
+    prune_widths: PruneWidths = "",
+    prune_blocks: PruneBlocks = "",
+    mask: Mask = "",
+    recover: Recover = 0,
+    recover_prompts: RecoverPrompts = None,
     spec: Annotated[Path | None, typer.Option(help="YAML file with these options; those given here win")] = None,
     budget: BudgetOptions = [],  # noqa: B006
     verify: VerifyFlag = True,
@@ -80,6 +94,7 @@ def build(
         from calibration.prompts import read_prompts
 
         options["calibration_prompts"] = read_prompts(calibration_prompts)
+    options |= _pruning(prune, prune_method, prune_widths, prune_blocks, mask, recover, recover_prompts)
     if shapes:
         profiles = parse_shapes(shapes)
         options["shapes"] = covering(profiles)
@@ -100,6 +115,43 @@ def build(
     with console.BuildProgress() as progress:
         outcome = run_build(build_spec, output, progress=progress)
     console.show_outcome(outcome)
+
+
+@app.command("prune")
+def prune_model(
+    model: ModelArgument = "",
+    prune: Prune = 0.0,
+    prune_method: PruneMethod = "",
+    prune_widths: PruneWidths = "",
+    prune_blocks: PruneBlocks = "",
+    mask: Mask = "",
+    recover: Recover = 0,
+    recover_prompts: RecoverPrompts = None,
+    budget: BudgetOptions = [],  # noqa: B006
+    verify: VerifyFlag = True,
+    output: Annotated[Path, typer.Option("-o", "--output", help="folder in diffusers layout")] = Path("pruned"),
+) -> None:
+    """Write a smaller model as a diffusers folder."""
+    from deploy import console
+    from deploy.prune_folder import prune_folder
+    from deploy.spec import make_spec, parse_budget
+
+    options = _pruning(prune, prune_method, prune_widths, prune_blocks, mask, recover, recover_prompts)
+    options |= {"model": model} if model else {}
+    options |= {"budget": parse_budget(budget), "verify": verify}
+    with console.BuildProgress() as progress:
+        component = prune_folder(make_spec(options), output, progress=progress)
+    console.show_pruned(component, output)
+
+
+def _pruning(prune: float, method: str, widths: str, blocks: str, mask: str, recover: int,
+             prompts: Path | None) -> dict[str, Any]:
+    """What was given of the options that shrink the network."""
+    from deploy.generate import prompts_in
+
+    given = {"prune": prune, "prune_method": method, "prune_widths": widths, "prune_blocks": blocks, "mask": mask,
+             "recover": recover, "recover_prompts": tuple(prompts_in(prompts)) if prompts else ()}
+    return {name: value for name, value in given.items() if value}
 
 
 @app.command()

@@ -70,13 +70,22 @@ def read_prompts(request: GenerateRequest) -> list[str]:
         return list(request.prompts)
     if request.prompts:
         raise InputError("both a prompt and --prompts are given", where="generate", fix="give one of them")
+    return prompts_in(request.prompts_file)
+
+
+def prompts_in(file: Path) -> list[str]:
+    """Prompts of a text file, one a line; empty lines are left out.
+
+    Raises:
+        InputError: an unreadable file, or nothing in it.
+    """
     try:
-        text = request.prompts_file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read prompts: {error}", where=str(request.prompts_file)) from error
+        raise InputError(f"cannot read prompts: {error}", where=str(file)) from error
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
-        raise InputError("no prompt in the file", where=str(request.prompts_file), fix="write one a line")
+        raise InputError("no prompt in the file", where=str(file), fix="write one a line")
     return lines
 
 

@@ -27,6 +27,7 @@ class Step:
         reads: component that will be written -> components whose contents decide its bytes.
         after: predicted structure; the next pass plans from it and the build checks it against the result.
         summary: one line for a person.
+        provisional: a later pass finishes what this one begins, and the parity gate waits for it.
     """
 
     pass_name: str
@@ -35,6 +36,7 @@ class Step:
     reads: Mapping[str, tuple[str, ...]]
     after: Manifest
     summary: str
+    provisional: bool = False
 
     @property
     def record(self) -> PassRecord:

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from deploy.pruning_options import PruningOptions
 from runtimes.errors import InputError
 from runtimes.tensors import ShapeRange
 
@@ -21,7 +22,7 @@ QuantizationMethod = Literal["split-skips", "smoothquant", "bias-correction"]
 RangeEstimator = Literal["minmax", "percentile", "mse", "entropy"]
 
 
-class BuildSpec(BaseModel):
+class BuildSpec(PruningOptions):
     """A whole build. Every field has the default that `build` without options uses.
 
     Attributes:
