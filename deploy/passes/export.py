@@ -46,7 +46,8 @@ class Export(Pass):
 
         before, planned = source.component(name), step.after.components[name]
         folder = source.file(before.file).parent
-        module = torch_component(name, load_module(folder, before.details["library"], before.class_name))
+        network = load_module(folder, before.details["library"], before.class_name)
+        module = torch_component(name, network, [output.name for output in before.outputs])
         spec = ComponentSpec(name, before.details["source_component"], before.inputs, before.outputs, before.axes)
         export_onnx(module, spec, out / "components" / name, opset=step.config["opset"])
         return replace(planned, files=records_below(out / "components" / name, out))

@@ -61,8 +61,9 @@ class Load(Pass):
         origin = open_source(source.path)
         for name, folder in origin.tokenizers.items():
             prepare_tokenizer(folder, out / name)
-        # What the PyTorch pipeline really samples with: it corrects outdated configs when it loads them.
-        config = stable_diffusion_config(origin.scheduler_config)
+        config = dict(origin.scheduler_config)
+        if origin.family.corrects_scheduler:
+            config = stable_diffusion_config(config)
         (out / "scheduler").mkdir()
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         (out / "scheduler" / "scheduler_config.json").write_text(text, encoding="utf-8")
