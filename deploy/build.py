@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from deploy.auto_target import decide, known_target
 from deploy.cache import Cache, assemble, default_root, key_of, versions_of
 from deploy.gate import Gate
 from deploy.observers import measured
@@ -32,7 +33,7 @@ from runtimes.bundle import (
 from runtimes.errors import BundleError, DeployError, UnavailableError
 from runtimes.manifest import Component, Manifest, digest_of, to_json
 
-PRECISIONS = ("fp32", "fp16")  # that a pass makes
+PRECISIONS = ("fp32", "fp16", "int8")  # that a pass makes
 
 
 class Listener(Protocol):
@@ -70,6 +71,7 @@ def plan_build(spec: BuildSpec) -> list[PlannedPass]:
         InputError: the model cannot be read, or the passes do not fit together.
     """
     refuse_unbuildable(spec)
+    known_target(spec)
     return plan_all(load_passes(PASSES), open_origin(spec).manifest, spec)
 
 
@@ -106,6 +108,7 @@ def run_build(spec: BuildSpec, output: Path | None = None, *, progress: Listener
     """
     refuse_unbuildable(spec)
     listener = progress or Silent()
+    spec = decide(spec, cache_root, listener)
     listener.working("reading the model")
     origin = open_origin(spec)
     target = output or default_output(spec, origin)
@@ -221,7 +224,10 @@ def _run_pass(instance: Pass, step: Step, before: Bundle, folder: Path, cache: C
     write_manifest(folder, manifest)
     cost: dict[str, Any] = {"name": step.pass_name, "seconds": round(seconds, 3), "peak_rss_bytes": peak,
                             "reused": reused, "bytes_in": size_of(before.manifest), "bytes_out": size_of(manifest)}
-    return Bundle(folder, manifest), cost
+    result = Bundle(folder, manifest)
+    if gain := instance.measure(step, before, result):
+        cost["gain"] = gain
+    return result, cost
 
 
 def _run_component(instance: Pass, step: Step, name: str, before: Bundle, out: Path) -> Component:

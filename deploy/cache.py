@@ -47,7 +47,9 @@ def key_of(instance: Pass, step: Step, name: str, source: Bundle) -> str:
             "pass": [step.pass_name, step.version, to_json(step.config)],
             "component": name,
             "specs": to_json({n: step.after.components[n].axes for n in (name,)}),
-            "reads": {read: source.component(read).sha256 for read in step.reads[name]},
+            # Details too: a pass carries them on into the record that is cached.
+            "reads": {read: [source.component(read).sha256, to_json(source.component(read).details)]
+                      for read in step.reads[name]},
             "libraries": versions_of(instance.libraries),
         }
     )

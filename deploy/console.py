@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from deploy.spec import BuildSpec
     from deploy.verify import Verification
     from runtimes.bundle import Bundle
+    from runtimes.denoising import Step
     from runtimes.errors import DeployError
     from runtimes.manifest import Manifest
-    from runtimes.pipeline import Step
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -38,6 +38,11 @@ def print_json(value: Any) -> None:
     """The one object of `--json`, nothing else on standard output."""
     out.print_json(json.dumps(value, ensure_ascii=False)) if out.is_terminal else out.out(
         json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def say(text: str) -> None:
+    """A line about what is being done, on standard error."""
+    err.print(f"[dim]{escape(text)}[/]")
 
 
 def show_error(error: DeployError) -> None:

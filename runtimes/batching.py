@@ -69,26 +69,25 @@ class RowRunner:
         """One input in the dtype that the session takes, for callers that feed it again and again."""
         return array.astype(self._dtypes[name], copy=False) if name in self._dtypes else array
 
-    def run(self, feeds: Arrays, output: str) -> NDArray[Any]:
-        """Run the rows and return one output, as many rows as were fed.
+    def run(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
+        """Run the rows and return every output, as many rows as were fed.
 
         Args:
             feeds: the component's inputs, cast to its dtypes; others are left out.
-            output: name of the output.
         """
         feeds = {name: feeds[name].astype(dtype, copy=False) for name, dtype in self._dtypes.items() if name in feeds}
         if self._whole:
-            return self._session.run(feeds)[output]
+            return self._session.run(feeds)
         results = []
         for part, short in self._parts:
-            piece = {name: _extended(array[part], short) for name, array in feeds.items()}
-            results.append(self._session.run(piece)[output][: part.stop - part.start])
-        return np.concatenate(results)
+            outputs = self._session.run({name: _extended(array[part], short) for name, array in feeds.items()})
+            results.append({name: array[: part.stop - part.start] for name, array in outputs.items()})
+        return {name: np.concatenate([result[name] for result in results]) for name in results[0]}
 
 
 def run_rows(session: Session, feeds: Arrays, output: str) -> NDArray[Any]:
     """Run any number of rows once and return one output; see `RowRunner`."""
-    return RowRunner(session, len(next(iter(feeds.values())))).run(feeds, output)
+    return RowRunner(session, len(next(iter(feeds.values())))).run(feeds)[output]
 
 
 def _extended(array: NDArray[Any], rows: int) -> NDArray[Any]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from runtimes.errors import InputError
 from runtimes.schedulers.prediction import to_epsilon, to_original
-from runtimes.schedulers.settings import RunBase, Settings, levels_of, required
+from runtimes.schedulers.settings import RunBase, Settings, required
 from runtimes.schedulers.sigmas import Float32
 
 
@@ -40,12 +40,11 @@ class DdimRun(RunBase):
     def __init__(self, scheduler: Ddim, steps: int, first: int, eta: float) -> None:
         """Leave out the `first` of `steps` steps."""
         timesteps = scheduler.whole_timesteps(steps)[first:]
-        super().__init__(timesteps, scheduler.levels(int(timesteps[0])))
+        super().__init__(timesteps, [scheduler.levels(int(t)) for t in timesteps])
         self._scheduler = scheduler
         stride = scheduler.num_train_timesteps // steps
         now = [float(scheduler.alphas_cumprod[t]) for t in timesteps]
         self._after = [self._signal(int(t) - stride) for t in timesteps]
-        self._now = [levels_of(signal) for signal in now]
         # sigma_t(eta)^2, eq. 16
         self._variances = [eta**2 * (1 - b) / (1 - a) * (1 - a / b) for a, b in zip(now, self._after, strict=True)]
 
@@ -56,7 +55,7 @@ class DdimRun(RunBase):
     def step(self, model_output: Float32, i: int, sample: Float32, noise: Float32 | None = None) -> Float32:
         """Eq. 12: predicted x_0, plus the direction pointing to x_t, plus sigma_t(eta) times fresh noise."""
         config = self._scheduler
-        alpha, sigma = self._now[i]
+        alpha, sigma = self._levels[i]
         original = to_original(config.prediction_type, model_output, sample, alpha, sigma)
         epsilon = to_epsilon(config.prediction_type, model_output, sample, alpha, sigma)
         if config.clip_sample:

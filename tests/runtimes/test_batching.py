@@ -39,7 +39,7 @@ def test_rows_are_cut_and_padded_without_changing_them(count, least, most):
     net, rows = session(least, most), np.arange(2 * count, dtype=np.float64).reshape(count, 2)
     runner = RowRunner(net, count)
     for _ in range(2):
-        np.testing.assert_array_equal(runner.run({"x": rows}, "y"), rows + 1)
+        np.testing.assert_array_equal(runner.run({"x": rows})["y"], rows + 1)
     assert all(least <= len(call["x"]) <= most for call in net.calls)
 
 
