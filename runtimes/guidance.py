@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from runtimes.batching import RowRunner, row_range, slices
+from runtimes.conditions import Conditions
 from runtimes.errors import InputError
 from runtimes.session import Session
 
@@ -74,26 +75,25 @@ class GuidedUnet:
     """
 
     def __init__(
-        self, unet: Session, cond: Sequence[Float32], uncond: Sequence[Float32] | None, guidance: Guidance, steps: int,
-        *, extra: Float32 | None = None,
+        self, unet: Session, conditions: Conditions, guidance: Guidance, steps: int, *, extra: Float32 | None = None,
     ) -> None:
         """Lay out the batches.
 
         Args:
-            unet: sample, timestep, encoder_hidden_states -> out_sample.
-            cond: the embedded prompt of each of the B images, (tokens, width) each.
-            uncond: the same for the negative prompts, each as long as its prompt; None turns guidance off.
+            unet: sample, timestep, and what of the conditions it takes -> out_sample.
+            conditions: of each of the B images, each negative prompt as long as its prompt; without any, guidance is
+                off.
             guidance: scale, rescaling and interval.
             steps: U-Net calls of the whole run.
             extra: (B, C', H/f, W/f) channels that the U-Net takes after the sample's own: those of inpainting.
         """
         self._unet, self._guidance, self._steps = unet, guidance, steps
-        self._cond, self._uncond, self._extra = cond, uncond, extra
+        self._conditions, self._extra = conditions, extra
         self._layouts: dict[bool, list[_Part]] = {}
 
     def __call__(self, sample: Float32, timestep: float, i: int) -> Float32:
         """Predict: (B, C, H/f, W/f) float32 at step i in, the same out."""
-        guided = self._uncond is not None and self._guidance.active(i, self._steps)
+        guided = self._conditions.uncond is not None and self._guidance.active(i, self._steps)
         if guided not in self._layouts:
             self._layouts[guided] = self._lay_out(guided)
         parts = self._layouts[guided]
@@ -110,7 +110,7 @@ class GuidedUnet:
         if guided:
             sample = np.concatenate([sample, sample])
         feeds = {"sample": sample, "timestep": np.full(len(sample), timestep, np.float32),
-                 "encoder_hidden_states": part.hidden}
+                 "encoder_hidden_states": part.hidden, **part.added}
         output: Float32 = part.runner.run(feeds)["out_sample"]
         if output.dtype != np.float32:
             output = output.astype(np.float32)
@@ -123,7 +123,7 @@ class GuidedUnet:
         most = row_range(self._unet).max
         most = max(most // 2, 1) if guided else most
         by_length: dict[int, list[int]] = {}
-        for row, hidden in enumerate(self._cond):
+        for row, hidden in enumerate(self._conditions.cond):
             by_length.setdefault(len(hidden), []).append(row)
         parts = []
         for rows in by_length.values():
@@ -131,12 +131,17 @@ class GuidedUnet:
         return parts
 
     def _part(self, rows: list[int], guided: bool) -> _Part:
-        hidden = [self._cond[row] for row in rows]
-        if guided and self._uncond is not None:
-            hidden = [*(self._uncond[row] for row in rows), *hidden]
+        conditions = self._conditions
+        hidden = [conditions.cond[row] for row in rows]
+        added = {name: values[rows] for name, values in conditions.added.items()}
+        if guided and conditions.uncond is not None:
+            hidden = [*(conditions.uncond[row] for row in rows), *hidden]
+            added = {name: np.concatenate([conditions.added_uncond[name][rows], values])
+                     for name, values in added.items()}
         runner = RowRunner(self._unet, len(hidden))
         extra = None if self._extra is None else self._extra[rows]
-        return _Part(rows, runner, runner.cast("encoder_hidden_states", np.stack(hidden)), extra)
+        return _Part(rows, runner, runner.cast("encoder_hidden_states", np.stack(hidden)), extra,
+                     {name: runner.cast(name, values) for name, values in added.items()})
 
 
 @dataclass(frozen=True)
@@ -148,9 +153,11 @@ class _Part:
         runner: the U-Net under their number, doubled under guidance.
         hidden: (rows, tokens, width) embedded prompts, the negative ones first; in the U-Net's dtype.
         extra: (images, C', H/f, W/f) float32 or None.
+        added: further inputs by name, (rows, n) each.
     """
 
     rows: list[int]
     runner: RowRunner
     hidden: NDArray[np.generic]
     extra: Float32 | None
+    added: Mapping[str, NDArray[np.generic]] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Latent diffusion as first published (arXiv 2112.10752): unconditional with a VQ autoencoder, and from text by LDMBert."""
+"""Latent diffusion as first published, arXiv 2112.10752: unconditional with a codebook, and from text by LDMBert."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parts that several families have: axes, text encoders, U-Nets, autoencoders. Each family names those it consists of."""
+"""Parts that several families have: axes, text encoders, U-Nets, autoencoders. A family names those it consists of."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def unet(source: Source, axes: PipelineAxes, context: int | None = None, words: 
         added: inputs of this family alone, after the usual ones.
     """
     config = source.components["unet"].config
-    inputs = (
+    inputs: tuple[TensorSpec, ...] = (
         TensorSpec("sample", "float32", ("batch", config["in_channels"], "height", "width"), "noisy latents"),
         TensorSpec("timestep", "float32", ("batch",), "0 to the number of training steps, may be fractional"),
     )

@@ -149,6 +149,9 @@ def make_pipeline(name: str) -> Any:
     torch.manual_seed(0)
     with quiet():
         pipe = PIPELINES[name]()
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval()  # LDMBert has dropout
     vae = pipe.vae if hasattr(pipe, "vae") else pipe.vqvae
     with torch.no_grad():
         pipe.unet.conv_out.weight *= 3
