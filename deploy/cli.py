@@ -54,6 +54,8 @@ def build(
     calibration_samples: CalibrationSamples = None,
     range_estimator: RangeEstimator = "",
     engine: EngineOptions = [],  # noqa: B006
+    step_cache: Annotated[bool, typer.Option("--step-cache", help="a second U-Net graph, for generate "
+                                                                  "--cache-interval")] = False,
     spec: Annotated[Path | None, typer.Option(help="YAML file with these options; those given here win")] = None,
     budget: BudgetOptions = [],  # noqa: B006
     verify: VerifyFlag = True,
@@ -67,7 +69,7 @@ def build(
 
     options: dict[str, Any] = {k: v for k, v in (
         ("model", model), ("target", target), ("precision", precision), ("quantization", quantization),
-        ("range_estimator", range_estimator)) if v}
+        ("range_estimator", range_estimator), ("step_cache", step_cache)) if v}
     if calibration_samples is not None:
         options["calibration_samples"] = calibration_samples
     if calibration_prompts is not None:
@@ -114,6 +116,8 @@ def generate(
     weighting: Annotated[bool, typer.Option("--weighting", help="read (word:1.3), (word), [word] as weights")] = False,
     long_prompts: Annotated[bool, typer.Option("--long-prompts", help="read long prompts in windows, do not cut")]
     = False,
+    cache_interval: Annotated[int, typer.Option(help="compute the U-Net's deep layers every so many steps; needs a "
+                                                     "bundle built with --step-cache")] = 1,
     seed: Annotated[int, typer.Option(help="the first picture's seed; the next ones count up")] = 0,
     count: Annotated[int, typer.Option("-n", "--count", min=1, help="pictures for each prompt")] = 1,
     scheduler: Annotated[str | None, typer.Option(help="ddim, euler, euler-ancestral, dpm++, unipc, lcm, pndm")] = None,
@@ -138,8 +142,9 @@ def generate(
         GenerateRequest(
             bundle=bundle, prompts=tuple(prompt), prompts_file=prompts, negative=negative, image=image, mask=mask,
             strength=strength, steps=steps, guidance_scale=guidance, guidance_rescale=guidance_rescale,
-            guidance_interval=guidance_interval, part=part, weighting=weighting, long_prompts=long_prompts, seed=seed,
-            count=count, scheduler=scheduler, height=height, width=width, latents=latents, save_latents=save_latents,
+            guidance_interval=guidance_interval, part=part, weighting=weighting, long_prompts=long_prompts,
+            cache_interval=cache_interval, seed=seed, count=count,
+            scheduler=scheduler, height=height, width=width, latents=latents, save_latents=save_latents,
             grid=grid, preview=preview, metadata=metadata, device=device, threads=threads, hint=hint,
             pin_threads=pin_threads, output=output,
         )

@@ -170,6 +170,11 @@ def _show_engines(manifest: Manifest) -> None:
             lines += [f"without {gpu}: {why}" for gpu, why in d["refused_capabilities"].items()]
             lines += [] if d["executed"] else [f"engine not executed here: {d['not_executed']}"]
             engines.setdefault(tuple(lines), []).append(name)
+        if (q := c.details.get("quantizers")) is not None:
+            placed = ", ".join(f"{count} of {op}" for op, count in q["inputs"].items())
+            broken = q["broken_attentions"]
+            fused = f"[red]no fusion of {escape(', '.join(broken))}[/]" if broken else "in none of them"
+            out.print(f"  Q/DQ in {name}: inputs {placed}; {q['attentions']} attention blocks, {fused}")
     for (first, *more), names in engines.items():
         out.print(f"  engine {', '.join(names)}: {escape(first)}")
         for line in more:

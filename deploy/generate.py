@@ -41,6 +41,7 @@ class GenerateRequest:
     part: str
     weighting: bool
     long_prompts: bool
+    cache_interval: int
     seed: int
     count: int
     scheduler: str | None
@@ -154,6 +155,7 @@ def pipeline_options(request: GenerateRequest) -> dict[str, Any]:
         "guidance_rescale": request.guidance_rescale, "guidance_interval": read_interval(request.guidance_interval, "--guidance-interval"),
         "part": read_interval(request.part, "--part"),
         "weighting": request.weighting, "long_prompts": request.long_prompts, "mask": request.mask,
+        "cache_interval": request.cache_interval,
     }
     if request.guidance_scale is not None:
         options["guidance_scale"] = request.guidance_scale

@@ -37,6 +37,7 @@ class BuildSpec(BaseModel):
         calibration_prompts: what is drawn to find the ranges of activations; the model's own set when empty.
         calibration_samples: U-Net calls that are recorded.
         range_estimator: how a range follows from what was seen (calibration.ranges).
+        step_cache: give the U-Net a second entry, which reuses its deep features (exporters.step_cache).
         profiles: of TensorRT: optimization profiles, each axis -> min:opt:max within `shapes`; one over all of them
             when empty.
         engine: of TensorRT: options of the builder (exporters.tensorrt_options.EngineOptions, and `static`).
@@ -57,6 +58,7 @@ class BuildSpec(BaseModel):
     calibration_prompts: tuple[str, ...] = ()
     calibration_samples: int = Field(default=128, ge=1)
     range_estimator: RangeEstimator = "mse"
+    step_cache: bool = False
     profiles: tuple[dict[str, ShapeRange], ...] = ()
     engine: dict[str, Any] = Field(default_factory=dict)
 

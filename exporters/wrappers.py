@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from exporters.step_cache import CachingUNet, ShallowUNet
+
 
 class TextEncoder(nn.Module):
     """input_ids (B, S) int64 -> the chosen outputs, float32.
@@ -70,7 +72,9 @@ class PlainUNet(UNet):
 
 
 def unet(model: Any, outputs: tuple[str, ...] = ()) -> nn.Module:
-    """The wrapper with the inputs that a U-Net has."""
+    """The wrapper with the inputs that a U-Net has, and its deep feature where that is an output too."""
+    if "deep_feature" in outputs:
+        return CachingUNet(model)
     if "cross_attention_dim" not in model.config:
         return PlainUNet(model)
     return TextTimeUNet(model) if model.config.addition_embed_type == "text_time" else UNet(model)
@@ -131,6 +135,7 @@ WRAPPERS: dict[str, Callable[[Any, tuple[str, ...]], nn.Module]] = {
     "text_encoder": TextEncoder,
     "text_encoder_2": TextEncoder,
     "unet": unet,
+    "unet_shallow": lambda model, outputs: ShallowUNet(model),
     "vae_encoder": VaeEncoder,
     "vae_decoder": decoder,
 }

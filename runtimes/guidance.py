@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,8 @@ from runtimes.errors import InputError
 from runtimes.session import Session
 
 Float32 = NDArray[np.float32]
+# The second entry of a U-Net built with --step-cache, and the output of the first that it takes as an input.
+SHALLOW, DEEP = "unet_shallow", "deep_feature"
 
 
 @dataclass(frozen=True)
@@ -72,30 +75,41 @@ class GuidedUnet:
 
     More images than the U-Net's batch axis allows are cut into several calls, each holding both halves of its images.
     So are images whose prompts are of different lengths: each is computed as it would be alone.
+
+    With a shallow U-Net, most steps reuse the deep feature of an earlier one: Ma et al., DeepCache, arXiv 2312.00858,
+    section 3.3 with the uniform 1:N strategy. The first step of a run and of a change of guidance are whole.
     """
 
     def __init__(
         self, unet: Session, conditions: Conditions, guidance: Guidance, steps: int, *, extra: Float32 | None = None,
+        shallow: Session | None = None, cache_interval: int = 1,
     ) -> None:
         """Lay out the batches.
 
         Args:
-            unet: sample, timestep, and what of the conditions it takes -> out_sample.
+            unet: sample, timestep, and what of the conditions it takes -> out_sample, and deep_feature if there is a
+                shallow one.
             conditions: of each of the B images, each negative prompt as long as its prompt; without any, guidance is
                 off.
             guidance: scale, rescaling and interval.
             steps: U-Net calls of the whole run.
             extra: (B, C', H/f, W/f) channels that the U-Net takes after the sample's own: those of inpainting.
+            shallow: the U-Net's second entry, which takes deep_feature too; None where every step is whole.
+            cache_interval: every so many steps the deep feature is computed anew.
         """
-        self._unet, self._guidance, self._steps = unet, guidance, steps
+        self._unet, self._shallow, self._guidance, self._steps = unet, shallow, guidance, steps
         self._conditions, self._extra = conditions, extra
+        self._interval = 1 if shallow is None else cache_interval
         self._layouts: dict[bool, list[_Part]] = {}
+        self._age, self._was_guided = 0, False
 
     def __call__(self, sample: Float32, timestep: float, i: int) -> Float32:
         """Predict: (B, C, H/f, W/f) float32 at step i in, the same out."""
         guided = self._conditions.uncond is not None and self._guidance.active(i, self._steps)
         if guided not in self._layouts:
             self._layouts[guided] = self._lay_out(guided)
+        self._age = 0 if i == 0 or guided != self._was_guided else (self._age + 1) % self._interval
+        self._was_guided = guided
         parts = self._layouts[guided]
         if len(parts) == 1:
             return self._predict(sample, timestep, parts[0], guided)
@@ -111,7 +125,7 @@ class GuidedUnet:
             sample = np.concatenate([sample, sample])
         feeds = {"sample": sample, "timestep": np.full(len(sample), timestep, np.float32),
                  "encoder_hidden_states": part.hidden, **part.added}
-        output: Float32 = part.runner.run(feeds)["out_sample"]
+        output: Float32 = part.run(feeds, whole=self._age == 0)
         if output.dtype != np.float32:
             output = output.astype(np.float32)
         if not guided:
@@ -138,26 +152,38 @@ class GuidedUnet:
             hidden = [*(conditions.uncond[row] for row in rows), *hidden]
             added = {name: np.concatenate([conditions.added_uncond[name][rows], values])
                      for name, values in added.items()}
-        runner = RowRunner(self._unet, len(hidden))
+        unet = RowRunner(self._unet, len(hidden))
+        shallow = None if self._shallow is None else RowRunner(self._shallow, len(hidden))
         extra = None if self._extra is None else self._extra[rows]
-        return _Part(rows, runner, runner.cast("encoder_hidden_states", np.stack(hidden)), extra,
-                     {name: runner.cast(name, values) for name, values in added.items()})
+        return _Part(rows, unet, shallow, unet.cast("encoder_hidden_states", np.stack(hidden)), extra,
+                     {name: unet.cast(name, values) for name, values in added.items()})
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Part:
     """Images that share a call of the U-Net.
 
     Attributes:
         rows: which of the call's images.
-        runner: the U-Net under their number, doubled under guidance.
+        unet, shallow: the networks under their number, doubled under guidance.
         hidden: (rows, tokens, width) embedded prompts, the negative ones first; in the U-Net's dtype.
         extra: (images, C', H/f, W/f) float32 or None.
         added: further inputs by name, (rows, n) each.
+        deep: the deep feature of the last whole step, or None before it.
     """
 
     rows: list[int]
-    runner: RowRunner
-    hidden: NDArray[np.generic]
+    unet: RowRunner
+    shallow: RowRunner | None
+    hidden: NDArray[Any]
     extra: Float32 | None
-    added: Mapping[str, NDArray[np.generic]] = field(default_factory=dict)
+    added: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    deep: NDArray[Any] | None = None
+
+    def run(self, feeds: dict[str, NDArray[Any]], *, whole: bool) -> NDArray[Any]:
+        """The prediction of the whole U-Net, or of the shallow one under the deep feature kept from it."""
+        if whole or self.shallow is None or self.deep is None:
+            outputs = self.unet.run(feeds)
+            self.deep = outputs.get(DEEP)
+            return outputs["out_sample"]
+        return self.shallow.run({**feeds, DEEP: self.deep})["out_sample"]

@@ -17,7 +17,7 @@ from runtimes import decode
 from runtimes.conditions import SizeConditions, gather
 from runtimes.denoising import OnStep, Step, denoise
 from runtimes.errors import BundleError, InputError
-from runtimes.guidance import Guidance, GuidedUnet
+from runtimes.guidance import SHALLOW, Guidance, GuidedUnet
 from runtimes.handover import WHOLE, begin_part, checked_part
 from runtimes.images import ImageLike, to_pil
 from runtimes.manifest import PipelineFacts
@@ -75,7 +75,7 @@ class Pipeline:
         guidance_rescale: float = 0.0, guidance_interval: tuple[float, float] = (0.0, 1.0),
         image: ImageLike | Sequence[ImageLike] | None = None, mask: ImageLike | Sequence[ImageLike] | None = None,
         strength: float | None = None, weighting: bool = False, long_prompts: bool = False,
-        latents: Float32 | None = None, output: str = "pil", on_step: OnStep | None = None,
+        cache_interval: int = 1, latents: Float32 | None = None, output: str = "pil", on_step: OnStep | None = None,
         cancel: Event | None = None, profile: Profile | None = None, part: tuple[float, float] = WHOLE,
         sizes: SizeConditions | None = None,
     ) -> Any:
@@ -101,6 +101,8 @@ class Pipeline:
             weighting: read `(word:1.3)`, `(word)` and `[word]` as weights; see `runtimes.weighting`.
             long_prompts: read prompts that are too long for the text encoder in windows, instead of cutting them. The
                 U-Net must take that many tokens: build with --shapes sequence=...
+            cache_interval: compute the U-Net's deep layers at every so many steps only, and reuse them between; needs a
+                bundle built with --step-cache. 1 is every step; 3 is more than twice as fast.
             latents: (B, C, H/f, W/f) float32 of unit variance, used instead of the seeds' initial noise.
             output: "pil"; "numpy" for pixels in 0..1; "latents" for what would be decoded.
             on_step: called after every step; False ends the call with CancelledError, and so does what it raises.
@@ -123,6 +125,9 @@ class Pipeline:
         if output not in OUTPUTS:
             raise InputError(f"unknown output {output!r}", where="output", fix=f"one of {', '.join(OUTPUTS)}")
         sessions = _Sessions(self.sessions, profile)
+        if whole(cache_interval, "cache_interval") > 1 and SHALLOW not in self.sessions:
+            raise InputError("this bundle has no U-Net that reuses deep features", where="cache_interval",
+                             fix="leave it 1, or build with --step-cache")
         guidance = Guidance(finite(guidance_scale, "guidance_scale"), finite(guidance_rescale, "guidance_rescale"),
                             interval(guidance_interval))
         share = (0.8 if mask is None else 1.0) if strength is None else finite(strength, "strength")
@@ -145,7 +150,9 @@ class Pipeline:
                 begun = Start(request.latents)
             else:
                 begun = begin(sessions, self.facts.scaling_factor, request, run, noise)
-            predict = GuidedUnet(sessions["unet"], conditions, guidance, count, extra=begun.extra)
+            predict = GuidedUnet(
+                sessions["unet"], conditions, guidance, count, extra=begun.extra,
+                shallow=sessions[SHALLOW] if cache_interval > 1 else None, cache_interval=cache_interval)
             sample = denoise(predict, run, begun, noise, on_step, cancel, count=count)
             result = self._finished(sessions, sample, output)
         if profile is not None:

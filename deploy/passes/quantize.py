@@ -91,7 +91,7 @@ class Quantize(Pass):
             found["summary"]["instead_of"] = f"{recipe}, whose relative L2 was {lost:.2g}"
         (folder / DETAILS_FILE).write_text(json.dumps(found["layers"], sort_keys=True), encoding="utf-8")
         return replace(planned, files=records_below(folder, out),
-                       details={**planned.details, "quantization": found["summary"]})
+                       details={**source.component(name).details, "quantization": found["summary"]})
 
     def measure(self, step: Step, before: Bundle, after: Bundle) -> dict[str, Any]:
         """What it bought on this machine: bytes and time of a call against float32, from interleaved calls."""
