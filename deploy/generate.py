@@ -38,6 +38,7 @@ class GenerateRequest:
     guidance_scale: float | None
     guidance_rescale: float
     guidance_interval: str
+    part: str
     weighting: bool
     long_prompts: bool
     cache_interval: int
@@ -58,13 +59,19 @@ class GenerateRequest:
     output: Path
 
 
-def read_prompts(request: GenerateRequest) -> list[str]:
+def read_prompts(request: GenerateRequest, *, wanted: bool = True) -> list[str]:
     """Prompts from the arguments or the file, one a line; empty lines are left out.
+
+    Args:
+        request: the options.
+        wanted: whether the model reads prompts; one that does not draws one picture for no prompt.
 
     Raises:
         InputError: both or neither given, an unreadable file, or nothing in it.
     """
     if request.prompts_file is None:
+        if not request.prompts and not wanted:
+            return [""]
         if not request.prompts:
             raise InputError("no prompt", where="generate", fix='give one: generate BUNDLE "a red apple"')
         return list(request.prompts)
@@ -106,7 +113,7 @@ def read_latents(file: Path) -> np.ndarray[Any, Any]:
     return array
 
 
-def read_interval(text: str) -> tuple[float, float]:
+def read_interval(text: str, option: str) -> tuple[float, float]:
     """Read `first:last`.
 
     Raises:
@@ -115,7 +122,7 @@ def read_interval(text: str) -> tuple[float, float]:
     try:
         first, last = (float(part) for part in text.split(":"))
     except ValueError:
-        raise InputError(f"{text!r} is not first:last", where="--guidance-interval", fix="write 0.1:0.7") from None
+        raise InputError(f"{text!r} is not first:last", where=option, fix="write 0.1:0.7") from None
     return first, last
 
 
@@ -123,9 +130,9 @@ def generate_files(request: GenerateRequest) -> list[Path]:
     """Draw and write; returns the files written."""
     import runtimes
 
-    prompts = read_prompts(request)
     began = time.perf_counter()
     bundle = runtimes.Bundle.open(request.bundle)
+    prompts = read_prompts(request, wanted=bool(bundle.manifest.pipeline.text_encoders))
     pipeline = runtimes.load(bundle, device=request.device, threads=request.threads, hint=request.hint,
                              pin_threads=request.pin_threads)
     loaded = time.perf_counter()
@@ -154,7 +161,8 @@ def generate_files(request: GenerateRequest) -> list[Path]:
 def pipeline_options(request: GenerateRequest) -> dict[str, Any]:
     """What goes to the pipeline as it is, without the options that its own defaults stand in for."""
     options: dict[str, Any] = {
-        "guidance_rescale": request.guidance_rescale, "guidance_interval": read_interval(request.guidance_interval),
+        "guidance_rescale": request.guidance_rescale, "guidance_interval": read_interval(request.guidance_interval, "--guidance-interval"),
+        "part": read_interval(request.part, "--part"),
         "weighting": request.weighting, "long_prompts": request.long_prompts, "mask": request.mask,
         "cache_interval": request.cache_interval,
     }

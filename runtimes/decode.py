@@ -41,16 +41,19 @@ def to_uint8(pixels: Float32) -> NDArray[np.uint8]:
     return np.rint(pixels * 255).astype(np.uint8)
 
 
-def encode(encoder: Session, pixels: Float32) -> tuple[Float32, Float32]:
+def encode(encoder: Session, pixels: Float32) -> tuple[Float32, Float32 | None]:
     """Pixels to the moments of their latents' normal distribution.
 
     Args:
-        encoder: sample -> latent_parameters, mean and log-variance side by side on the channels.
+        encoder: sample -> latent_parameters, mean and log-variance side by side on the channels, or latents.
         pixels: (B, 3, H, W) float32 in -1..1.
 
     Returns:
-        mean and standard deviation, (B, C, H/f, W/f) float32 each, not yet scaled.
+        mean and standard deviation, (B, C, H/f, W/f) float32 each, not yet scaled; no deviation of an autoencoder
+        without a distribution.
     """
+    if encoder.component.outputs[0].name == "latents":
+        return run_rows(encoder, {"sample": pixels}, "latents").astype(np.float32, copy=False), None
     parameters = run_rows(encoder, {"sample": pixels}, "latent_parameters").astype(np.float32, copy=False)
     mean, logvar = np.split(parameters, 2, axis=1)
     return mean, np.exp(0.5 * np.clip(logvar, -30.0, 20.0))
