@@ -83,8 +83,9 @@ def test_a_missing_builder_stops_the_build_before_any_work(tiny_model: Path, tmp
 
 
 def test_int8_engines_hold_quantizers_that_break_no_attention(tiny_model: Path, build_cache: Path, tmp_path: Path):
+    profiles = ({"batch": ShapeRange(1, 1, 1)}, {"batch": ShapeRange(2, 2, 4)})
     spec = BuildSpec(model=str(tiny_model), target="tensorrt-rtx", precision="int8", calibration_samples=8,
-                     engine={"capabilities": "SM89"}, profiles=({"batch": ShapeRange(1, 1, 1)}, {"batch": ShapeRange(2, 2, 4)}))
+                     engine={"capabilities": "SM89"}, profiles=profiles)
     manifest = run_build(spec, tmp_path / "b", cache_root=build_cache).bundle.manifest
     unet = manifest.components["unet"]
     assert unet.precision == "int8" and unet.details["compute_capabilities"] == ["SM89"]
