@@ -122,6 +122,8 @@ def generate(
     scheduler: Annotated[str | None, typer.Option(help="ddim, euler, euler-ancestral, dpm++, unipc, lcm, pndm")] = None,
     height: Annotated[int | None, typer.Option(help="pixels")] = None,
     width: Annotated[int | None, typer.Option(help="pixels")] = None,
+    tile: Annotated[int | None, typer.Option(help="draw in overlapping tiles of so many pixels, for large pictures")]
+    = None,
     latents: Annotated[Path | None, typer.Option(help="initial latents, .npy float32 (B, C, H/f, W/f)")] = None,
     save_latents: Annotated[Path | None, typer.Option(help="write the final latents as .npy")] = None,
     grid: Annotated[int, typer.Option(help="write one sheet with this many columns")] = 0,
@@ -143,7 +145,8 @@ def generate(
             strength=strength, steps=steps, guidance_scale=guidance, guidance_rescale=guidance_rescale,
             guidance_interval=guidance_interval, weighting=weighting, long_prompts=long_prompts,
             cache_interval=cache_interval, seed=seed, count=count,
-            scheduler=scheduler, height=height, width=width, latents=latents, save_latents=save_latents,
+            scheduler=scheduler, height=height, width=width, tile=tile, latents=latents,
+            save_latents=save_latents,
             grid=grid, preview=preview, metadata=metadata, device=device, threads=threads, hint=hint,
             pin_threads=pin_threads, output=output,
         )

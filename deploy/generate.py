@@ -41,6 +41,7 @@ class GenerateRequest:
     weighting: bool
     long_prompts: bool
     cache_interval: int
+    tile: int | None
     seed: int
     count: int
     scheduler: str | None
@@ -147,7 +148,7 @@ def pipeline_options(request: GenerateRequest) -> dict[str, Any]:
     options: dict[str, Any] = {
         "guidance_rescale": request.guidance_rescale, "guidance_interval": read_interval(request.guidance_interval),
         "weighting": request.weighting, "long_prompts": request.long_prompts, "mask": request.mask,
-        "cache_interval": request.cache_interval,
+        "cache_interval": request.cache_interval, "tile": request.tile,
     }
     if request.guidance_scale is not None:
         options["guidance_scale"] = request.guidance_scale

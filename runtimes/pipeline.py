@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from threading import Event
 from time import perf_counter
 from typing import Any
@@ -28,6 +28,7 @@ from runtimes.request import OUTPUTS, Request, check_request, finite, interval, 
 from runtimes.schedulers import Run, Scheduler, from_config
 from runtimes.session import Session
 from runtimes.start import begin
+from runtimes.tiling import Tiled
 
 __all__ = ["Pipeline", "Step"]
 Float32 = NDArray[np.float32]
@@ -73,8 +74,8 @@ class Pipeline:
         guidance_rescale: float = 0.0, guidance_interval: tuple[float, float] = (0.0, 1.0),
         image: ImageLike | Sequence[ImageLike] | None = None, mask: ImageLike | Sequence[ImageLike] | None = None,
         strength: float | None = None, weighting: bool = False, long_prompts: bool = False,
-        cache_interval: int = 1, latents: Float32 | None = None, output: str = "pil", on_step: OnStep | None = None,
-        cancel: Event | None = None, profile: Profile | None = None,
+        cache_interval: int = 1, tile: int | None = None, latents: Float32 | None = None, output: str = "pil",
+        on_step: OnStep | None = None, cancel: Event | None = None, profile: Profile | None = None,
     ) -> Any:
         """Make images.
 
@@ -100,6 +101,8 @@ class Pipeline:
                 U-Net must take that many tokens: build with --shapes sequence=...
             cache_interval: compute the U-Net's deep layers at every so many steps only, and reuse them between; needs a
                 bundle built with --step-cache. 1 is every step; 3 is more than twice as fast.
+            tile: draw in overlapping tiles of so many pixels a side, one at a time, so that height and width may go
+                beyond what the bundle was built for, within the memory of one tile; see `runtimes.tiling`.
             latents: (B, C, H/f, W/f) float32 of unit variance, used instead of the seeds' initial noise.
             output: "pil"; "numpy" for pixels in 0..1; "latents" for what would be decoded.
             on_step: called after every step; False ends the call with CancelledError, and so does what it raises.
@@ -130,7 +133,7 @@ class Pipeline:
         request = check_request(
             sessions, self.facts, prompt=prompt, negative_prompt=negative_prompt, images_per_prompt=images_per_prompt,
             guided=guidance.scale > 1, seed=seed, height=height, width=width, image=image, mask=mask, strength=share,
-            latents=latents)
+            latents=latents, tile=tile)
         style = PromptStyle(weighting, long_prompts)
         with np.errstate(over="ignore", invalid="ignore"):  # every result is checked to be finite
             result = self._generate(sessions, request, run, guidance, style, cache_interval, output, on_step, cancel)
@@ -146,15 +149,31 @@ class Pipeline:
         cond, uncond = embedder.pair(request.prompts, request.negatives)
         noise = NoiseStreams(request.seeds)
         start = begin(sessions, self.facts.scaling_factor, request, run, noise)
-        predict = GuidedUnet(sessions["unet"], cond, uncond, guidance, len(run.timesteps), extra=start.extra,
-                             shallow=sessions[SHALLOW] if cache_interval > 1 else None, cache_interval=cache_interval)
+        predict = self._predictor(sessions, request, run, guidance, cond, uncond, start.extra, cache_interval)
         sample = denoise(predict, run, start, noise, on_step, cancel)
         if output == "latents":
             return sample
-        decoder, factor = sessions["vae_decoder"], self.facts.scaling_factor
+        decoder, factor, tiling = sessions["vae_decoder"], self.facts.scaling_factor, request.tiling
+        if tiling is not None:
+            pixels = decode.decode_tiled(decoder, sample, factor, tiling, self.facts.vae_scale_factor)
+            return pixels if output == "numpy" else to_pil(decode.to_uint8(pixels))
         if output == "numpy":
             return decode.decode(decoder, sample, factor)
         return to_pil(decode.decode_uint8(decoder, sample, factor))
+
+    def _predictor(
+        self, sessions: Mapping[str, Session], request: Request, run: Run, guidance: Guidance, cond: list[Float32],
+        uncond: list[Float32] | None, extra: Float32 | None, cache_interval: int,
+    ) -> Callable[[Float32, float, int], Float32]:
+        """The U-Net under the request's prompts, for the whole picture or tile by tile."""
+        tiling, at_once = request.tiling, None
+        if tiling is not None:
+            cond, uncond = cond * tiling.count, uncond and uncond * tiling.count
+            extra, at_once = None if extra is None else tiling.stack(extra), 1
+        predict = GuidedUnet(sessions["unet"], cond, uncond, guidance, len(run.timesteps), extra=extra,
+                             shallow=sessions[SHALLOW] if cache_interval > 1 else None, cache_interval=cache_interval,
+                             images_at_once=at_once)
+        return predict if tiling is None else Tiled(predict, tiling)
 
     def preview(self, latents: Float32) -> NDArray[np.uint8]:
         """A small picture of latents, for `Step.estimate`: one pixel for each latent, without the decoder.
