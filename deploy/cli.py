@@ -168,7 +168,7 @@ def generate(
     guidance: Annotated[float | None, typer.Option(help="guidance_scale; default: the bundle's own")] = None,
     guidance_rescale: Annotated[float, typer.Option(help="against overexposure, 0 to 1")] = 0.0,
     guidance_interval: Annotated[str, typer.Option(help="share of the steps under guidance, as first:last")] = "0:1",
-    part: Annotated[str, typer.Option(help="share of the schedule: 0:0.8 for a base model, 0.8:1 for a refiner")] = "0:1",
+    part: Annotated[str, typer.Option(help="of the schedule: 0:0.8 for a base model, 0.8:1 for a refiner")] = "0:1",
     weighting: Annotated[bool, typer.Option("--weighting", help="read (word:1.3), (word), [word] as weights")] = False,
     long_prompts: Annotated[bool, typer.Option("--long-prompts", help="read long prompts in windows, do not cut")]
     = False,
@@ -179,6 +179,8 @@ def generate(
     scheduler: Annotated[str | None, typer.Option(help="ddim, euler, euler-ancestral, dpm++, unipc, lcm, pndm")] = None,
     height: Annotated[int | None, typer.Option(help="pixels")] = None,
     width: Annotated[int | None, typer.Option(help="pixels")] = None,
+    tile: Annotated[int | None, typer.Option(help="draw in overlapping tiles of so many pixels, for large pictures")]
+    = None,
     latents: Annotated[Path | None, typer.Option(help="initial latents, .npy float32 (B, C, H/f, W/f)")] = None,
     save_latents: Annotated[Path | None, typer.Option(help="write the final latents as .npy")] = None,
     grid: Annotated[int, typer.Option(help="write one sheet with this many columns")] = 0,
@@ -200,7 +202,8 @@ def generate(
             strength=strength, steps=steps, guidance_scale=guidance, guidance_rescale=guidance_rescale,
             guidance_interval=guidance_interval, part=part, weighting=weighting, long_prompts=long_prompts,
             cache_interval=cache_interval, seed=seed, count=count,
-            scheduler=scheduler, height=height, width=width, latents=latents, save_latents=save_latents,
+            scheduler=scheduler, height=height, width=width, tile=tile, latents=latents,
+            save_latents=save_latents,
             grid=grid, preview=preview, metadata=metadata, device=device, threads=threads, hint=hint,
             pin_threads=pin_threads, output=output,
         )

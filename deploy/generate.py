@@ -42,6 +42,7 @@ class GenerateRequest:
     weighting: bool
     long_prompts: bool
     cache_interval: int
+    tile: int | None
     seed: int
     count: int
     scheduler: str | None
@@ -161,10 +162,11 @@ def generate_files(request: GenerateRequest) -> list[Path]:
 def pipeline_options(request: GenerateRequest) -> dict[str, Any]:
     """What goes to the pipeline as it is, without the options that its own defaults stand in for."""
     options: dict[str, Any] = {
-        "guidance_rescale": request.guidance_rescale, "guidance_interval": read_interval(request.guidance_interval, "--guidance-interval"),
+        "guidance_rescale": request.guidance_rescale,
+        "guidance_interval": read_interval(request.guidance_interval, "--guidance-interval"),
         "part": read_interval(request.part, "--part"),
         "weighting": request.weighting, "long_prompts": request.long_prompts, "mask": request.mask,
-        "cache_interval": request.cache_interval,
+        "cache_interval": request.cache_interval, "tile": request.tile,
     }
     if request.guidance_scale is not None:
         options["guidance_scale"] = request.guidance_scale
