@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from deploy.auto_target import decide, known_target
 from deploy.cache import Cache, assemble, default_root, key_of, versions_of
 from deploy.gate import Gate
+from deploy.isolation import is_large, run_isolated
 from deploy.observers import measured
 from deploy.origin import open_origin
 from deploy.passes import PASSES
@@ -227,9 +228,10 @@ def _run_pass(instance: Pass, step: Step, before: Bundle, folder: Path, cache: C
         with measured() as spent:
             found = cache.find(key)
             reused += found is not None
-            parts[name] = found or cache.store(key, partial(_run_component, instance, step, name, before))
+            elsewhere: list[int] = []
+            parts[name] = found or cache.store(key, partial(_run_component, instance, step, name, before, elsewhere))
         seconds += spent.seconds
-        peak = max(peak, spent.peak_rss_bytes)
+        peak = max(peak, spent.peak_rss_bytes, *elsewhere)
     carried = {n: (c, before.path) for n, c in before.manifest.components.items()
                if n not in step.reads and n in step.after.components}
     assemble(folder, {**carried, **parts})
@@ -246,9 +248,16 @@ def _run_pass(instance: Pass, step: Step, before: Bundle, folder: Path, cache: C
     return result, cost
 
 
-def _run_component(instance: Pass, step: Step, name: str, before: Bundle, out: Path) -> Component:
+def _run_component(instance: Pass, step: Step, name: str, before: Bundle, elsewhere: list[int],
+                   out: Path) -> Component:
+    """One component, in this process or, if it is large, in another, whose peak memory is added to `elsewhere`."""
     try:
-        component = instance.run(step, name, before, out)
+        if is_large(step, name, before):
+            result = run_isolated(instance, step, name, before, out)
+            component = result.component
+            elsewhere.append(result.peak_rss_bytes)
+        else:
+            component = instance.run(step, name, before, out)
     except DeployError as error:
         error.where = error.where or f"pass {step.pass_name}, {name}"
         raise

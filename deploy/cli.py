@@ -264,6 +264,19 @@ def inspect(bundle: BundlePath, json: Json = False) -> None:
     console.print_json(to_json(opened.manifest)) if json else console.show_bundle(opened)
 
 
+@app.command()
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help=".safetensors file with all networks")],
+    configs: Annotated[Path, typer.Option(help="diffusers folder of the same architecture; weights are not needed")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="folder to write, for `build`")],
+) -> None:
+    """Turn a single-file checkpoint (CompVis, A1111) into a diffusers folder. Nothing is downloaded."""
+    from deploy import console
+    from exporters.single_file import convert_single_file
+
+    console.say(f"wrote {convert_single_file(checkpoint, configs, output)}")
+
+
 @app.command("export-triton")
 def export_triton(
     bundle: BundlePath,
