@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from deploy.auto_target import decide, known_target
 from deploy.cache import Cache, assemble, default_root, key_of, versions_of
 from deploy.gate import Gate
 from deploy.observers import measured
@@ -29,10 +30,10 @@ from runtimes.bundle import (
     translated_disk_errors,
     write_manifest,
 )
-from runtimes.errors import BundleError, DeployError, UnavailableError
+from runtimes.errors import BundleError, DeployError, ParityError, UnavailableError
 from runtimes.manifest import Component, Manifest, digest_of, to_json
 
-PRECISIONS = ("fp32", "fp16")  # that a pass makes
+PRECISIONS = ("fp32", "fp16", "int8", "auto")  # that a pass makes
 
 
 class Listener(Protocol):
@@ -70,6 +71,7 @@ def plan_build(spec: BuildSpec) -> list[PlannedPass]:
         InputError: the model cannot be read, or the passes do not fit together.
     """
     refuse_unbuildable(spec)
+    known_target(spec)
     return plan_all(load_passes(PASSES), open_origin(spec).manifest, spec)
 
 
@@ -106,6 +108,7 @@ def run_build(spec: BuildSpec, output: Path | None = None, *, progress: Listener
     """
     refuse_unbuildable(spec)
     listener = progress or Silent()
+    spec = decide(spec, cache_root, listener)
     listener.working("reading the model")
     origin = open_origin(spec)
     target = output or default_output(spec, origin)
@@ -181,12 +184,23 @@ def run_passes(spec: BuildSpec, origin: Bundle, planned: list[PlannedPass], cach
         costs.append(cost)
         bundle = replace(bundle, manifest=replace(bundle.manifest, measured={"passes": list(costs)}))
         if entry.instance.verify and not step.provisional:
-            bundle = gate.after_pass(step.pass_name, step.reads, bundle, listener)
+            try:
+                bundle = gate.after_pass(step.pass_name, step.reads, bundle, listener)
+            except ParityError as error:
+                _add_explanation(error, entry.instance, step, before, bundle)
+                raise
         elif before is origin:
             gate.start(bundle)
         listener.finished(f"{step.pass_name}: {step.summary} ({cost['seconds']:.1f} s"
                           f"{', from the cache' if cost['reused'] == len(step.reads) else ''})")
     return bundle, gate
+
+
+def _add_explanation(error: ParityError, instance: Pass, step: Step, before: Bundle, after: Bundle) -> None:
+    """Let the pass say which layers a broken budget comes from; the error names the component last."""
+    name = error.where.rpartition(", ")[2]
+    if name in step.reads and (why := instance.explain(step, name, before, after)):
+        error.what = f"{error.what}; {why}"
 
 
 def load_source(origin: Bundle, spec: BuildSpec, cache: Cache, work: Path, listener: Listener) -> Bundle:
@@ -226,7 +240,10 @@ def _run_pass(instance: Pass, step: Step, before: Bundle, folder: Path, cache: C
     write_manifest(folder, manifest)
     cost: dict[str, Any] = {"name": step.pass_name, "seconds": round(seconds, 3), "peak_rss_bytes": peak,
                             "reused": reused, "bytes_in": size_of(before.manifest), "bytes_out": size_of(manifest)}
-    return Bundle(folder, manifest), cost
+    result = Bundle(folder, manifest)
+    if gain := instance.measure(step, before, result):
+        cost["gain"] = gain
+    return result, cost
 
 
 def _run_component(instance: Pass, step: Step, name: str, before: Bundle, out: Path) -> Component:

@@ -26,7 +26,13 @@ Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0 = all cores")]
 Hint = Annotated[str, typer.Option(help="OpenVINO: latency (a call has all cores) or throughput (calls share them)")]
 PinThreads = Annotated[bool, typer.Option("--pin-threads", help="keep each CPU thread on a core of its own")]
 Shapes = Annotated[list[str], typer.Option(help="axis=min:opt:max, several with commas: batch=1:2:8,height=...")]
+Target = Annotated[str, typer.Option(help="onnxruntime, openvino, tensorrt, tensorrt-rtx; auto: faster on this CPU")]
 Keep = Annotated[list[str], typer.Option(help="pattern of node names or op types that stay in float32")]
+Quantization = Annotated[str, typer.Option(help="int8 recipe: hybrid, static, dynamic or weight-only")]
+Methods = Annotated[list[str], typer.Option(help="split-skips, smoothquant, bias-correction: lose less in 8 bits")]
+CalibrationPrompts = Annotated[Path | None, typer.Option(help="prompts that ranges are found with, one a line")]
+CalibrationSamples = Annotated[int | None, typer.Option(help="U-Net calls that ranges are found from")]
+RangeEstimator = Annotated[str, typer.Option(help="minmax, percentile, mse or entropy")]
 EngineOptions = Annotated[list[str], typer.Option(help="TensorRT builder: capabilities=SM86+SM89, static=true, …")]
 Prune = Annotated[float, typer.Option(help="share of the denoising network's channels to remove: 0.3")]
 PruneMethod = Annotated[str, typer.Option(help="what a channel's importance is: taylor, l1 or l2")]
@@ -47,11 +53,18 @@ ModelArgument = Annotated[str, typer.Argument(help="folder in diffusers layout; 
 @app.command()
 def build(
     model: ModelArgument = "",
-    target: Annotated[str, typer.Option(help="onnxruntime, openvino, tensorrt or tensorrt-rtx")] = "",
+    target: Target = "",
     precision: Annotated[str, typer.Option(help="fp32, fp16, int8 or auto")] = "",
     shapes: Shapes = [],  # noqa: B006
     keep: Keep = [],  # noqa: B006
+    quantization: Quantization = "",
+    quantization_methods: Methods = [],  # noqa: B006
+    calibration_prompts: CalibrationPrompts = None,
+    calibration_samples: CalibrationSamples = None,
+    range_estimator: RangeEstimator = "",
     engine: EngineOptions = [],  # noqa: B006
+    step_cache: Annotated[bool, typer.Option("--step-cache", help="a second U-Net graph, for generate "
+                                                                  "--cache-interval")] = False,
     prune: Prune = 0.0,
     prune_method: PruneMethod = "",
     prune_widths: PruneWidths = "",
@@ -70,7 +83,17 @@ def build(
     from deploy.build import plan_build, run_build
     from deploy.spec import covering, make_spec, parse_budget, parse_engine, parse_shapes
 
-    options: dict[str, Any] = {k: v for k, v in (("model", model), ("target", target), ("precision", precision)) if v}
+    options: dict[str, Any] = {k: v for k, v in (
+        ("model", model), ("target", target), ("precision", precision), ("quantization", quantization),
+        ("range_estimator", range_estimator), ("step_cache", step_cache)) if v}
+    if quantization_methods:
+        options["quantization_methods"] = tuple(quantization_methods)
+    if calibration_samples is not None:
+        options["calibration_samples"] = calibration_samples
+    if calibration_prompts is not None:
+        from calibration.prompts import read_prompts
+
+        options["calibration_prompts"] = read_prompts(calibration_prompts)
     options |= _pruning(prune, prune_method, prune_widths, prune_blocks, mask, recover, recover_prompts)
     if shapes:
         profiles = parse_shapes(shapes)
@@ -138,17 +161,32 @@ def generate(
     prompts: Annotated[Path | None, typer.Option(help="file with one prompt a line, instead of PROMPT")] = None,
     negative: Annotated[str, typer.Option(help="what not to draw")] = "",
     image: Annotated[Path | None, typer.Option(help="start from this picture (image-to-image)")] = None,
-    strength: Annotated[float, typer.Option(help="how far to leave the picture, 0 to 1")] = 0.6,
+    mask: Annotated[Path | None, typer.Option(help="white where the picture is painted anew (inpainting)")] = None,
+    strength: Annotated[float | None, typer.Option(help="how far to leave the picture, 0 to 1; default 0.6, under "
+                                                        "a mask 1")] = None,
     steps: Annotated[int, typer.Option(help="denoising steps")] = 25,
     guidance: Annotated[float | None, typer.Option(help="guidance_scale; default: the bundle's own")] = None,
+    guidance_rescale: Annotated[float, typer.Option(help="against overexposure, 0 to 1")] = 0.0,
+    guidance_interval: Annotated[str, typer.Option(help="share of the steps under guidance, as first:last")] = "0:1",
+    part: Annotated[str, typer.Option(help="of the schedule: 0:0.8 for a base model, 0.8:1 for a refiner")] = "0:1",
+    weighting: Annotated[bool, typer.Option("--weighting", help="read (word:1.3), (word), [word] as weights")] = False,
+    long_prompts: Annotated[bool, typer.Option("--long-prompts", help="read long prompts in windows, do not cut")]
+    = False,
+    cache_interval: Annotated[int, typer.Option(help="compute the U-Net's deep layers every so many steps; needs a "
+                                                     "bundle built with --step-cache")] = 1,
     seed: Annotated[int, typer.Option(help="the first picture's seed; the next ones count up")] = 0,
     count: Annotated[int, typer.Option("-n", "--count", min=1, help="pictures for each prompt")] = 1,
     scheduler: Annotated[str | None, typer.Option(help="ddim, euler, euler-ancestral, dpm++, unipc, lcm, pndm")] = None,
     height: Annotated[int | None, typer.Option(help="pixels")] = None,
     width: Annotated[int | None, typer.Option(help="pixels")] = None,
+    tile: Annotated[int | None, typer.Option(help="draw in overlapping tiles of so many pixels, for large pictures")]
+    = None,
     latents: Annotated[Path | None, typer.Option(help="initial latents, .npy float32 (B, C, H/f, W/f)")] = None,
     save_latents: Annotated[Path | None, typer.Option(help="write the final latents as .npy")] = None,
     grid: Annotated[int, typer.Option(help="write one sheet with this many columns")] = 0,
+    preview: Annotated[Path | None, typer.Option(help="PNG rewritten after each step: what will come of it")] = None,
+    metadata: Annotated[bool, typer.Option("--metadata/--no-metadata", help="prompt, seed and bundle hash in the PNG")]
+    = True,
     device: Device = "cpu",
     threads: Threads = 0,
     hint: Hint = "latency",
@@ -160,10 +198,14 @@ def generate(
 
     generate_files(
         GenerateRequest(
-            bundle=bundle, prompts=tuple(prompt), prompts_file=prompts, negative=negative, image=image,
-            strength=strength, steps=steps, guidance_scale=guidance, seed=seed, count=count, scheduler=scheduler,
-            height=height, width=width, latents=latents, save_latents=save_latents, grid=grid, device=device,
-            threads=threads, hint=hint, pin_threads=pin_threads, output=output,
+            bundle=bundle, prompts=tuple(prompt), prompts_file=prompts, negative=negative, image=image, mask=mask,
+            strength=strength, steps=steps, guidance_scale=guidance, guidance_rescale=guidance_rescale,
+            guidance_interval=guidance_interval, part=part, weighting=weighting, long_prompts=long_prompts,
+            cache_interval=cache_interval, seed=seed, count=count,
+            scheduler=scheduler, height=height, width=width, tile=tile, latents=latents,
+            save_latents=save_latents,
+            grid=grid, preview=preview, metadata=metadata, device=device, threads=threads, hint=hint,
+            pin_threads=pin_threads, output=output,
         )
     )
 
@@ -185,6 +227,30 @@ def verify(
     if result.unverified:
         raise UnavailableError("not everything could be executed here", where="; ".join(result.unverified),
                                fix="verify it where its runtime and device are")
+
+
+@app.command()
+def bench(
+    bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE...", help="folders that `build` wrote")],
+    against: Annotated[str, typer.Option(help="also measure PyTorch: torch,torch.compile")] = "",
+    rounds: Annotated[int, typer.Option(help="interleaved drawings of each that count")] = 7,
+    steps: Annotated[int, typer.Option(help="denoising steps")] = 25,
+    guidance: Annotated[float, typer.Option(help="guidance_scale")] = 7.5,
+    batch: Annotated[str, typer.Option(help="images at once, several with commas: 1,2,4,8")] = "1",
+    device: Device = "cpu",
+    threads: Threads = 0,
+    json: Json = False,
+) -> None:
+    """Measure bundles side by side: seconds, where they go, memory, cold start, distance from the machine's limits."""
+    from deploy import console
+    from deploy.bench.contest import BenchOptions, run_bench
+    from deploy.bench.table import show_bench
+    from deploy.spec import parse_numbers
+
+    options = BenchOptions(tuple(a.strip() for a in against.split(",") if a.strip()), rounds, steps, guidance,
+                           parse_numbers(batch, "--batch"), threads, device)
+    report = run_bench(bundles, options, console.say)
+    console.print_json(report) if json else show_bench(report)
 
 
 @app.command()

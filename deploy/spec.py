@@ -14,9 +14,12 @@ from runtimes.errors import InputError
 from runtimes.tensors import ShapeRange
 
 REFERENCE = "reference"
-Target = Literal["onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"]
+Target = Literal["onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", "auto"]
 ENGINE_TARGETS = ("tensorrt", "tensorrt-rtx")
 Precision = Literal["fp32", "fp16", "int8", "auto"]
+Quantization = Literal["hybrid", "static", "dynamic", "weight-only"]
+QuantizationMethod = Literal["split-skips", "smoothquant", "bias-correction"]
+RangeEstimator = Literal["minmax", "percentile", "mse", "entropy"]
 
 
 class BuildSpec(PruningOptions):
@@ -24,6 +27,7 @@ class BuildSpec(PruningOptions):
 
     Attributes:
         model: folder in diffusers layout, or "reference" for the model that ships with the package.
+        target: what the bundle runs on; "auto" is the CPU runtime that measures faster here (deploy.auto_target).
         precision: by default what the target is made for: float16 for TensorRT, float32 elsewhere.
         shapes: axis -> min:opt:max; batch in images, height and width in pixels, sequence in tokens.
         opset: ONNX opset of the exported graphs.
@@ -31,6 +35,12 @@ class BuildSpec(PruningOptions):
         budget: overrides of the precision's accuracy budget, by name.
         prompts: what the image-level comparison draws; the model's own set when empty.
         keep: patterns of node names or op types that stay in float32 when precision is lowered.
+        quantization: recipe of int8 builds (calibration.layers.assign).
+        quantization_methods: what is done to lose less in 8 bits (calibration.transforms).
+        calibration_prompts: what is drawn to find the ranges of activations; the model's own set when empty.
+        calibration_samples: U-Net calls that are recorded.
+        range_estimator: how a range follows from what was seen (calibration.ranges).
+        step_cache: give the U-Net a second entry, which reuses its deep features (exporters.step_cache).
         profiles: of TensorRT: optimization profiles, each axis -> min:opt:max within `shapes`; one over all of them
             when empty.
         engine: of TensorRT: options of the builder (exporters.tensorrt_options.EngineOptions, and `static`).
@@ -47,6 +57,12 @@ class BuildSpec(PruningOptions):
     budget: dict[str, float] = Field(default_factory=dict)
     prompts: tuple[str, ...] = ()
     keep: tuple[str, ...] = ()
+    quantization: Quantization = "hybrid"
+    quantization_methods: tuple[QuantizationMethod, ...] = ()
+    calibration_prompts: tuple[str, ...] = ()
+    calibration_samples: int = Field(default=128, ge=1)
+    range_estimator: RangeEstimator = "mse"
+    step_cache: bool = False
     profiles: tuple[dict[str, ShapeRange], ...] = ()
     engine: dict[str, Any] = Field(default_factory=dict)
 
@@ -199,3 +215,15 @@ def parse_budget(options: Sequence[str]) -> dict[str, float]:
         except ValueError:
             raise InputError(f"{part!r} is not name=number", where="--budget", fix="write image_psnr_db=40") from None
     return budget
+
+
+def parse_numbers(text: str, where: str) -> tuple[int, ...]:
+    """Read `1,2,4`.
+
+    Raises:
+        InputError: not whole numbers.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() for part in parts):
+        raise InputError(f"{text!r} is not a list of whole numbers", where=where, fix="write 1,2,4")
+    return tuple(int(part) for part in parts)

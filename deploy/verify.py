@@ -34,7 +34,7 @@ def verify_bundle(path: Path, against: str | None = None, *, device: str = "cpu"
     """
     bundle = Bundle.open(path)
     manifest = bundle.manifest
-    spec = BuildSpec(model=against or _source_of(bundle), target=manifest.target, precision=manifest.precision)  # type: ignore[arg-type]
+    spec = BuildSpec(model=against or source_of(bundle), target=manifest.target, precision=manifest.precision)  # type: ignore[arg-type]
     origin = open_origin(spec)
     if against is None and origin.manifest.source.sha256 != manifest.source.sha256:
         raise InputError("the model has changed since the bundle was built", where=str(origin.path),
@@ -49,7 +49,12 @@ def verify_bundle(path: Path, against: str | None = None, *, device: str = "cpu"
                       options_for(manifest.source.id, prompts, device), gallery_for(manifest.source.id))
 
 
-def _source_of(bundle: Bundle) -> str:
+def source_of(bundle: Bundle) -> str:
+    """The model that a bundle was built from, as a `model` argument.
+
+    Raises:
+        InputError: it is not on this machine.
+    """
     if bundle.manifest.source.id == REFERENCE:
         return REFERENCE
     path = str(bundle.manifest.measured.get("source_path", ""))

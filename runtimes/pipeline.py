@@ -1,12 +1,12 @@
 """Prompt to image: the sampling loop, written once over any sessions. Networks, sampling methods and files are others'.
 
-    tokenize -> encode -> [add noise to an encoded image] -> denoise -> decode
+    tokenize -> encode -> [add noise to an encoded image] -> denoise [and put back what a mask keeps] -> decode
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from threading import Event
 from time import perf_counter
 from typing import Any
 
@@ -14,41 +14,31 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtimes import decode
-from runtimes.errors import BundleError, InputError, ParityError
-from runtimes.guidance import GuidedUnet
+from runtimes.conditions import Conditions, SizeConditions, gather
+from runtimes.denoising import OnStep, Step, denoise
+from runtimes.errors import BundleError, InputError
+from runtimes.guidance import SHALLOW, Guidance, GuidedUnet
+from runtimes.handover import WHOLE, begin_part, checked_part
 from runtimes.images import ImageLike, to_pil
 from runtimes.manifest import PipelineFacts
 from runtimes.noise import NoiseStreams
+from runtimes.preview import Colours, fit
 from runtimes.profile import Profile
 from runtimes.prompt_cache import CacheStats, PromptCache
-from runtimes.prompts import Tokenize, embed
-from runtimes.request import OUTPUTS, Request, check_request, finite, whole
-from runtimes.schedulers import Run, Scheduler, from_config
+from runtimes.prompts import PromptStyle, Tokenize
+from runtimes.request import OUTPUTS, Request, check_request, finite, interval, whole
+from runtimes.schedulers import Scheduler, from_config
 from runtimes.session import Session
+from runtimes.start import Start, begin
+from runtimes.tiling import Tiled, Tiling
 
+__all__ = ["Pipeline", "Step"]
 Float32 = NDArray[np.float32]
 CACHE_BYTES = 64 << 20
 
 
-@dataclass(frozen=True)
-class Step:
-    """What `on_step` is told after every denoising step.
-
-    Attributes:
-        index: 0 to total - 1.
-        timestep: what the U-Net was told.
-        latents: (B, C, H/f, W/f) float32 after the step, read-only.
-        total: number of steps of this call.
-    """
-
-    index: int
-    timestep: float
-    latents: Float32
-    total: int
-
-
 class Pipeline:
-    """Text to image and image to image. Threads may share one: a call keeps nothing but embedded prompts.
+    """Text to image, image to image and inpainting. Threads may share one: a call keeps nothing but embedded prompts.
 
     Attributes:
         sessions: the networks by name: text_encoder, unet, vae_decoder, and vae_encoder for image to image.
@@ -57,7 +47,7 @@ class Pipeline:
 
     def __init__(
         self, sessions: Mapping[str, Session], facts: PipelineFacts, scheduler_config: Mapping[str, Any],
-        tokenizer: Tokenize, *, cache_bytes: int = CACHE_BYTES,
+        *tokenizers: Tokenize, cache_bytes: int = CACHE_BYTES,
     ) -> None:
         """Assemble a pipeline over any sessions; `runtimes.load` does it for a bundle.
 
@@ -65,13 +55,14 @@ class Pipeline:
             sessions: looked up when used, so a mapping may load them late.
             facts: what the loop must know besides the networks.
             scheduler_config: as scheduler_config.json holds it.
-            tokenizer: prompts -> (B, tokens) int64.
+            tokenizers: prompts -> (B, tokens) int64, one for each of `facts.text_encoders`.
             cache_bytes: bound of the cache of embedded prompts.
         """
         self.sessions, self.facts = sessions, facts
-        self._config, self._tokenize = dict(scheduler_config), tokenizer
+        self._config, self._tokenizers = dict(scheduler_config), tokenizers
         self._cache = PromptCache(cache_bytes)
         self._schedulers: dict[str | None, Scheduler] = {}
+        self._colours: Colours | None = None
 
     @property
     def cache_stats(self) -> CacheStats:
@@ -79,17 +70,20 @@ class Pipeline:
         return self._cache.stats
 
     def __call__(
-        self, prompt: str | Sequence[str], *, negative_prompt: str | Sequence[str] = "", steps: int = 25,
+        self, prompt: str | Sequence[str] = "", *, negative_prompt: str | Sequence[str] = "", steps: int = 25,
         guidance_scale: float = 7.5, seed: int | Sequence[int] | None = None, images_per_prompt: int = 1,
         height: int | None = None, width: int | None = None, scheduler: str | None = None, eta: float = 0.0,
-        image: ImageLike | Sequence[ImageLike] | None = None, strength: float = 0.8,
-        latents: Float32 | None = None, output: str = "pil", on_step: Callable[[Step], None] | None = None,
-        profile: Profile | None = None,
+        guidance_rescale: float = 0.0, guidance_interval: tuple[float, float] = (0.0, 1.0),
+        image: ImageLike | Sequence[ImageLike] | None = None, mask: ImageLike | Sequence[ImageLike] | None = None,
+        strength: float | None = None, weighting: bool = False, long_prompts: bool = False,
+        cache_interval: int = 1, tile: int | None = None, latents: Float32 | None = None, output: str = "pil",
+        on_step: OnStep | None = None, cancel: Event | None = None, profile: Profile | None = None,
+        part: tuple[float, float] = WHOLE, sizes: SizeConditions | None = None,
     ) -> Any:
         """Make images.
 
         Args:
-            prompt: one text or several.
+            prompt: one text or several; empty texts for a model without prompts.
             negative_prompt: what to steer away from: one text, or one per prompt. Unused without guidance.
             steps: denoising steps.
             guidance_scale: how strongly to follow the prompt; at 1 and below guidance is off and a step costs half.
@@ -98,18 +92,35 @@ class Pipeline:
             height, width: pixels; by default the latents' or the initial image's, else the model's own size.
             scheduler: name of a sampling method; by default the bundle's.
             eta: share of fresh noise in DDIM's steps.
+            guidance_rescale: share of rescaling against overexposure, 0 to 1; see `guidance.Guidance`.
+            guidance_interval: first and last share of the steps under guidance; a step outside costs half.
             image: initial image, or one per prompt: a path, a Pillow image or an array; resized to height and width.
-            strength: share of the steps that an initial image goes through, above 0 and at most 1.
+            mask: white where the image is painted anew, black where it is kept; one, or one per prompt. It has the
+                image's shape and may have another size.
+            strength: share of the steps that an initial image goes through, above 0 and at most 1. By default 0.8, and
+                1 under a mask, where it starts from noise alone.
+            weighting: read `(word:1.3)`, `(word)` and `[word]` as weights; see `runtimes.weighting`.
+            long_prompts: read prompts that are too long for the text encoder in windows, instead of cutting them. The
+                U-Net must take that many tokens: build with --shapes sequence=...
+            cache_interval: compute the U-Net's deep layers at every so many steps only, and reuse them between; needs a
+                bundle built with --step-cache. 1 is every step; 3 is more than twice as fast.
+            tile: draw in overlapping tiles of so many pixels a side, one at a time, so that height and width may go
+                beyond what the bundle was built for, within the memory of one tile; see `runtimes.tiling`.
             latents: (B, C, H/f, W/f) float32 of unit variance, used instead of the seeds' initial noise.
             output: "pil"; "numpy" for pixels in 0..1; "latents" for what would be decoded.
-            on_step: called after every step; what it raises ends the call.
+            on_step: called after every step; False ends the call with CancelledError, and so does what it raises.
+            cancel: ends the call with CancelledError at the next step once another thread sets it.
             profile: records where the time goes.
+            part: share of the noise schedule to denoise: (0, 0.8) with output="latents" by a base model, then (0.8, 1)
+                with those latents by a refiner. A part that does not begin at 0 starts from `latents` as they are.
+            sizes: what Stable Diffusion XL is told about sizes; by default, that the picture is whole.
 
         Returns:
             list of B PIL images, or (B, H, W, 3) float32, or (B, C, H/f, W/f) float32.
 
         Raises:
             InputError: an argument cannot be used; said before any network runs.
+            CancelledError: on_step or cancel ended the call.
             ParityError: the networks' numbers are not finite.
             UnavailableError: out of memory.
         """
@@ -117,85 +128,85 @@ class Pipeline:
         if output not in OUTPUTS:
             raise InputError(f"unknown output {output!r}", where="output", fix=f"one of {', '.join(OUTPUTS)}")
         sessions = _Sessions(self.sessions, profile)
-        run = self._scheduler(scheduler).start(
-            whole(steps, "steps"), 1.0 if image is None else finite(strength, "strength"), finite(eta, "eta"))
+        if whole(cache_interval, "cache_interval") > 1 and SHALLOW not in self.sessions:
+            raise InputError("this bundle has no U-Net that reuses deep features", where="cache_interval",
+                             fix="leave it 1, or build with --step-cache")
+        guidance = Guidance(finite(guidance_scale, "guidance_scale"), finite(guidance_rescale, "guidance_rescale"),
+                            interval(guidance_interval))
+        share = (0.8 if mask is None else 1.0) if strength is None else finite(strength, "strength")
+        method, wanted = self._scheduler(scheduler), whole(steps, "steps")
+        run, count = begin_part(method, wanted, checked_part(part), 1.0 if image is None else share,
+                                finite(eta, "eta"))
+        if part[0] > 0 and (latents is None or image is not None):
+            raise InputError("a part that begins later starts from latents and no image", where="part",
+                             fix='give the latents of the part before: output="latents"')
         request = check_request(
             sessions, self.facts, prompt=prompt, negative_prompt=negative_prompt, images_per_prompt=images_per_prompt,
-            guidance_scale=guidance_scale, seed=seed, height=height, width=width, image=image, latents=latents)
-        result = self._generate(sessions, request, run, output, on_step)
+            guided=guidance.scale > 1, seed=seed, height=height, width=width, image=image, mask=mask, strength=share,
+            latents=latents, tile=tile)
+        style = PromptStyle(weighting, long_prompts)
+        with np.errstate(over="ignore", invalid="ignore"):  # every result is checked to be finite
+            conditions = gather(sessions, self.facts, self._tokenizers, self._cache, style, request,
+                                sizes or SizeConditions())
+            noise = NoiseStreams(request.seeds)
+            if part[0] > 0 and request.latents is not None:
+                begun = Start(request.latents)
+            else:
+                begun = begin(sessions, self.facts.scaling_factor, request, run, noise)
+            predict = self._predictor(sessions, request, conditions, guidance, count, begun.extra, cache_interval)
+            sample = denoise(predict, run, begun, noise, on_step, cancel, count=count)
+            result = self._finished(sessions, sample, request.tiling, output)
         if profile is not None:
             profile.total_seconds += perf_counter() - start
         return result
 
-    def _generate(
-        self, sessions: Mapping[str, Session], request: Request, run: Run, output: str,
-        on_step: Callable[[Step], None] | None,
+    def _predictor(
+        self, sessions: Mapping[str, Session], request: Request, conditions: Conditions, guidance: Guidance,
+        count: int, extra: Float32 | None, cache_interval: int,
+    ) -> Callable[[Float32, float, int], Float32]:
+        """The U-Net under the request's prompts, for the whole picture or tile by tile."""
+        tiling, at_once = request.tiling, None
+        if tiling is not None:
+            conditions, at_once = conditions.repeated(tiling.count), 1
+            extra = None if extra is None else tiling.stack(extra)
+        predict = GuidedUnet(sessions["unet"], conditions, guidance, count, extra=extra,
+                             shallow=sessions[SHALLOW] if cache_interval > 1 else None, cache_interval=cache_interval,
+                             images_at_once=at_once)
+        return predict if tiling is None else Tiled(predict, tiling)
+
+    def _finished(
+        self, sessions: Mapping[str, Session], sample: Float32, tiling: Tiling | None, output: str,
     ) -> Any:
-        encoder = sessions["text_encoder"]
-        cond = embed(request.prompts, self._tokenize, encoder, self._cache)
-        uncond = embed(request.negatives, self._tokenize, encoder, self._cache) if request.negatives else None
-        predict = GuidedUnet(sessions["unet"], cond, uncond, request.guidance_scale)
-        noise = NoiseStreams(request.seeds)
-        sample = self._initial(sessions, request, run, noise)
-        sample = denoise(predict, run, sample, noise, on_step)
+        """Denoised latents in the form that was asked for."""
         if output == "latents":
             return sample
         decoder, factor = sessions["vae_decoder"], self.facts.scaling_factor
+        if tiling is not None:
+            pixels = decode.decode_tiled(decoder, sample, factor, tiling, self.facts.vae_scale_factor)
+            return pixels if output == "numpy" else to_pil(decode.to_uint8(pixels))
         if output == "numpy":
             return decode.decode(decoder, sample, factor)
         return to_pil(decode.decode_uint8(decoder, sample, factor))
 
-    def _initial(
-        self, sessions: Mapping[str, Session], request: Request, run: Run, noise: NoiseStreams
-    ) -> Float32:
-        """The noisy sample that denoising starts from: (B, C, H/f, W/f) float32."""
-        original: Float32 | None = None
-        if request.pictures is not None:
-            mean, deviation = decode.encode(sessions["vae_encoder"], request.pictures)
-            chosen = list(request.picture_of)
-            original = mean[chosen] + deviation[chosen] * noise.draw(request.latent_shape)
-            original *= np.float32(self.facts.scaling_factor)
-        fresh = noise.draw(request.latent_shape) if request.latents is None else request.latents
-        return fresh * np.float32(run.init_noise_sigma) if original is None else run.add_noise(original, fresh)
+    def preview(self, latents: Float32) -> NDArray[np.uint8]:
+        """A small picture of latents, for `Step.estimate`: one pixel for each latent, without the decoder.
+
+        The linear map from latents to colours is fitted to the bundle's own decoder at the first call, once.
+
+        Args:
+            latents: (B, C, H/f, W/f) float32.
+
+        Returns:
+            (B, H/f, W/f, 3) uint8.
+        """
+        if self._colours is None:
+            self._colours = fit(self.sessions["vae_decoder"], self.facts)
+        return self._colours.show(latents)
 
     def _scheduler(self, name: str | None) -> Scheduler:
         if name not in self._schedulers:
             self._schedulers[name] = from_config(self._config, name)
         return self._schedulers[name]
-
-
-def denoise(
-    predict: Callable[[Float32, float], Float32], run: Run, sample: Float32, noise: NoiseStreams,
-    on_step: Callable[[Step], None] | None = None,
-) -> Float32:
-    """Take every step of a run.
-
-    Args:
-        predict: (sample as the U-Net wants it, timestep) -> prediction of the same shape.
-        run: one run of a scheduler.
-        sample: (B, C, H/f, W/f) float32 at the run's first noise level.
-        noise: where steps that need fresh noise draw it.
-        on_step: called after every step.
-
-    Returns:
-        the denoised latents, same shape.
-
-    Raises:
-        ParityError: the latents are not finite any more.
-    """
-    timesteps = [float(t) for t in run.timesteps]
-    for i, timestep in enumerate(timesteps):
-        prediction = predict(run.scale_model_input(sample, i), timestep)
-        fresh = noise.draw(sample.shape[1:]) if run.needs_noise(i) else None
-        sample = run.step(prediction, i, sample, fresh)
-        if not np.isfinite(sample).all():
-            raise ParityError(f"the latents are not finite after step {i + 1} of {len(timesteps)}", where="unet",
-                              fix="build the U-Net in a higher precision")
-        if on_step is not None:
-            seen = sample.view()
-            seen.setflags(write=False)
-            on_step(Step(i, timestep, seen, len(timesteps)))
-    return sample
 
 
 class _Sessions(Mapping[str, Session]):

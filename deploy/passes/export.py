@@ -19,7 +19,7 @@ class Export(Pass):
     """`torch.onnx.export(dynamo=True)` with the axes that the family declares."""
 
     name: ClassVar[str] = "export"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     libraries: ClassVar[tuple[str, ...]] = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx-ir")
     verify: ClassVar[bool] = True
 
@@ -41,12 +41,16 @@ class Export(Pass):
     def run(self, step: Step, name: str, source: Bundle, out: Path) -> Component:
         """Load one network, export it, let go of it."""
         from exporters.families import ComponentSpec
+        from exporters.macs import count_macs
         from exporters.modules import load_module, torch_component
-        from exporters.onnx_from_torch import export_onnx
+        from exporters.onnx_from_torch import example_inputs, export_onnx
 
         before, planned = source.component(name), step.after.components[name]
         folder = source.file(before.file).parent
-        module = torch_component(name, load_module(folder, before.details["library"], before.class_name))
+        network = load_module(folder, before.details["library"], before.class_name)
+        module = torch_component(name, network, [output.name for output in before.outputs])
         spec = ComponentSpec(name, before.details["source_component"], before.inputs, before.outputs, before.axes)
         export_onnx(module, spec, out / "components" / name, opset=step.config["opset"])
-        return replace(planned, files=records_below(out / "components" / name, out))
+        common = {axis: a.range.opt for axis, a in before.axes.items()}
+        details = {**planned.details, "macs": count_macs(module, example_inputs(spec, common))}
+        return replace(planned, files=records_below(out / "components" / name, out), details=details)

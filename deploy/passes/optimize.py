@@ -44,4 +44,4 @@ class Optimize(Pass):
         folder.mkdir(parents=True)
         report = optimize_onnx(source.file(planned.file), folder / "model.onnx", name, step.config["target"])
         return replace(planned, files=records_below(folder, out),
-                       details={**planned.details, "optimization": report.to_json()})
+                       details={**source.component(name).details, "optimization": report.to_json()})

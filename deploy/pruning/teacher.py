@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deploy.parity.drawing import load_tokenizer
 from deploy.pruning.distill import Observed
 from deploy.pruning.trajectory import Diffusion, Trajectories
 from exporters.modules import load_module, torch_component
 from runtimes.bundle import Bundle
 from runtimes.errors import InputError
-from runtimes.loading import scheduler_config
+from runtimes.loading import load_tokenizers, scheduler_config
 from runtimes.manifest import Component
 
 CALLS = ["sample", "timestep", "encoder_hidden_states"]
@@ -63,7 +62,7 @@ class Teacher:
                              where="pruning", fix="prune it with --prune-method l2 and without --recover")
         network = load_source_module(bundle, component).to(device)
         encoder = torch_component("text_encoder", load_source_module(bundle, bundle.component("text_encoder")))
-        ids = torch.from_numpy(load_tokenizer(bundle)([*prompts, ""]))
+        ids = torch.from_numpy(load_tokenizers(bundle)[0]([*prompts, ""]))
         with torch.no_grad():
             states = torch.cat([encoder(part)[0] for part in ids.split(64)]).to(device)
         factor = facts.vae_scale_factor

@@ -22,9 +22,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from deploy.bench.worker import Worker
 from deploy.doctor import machine
-from tests.peers.contestants import BARE_ORT, COMPILED, CONTESTANTS, EAGER, OPTIMUM, OURS, Worker, start
-from tests.peers.prepare import MODEL, OPTIMUM_PINS, ROOT, PreparationError, model_digest
+from runtimes.errors import UnavailableError
+from tests.peers.contestants import BARE_ORT, COMPILED, CONTESTANTS, EAGER, OPTIMUM, OURS, start
+from tests.peers.prepare import MODEL, OPTIMUM_PINS, ROOT, model_digest
 
 RESULTS = ROOT / "build" / "peers" / "latency.json"
 GUIDANCE = 7.5
@@ -89,7 +91,7 @@ def _start(name: str, options: argparse.Namespace, workers: dict[str, Worker], r
     log.print(f"starting {name}", style="dim")
     try:
         workers[name] = start(name, options.threads, options.bundle)
-    except PreparationError as error:
+    except UnavailableError as error:
         _drop(name, error, workers, report)
 
 
@@ -108,7 +110,7 @@ def _warm_up(workers: dict[str, Worker], options: argparse.Namespace, scratch: P
         log.print(f"warming up {name}", style="dim")
         try:
             seconds = _draw(workers[name], request, scratch)["seconds"]
-        except PreparationError as error:
+        except UnavailableError as error:
             _drop(name, error, workers, report)
             continue
         picture = np.load(scratch / "image.npy")
@@ -174,8 +176,8 @@ def _one_unet_call(workers: dict[str, Worker], options: argparse.Namespace, scra
         for name in [n for n in (EAGER, COMPILED, BARE_ORT, OURS) if n in workers]:
             time.sleep(SETTLE_SECONDS)
             try:
-                reply = workers[name].ask("unet", feeds=str(scratch / "feeds.npz"), times=UNET_CALLS)
-            except PreparationError as error:
+                reply = workers[name].ask("component", name="unet", feeds=str(scratch / "feeds.npz"), times=UNET_CALLS)
+            except UnavailableError as error:
                 _drop(f"{name}, one U-Net call", error, {}, report)
                 continue
             calls.setdefault(name, []).extend(reply["all"])
@@ -189,7 +191,7 @@ def _request(number: int, options: argparse.Namespace, scratch: Path) -> dict[st
     shape = (1, config["in_channels"], config["sample_size"], config["sample_size"])
     np.save(scratch / "latents.npy", np.random.default_rng(number).standard_normal(shape, np.float32))
     again = number // len(prompts)  # past the list, the same subjects under other prompts
-    return {"prompt": prompts[number % len(prompts)] + (f" {again}" if again else ""),
+    return {"prompts": [prompts[number % len(prompts)] + (f" {again}" if again else "")],
             "latents": str(scratch / "latents.npy"), "steps": options.steps, "guidance": GUIDANCE}
 
 

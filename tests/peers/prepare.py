@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from runtimes.errors import UnavailableError
+
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "deploy" / "reference_model" / "weights"
 PEERS = Path("~/.cache/ldm-deploy/peers").expanduser()
@@ -24,7 +26,7 @@ OPTIMUM_PINS = (
 )
 
 
-class PreparationError(Exception):
+class PreparationError(UnavailableError):
     """A contestant cannot be made here; the text says why."""
 
 

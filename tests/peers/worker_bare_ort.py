@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.peers.protocol import repeated, serve
+from deploy.bench.protocol import repeated, serve
 
 GRAPH, THREADS = sys.argv[1], int(sys.argv[2])
 
@@ -21,12 +21,12 @@ def prepare() -> dict[str, Any]:
     session = ort.InferenceSession(GRAPH, options, providers=["CPUExecutionProvider"])
     dtypes = {"tensor(float)": np.float32, "tensor(int64)": np.int64}
 
-    def unet(feeds: str, times: int) -> dict[str, Any]:
+    def component(name: str, feeds: str, times: int) -> dict[str, Any]:
         arrays = dict(np.load(feeds))
         wanted = {i.name: arrays[i.name].astype(dtypes[i.type]) for i in session.get_inputs()}
         return repeated(lambda: session.run(None, wanted), times)
 
-    return {"unet": unet}
+    return {"component": component}
 
 
 if __name__ == "__main__":

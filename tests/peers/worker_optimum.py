@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.peers.protocol import serve
+from deploy.bench.protocol import serve
 
 MODEL, THREADS, EXPORTED = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
 
@@ -33,10 +33,10 @@ def prepare() -> dict[str, Any]:
     pipeline = ORTStableDiffusionPipeline.from_pretrained(EXPORTED, session_options=options)
     pipeline.set_progress_bar_config(disable=True)
 
-    def generate(prompt: str, latents: str, steps: int, guidance: float, save: str) -> dict[str, Any]:
+    def generate(prompts: list[str], latents: str, steps: int, guidance: float, save: str) -> dict[str, Any]:
         noise = torch.from_numpy(np.load(latents))
         began = time.perf_counter()
-        images = pipeline(prompt, num_inference_steps=steps, guidance_scale=guidance, latents=noise).images
+        images = pipeline(prompts, num_inference_steps=steps, guidance_scale=guidance, latents=noise).images
         seconds = time.perf_counter() - began
         np.save(save, np.asarray(images[0]))
         return {"seconds": seconds}

@@ -1,0 +1,104 @@
+"""`--target auto`: the runtime of this machine's CPU on which the U-Net of this very build measures faster."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from importlib import util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from deploy.cache import Cache, default_root, versions_of
+from deploy.doctor import machine
+from runtimes.bundle import Bundle
+from runtimes.errors import InputError
+from runtimes.session import Session, SessionOptions, open_session
+from runtimes.tensors import DTYPES
+
+if TYPE_CHECKING:
+    from deploy.build import Listener
+    from deploy.spec import BuildSpec
+
+AUTO = "auto"
+CANDIDATES = {"onnxruntime": "onnxruntime", "openvino": "openvino"}  # target -> module that must be installed
+CALLS, WARM_UP = 15, 3
+SETTLE_SECONDS = 0.02  # the other runtime's threads spin for a while after a call
+
+
+def decide(spec: BuildSpec, cache_root: Path | None, listener: Listener) -> BuildSpec:
+    """The spec with its target decided; any other target than "auto" is left alone.
+
+    What was measured is kept in the cache by model, spec, processor and versions: the same build decides alike.
+
+    Raises:
+        DeployError: as `run_build`, of which it makes one for each candidate, without verification.
+    """
+    if spec.target != AUTO:
+        return spec
+    from deploy.origin import open_origin
+
+    cache = Cache(cache_root or default_root())
+    there = [target for target, module in CANDIDATES.items() if util.find_spec(module) is not None]
+    host = machine()
+    key = {"kind": "auto target", "source": open_origin(spec).manifest.digest, "spec": spec.resolved(),
+           "processor": [host["processor"], host.get("instructions"), host["cores"]],
+           "libraries": versions_of(tuple(there))}
+    seconds = cache.find_fact(key)
+    if seconds is None:
+        seconds = _measured(spec, there, cache_root, listener)
+        cache.store_fact(key, seconds)
+    best = min(seconds, key=lambda target: float(seconds[target]))
+    others = ", ".join(f"{t} takes {seconds[t] / seconds[best]:.2f} times as long" for t in seconds if t != best)
+    listener.finished(f"target auto: {best} ({others or 'the only runtime installed'})")
+    return spec.model_copy(update={"target": best})
+
+
+def known_target(spec: BuildSpec) -> BuildSpec:
+    """For a dry run, which measures nothing.
+
+    Raises:
+        InputError: the target is still to be decided.
+    """
+    if spec.target == AUTO:
+        raise InputError("auto is decided by measuring, which a dry run does not", where="--target",
+                         fix=f"name one of {', '.join(CANDIDATES)}")
+    return spec
+
+
+def _measured(spec: BuildSpec, targets: list[str], cache_root: Path | None, listener: Listener) -> dict[str, float]:
+    """Median seconds of one U-Net call by target, the targets taking turns."""
+    from deploy.build import run_build, workspace
+
+    with workspace(cache_root or default_root()) as folder:
+        sessions: dict[str, Session] = {}
+        for target in targets:
+            listener.working(f"target auto: building for {target}")
+            made = run_build(spec.model_copy(update={"target": target, "verify": False}), folder / target,
+                             cache_root=cache_root)
+            sessions[target] = open_session(made.bundle, "unet", SessionOptions())
+        feeds = example_feeds(made.bundle, "unet")
+        listener.working("target auto: measuring")
+        seconds: dict[str, list[float]] = {target: [] for target in targets}
+        for number in range(WARM_UP + CALLS):
+            for target, session in sessions.items():
+                time.sleep(SETTLE_SECONDS)
+                began = time.perf_counter()
+                session.run(feeds)
+                if number >= WARM_UP:
+                    seconds[target].append(time.perf_counter() - began)
+        return {target: statistics.median(found) for target, found in seconds.items()}
+
+
+def example_feeds(bundle: Bundle, name: str) -> dict[str, np.ndarray[Any, Any]]:
+    """Inputs of a component at its most common sizes: seeded noise for floats, ones for integers."""
+    component = bundle.component(name)
+    sizes = {axis: a.range.opt for axis, a in component.axes.items()}
+    rng = np.random.default_rng(0)
+
+    def one(dtype: str, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+        values = rng.standard_normal(shape) if dtype.startswith("float") else np.ones(shape)
+        return values.astype(DTYPES[dtype])
+
+    return {spec.name: one(spec.dtype, spec.resolve(sizes)) for spec in component.inputs}

@@ -1,0 +1,159 @@
+"""`quantize`: 8-bit weights, and 8-bit activations with ranges recorded along the model's own denoising."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from deploy.plan import Pass, Planned, Skip, Step
+from runtimes.bundle import Bundle, records_below
+from runtimes.errors import InputError
+from runtimes.manifest import Component, Manifest
+
+if TYPE_CHECKING:
+    from deploy.spec import BuildSpec
+
+PRECISIONS = ("int8", "auto")
+DETAILS_FILE = "quantization.json"
+# target -> the integers its kernels take, fields of calibration.ranges.Scheme.
+SCHEMES: Mapping[str, dict[str, Any]] = {
+    "onnxruntime": {"quantize_outputs": True},
+    "openvino": {},
+    "tensorrt": {"signed": True},
+    "tensorrt-rtx": {"signed": True},
+}
+NEEDS_RANGES = ("hybrid", "static", "auto")
+VAE = ("vae_encoder", "vae_decoder")
+EXPLAINED_CALLS, EXPLAINED_LAYERS = 8, 3
+TIMED_CALLS, TIMED_ROUNDS = 3, 7
+
+
+class Quantize(Pass):
+    """float32 graphs to INT8 by the recipe of each component; runs before 16 bits, which take what is left."""
+
+    name: ClassVar[str] = "quantize"
+    version: ClassVar[int] = 1
+    libraries: ClassVar[tuple[str, ...]] = ("numpy", "onnx-ir", "onnxruntime")
+    verify: ClassVar[bool] = True
+
+    def plan(self, before: Manifest, spec: BuildSpec) -> Planned:
+        """Every float32 graph, when the spec says int8, or auto, which searches the U-Net's precisions."""
+        if spec.precision not in PRECISIONS:
+            return Skip(f"the build is {spec.precision}")
+        for name, component in before.components.items():
+            if component.format != "onnx" or component.precision != "fp32":
+                raise InputError(f"{name} is {component.format} in {component.precision}, expected onnx in fp32",
+                                 where="pass quantize", fix="quantize comes after optimize and before precision")
+        if spec.quantization == "dynamic" and spec.target != "onnxruntime":
+            raise InputError(f"{spec.target} has no kernels for ranges found at run time", where="quantization",
+                             fix="use hybrid or static")
+        from deploy.parity.budgets import budget_for
+        from deploy.quantization import plan_calibration
+
+        budget = budget_for(spec.precision, spec.budget)
+        recipes = {name: recipe_of(name, spec.quantization) for name in before.components}
+        if spec.precision == "auto" and "unet" in recipes:
+            recipes["unet"] = "auto"
+        config: dict[str, Any] = {
+            "recipes": recipes, "scheme": SCHEMES[spec.target], "estimator": spec.range_estimator,
+            "keep": list(spec.keep), "methods": list(spec.quantization_methods),
+            "relative_l2": budget.component_relative_l2,
+        }
+        if "auto" in recipes.values():
+            config["search"] = {"budget": asdict(budget), "prompts": list(spec.prompts)}
+        if any(recipe in NEEDS_RANGES for recipe in recipes.values()):
+            config["calibration"] = plan_calibration(before, spec)
+        every = tuple(before.components)
+        reads = {name: every if recipes[name] in NEEDS_RANGES else (name,) for name in every}
+        components = {n: replace(c, precision="int8", files={}) for n, c in before.components.items()}
+        step = Step(self.name, self.version, config, reads, replace(before, components=components),
+                    f"INT8, {'searched' if 'search' in config else spec.quantization}")
+        return step.recorded()
+
+    def run(self, step: Step, name: str, source: Bundle, out: Path) -> Component:
+        """Quantize one graph; which layer became what, and every range, lies beside it."""
+        from calibration.layers import check_patterns
+        from calibration.ranges import Scheme
+        from deploy.quantization import names_in, quantize_component, record_calibration, search_unet
+
+        planned, config = step.after.components[name], step.config
+        check_patterns(config["keep"], names_in(source))
+        folder = out / "components" / name
+        folder.mkdir(parents=True)
+        graph, scheme = source.file(source.component(name).file), Scheme(**config["scheme"])
+        recipe, recording = config["recipes"][name], None
+        if recipe in NEEDS_RANGES:
+            recording = record_calibration(source, config["calibration"])
+        if recipe == "auto":
+            assert recording is not None
+            found = search_unet(source, folder / "model.onnx", config, scheme, recording)
+        else:
+            found = quantize_component(graph, folder / "model.onnx", recipe, config, scheme, name, recording)
+        if recording is not None and name in VAE and found["relative_l2"] > config["relative_l2"] / 2:
+            # Its error goes into the picture directly; half of the budget is left for the latents'.
+            lost = found["relative_l2"]
+            found = quantize_component(graph, folder / "model.onnx", "weight-only", config, scheme, name, None)
+            found["summary"]["instead_of"] = f"{recipe}, whose relative L2 was {lost:.2g}"
+        (folder / DETAILS_FILE).write_text(json.dumps(found["layers"], sort_keys=True), encoding="utf-8")
+        return replace(planned, files=records_below(folder, out),
+                       details={**source.component(name).details, "quantization": found["summary"]})
+
+    def explain(self, step: Step, name: str, before: Bundle, after: Bundle) -> str:
+        """The layers that add most of the error, by activations of the two graphs on recorded inputs."""
+        if "calibration" not in step.config:
+            return ""
+        from calibration.sensitivity import error_origins
+        from deploy.quantization import record_calibration
+
+        recording = record_calibration(before, step.config["calibration"])
+        calls = list(recording.calls(name))[:: max(1, step.config["calibration"]["samples"] // EXPLAINED_CALLS)]
+        files = [bundle.file(bundle.component(name).file) for bundle in (before, after)]
+        origins = error_origins(files[0], files[1], lambda: calls)[:EXPLAINED_LAYERS]
+        if not origins:
+            return ""
+        return (f"relative L2 rises most at {', '.join(map(str, origins))}; "
+                f"keep them with {' '.join(f'--keep {o.node}' for o in origins)}")
+
+    def measure(self, step: Step, before: Bundle, after: Bundle) -> dict[str, Any]:
+        """What it bought on this machine: bytes and time of a call against float32, from interleaved calls."""
+        return {name: measured_gain(before, after, name) for name in step.reads}
+
+
+def recipe_of(component: str, quantization: str) -> str:
+    """The recipe of one component.
+
+    The text encoder runs once for a prompt that the cache does not know: its time does not matter, its bytes do, and
+    everything that is drawn hangs on its output.
+    """
+    return "weight-only" if component.startswith("text_encoder") else quantization
+
+
+def measured_gain(before: Bundle, after: Bundle, name: str) -> dict[str, Any]:
+    """Bytes and seconds of one component before and after, and in a word what that makes it."""
+    import numpy as np
+
+    from runtimes.session import SessionOptions, open_session
+    from runtimes.tensors import DTYPES
+
+    component = before.component(name)
+    sizes = {axis: a.range.opt for axis, a in component.axes.items()}
+    random = np.random.default_rng(0)
+    feeds = {s.name: random.standard_normal(s.resolve(sizes)).astype(DTYPES[s.dtype]) if s.dtype.startswith("float")
+             else np.zeros(s.resolve(sizes), DTYPES[s.dtype]) for s in component.inputs}
+    sessions = [open_session(b, name, SessionOptions()) for b in (before, after)]
+    seconds: list[list[float]] = [[], []]
+    for _ in range(TIMED_ROUNDS):
+        for session, taken in zip(sessions, seconds, strict=True):
+            began = time.perf_counter()
+            for _ in range(TIMED_CALLS):
+                session.run(feeds)
+            taken.append((time.perf_counter() - began) / TIMED_CALLS)
+    times = float(np.median(np.array(seconds[1]) / np.array(seconds[0])))
+    size = after.component(name).bytes / component.bytes
+    words = [word for word, ratio in (("smaller", size), ("faster", times)) if ratio < 0.97]
+    return {"bytes_ratio": round(size, 4), "seconds_ratio": round(times, 3),
+            "seconds": [float(f"{min(s):.3g}") for s in seconds], "verdict": " and ".join(words) or "neither"}
