@@ -48,6 +48,9 @@ def build(
     target: Target = "",
     precision: Annotated[str, typer.Option(help="fp32, fp16, int8 or auto")] = "",
     shapes: Shapes = [],  # noqa: B006
+    lora: Annotated[list[str], typer.Option(help="LoRA to merge, FILE or FILE:SCALE; may come again")] = [],  # noqa: B006
+    embedding: Annotated[list[str], typer.Option(help="textual inversion, FILE or FILE:TOKEN; may come again")] = [],  # noqa: B006
+    vae: Annotated[str, typer.Option(help="folder of an autoencoder in place of the model's own")] = "",
     keep: Keep = [],  # noqa: B006
     quantization: Quantization = "",
     calibration_prompts: CalibrationPrompts = None,
@@ -76,6 +79,8 @@ def build(
         from calibration.prompts import read_prompts
 
         options["calibration_prompts"] = read_prompts(calibration_prompts)
+    options |= {name: files for name, files in (("lora", tuple(lora)), ("embedding", tuple(embedding)),
+                                                ("vae", vae)) if files}
     if shapes:
         profiles = parse_shapes(shapes)
         options["shapes"] = covering(profiles)
@@ -112,7 +117,7 @@ def generate(
     guidance: Annotated[float | None, typer.Option(help="guidance_scale; default: the bundle's own")] = None,
     guidance_rescale: Annotated[float, typer.Option(help="against overexposure, 0 to 1")] = 0.0,
     guidance_interval: Annotated[str, typer.Option(help="share of the steps under guidance, as first:last")] = "0:1",
-    part: Annotated[str, typer.Option(help="share of the schedule: 0:0.8 for a base model, 0.8:1 for a refiner")] = "0:1",
+    part: Annotated[str, typer.Option(help="share of the schedule: base model 0:0.8, refiner 0.8:1")] = "0:1",
     weighting: Annotated[bool, typer.Option("--weighting", help="read (word:1.3), (word), [word] as weights")] = False,
     long_prompts: Annotated[bool, typer.Option("--long-prompts", help="read long prompts in windows, do not cut")]
     = False,

@@ -152,7 +152,8 @@ def generate_files(request: GenerateRequest) -> list[Path]:
 def pipeline_options(request: GenerateRequest) -> dict[str, Any]:
     """What goes to the pipeline as it is, without the options that its own defaults stand in for."""
     options: dict[str, Any] = {
-        "guidance_rescale": request.guidance_rescale, "guidance_interval": read_interval(request.guidance_interval, "--guidance-interval"),
+        "guidance_rescale": request.guidance_rescale, "guidance_interval": read_interval(
+            request.guidance_interval, "--guidance-interval"),
         "part": read_interval(request.part, "--part"),
         "weighting": request.weighting, "long_prompts": request.long_prompts, "mask": request.mask,
         "cache_interval": request.cache_interval,

@@ -2,6 +2,7 @@
 
 PASSES: dict[str, str] = {
     "load": "deploy.passes.load:Load",
+    "adapters": "deploy.passes.adapters:Adapters",
     "export": "deploy.passes.export:Export",
     "optimize": "deploy.passes.optimize:Optimize",
     "quantize": "deploy.passes.quantize:Quantize",
