@@ -42,6 +42,7 @@ class GenerateRequest:
     weighting: bool
     long_prompts: bool
     cache_interval: int
+    tile: int | None
     seed: int
     count: int
     scheduler: str | None
@@ -77,13 +78,22 @@ def read_prompts(request: GenerateRequest, *, wanted: bool = True) -> list[str]:
         return list(request.prompts)
     if request.prompts:
         raise InputError("both a prompt and --prompts are given", where="generate", fix="give one of them")
+    return prompts_in(request.prompts_file)
+
+
+def prompts_in(file: Path) -> list[str]:
+    """Prompts of a text file, one a line; empty lines are left out.
+
+    Raises:
+        InputError: an unreadable file, or nothing in it.
+    """
     try:
-        text = request.prompts_file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read prompts: {error}", where=str(request.prompts_file)) from error
+        raise InputError(f"cannot read prompts: {error}", where=str(file)) from error
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
-        raise InputError("no prompt in the file", where=str(request.prompts_file), fix="write one a line")
+        raise InputError("no prompt in the file", where=str(file), fix="write one a line")
     return lines
 
 
@@ -152,11 +162,11 @@ def generate_files(request: GenerateRequest) -> list[Path]:
 def pipeline_options(request: GenerateRequest) -> dict[str, Any]:
     """What goes to the pipeline as it is, without the options that its own defaults stand in for."""
     options: dict[str, Any] = {
-        "guidance_rescale": request.guidance_rescale, "guidance_interval": read_interval(
-            request.guidance_interval, "--guidance-interval"),
+        "guidance_rescale": request.guidance_rescale,
+        "guidance_interval": read_interval(request.guidance_interval, "--guidance-interval"),
         "part": read_interval(request.part, "--part"),
         "weighting": request.weighting, "long_prompts": request.long_prompts, "mask": request.mask,
-        "cache_interval": request.cache_interval,
+        "cache_interval": request.cache_interval, "tile": request.tile,
     }
     if request.guidance_scale is not None:
         options["guidance_scale"] = request.guidance_scale

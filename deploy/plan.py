@@ -29,6 +29,7 @@ class Step:
         summary: one line for a person.
         files: sha256 -> path of files outside the bundle that are read. Paths enter neither record nor cache key;
             `config` names the hashes.
+        provisional: a later pass finishes what this one begins, and the parity gate waits for it.
     """
 
     pass_name: str
@@ -38,6 +39,7 @@ class Step:
     after: Manifest
     summary: str
     files: Mapping[str, str] = field(default_factory=dict)
+    provisional: bool = False
 
     @property
     def record(self) -> PassRecord:
@@ -100,6 +102,10 @@ class Pass(ABC):
     def measure(self, step: Step, before: Bundle, after: Bundle) -> dict[str, Any]:
         """What the pass bought on this machine; kept in `measured`, outside the digest."""
         return {}
+
+    def explain(self, step: Step, name: str, before: Bundle, after: Bundle) -> str:
+        """Where in a component that breaks the budget its error comes from, if the pass can tell."""
+        return ""
 
     def write_files(self, step: Step, source: Bundle, out: Path) -> dict[str, FileRecord]:
         """Write tokenizers and scheduler into the bundle folder `out`; by default they are carried over as they are."""

@@ -160,7 +160,8 @@ def _named(place: str, names: Mapping[str, str], layers_per_block: Any) -> str |
 
 
 def _from_original(place: str, layers_per_block: Any) -> str:
-    """kohya's names of Stable Diffusion XL follow the original U-Net's numbering of blocks."""
+    """kohya's names of Stable Diffusion XL follow the original U-Net's numbering, `openaimodel.py` of CompVis: in each
+    level layers_per_block layers and a change of size, counted through."""
     layers = layers_per_block if isinstance(layers_per_block, int) else 2
     match = re.match(r"(input|output|middle)_blocks?_(\d+)_?(\d+)?_(.*)", place)
     if match is None:
@@ -172,6 +173,10 @@ def _from_original(place: str, layers_per_block: Any) -> str:
     position = number - 1 if kind == "input" else number
     block, layer = divmod(position, layers + 1)
     side = "down" if kind == "input" else "up"
+    if rest == "op":
+        return f"down_blocks_{block}_downsamplers_0_conv"
+    if side == "up" and rest == "conv":
+        return f"up_blocks_{block}_upsamplers_0_conv"
     if inner == "1":
         return f"{side}_blocks_{block}_attentions_{layer}_{rest}"
     return f"{side}_blocks_{block}_resnets_{layer}_{_resnet(rest)}"

@@ -72,6 +72,12 @@ class Conditions:
     added: Mapping[str, Float32] = field(default_factory=dict)
     added_uncond: Mapping[str, Float32] = field(default_factory=dict)
 
+    def repeated(self, count: int) -> Conditions:
+        """The same for `count` * B rows, all of the images before the first again."""
+        added, added_uncond = ({name: np.concatenate([values] * count) for name, values in part.items()}
+                               for part in (self.added, self.added_uncond))
+        return Conditions(self.cond * count, self.uncond and self.uncond * count, added, added_uncond)
+
 
 def gather(
     sessions: Mapping[str, Session], facts: PipelineFacts, tokenizers: Sequence[Tokenize], cache: PromptCache,

@@ -82,7 +82,7 @@ class GuidedUnet:
 
     def __init__(
         self, unet: Session, conditions: Conditions, guidance: Guidance, steps: int, *, extra: Float32 | None = None,
-        shallow: Session | None = None, cache_interval: int = 1,
+        shallow: Session | None = None, cache_interval: int = 1, images_at_once: int | None = None,
     ) -> None:
         """Lay out the batches.
 
@@ -96,10 +96,11 @@ class GuidedUnet:
             extra: (B, C', H/f, W/f) channels that the U-Net takes after the sample's own: those of inpainting.
             shallow: the U-Net's second entry, which takes deep_feature too; None where every step is whole.
             cache_interval: every so many steps the deep feature is computed anew.
+            images_at_once: at most so many share a call; as many as the U-Net takes if None.
         """
         self._unet, self._shallow, self._guidance, self._steps = unet, shallow, guidance, steps
         self._conditions, self._extra = conditions, extra
-        self._interval = 1 if shallow is None else cache_interval
+        self._interval, self._at_once = 1 if shallow is None else cache_interval, images_at_once
         self._layouts: dict[bool, list[_Part]] = {}
         self._age, self._was_guided = 0, False
 
@@ -136,6 +137,7 @@ class GuidedUnet:
     def _lay_out(self, guided: bool) -> list[_Part]:
         most = row_range(self._unet).max
         most = max(most // 2, 1) if guided else most
+        most = min(most, self._at_once or most)
         by_length: dict[int, list[int]] = {}
         for row, hidden in enumerate(self._conditions.cond):
             by_length.setdefault(len(hidden), []).append(row)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from threading import Event
 from time import perf_counter
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtimes import decode
-from runtimes.conditions import SizeConditions, gather
+from runtimes.conditions import Conditions, SizeConditions, gather
 from runtimes.denoising import OnStep, Step, denoise
 from runtimes.errors import BundleError, InputError
 from runtimes.guidance import SHALLOW, Guidance, GuidedUnet
@@ -26,10 +26,11 @@ from runtimes.preview import Colours, fit
 from runtimes.profile import Profile
 from runtimes.prompt_cache import CacheStats, PromptCache
 from runtimes.prompts import PromptStyle, Tokenize
-from runtimes.request import OUTPUTS, check_request, finite, interval, whole
+from runtimes.request import OUTPUTS, Request, check_request, finite, interval, whole
 from runtimes.schedulers import Scheduler, from_config
 from runtimes.session import Session
 from runtimes.start import Start, begin
+from runtimes.tiling import Tiled, Tiling
 
 __all__ = ["Pipeline", "Step"]
 Float32 = NDArray[np.float32]
@@ -75,9 +76,9 @@ class Pipeline:
         guidance_rescale: float = 0.0, guidance_interval: tuple[float, float] = (0.0, 1.0),
         image: ImageLike | Sequence[ImageLike] | None = None, mask: ImageLike | Sequence[ImageLike] | None = None,
         strength: float | None = None, weighting: bool = False, long_prompts: bool = False,
-        cache_interval: int = 1, latents: Float32 | None = None, output: str = "pil", on_step: OnStep | None = None,
-        cancel: Event | None = None, profile: Profile | None = None, part: tuple[float, float] = WHOLE,
-        sizes: SizeConditions | None = None,
+        cache_interval: int = 1, tile: int | None = None, latents: Float32 | None = None, output: str = "pil",
+        on_step: OnStep | None = None, cancel: Event | None = None, profile: Profile | None = None,
+        part: tuple[float, float] = WHOLE, sizes: SizeConditions | None = None,
     ) -> Any:
         """Make images.
 
@@ -103,6 +104,8 @@ class Pipeline:
                 U-Net must take that many tokens: build with --shapes sequence=...
             cache_interval: compute the U-Net's deep layers at every so many steps only, and reuse them between; needs a
                 bundle built with --step-cache. 1 is every step; 3 is more than twice as fast.
+            tile: draw in overlapping tiles of so many pixels a side, one at a time, so that height and width may go
+                beyond what the bundle was built for, within the memory of one tile; see `runtimes.tiling`.
             latents: (B, C, H/f, W/f) float32 of unit variance, used instead of the seeds' initial noise.
             output: "pil"; "numpy" for pixels in 0..1; "latents" for what would be decoded.
             on_step: called after every step; False ends the call with CancelledError, and so does what it raises.
@@ -140,7 +143,7 @@ class Pipeline:
         request = check_request(
             sessions, self.facts, prompt=prompt, negative_prompt=negative_prompt, images_per_prompt=images_per_prompt,
             guided=guidance.scale > 1, seed=seed, height=height, width=width, image=image, mask=mask, strength=share,
-            latents=latents)
+            latents=latents, tile=tile)
         style = PromptStyle(weighting, long_prompts)
         with np.errstate(over="ignore", invalid="ignore"):  # every result is checked to be finite
             conditions = gather(sessions, self.facts, self._tokenizers, self._cache, style, request,
@@ -150,20 +153,37 @@ class Pipeline:
                 begun = Start(request.latents)
             else:
                 begun = begin(sessions, self.facts.scaling_factor, request, run, noise)
-            predict = GuidedUnet(
-                sessions["unet"], conditions, guidance, count, extra=begun.extra,
-                shallow=sessions[SHALLOW] if cache_interval > 1 else None, cache_interval=cache_interval)
+            predict = self._predictor(sessions, request, conditions, guidance, count, begun.extra, cache_interval)
             sample = denoise(predict, run, begun, noise, on_step, cancel, count=count)
-            result = self._finished(sessions, sample, output)
+            result = self._finished(sessions, sample, request.tiling, output)
         if profile is not None:
             profile.total_seconds += perf_counter() - start
         return result
 
-    def _finished(self, sessions: Mapping[str, Session], sample: Float32, output: str) -> Any:
+    def _predictor(
+        self, sessions: Mapping[str, Session], request: Request, conditions: Conditions, guidance: Guidance,
+        count: int, extra: Float32 | None, cache_interval: int,
+    ) -> Callable[[Float32, float, int], Float32]:
+        """The U-Net under the request's prompts, for the whole picture or tile by tile."""
+        tiling, at_once = request.tiling, None
+        if tiling is not None:
+            conditions, at_once = conditions.repeated(tiling.count), 1
+            extra = None if extra is None else tiling.stack(extra)
+        predict = GuidedUnet(sessions["unet"], conditions, guidance, count, extra=extra,
+                             shallow=sessions[SHALLOW] if cache_interval > 1 else None, cache_interval=cache_interval,
+                             images_at_once=at_once)
+        return predict if tiling is None else Tiled(predict, tiling)
+
+    def _finished(
+        self, sessions: Mapping[str, Session], sample: Float32, tiling: Tiling | None, output: str,
+    ) -> Any:
         """Denoised latents in the form that was asked for."""
         if output == "latents":
             return sample
         decoder, factor = sessions["vae_decoder"], self.facts.scaling_factor
+        if tiling is not None:
+            pixels = decode.decode_tiled(decoder, sample, factor, tiling, self.facts.vae_scale_factor)
+            return pixels if output == "numpy" else to_pil(decode.to_uint8(pixels))
         if output == "numpy":
             return decode.decode(decoder, sample, factor)
         return to_pil(decode.decode_uint8(decoder, sample, factor))
