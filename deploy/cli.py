@@ -56,6 +56,9 @@ def build(
     target: Target = "",
     precision: Annotated[str, typer.Option(help="fp32, fp16, int8 or auto")] = "",
     shapes: Shapes = [],  # noqa: B006
+    lora: Annotated[list[str], typer.Option(help="LoRA to merge, FILE or FILE:SCALE; may come again")] = [],  # noqa: B006
+    embedding: Annotated[list[str], typer.Option(help="textual inversion, FILE or FILE:TOKEN; may come again")] = [],  # noqa: B006
+    vae: Annotated[str, typer.Option(help="folder of an autoencoder in place of the model's own")] = "",
     keep: Keep = [],  # noqa: B006
     quantization: Quantization = "",
     quantization_methods: Methods = [],  # noqa: B006
@@ -94,6 +97,8 @@ def build(
         from calibration.prompts import read_prompts
 
         options["calibration_prompts"] = read_prompts(calibration_prompts)
+    options |= {name: files for name, files in (("lora", tuple(lora)), ("embedding", tuple(embedding)),
+                                                ("vae", vae)) if files}
     options |= _pruning(prune, prune_method, prune_widths, prune_blocks, mask, recover, recover_prompts)
     if shapes:
         profiles = parse_shapes(shapes)
