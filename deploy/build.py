@@ -30,10 +30,10 @@ from runtimes.bundle import (
     translated_disk_errors,
     write_manifest,
 )
-from runtimes.errors import BundleError, DeployError, UnavailableError
+from runtimes.errors import BundleError, DeployError, ParityError, UnavailableError
 from runtimes.manifest import Component, Manifest, digest_of, to_json
 
-PRECISIONS = ("fp32", "fp16", "int8")  # that a pass makes
+PRECISIONS = ("fp32", "fp16", "int8", "auto")  # that a pass makes
 
 
 class Listener(Protocol):
@@ -124,7 +124,7 @@ def run_build(spec: BuildSpec, output: Path | None = None, *, progress: Listener
     with translated_disk_errors(cache.root):
         cache.drop_leftovers()
         with workspace(cache.root) as work:
-            result, gate = _run_passes(spec, origin, planned, cache, work, listener)
+            result, gate = run_passes(spec, origin, planned, cache, work, listener)
             parity = gate.check_pipeline(listener)
             tools = tool_versions([p.instance for p in planned])
             result = replace(result, manifest=replace(result.manifest, parity=parity, tools=tools))
@@ -165,8 +165,13 @@ def workspace(root: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _run_passes(spec: BuildSpec, origin: Bundle, planned: list[PlannedPass], cache: Cache, work: Path,
-                listener: Listener) -> tuple[Bundle, Gate]:
+def run_passes(spec: BuildSpec, origin: Bundle, planned: list[PlannedPass], cache: Cache, work: Path,
+               listener: Listener) -> tuple[Bundle, Gate]:
+    """Run what was planned, each pass gated; gives the last bundle, which lies in `work`.
+
+    Raises:
+        ParityError: a pass broke the accuracy budget.
+    """
     bundle, costs = origin, []
     gate = Gate(spec, origin.manifest.source.id, cache)
     for number, entry in enumerate(planned):
@@ -178,13 +183,24 @@ def _run_passes(spec: BuildSpec, origin: Bundle, planned: list[PlannedPass], cac
         bundle, cost = _run_pass(entry.instance, step, before, folder, cache, listener)
         costs.append(cost)
         bundle = replace(bundle, manifest=replace(bundle.manifest, measured={"passes": list(costs)}))
-        if entry.instance.verify:
-            bundle = gate.after_pass(step.pass_name, step.reads, bundle, listener)
+        if entry.instance.verify and not step.provisional:
+            try:
+                bundle = gate.after_pass(step.pass_name, step.reads, bundle, listener)
+            except ParityError as error:
+                _add_explanation(error, entry.instance, step, before, bundle)
+                raise
         elif before is origin:
             gate.start(bundle)
         listener.finished(f"{step.pass_name}: {step.summary} ({cost['seconds']:.1f} s"
                           f"{', from the cache' if cost['reused'] == len(step.reads) else ''})")
     return bundle, gate
+
+
+def _add_explanation(error: ParityError, instance: Pass, step: Step, before: Bundle, after: Bundle) -> None:
+    """Let the pass say which layers a broken budget comes from; the error names the component last."""
+    name = error.where.rpartition(", ")[2]
+    if name in step.reads and (why := instance.explain(step, name, before, after)):
+        error.what = f"{error.what}; {why}"
 
 
 def load_source(origin: Bundle, spec: BuildSpec, cache: Cache, work: Path, listener: Listener) -> Bundle:

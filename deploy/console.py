@@ -12,6 +12,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from deploy.report import grouped
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from runtimes.bundle import Bundle
     from runtimes.denoising import Step
     from runtimes.errors import DeployError
-    from runtimes.manifest import Manifest
+    from runtimes.manifest import Component, Manifest
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -114,6 +116,18 @@ def show_plan(planned: Sequence[PlannedPass], spec: BuildSpec, output: Path | No
     out.print(f"target {spec.target}, precision {spec.precision}, output {output or 'build/…'}")
 
 
+def show_pruned(component: Component, folder: Path) -> None:
+    """What `prune` made of the network, where it lies."""
+    before, channels = component.details["pruning"]["parameters_before"], component.details["pruning"].get("channels")
+    out.print(f"{component.parameters / 1e6:.1f} of {before / 1e6:.1f} million weights")
+    if channels:
+        widths = (" ".join(map(str, channels[key])) for key in ("before", "kept"))
+        out.print("channels per level: " + " -> ".join(widths))
+    if recovery := component.details.get("recovery"):
+        out.print(f"relative L2 of a call {recovery['relative_l2_before']:.3f} -> {recovery['relative_l2_after']:.3f}")
+    out.print(f"written: {folder}")
+
+
 def show_outcome(outcome: Outcome) -> None:
     """What `build` made, where it lies."""
     if outcome.up_to_date:
@@ -171,6 +185,11 @@ def _show_engines(manifest: Manifest) -> None:
             lines += [f"without {gpu}: {why}" for gpu, why in d["refused_capabilities"].items()]
             lines += [] if d["executed"] else [f"engine not executed here: {d['not_executed']}"]
             engines.setdefault(tuple(lines), []).append(name)
+        if (q := c.details.get("quantizers")) is not None:
+            placed = ", ".join(f"{count} of {op}" for op, count in q["inputs"].items())
+            broken = q["broken_attentions"]
+            fused = f"[red]no fusion of {escape(', '.join(broken))}[/]" if broken else "in none of them"
+            out.print(f"  Q/DQ in {name}: inputs {placed}; {q['attentions']} attention blocks, {fused}")
     for (first, *more), names in engines.items():
         out.print(f"  engine {', '.join(names)}: {escape(first)}")
         for line in more:
@@ -188,7 +207,7 @@ def show_parity(parity: Mapping[str, Any]) -> None:
         out.print(f"  images: PSNR >= {psnr} dB, SSIM >= {ssim} over {images['count']}")
     if retrieval := parity.get("retrieval"):
         out.print(f"  retrieval: {retrieval['bundle']:.1%}, reference {retrieval['reference']:.1%}")
-    for reason in parity.get("unverified", []):
+    for reason in grouped(parity.get("unverified", [])):
         out.print(f"  [yellow]unverified: {escape(str(reason))}[/]")
 
 

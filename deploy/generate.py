@@ -42,6 +42,7 @@ class GenerateRequest:
     guidance_scale: float | None
     guidance_rescale: float
     guidance_interval: str
+    part: str
     weighting: bool
     long_prompts: bool
     cache_interval: int | None
@@ -63,25 +64,40 @@ class GenerateRequest:
     output: Path
 
 
-def read_prompts(request: GenerateRequest) -> list[str]:
+def read_prompts(request: GenerateRequest, *, wanted: bool = True) -> list[str]:
     """Prompts from the arguments or the file, one a line; empty lines are left out.
+
+    Args:
+        request: the options.
+        wanted: whether the model reads prompts; one that does not draws one picture for no prompt.
 
     Raises:
         InputError: both or neither given, an unreadable file, or nothing in it.
     """
     if request.prompts_file is None:
+        if not request.prompts and not wanted:
+            return [""]
         if not request.prompts:
             raise InputError("no prompt", where="generate", fix='give one: generate BUNDLE "a red apple"')
         return list(request.prompts)
     if request.prompts:
         raise InputError("both a prompt and --prompts are given", where="generate", fix="give one of them")
+    return prompts_in(request.prompts_file)
+
+
+def prompts_in(file: Path) -> list[str]:
+    """Prompts of a text file, one a line; empty lines are left out.
+
+    Raises:
+        InputError: an unreadable file, or nothing in it.
+    """
     try:
-        text = request.prompts_file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read prompts: {error}", where=str(request.prompts_file)) from error
+        raise InputError(f"cannot read prompts: {error}", where=str(file)) from error
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
-        raise InputError("no prompt in the file", where=str(request.prompts_file), fix="write one a line")
+        raise InputError("no prompt in the file", where=str(file), fix="write one a line")
     return lines
 
 
@@ -102,7 +118,7 @@ def read_latents(file: Path) -> np.ndarray[Any, Any]:
     return array
 
 
-def read_interval(text: str) -> tuple[float, float]:
+def read_interval(text: str, option: str) -> tuple[float, float]:
     """Read `first:last`.
 
     Raises:
@@ -111,7 +127,7 @@ def read_interval(text: str) -> tuple[float, float]:
     try:
         first, last = (float(part) for part in text.split(":"))
     except ValueError:
-        raise InputError(f"{text!r} is not first:last", where="--guidance-interval", fix="write 0.1:0.7") from None
+        raise InputError(f"{text!r} is not first:last", where=option, fix="write 0.1:0.7") from None
     return first, last
 
 
@@ -119,9 +135,9 @@ def generate_files(request: GenerateRequest) -> list[Path]:
     """Draw and write; returns the files written."""
     import runtimes
 
-    prompts = read_prompts(request)
     began = time.perf_counter()
     bundle = runtimes.Bundle.open(request.bundle)
+    prompts = read_prompts(request, wanted=bool(bundle.manifest.pipeline.text_encoders))
     pipeline = runtimes.load(bundle, device=request.device, threads=request.threads, hint=request.hint,
                              pin_threads=request.pin_threads)
     loaded = time.perf_counter()
@@ -166,11 +182,12 @@ def chosen_setting(request: GenerateRequest, digest: str) -> Setting:
 def given_options(request: GenerateRequest) -> dict[str, Any]:
     """The pipeline's options that are given, without those that a preset or its own defaults stand in for."""
     options: dict[str, Any] = {
-        "guidance_rescale": request.guidance_rescale, "weighting": request.weighting,
-        "long_prompts": request.long_prompts, "mask": request.mask, "tile": request.tile,
+        "guidance_rescale": request.guidance_rescale, "part": read_interval(request.part, "--part"),
+        "weighting": request.weighting, "long_prompts": request.long_prompts, "mask": request.mask,
+        "tile": request.tile,
     }
     if request.guidance_interval:
-        options["guidance_interval"] = read_interval(request.guidance_interval)
+        options["guidance_interval"] = read_interval(request.guidance_interval, "--guidance-interval")
     if request.latents is not None:
         options["latents"] = read_latents(request.latents)
     if request.image is not None:

@@ -16,8 +16,8 @@ from runtimes.guidance import SHALLOW
 from runtimes.manifest import SCHEMA, Component, Manifest, Source
 
 ORIGIN_FORMAT = "diffusers"
-# AutoencoderKL holds both halves; a parameter is counted for the component that uses it.
-VAE_HALVES = {"vae_encoder": ("encoder.", "quant_conv."), "vae_decoder": ("decoder.", "post_quant_conv.")}
+# An autoencoder holds both halves; a parameter is counted for the component that uses it.
+VAE_HALVES = {"vae_encoder": ("encoder.", "quant_conv."), "vae_decoder": ("decoder.", "post_quant_conv.", "quantize.")}
 PRECISIONS = {"F32": "fp32", "F16": "fp16", "BF16": "bf16", "F64": "fp64"}
 
 

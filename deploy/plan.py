@@ -27,6 +27,7 @@ class Step:
         reads: component that will be written -> components whose contents decide its bytes.
         after: predicted structure; the next pass plans from it and the build checks it against the result.
         summary: one line for a person.
+        provisional: a later pass finishes what this one begins, and the parity gate waits for it.
     """
 
     pass_name: str
@@ -35,6 +36,7 @@ class Step:
     reads: Mapping[str, tuple[str, ...]]
     after: Manifest
     summary: str
+    provisional: bool = False
 
     @property
     def record(self) -> PassRecord:
@@ -95,6 +97,10 @@ class Pass(ABC):
     def measure(self, step: Step, before: Bundle, after: Bundle) -> dict[str, Any]:
         """What the pass bought on this machine; kept in `measured`, outside the digest."""
         return {}
+
+    def explain(self, step: Step, name: str, before: Bundle, after: Bundle) -> str:
+        """Where in a component that breaks the budget its error comes from, if the pass can tell."""
+        return ""
 
     def write_files(self, step: Step, source: Bundle, out: Path) -> dict[str, FileRecord]:
         """Write tokenizers and scheduler into the bundle folder `out`; by default they are carried over as they are."""

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from deploy.pruning_options import PruningOptions
 from runtimes.errors import InputError
 from runtimes.tensors import ShapeRange
 
@@ -17,10 +18,11 @@ Target = Literal["onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", "auto"]
 ENGINE_TARGETS = ("tensorrt", "tensorrt-rtx")
 Precision = Literal["fp32", "fp16", "int8", "auto"]
 Quantization = Literal["hybrid", "static", "dynamic", "weight-only"]
+QuantizationMethod = Literal["split-skips", "smoothquant", "bias-correction"]
 RangeEstimator = Literal["minmax", "percentile", "mse", "entropy"]
 
 
-class BuildSpec(BaseModel):
+class BuildSpec(PruningOptions):
     """A whole build. Every field has the default that `build` without options uses.
 
     Attributes:
@@ -34,6 +36,7 @@ class BuildSpec(BaseModel):
         prompts: what the image-level comparison draws; the model's own set when empty.
         keep: patterns of node names or op types that stay in float32 when precision is lowered.
         quantization: recipe of int8 builds (calibration.layers.assign).
+        quantization_methods: what is done to lose less in 8 bits (calibration.transforms).
         calibration_prompts: what is drawn to find the ranges of activations; the model's own set when empty.
         calibration_samples: U-Net calls that are recorded.
         range_estimator: how a range follows from what was seen (calibration.ranges).
@@ -55,6 +58,7 @@ class BuildSpec(BaseModel):
     prompts: tuple[str, ...] = ()
     keep: tuple[str, ...] = ()
     quantization: Quantization = "hybrid"
+    quantization_methods: tuple[QuantizationMethod, ...] = ()
     calibration_prompts: tuple[str, ...] = ()
     calibration_samples: int = Field(default=128, ge=1)
     range_estimator: RangeEstimator = "mse"

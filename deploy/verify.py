@@ -9,7 +9,7 @@ from deploy.cache import Cache, default_root
 from deploy.gate import gallery_for, options_for
 from deploy.origin import model_folder, open_origin
 from deploy.parity.answers import Reference
-from deploy.parity.budgets import budget_for
+from deploy.parity.budgets import PRUNED, budget_for
 from deploy.parity.gate import Verification, verify
 from deploy.spec import REFERENCE, BuildSpec
 from runtimes.bundle import Bundle
@@ -44,7 +44,8 @@ def verify_bundle(path: Path, against: str | None = None, *, device: str = "cpu"
         source = load_source(origin, spec, cache, work, Silent())
         reference = Reference(source, cache=cache.root)
         prompts = tuple(manifest.spec.get("prompts", ()))
-        return verify(reference, bundle, budget_for(manifest.precision, manifest.spec.get("budget")),
+        allowed = PRUNED if any(record.name == "prune" for record in manifest.passes) else manifest.precision
+        return verify(reference, bundle, budget_for(allowed, manifest.spec.get("budget")),
                       options_for(manifest.source.id, prompts, device), gallery_for(manifest.source.id))
 
 

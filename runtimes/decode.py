@@ -50,22 +50,27 @@ def to_uint8(pixels: Float32) -> NDArray[np.uint8]:
 
 def encode(
     encoder: Session, pixels: Float32, tiling: Tiling | None = None, factor: int = 1
-) -> tuple[Float32, Float32]:
+) -> tuple[Float32, Float32 | None]:
     """Pixels to the moments of their latents' normal distribution.
 
     Args:
-        encoder: sample -> latent_parameters, mean and log-variance side by side on the channels.
+        encoder: sample -> latent_parameters, mean and log-variance side by side on the channels, or latents.
         pixels: (B, 3, H, W) float32 in -1..1.
         tiling: encode tile by tile and blend the moments.
         factor: pixels per latent, for tiles.
 
     Returns:
-        mean and standard deviation, (B, C, H/f, W/f) float32 each, not yet scaled.
+        mean and standard deviation, (B, C, H/f, W/f) float32 each, not yet scaled; no deviation of an autoencoder
+        without a distribution.
     """
-    def moments(part: Float32) -> Float32:
-        return run_rows(encoder, {"sample": part}, "latent_parameters").astype(np.float32, copy=False)
+    output = encoder.component.outputs[0].name
 
-    parameters = moments(pixels) if tiling is None else tiling.join(map(moments, tiling.cut(pixels, factor)))
+    def encoded(part: Float32) -> Float32:
+        return run_rows(encoder, {"sample": part}, output).astype(np.float32, copy=False)
+
+    parameters = encoded(pixels) if tiling is None else tiling.join(map(encoded, tiling.cut(pixels, factor)))
+    if output == "latents":
+        return parameters, None
     mean, logvar = np.split(parameters, 2, axis=1)
     return mean, np.exp(0.5 * np.clip(logvar, -30.0, 20.0))
 

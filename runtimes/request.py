@@ -76,6 +76,8 @@ def check_request(
     if not prompts:
         raise InputError("no prompt", where="prompt", fix="give at least one; it may be an empty string")
     copies = whole(images_per_prompt, "images_per_prompt")
+    if not facts.text_encoders and any(prompts):
+        raise InputError("this model draws without prompts", where="prompt", fix="leave the prompt empty")
     negatives = _texts(negative_prompt, "the negative prompt")
     if isinstance(negative_prompt, str):
         negatives *= len(prompts)

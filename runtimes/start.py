@@ -116,6 +116,8 @@ def _encoded(
     """Pictures as scaled latents, drawn from the encoder's distribution: (B, C, H/f, W/f) float32."""
     factor = request.height // request.latent_shape[1]
     mean, deviation = decode.encode(sessions["vae_encoder"], pictures, request.tiling, factor)
-    latents = mean[list(of)] + deviation[list(of)] * noise.draw(request.latent_shape)
+    latents = mean[list(of)]
+    if deviation is not None:
+        latents = latents + deviation[list(of)] * noise.draw(request.latent_shape)
     latents *= np.float32(scaling_factor)
     return latents

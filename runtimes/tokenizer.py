@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtimes.errors import BundleError, InputError
+from runtimes.tokenizer_bert import is_bert, prepare_bert_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
@@ -188,6 +189,8 @@ def prepare_tokenizer(source_folder: Path | str, out_folder: Path | str) -> int 
     """
     source, out = Path(source_folder), Path(out_folder)
     config = _read_object(source / CONFIG_FILE) or {}
+    if is_bert(source, config):
+        return prepare_bert_tokenizer(source, out, config)
     whole = _read_object(source / TOKENIZER_FILE)
     try:
         names, added, ids = _special_tokens(source, config, whole)

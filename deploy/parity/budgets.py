@@ -36,6 +36,7 @@ class Budget:
 # hardware and none for a wrong weight. bf16 has 8 bits of mantissa to fp16's 11: 8 times fp16's rounding.
 # Below 16 bits the sampler walks to a different picture of the same prompt: PSNR then only catches broken images,
 # and what the user loses is said by retrieval, which is why its budget stays small.
+PRUNED = "pruned"
 BUDGETS: Mapping[str, Budget] = MappingProxyType({
     "fp32": Budget(1e-4, 1e-3, 50.0, 0.995, 0.5),
     "fp16": Budget(1e-2, 5e-2, 25.0, 0.90, 1.0),
@@ -43,7 +44,7 @@ BUDGETS: Mapping[str, Budget] = MappingProxyType({
     "int8": Budget(2e-1, 5e-1, 12.0, 0.40, 2.0),
     "int4": Budget(3e-1, 7e-1, 10.0, 0.30, 5.0),
     "auto": Budget(2e-1, 5e-1, 12.0, 0.40, 2.0),
-    "pruned": Budget(6e-1, 1.0, 8.0, 0.20, 5.0),
+    PRUNED: Budget(6e-1, 1.0, 8.0, 0.20, 5.0),
 })
 
 

@@ -47,8 +47,8 @@ class Export(Pass):
 
         before, planned = source.component(name), step.after.components[name]
         folder = source.file(before.file).parent
-        module = torch_component(name, load_module(folder, before.details["library"], before.class_name),
-                                 len(before.outputs))
+        network = load_module(folder, before.details["library"], before.class_name)
+        module = torch_component(name, network, [output.name for output in before.outputs])
         spec = ComponentSpec(name, before.details["source_component"], before.inputs, before.outputs, before.axes)
         export_onnx(module, spec, out / "components" / name, opset=step.config["opset"])
         common = {axis: a.range.opt for axis, a in before.axes.items()}
