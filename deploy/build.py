@@ -34,7 +34,7 @@ from runtimes.bundle import (
 from runtimes.errors import BundleError, DeployError, UnavailableError
 from runtimes.manifest import Component, Manifest, digest_of, to_json
 
-PRECISIONS = ("fp32", "fp16")  # that a pass makes
+PRECISIONS = ("fp32", "fp16", "int8")  # that a pass makes
 
 
 class Listener(Protocol):
@@ -226,7 +226,10 @@ def _run_pass(instance: Pass, step: Step, before: Bundle, folder: Path, cache: C
     write_manifest(folder, manifest)
     cost: dict[str, Any] = {"name": step.pass_name, "seconds": round(seconds, 3), "peak_rss_bytes": peak,
                             "reused": reused, "bytes_in": size_of(before.manifest), "bytes_out": size_of(manifest)}
-    return Bundle(folder, manifest), cost
+    result = Bundle(folder, manifest)
+    if gain := instance.measure(step, before, result):
+        cost["gain"] = gain
+    return result, cost
 
 
 def _run_component(instance: Pass, step: Step, name: str, before: Bundle, elsewhere: list[int],

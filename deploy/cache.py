@@ -42,11 +42,12 @@ def versions_of(libraries: tuple[str, ...]) -> dict[str, str]:
 
 def key_of(instance: Pass, step: Step, name: str, source: Bundle) -> str:
     """Cache key of one component written by one step."""
+    planned = step.after.components[name]
     return digest_of(
         {
             "pass": [step.pass_name, step.version, to_json(step.config)],
             "component": name,
-            "specs": to_json({n: step.after.components[n].axes for n in (name,)}),
+            "specs": to_json([planned.inputs, planned.outputs, planned.axes]),
             # Details too: a pass carries them on into the record that is cached.
             "reads": {read: [source.component(read).sha256, to_json(source.component(read).details)]
                       for read in step.reads[name]},

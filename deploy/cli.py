@@ -28,6 +28,10 @@ PinThreads = Annotated[bool, typer.Option("--pin-threads", help="keep each CPU t
 Shapes = Annotated[list[str], typer.Option(help="axis=min:opt:max, several with commas: batch=1:2:8,height=...")]
 Target = Annotated[str, typer.Option(help="onnxruntime, openvino, tensorrt, tensorrt-rtx; auto: faster on this CPU")]
 Keep = Annotated[list[str], typer.Option(help="pattern of node names or op types that stay in float32")]
+Quantization = Annotated[str, typer.Option(help="int8 recipe: hybrid, static, dynamic or weight-only")]
+CalibrationPrompts = Annotated[Path | None, typer.Option(help="prompts that ranges are found with, one a line")]
+CalibrationSamples = Annotated[int | None, typer.Option(help="U-Net calls that ranges are found from")]
+RangeEstimator = Annotated[str, typer.Option(help="minmax, percentile, mse or entropy")]
 EngineOptions = Annotated[list[str], typer.Option(help="TensorRT builder: capabilities=SM86+SM89, static=true, …")]
 BudgetOptions = Annotated[list[str], typer.Option(help="override an accuracy limit: image_psnr_db=40")]
 VerifyFlag = Annotated[
@@ -45,7 +49,13 @@ def build(
     precision: Annotated[str, typer.Option(help="fp32, fp16, int8 or auto")] = "",
     shapes: Shapes = [],  # noqa: B006
     keep: Keep = [],  # noqa: B006
+    quantization: Quantization = "",
+    calibration_prompts: CalibrationPrompts = None,
+    calibration_samples: CalibrationSamples = None,
+    range_estimator: RangeEstimator = "",
     engine: EngineOptions = [],  # noqa: B006
+    step_cache: Annotated[bool, typer.Option("--step-cache", help="a second U-Net graph, for generate "
+                                                                  "--cache-interval")] = False,
     spec: Annotated[Path | None, typer.Option(help="YAML file with these options; those given here win")] = None,
     budget: BudgetOptions = [],  # noqa: B006
     verify: VerifyFlag = True,
@@ -57,7 +67,15 @@ def build(
     from deploy.build import plan_build, run_build
     from deploy.spec import covering, make_spec, parse_budget, parse_engine, parse_shapes
 
-    options: dict[str, Any] = {k: v for k, v in (("model", model), ("target", target), ("precision", precision)) if v}
+    options: dict[str, Any] = {k: v for k, v in (
+        ("model", model), ("target", target), ("precision", precision), ("quantization", quantization),
+        ("range_estimator", range_estimator), ("step_cache", step_cache)) if v}
+    if calibration_samples is not None:
+        options["calibration_samples"] = calibration_samples
+    if calibration_prompts is not None:
+        from calibration.prompts import read_prompts
+
+        options["calibration_prompts"] = read_prompts(calibration_prompts)
     if shapes:
         profiles = parse_shapes(shapes)
         options["shapes"] = covering(profiles)
@@ -87,9 +105,18 @@ def generate(
     prompts: Annotated[Path | None, typer.Option(help="file with one prompt a line, instead of PROMPT")] = None,
     negative: Annotated[str, typer.Option(help="what not to draw")] = "",
     image: Annotated[Path | None, typer.Option(help="start from this picture (image-to-image)")] = None,
-    strength: Annotated[float, typer.Option(help="how far to leave the picture, 0 to 1")] = 0.6,
+    mask: Annotated[Path | None, typer.Option(help="white where the picture is painted anew (inpainting)")] = None,
+    strength: Annotated[float | None, typer.Option(help="how far to leave the picture, 0 to 1; default 0.6, under "
+                                                        "a mask 1")] = None,
     steps: Annotated[int, typer.Option(help="denoising steps")] = 25,
     guidance: Annotated[float | None, typer.Option(help="guidance_scale; default: the bundle's own")] = None,
+    guidance_rescale: Annotated[float, typer.Option(help="against overexposure, 0 to 1")] = 0.0,
+    guidance_interval: Annotated[str, typer.Option(help="share of the steps under guidance, as first:last")] = "0:1",
+    weighting: Annotated[bool, typer.Option("--weighting", help="read (word:1.3), (word), [word] as weights")] = False,
+    long_prompts: Annotated[bool, typer.Option("--long-prompts", help="read long prompts in windows, do not cut")]
+    = False,
+    cache_interval: Annotated[int, typer.Option(help="compute the U-Net's deep layers every so many steps; needs a "
+                                                     "bundle built with --step-cache")] = 1,
     seed: Annotated[int, typer.Option(help="the first picture's seed; the next ones count up")] = 0,
     count: Annotated[int, typer.Option("-n", "--count", min=1, help="pictures for each prompt")] = 1,
     scheduler: Annotated[str | None, typer.Option(help="ddim, euler, euler-ancestral, dpm++, unipc, lcm, pndm")] = None,
@@ -98,6 +125,9 @@ def generate(
     latents: Annotated[Path | None, typer.Option(help="initial latents, .npy float32 (B, C, H/f, W/f)")] = None,
     save_latents: Annotated[Path | None, typer.Option(help="write the final latents as .npy")] = None,
     grid: Annotated[int, typer.Option(help="write one sheet with this many columns")] = 0,
+    preview: Annotated[Path | None, typer.Option(help="PNG rewritten after each step: what will come of it")] = None,
+    metadata: Annotated[bool, typer.Option("--metadata/--no-metadata", help="prompt, seed and bundle hash in the PNG")]
+    = True,
     device: Device = "cpu",
     threads: Threads = 0,
     hint: Hint = "latency",
@@ -109,10 +139,13 @@ def generate(
 
     generate_files(
         GenerateRequest(
-            bundle=bundle, prompts=tuple(prompt), prompts_file=prompts, negative=negative, image=image,
-            strength=strength, steps=steps, guidance_scale=guidance, seed=seed, count=count, scheduler=scheduler,
-            height=height, width=width, latents=latents, save_latents=save_latents, grid=grid, device=device,
-            threads=threads, hint=hint, pin_threads=pin_threads, output=output,
+            bundle=bundle, prompts=tuple(prompt), prompts_file=prompts, negative=negative, image=image, mask=mask,
+            strength=strength, steps=steps, guidance_scale=guidance, guidance_rescale=guidance_rescale,
+            guidance_interval=guidance_interval, weighting=weighting, long_prompts=long_prompts,
+            cache_interval=cache_interval, seed=seed, count=count,
+            scheduler=scheduler, height=height, width=width, latents=latents, save_latents=save_latents,
+            grid=grid, preview=preview, metadata=metadata, device=device, threads=threads, hint=hint,
+            pin_threads=pin_threads, output=output,
         )
     )
 
@@ -169,6 +202,19 @@ def inspect(bundle: BundlePath, json: Json = False) -> None:
 
     opened = Bundle.open(bundle)
     console.print_json(to_json(opened.manifest)) if json else console.show_bundle(opened)
+
+
+@app.command()
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help=".safetensors file with all networks")],
+    configs: Annotated[Path, typer.Option(help="diffusers folder of the same architecture, weights not needed")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="folder to write, for `build`")],
+) -> None:
+    """Turn a single-file checkpoint (CompVis, A1111) into a diffusers folder. Nothing is downloaded."""
+    from deploy import console
+    from exporters.single_file import convert_single_file
+
+    console.say(f"wrote {convert_single_file(checkpoint, configs, output)}")
 
 
 @app.command("export-triton")

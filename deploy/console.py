@@ -12,6 +12,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from deploy.report import grouped
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -21,9 +23,9 @@ if TYPE_CHECKING:
     from deploy.spec import BuildSpec
     from deploy.verify import Verification
     from runtimes.bundle import Bundle
+    from runtimes.denoising import Step
     from runtimes.errors import DeployError
     from runtimes.manifest import Manifest
-    from runtimes.pipeline import Step
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -170,6 +172,11 @@ def _show_engines(manifest: Manifest) -> None:
             lines += [f"without {gpu}: {why}" for gpu, why in d["refused_capabilities"].items()]
             lines += [] if d["executed"] else [f"engine not executed here: {d['not_executed']}"]
             engines.setdefault(tuple(lines), []).append(name)
+        if (q := c.details.get("quantizers")) is not None:
+            placed = ", ".join(f"{count} of {op}" for op, count in q["inputs"].items())
+            broken = q["broken_attentions"]
+            fused = f"[red]no fusion of {escape(', '.join(broken))}[/]" if broken else "in none of them"
+            out.print(f"  Q/DQ in {name}: inputs {placed}; {q['attentions']} attention blocks, {fused}")
     for (first, *more), names in engines.items():
         out.print(f"  engine {', '.join(names)}: {escape(first)}")
         for line in more:
@@ -187,7 +194,7 @@ def show_parity(parity: Mapping[str, Any]) -> None:
         out.print(f"  images: PSNR >= {psnr} dB, SSIM >= {ssim} over {images['count']}")
     if retrieval := parity.get("retrieval"):
         out.print(f"  retrieval: {retrieval['bundle']:.1%}, reference {retrieval['reference']:.1%}")
-    for reason in parity.get("unverified", []):
+    for reason in grouped(parity.get("unverified", [])):
         out.print(f"  [yellow]unverified: {escape(str(reason))}[/]")
 
 

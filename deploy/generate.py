@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,11 @@ from runtimes.errors import InputError
 if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    from runtimes.denoising import Step
+
+IMAGE_STRENGTH = 0.6
 
 
 @dataclass(frozen=True)
@@ -26,9 +32,15 @@ class GenerateRequest:
     prompts_file: Path | None
     negative: str
     image: Path | None
-    strength: float
+    mask: Path | None
+    strength: float | None
     steps: int
     guidance_scale: float | None
+    guidance_rescale: float
+    guidance_interval: str
+    weighting: bool
+    long_prompts: bool
+    cache_interval: int
     seed: int
     count: int
     scheduler: str | None
@@ -37,6 +49,8 @@ class GenerateRequest:
     latents: Path | None
     save_latents: Path | None
     grid: int
+    preview: Path | None
+    metadata: bool
     device: str
     threads: int
     hint: str
@@ -83,36 +97,83 @@ def read_latents(file: Path) -> np.ndarray[Any, Any]:
     return array
 
 
+def read_interval(text: str) -> tuple[float, float]:
+    """Read `first:last`.
+
+    Raises:
+        InputError: not two numbers.
+    """
+    try:
+        first, last = (float(part) for part in text.split(":"))
+    except ValueError:
+        raise InputError(f"{text!r} is not first:last", where="--guidance-interval", fix="write 0.1:0.7") from None
+    return first, last
+
+
 def generate_files(request: GenerateRequest) -> list[Path]:
     """Draw and write; returns the files written."""
     import runtimes
 
     prompts = read_prompts(request)
     began = time.perf_counter()
-    pipeline = runtimes.load(request.bundle, device=request.device, threads=request.threads, hint=request.hint,
+    bundle = runtimes.Bundle.open(request.bundle)
+    pipeline = runtimes.load(bundle, device=request.device, threads=request.threads, hint=request.hint,
                              pin_threads=request.pin_threads)
     loaded = time.perf_counter()
     wanted = [p for p in prompts for _ in range(request.count)]
-    options: dict[str, Any] = {}
+    seeds = list(range(request.seed, request.seed + len(wanted)))
+    with console.StepProgress(request.steps) as progress:
+        def on_step(step: Step) -> None:
+            progress.on_step(step)
+            if request.preview is not None:
+                save_preview(pipeline.preview(step.estimate), bundle.manifest.pipeline.vae_scale_factor,
+                             request.preview)
+
+        result = pipeline(wanted, negative_prompt=request.negative, steps=request.steps, seed=seeds,
+                          scheduler=request.scheduler, height=request.height, width=request.width, on_step=on_step,
+                          **pipeline_options(request))
+    if request.save_latents is not None:
+        save_array(progress.latents, request.save_latents)
+    texts = descriptions(request, bundle.manifest.digest, wanted, seeds) if request.metadata else []
+    files = save_images(result, request.output, request.grid, texts)
+    drawn = time.perf_counter()
+    console.show_generated(files, count=len(result), load_seconds=loaded - began, draw_seconds=drawn - loaded,
+                           peak_rss_bytes=peak_rss_bytes())
+    return files
+
+
+def pipeline_options(request: GenerateRequest) -> dict[str, Any]:
+    """What goes to the pipeline as it is, without the options that its own defaults stand in for."""
+    options: dict[str, Any] = {
+        "guidance_rescale": request.guidance_rescale, "guidance_interval": read_interval(request.guidance_interval),
+        "weighting": request.weighting, "long_prompts": request.long_prompts, "mask": request.mask,
+        "cache_interval": request.cache_interval,
+    }
     if request.guidance_scale is not None:
         options["guidance_scale"] = request.guidance_scale
     if request.latents is not None:
         options["latents"] = read_latents(request.latents)
     if request.image is not None:
-        options.update(image=request.image, strength=request.strength)
-    with console.StepProgress(request.steps) as progress:
-        result = pipeline(
-            wanted, negative_prompt=request.negative, steps=request.steps, scheduler=request.scheduler,
-            seed=list(range(request.seed, request.seed + len(wanted))), height=request.height, width=request.width,
-            on_step=progress.on_step, **options,
-        )
-    if request.save_latents is not None:
-        save_array(progress.latents, request.save_latents)
-    files = save_images(result, request.output, request.grid)
-    drawn = time.perf_counter()
-    console.show_generated(files, count=len(result), load_seconds=loaded - began, draw_seconds=drawn - loaded,
-                           peak_rss_bytes=peak_rss_bytes())
-    return files
+        default = IMAGE_STRENGTH if request.mask is None else 1.0
+        options.update(image=request.image, strength=default if request.strength is None else request.strength)
+    return options
+
+
+def descriptions(request: GenerateRequest, digest: str, prompts: list[str], seeds: list[int]) -> list[dict[str, str]]:
+    """What each picture's PNG says about how it was made."""
+    common = {"negative_prompt": request.negative, "steps": str(request.steps), "scheduler": request.scheduler or "",
+              "guidance_scale": "" if request.guidance_scale is None else str(request.guidance_scale),
+              "bundle": digest, "software": "ldm-deploy"}
+    return [{"prompt": prompt, "seed": str(seed), **{k: v for k, v in common.items() if v}}
+            for prompt, seed in zip(prompts, seeds, strict=True)]
+
+
+def save_preview(pictures: np.ndarray[Any, Any], factor: int, file: Path) -> None:
+    """Write (B, h, w, 3) uint8 side by side as one PNG, `factor` times larger."""
+    from PIL import Image as PillowImage
+
+    images = [PillowImage.fromarray(p).resize((p.shape[1] * factor, p.shape[0] * factor)) for p in pictures]
+    save_images(images, file, len(images), [])
 
 
 def save_array(array: np.ndarray[Any, Any], file: Path) -> None:
@@ -127,21 +188,41 @@ def save_array(array: np.ndarray[Any, Any], file: Path) -> None:
         partial.replace(file)
 
 
-def save_images(images: list[Image], output: Path, columns: int) -> list[Path]:
-    """Write PNG files through temporary siblings: one sheet if columns > 0, else one file a picture."""
+def save_images(
+    images: list[Image], output: Path, columns: int, texts: Sequence[Mapping[str, str]]
+) -> list[Path]:
+    """Write PNG files through temporary siblings: one sheet if columns > 0, else one file a picture.
+
+    Args:
+        images: of one size.
+        output: name of the file, or of numbered siblings.
+        columns: of the sheet.
+        texts: key -> value for each picture's text chunks, or nothing; a sheet says what its pictures say, a line each.
+    """
     if columns > 0:
         images = [contact_sheet(images, columns)]
+        texts = [{key: "\n".join(dict.fromkeys(t[key] for t in texts)) for key in texts[0]}] if texts else []
     names = [output] if len(images) == 1 else [
         output.with_name(f"{output.stem}-{i + 1:0{len(str(len(images)))}d}{output.suffix or '.png'}")
         for i in range(len(images))
     ]
-    for image, file in zip(images, names, strict=True):
+    for number, (image, file) in enumerate(zip(images, names, strict=True)):
         with translated_disk_errors(file):
             file.parent.mkdir(parents=True, exist_ok=True)
             partial = file.with_name(f".{file.name}.partial")
-            image.save(partial, format="PNG")
+            image.save(partial, format="PNG", pnginfo=_chunks(texts[number]) if texts else None)
             partial.replace(file)
     return names
+
+
+def _chunks(texts: Mapping[str, str]) -> PngInfo:
+    """International text chunks: prompts are not always Latin."""
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    for key, value in texts.items():
+        info.add_itxt(key, value)
+    return info
 
 
 def contact_sheet(images: list[Image], columns: int) -> Image:

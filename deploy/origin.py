@@ -8,9 +8,11 @@ from pathlib import Path
 from deploy.reference_model import WEIGHTS
 from deploy.spec import REFERENCE, BuildSpec
 from exporters.families import ComponentSpec
+from exporters.families.step_cache import shallow_weights, with_step_cache
 from exporters.source import ComponentSource, open_source
 from runtimes.bundle import Bundle, record_of, records_below
 from runtimes.errors import InputError
+from runtimes.guidance import SHALLOW
 from runtimes.manifest import SCHEMA, Component, Manifest, Source
 
 ORIGIN_FORMAT = "diffusers"
@@ -42,6 +44,9 @@ def open_origin(spec: BuildSpec) -> Bundle:
     folder = model_folder(spec.model)
     source = open_source(folder)
     specs = source.family.components(source, spec.shapes)
+    if spec.step_cache:
+        unet = source.components["unet"]
+        specs = with_step_cache(specs, unet.config, str(unet.folder))
     hashes = {name: record_of(file) for name, file in source.weight_files().items()}
     components = {name: _component(source.components[s.source_component], s, folder) for name, s in specs.items()}
     files = {}
@@ -70,7 +75,7 @@ def _component(source: ComponentSource, spec: ComponentSpec, folder: Path) -> Co
     names = [source.folder / "config.json", *([source.index] if source.index else []), *source.weights]
     files = {p.relative_to(folder).as_posix(): record_of(p) for p in names}
     headers = source.headers()
-    own = VAE_HALVES.get(spec.name, ("",))
+    own = shallow_weights(source.config) if spec.name == SHALLOW else VAE_HALVES.get(spec.name, ("",))
     sizes = {key: (kind, math.prod(shape)) for key, (kind, shape) in headers.items() if key.startswith(own)}
     stored = max(sizes.values(), key=lambda entry: entry[1], default=("F32", 0))[0]
     return Component(

@@ -92,6 +92,10 @@ class Pass(ABC):
     def run(self, step: Step, name: str, source: Bundle, out: Path) -> Component:
         """Write component `name` below `out`, at its paths in the bundle, and return its record."""
 
+    def measure(self, step: Step, before: Bundle, after: Bundle) -> dict[str, Any]:
+        """What the pass bought on this machine; kept in `measured`, outside the digest."""
+        return {}
+
     def write_files(self, step: Step, source: Bundle, out: Path) -> dict[str, FileRecord]:
         """Write tokenizers and scheduler into the bundle folder `out`; by default they are carried over as they are."""
         for name in source.manifest.files:

@@ -16,6 +16,8 @@ REFERENCE = "reference"
 Target = Literal["onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", "auto"]
 ENGINE_TARGETS = ("tensorrt", "tensorrt-rtx")
 Precision = Literal["fp32", "fp16", "int8", "auto"]
+Quantization = Literal["hybrid", "static", "dynamic", "weight-only"]
+RangeEstimator = Literal["minmax", "percentile", "mse", "entropy"]
 
 
 class BuildSpec(BaseModel):
@@ -31,6 +33,11 @@ class BuildSpec(BaseModel):
         budget: overrides of the precision's accuracy budget, by name.
         prompts: what the image-level comparison draws; the model's own set when empty.
         keep: patterns of node names or op types that stay in float32 when precision is lowered.
+        quantization: recipe of int8 builds (calibration.layers.assign).
+        calibration_prompts: what is drawn to find the ranges of activations; the model's own set when empty.
+        calibration_samples: U-Net calls that are recorded.
+        range_estimator: how a range follows from what was seen (calibration.ranges).
+        step_cache: give the U-Net a second entry, which reuses its deep features (exporters.step_cache).
         profiles: of TensorRT: optimization profiles, each axis -> min:opt:max within `shapes`; one over all of them
             when empty.
         engine: of TensorRT: options of the builder (exporters.tensorrt_options.EngineOptions, and `static`).
@@ -47,6 +54,11 @@ class BuildSpec(BaseModel):
     budget: dict[str, float] = Field(default_factory=dict)
     prompts: tuple[str, ...] = ()
     keep: tuple[str, ...] = ()
+    quantization: Quantization = "hybrid"
+    calibration_prompts: tuple[str, ...] = ()
+    calibration_samples: int = Field(default=128, ge=1)
+    range_estimator: RangeEstimator = "mse"
+    step_cache: bool = False
     profiles: tuple[dict[str, ShapeRange], ...] = ()
     engine: dict[str, Any] = Field(default_factory=dict)
 

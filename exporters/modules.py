@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from exporters.quiet import quiet
 from exporters.source import find_weights, read_header, read_json
+from exporters.step_cache import CachingUNet, ShallowUNet
 from runtimes.errors import InputError
 
 # What diffusers < 0.13 called the parts of an attention block of the VAE.
@@ -229,19 +230,22 @@ class VaeDecoder(nn.Module):
 WRAPPERS: dict[str, Callable[[Any], nn.Module]] = {
     "text_encoder": TextEncoder,
     "unet": UNet,
+    "unet_shallow": ShallowUNet,
     "vae_encoder": VaeEncoder,
     "vae_decoder": VaeDecoder,
 }
 
 
-def torch_component(name: str, module: nn.Module) -> nn.Module:
+def torch_component(name: str, module: nn.Module, outputs: int = 1) -> nn.Module:
     """The function of a component: named inputs in order, a tuple of outputs, exactly what is exported.
 
     Args:
         name: of the component in the bundle; vae_encoder and vae_decoder share one AutoencoderKL.
         module: from `load_module`.
+        outputs: how many the component has: a U-Net with two also gives its deep feature.
 
     Returns:
         a module in eval mode that shares the weights; of a VAE it holds only the half that the component uses.
     """
-    return WRAPPERS[name](module).eval()
+    wrapper = CachingUNet if name == "unet" and outputs == 2 else WRAPPERS[name]
+    return wrapper(module).eval()

@@ -48,6 +48,7 @@ from runtimes.errors import BundleError, DeployError
 FUSIONS_FOR: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "onnxruntime": {
         "unet": ("attention", "channel_affine", "join_time_projections"),
+        "unet_shallow": ("attention", "channel_affine"),
         "vae_encoder": ("channel_affine",),
         "vae_decoder": ("channel_affine",),
         "text_encoder": ("attention",),

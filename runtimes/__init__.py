@@ -13,19 +13,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from runtimes.bundle import Bundle
-    from runtimes.errors import BundleError, DeployError, InputError, ParityError, UnavailableError
+    from runtimes.denoising import Step
+    from runtimes.errors import BundleError, CancelledError, DeployError, InputError, ParityError, UnavailableError
     from runtimes.loading import load
-    from runtimes.pipeline import Pipeline, Step
+    from runtimes.pipeline import Pipeline
     from runtimes.profile import Profile
 
-__all__ = ["Bundle", "BundleError", "DeployError", "InputError", "ParityError", "Pipeline", "Profile", "Step",
-           "UnavailableError", "load"]
+__all__ = ["Bundle", "BundleError", "CancelledError", "DeployError", "InputError", "ParityError", "Pipeline", "Profile",
+           "Step", "UnavailableError", "load"]
 
 _MODULES = {
     "Bundle": "bundle",
     "Pipeline": "pipeline",
     "Profile": "profile",
-    "Step": "pipeline",
+    "Step": "denoising",
     "load": "loading",
 }
 

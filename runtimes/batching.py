@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import Any
 
@@ -44,30 +45,49 @@ def slices(count: int, most: int) -> list[slice]:
     return [slice(a, b) for a, b in pairwise(edges)]
 
 
-def run_rows(session: Session, feeds: Arrays, output: str) -> NDArray[Any]:
-    """Run any number of rows and return one output.
+def all_finite(array: NDArray[Any]) -> bool:
+    """Whether no element is NaN or infinite.
 
-    Args:
-        session: a component whose every input has the batch as its first axis.
-        feeds: its inputs, equally many rows each; cast to the component's dtypes.
-        output: name of the output.
-
-    Returns:
-        as many rows as were fed.
+    One pass without a temporary: a NaN or an infinity always reaches the sum. A sum may also overflow, so only a sum
+    that is not finite asks element by element. Callers silence numpy's own warnings, once for many checks.
     """
-    feeds = {s.name: feeds[s.name].astype(DTYPES[s.dtype], copy=False)
-             for s in session.component.inputs if s.name in feeds}
-    count = len(next(iter(feeds.values())))
-    limits = row_range(session)
-    if limits.min <= count <= limits.max:
-        return session.run(feeds)[output]
-    results = []
-    for part in slices(count, limits.max):
-        rows = part.stop - part.start
-        short = max(limits.min - rows, 0)
-        piece = {name: _extended(array[part], short) for name, array in feeds.items()}
-        results.append(session.run(piece)[output][:rows])
-    return np.concatenate(results)
+    return math.isfinite(np.add.reduce(array, axis=None)) or bool(np.isfinite(array).all())
+
+
+class RowRunner:
+    """A session under a number of rows that stays the same from call to call: cut and padded as worked out once."""
+
+    def __init__(self, session: Session, count: int) -> None:
+        """Lay out the calls that `count` rows need; every input of the session has the batch as its first axis."""
+        self._session, self._count = session, count
+        self._dtypes = {s.name: DTYPES[s.dtype] for s in session.component.inputs}
+        limits = row_range(session)
+        self._parts = [(part, max(limits.min - (part.stop - part.start), 0)) for part in slices(count, limits.max)]
+        self._whole = self._parts == [(slice(0, count), 0)]
+
+    def cast(self, name: str, array: NDArray[Any]) -> NDArray[Any]:
+        """One input in the dtype that the session takes, for callers that feed it again and again."""
+        return array.astype(self._dtypes[name], copy=False) if name in self._dtypes else array
+
+    def run(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
+        """Run the rows and return every output, as many rows as were fed.
+
+        Args:
+            feeds: the component's inputs, cast to its dtypes; others are left out.
+        """
+        feeds = {name: feeds[name].astype(dtype, copy=False) for name, dtype in self._dtypes.items() if name in feeds}
+        if self._whole:
+            return self._session.run(feeds)
+        results = []
+        for part, short in self._parts:
+            outputs = self._session.run({name: _extended(array[part], short) for name, array in feeds.items()})
+            results.append({name: array[: part.stop - part.start] for name, array in outputs.items()})
+        return {name: np.concatenate([result[name] for result in results]) for name in results[0]}
+
+
+def run_rows(session: Session, feeds: Arrays, output: str) -> NDArray[Any]:
+    """Run any number of rows once and return one output; see `RowRunner`."""
+    return RowRunner(session, len(next(iter(feeds.values())))).run(feeds)[output]
 
 
 def _extended(array: NDArray[Any], rows: int) -> NDArray[Any]:

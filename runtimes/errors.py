@@ -4,7 +4,8 @@
     ├── InputError        (2)   bad input or usage
     │   └── BundleError   (2)   a bundle that is broken, changed, or from another schema
     ├── ParityError       (3)   an accuracy budget is broken
-    └── UnavailableError  (4)   something this machine lacks: a package, a driver, memory, disk
+    ├── UnavailableError  (4)   something this machine lacks: a package, a driver, memory, disk
+    └── CancelledError    (130) the caller ended it: not a failure
 """
 
 from __future__ import annotations
@@ -61,3 +62,22 @@ class UnavailableError(DeployError):
     """Something this machine lacks."""
 
     exit_code = 4
+
+
+class CancelledError(DeployError):
+    """The caller ended a call of the pipeline. Nothing of it is left behind; the pipeline can be used on.
+
+    Attributes:
+        steps_taken: denoising steps that were finished.
+        total: steps that the call would have taken.
+    """
+
+    exit_code = 130
+
+    def __init__(self, steps_taken: int, total: int) -> None:
+        """Say how far it came."""
+        super().__init__(f"cancelled after {steps_taken} of {total} steps", where="generate")
+        self.steps_taken, self.total = steps_taken, total
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.steps_taken, self.total)

@@ -2,53 +2,179 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
-from runtimes.batching import row_range, run_rows, slices
+from runtimes.batching import RowRunner, row_range, slices
+from runtimes.errors import InputError
 from runtimes.session import Session
 
 Float32 = NDArray[np.float32]
+# The second entry of a U-Net built with --step-cache, and the output of the first that it takes as an input.
+SHALLOW, DEEP = "unet_shallow", "deep_feature"
 
 
-def combine(uncond: Float32, cond: Float32, scale: float) -> Float32:
-    """The guided prediction, eq. 6 with w = scale - 1 as diffusers counts it: (B, C, H/f, W/f) float32 each."""
-    return uncond + scale * (cond - uncond)
+@dataclass(frozen=True)
+class Guidance:
+    """How strongly and when the prompt is followed.
+
+    Attributes:
+        scale: guidance scale; at 1 and below guidance is off.
+        rescale: share in which the guided prediction takes the deviation of the prompt's own, 0 to 1: section 3.4 of
+            Lin et al., arXiv 2305.08891, against overexposure.
+        interval: first and last share of the steps under guidance; outside of it a step costs half. Kynkäänniemi et
+            al., Applying Guidance in a Limited Interval, arXiv 2404.07724: at high noise guidance costs variety, at low
+            noise it does nothing. Counted in steps as diffusers' guiders do.
+    """
+
+    scale: float
+    rescale: float = 0.0
+    interval: tuple[float, float] = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        """Refuse shares that are none."""
+        if not 0 <= self.rescale <= 1:
+            raise InputError(f"{self.rescale} is not between 0 and 1", where="guidance_rescale", fix="0.7 is usual")
+        if not 0 <= self.interval[0] < self.interval[1] <= 1:
+            raise InputError(f"{self.interval} is not an interval within 0 to 1", where="guidance_interval",
+                             fix="(0, 1) is every step, (0.1, 0.7) leaves out the first tenth and the end")
+
+    def active(self, i: int, total: int) -> bool:
+        """Whether step i of `total` is guided."""
+        first, last = self.interval
+        return self.scale > 1 and int(first * total) <= i < int(last * total)
+
+    def combine(self, uncond: Float32, cond: Float32) -> Float32:
+        """The guided prediction, eq. 6 with w = scale - 1 as diffusers counts it: (B, C, H/f, W/f) float32 each.
+
+        `cond` is overwritten with the result: it is the network's output, which nobody else holds.
+        """
+        wanted = _deviation(cond) if self.rescale else None
+        cond -= uncond
+        cond *= np.float32(self.scale)
+        cond += uncond
+        if wanted is None:
+            return cond
+        rescaled = cond * (wanted / _deviation(cond))
+        return np.float32(self.rescale) * rescaled + np.float32(1 - self.rescale) * cond
+
+
+def _deviation(prediction: Float32) -> Float32:
+    """Standard deviation of each image: (B, 1, 1, 1) float32."""
+    deviation: Float32 = prediction.std(axis=(1, 2, 3), ddof=1, keepdims=True)
+    return deviation
 
 
 class GuidedUnet:
-    """The U-Net under one set of prompts and one guidance scale, for as many images as a call has.
+    """The U-Net under one set of prompts, for as many images as a call has.
 
     More images than the U-Net's batch axis allows are cut into several calls, each holding both halves of its images.
+    So are images whose prompts are of different lengths: each is computed as it would be alone.
+
+    With a shallow U-Net, most steps reuse the deep feature of an earlier one: Ma et al., DeepCache, arXiv 2312.00858,
+    section 3.3 with the uniform 1:N strategy. The first step of a run and of a change of guidance are whole.
     """
 
-    def __init__(self, unet: Session, cond: Float32, uncond: Float32 | None, scale: float) -> None:
+    def __init__(
+        self, unet: Session, cond: Sequence[Float32], uncond: Sequence[Float32] | None, guidance: Guidance, steps: int,
+        *, extra: Float32 | None = None, shallow: Session | None = None, cache_interval: int = 1,
+    ) -> None:
         """Lay out the batches.
 
         Args:
-            unet: sample, timestep, encoder_hidden_states -> out_sample.
-            cond: (B, tokens, width), embedded prompts.
-            uncond: the same for the negative prompts; None turns guidance off and halves the work.
-            scale: guidance scale.
+            unet: sample, timestep, encoder_hidden_states -> out_sample, and deep_feature if there is a shallow one.
+            cond: the embedded prompt of each of the B images, (tokens, width) each.
+            uncond: the same for the negative prompts, each as long as its prompt; None turns guidance off.
+            guidance: scale, rescaling and interval.
+            steps: U-Net calls of the whole run.
+            extra: (B, C', H/f, W/f) channels that the U-Net takes after the sample's own: those of inpainting.
+            shallow: the U-Net's second entry, which takes deep_feature too; None where every step is whole.
+            cache_interval: every so many steps the deep feature is computed anew.
         """
-        self._unet, self._scale, self._guided = unet, scale, uncond is not None
-        most = row_range(unet).max
-        self._parts = slices(len(cond), max(most // 2, 1) if self._guided else most)
-        self._hidden = [cond[p] if uncond is None else np.concatenate([uncond[p], cond[p]]) for p in self._parts]
+        self._unet, self._shallow, self._guidance, self._steps = unet, shallow, guidance, steps
+        self._cond, self._uncond, self._extra = cond, uncond, extra
+        self._interval = 1 if shallow is None else cache_interval
+        self._layouts: dict[bool, list[_Part]] = {}
+        self._age, self._was_guided = 0, False
 
-    def __call__(self, sample: Float32, timestep: float) -> Float32:
-        """Predict: (B, C, H/f, W/f) float32 in, the same out."""
-        parts = [self._predict(sample[part], timestep, hidden)
-                 for part, hidden in zip(self._parts, self._hidden, strict=True)]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+    def __call__(self, sample: Float32, timestep: float, i: int) -> Float32:
+        """Predict: (B, C, H/f, W/f) float32 at step i in, the same out."""
+        guided = self._uncond is not None and self._guidance.active(i, self._steps)
+        if guided not in self._layouts:
+            self._layouts[guided] = self._lay_out(guided)
+        self._age = 0 if i == 0 or guided != self._was_guided else (self._age + 1) % self._interval
+        self._was_guided = guided
+        parts = self._layouts[guided]
+        if len(parts) == 1:
+            return self._predict(sample, timestep, parts[0], guided)
+        result = np.empty_like(sample)
+        for part in parts:
+            result[part.rows] = self._predict(sample[part.rows], timestep, part, guided)
+        return result
 
-    def _predict(self, sample: Float32, timestep: float, hidden: Float32) -> Float32:
-        if self._guided:
+    def _predict(self, sample: Float32, timestep: float, part: _Part, guided: bool) -> Float32:
+        if part.extra is not None:
+            sample = np.concatenate([sample, part.extra], axis=1)
+        if guided:
             sample = np.concatenate([sample, sample])
         feeds = {"sample": sample, "timestep": np.full(len(sample), timestep, np.float32),
-                 "encoder_hidden_states": hidden}
-        output = run_rows(self._unet, feeds, "out_sample").astype(np.float32, copy=False)
-        if not self._guided:
+                 "encoder_hidden_states": part.hidden}
+        output: Float32 = part.run(feeds, whole=self._age == 0)
+        if output.dtype != np.float32:
+            output = output.astype(np.float32)
+        if not guided:
             return output
         half = len(output) // 2
-        return combine(output[:half], output[half:], self._scale)
+        return self._guidance.combine(output[:half], output[half:])
+
+    def _lay_out(self, guided: bool) -> list[_Part]:
+        most = row_range(self._unet).max
+        most = max(most // 2, 1) if guided else most
+        by_length: dict[int, list[int]] = {}
+        for row, hidden in enumerate(self._cond):
+            by_length.setdefault(len(hidden), []).append(row)
+        parts = []
+        for rows in by_length.values():
+            parts += [self._part(rows[piece], guided) for piece in slices(len(rows), most)]
+        return parts
+
+    def _part(self, rows: list[int], guided: bool) -> _Part:
+        hidden = [self._cond[row] for row in rows]
+        if guided and self._uncond is not None:
+            hidden = [*(self._uncond[row] for row in rows), *hidden]
+        unet = RowRunner(self._unet, len(hidden))
+        shallow = None if self._shallow is None else RowRunner(self._shallow, len(hidden))
+        extra = None if self._extra is None else self._extra[rows]
+        return _Part(rows, unet, shallow, unet.cast("encoder_hidden_states", np.stack(hidden)), extra)
+
+
+@dataclass
+class _Part:
+    """Images that share a call of the U-Net.
+
+    Attributes:
+        rows: which of the call's images.
+        unet, shallow: the networks under their number, doubled under guidance.
+        hidden: (rows, tokens, width) embedded prompts, the negative ones first; in the U-Net's dtype.
+        extra: (images, C', H/f, W/f) float32 or None.
+        deep: the deep feature of the last whole step, or None before it.
+    """
+
+    rows: list[int]
+    unet: RowRunner
+    shallow: RowRunner | None
+    hidden: NDArray[Any]
+    extra: Float32 | None
+    deep: NDArray[Any] | None = None
+
+    def run(self, feeds: dict[str, NDArray[Any]], *, whole: bool) -> NDArray[Any]:
+        """The prediction of the whole U-Net, or of the shallow one under the deep feature kept from it."""
+        if whole or self.shallow is None or self.deep is None:
+            outputs = self.unet.run(feeds)
+            self.deep = outputs.get(DEEP)
+            return outputs["out_sample"]
+        return self.shallow.run({**feeds, DEEP: self.deep})["out_sample"]

@@ -50,6 +50,27 @@ def to_pixels(image: Image, height: int, width: int) -> NDArray[np.float32]:
     return np.ascontiguousarray((2.0 * pixels - 1.0).transpose(2, 0, 1))
 
 
+def to_mask(mask: Image, image: Image | None, height: int, width: int) -> NDArray[np.float32]:
+    """A mask as diffusers reads it: greyscale, resized, 1 where it is at least half white: (1, height, width) float32.
+
+    Args:
+        mask: an RGB image; white is painted anew.
+        image: what it lies over, which it must have the shape of; its resolution may be another.
+        height, width: pixels.
+
+    Raises:
+        InputError: a mask of another shape than the image.
+    """
+    from PIL import Image
+
+    if image is not None and abs(mask.width * image.height / image.width - mask.height) > 1:
+        raise InputError(f"the mask is {mask.width}x{mask.height}, which cannot lie over an image of "
+                         f"{image.width}x{image.height}", where="mask", fix="crop it to the image's shape")
+    if mask.size != (width, height):
+        mask = mask.resize((width, height), Image.Resampling.LANCZOS)
+    return (np.asarray(mask.convert("L"), np.uint8)[None] >= 127.5).astype(np.float32)
+
+
 def to_pil(pixels: NDArray[np.uint8]) -> list[Image]:
     """(B, H, W, 3) uint8 as Pillow images."""
     from PIL import Image

@@ -1,12 +1,12 @@
 """Prompt to image: the sampling loop, written once over any sessions. Networks, sampling methods and files are others'.
 
-    tokenize -> encode -> [add noise to an encoded image] -> denoise -> decode
+    tokenize -> encode -> [add noise to an encoded image] -> denoise [and put back what a mask keeps] -> decode
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from threading import Event
 from time import perf_counter
 from typing import Any
 
@@ -14,41 +14,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtimes import decode
-from runtimes.errors import BundleError, InputError, ParityError
-from runtimes.guidance import GuidedUnet
+from runtimes.denoising import OnStep, Step, denoise
+from runtimes.errors import BundleError, InputError
+from runtimes.guidance import SHALLOW, Guidance, GuidedUnet
 from runtimes.images import ImageLike, to_pil
 from runtimes.manifest import PipelineFacts
 from runtimes.noise import NoiseStreams
+from runtimes.preview import Colours, fit
 from runtimes.profile import Profile
 from runtimes.prompt_cache import CacheStats, PromptCache
-from runtimes.prompts import Tokenize, embed
-from runtimes.request import OUTPUTS, Request, check_request, finite, whole
+from runtimes.prompts import Embedder, PromptStyle, Tokenize
+from runtimes.request import OUTPUTS, Request, check_request, finite, interval, whole
 from runtimes.schedulers import Run, Scheduler, from_config
 from runtimes.session import Session
+from runtimes.start import begin
 
+__all__ = ["Pipeline", "Step"]
 Float32 = NDArray[np.float32]
 CACHE_BYTES = 64 << 20
 
 
-@dataclass(frozen=True)
-class Step:
-    """What `on_step` is told after every denoising step.
-
-    Attributes:
-        index: 0 to total - 1.
-        timestep: what the U-Net was told.
-        latents: (B, C, H/f, W/f) float32 after the step, read-only.
-        total: number of steps of this call.
-    """
-
-    index: int
-    timestep: float
-    latents: Float32
-    total: int
-
-
 class Pipeline:
-    """Text to image and image to image. Threads may share one: a call keeps nothing but embedded prompts.
+    """Text to image, image to image and inpainting. Threads may share one: a call keeps nothing but embedded prompts.
 
     Attributes:
         sessions: the networks by name: text_encoder, unet, vae_decoder, and vae_encoder for image to image.
@@ -72,6 +59,7 @@ class Pipeline:
         self._config, self._tokenize = dict(scheduler_config), tokenizer
         self._cache = PromptCache(cache_bytes)
         self._schedulers: dict[str | None, Scheduler] = {}
+        self._colours: Colours | None = None
 
     @property
     def cache_stats(self) -> CacheStats:
@@ -82,9 +70,11 @@ class Pipeline:
         self, prompt: str | Sequence[str], *, negative_prompt: str | Sequence[str] = "", steps: int = 25,
         guidance_scale: float = 7.5, seed: int | Sequence[int] | None = None, images_per_prompt: int = 1,
         height: int | None = None, width: int | None = None, scheduler: str | None = None, eta: float = 0.0,
-        image: ImageLike | Sequence[ImageLike] | None = None, strength: float = 0.8,
-        latents: Float32 | None = None, output: str = "pil", on_step: Callable[[Step], None] | None = None,
-        profile: Profile | None = None,
+        guidance_rescale: float = 0.0, guidance_interval: tuple[float, float] = (0.0, 1.0),
+        image: ImageLike | Sequence[ImageLike] | None = None, mask: ImageLike | Sequence[ImageLike] | None = None,
+        strength: float | None = None, weighting: bool = False, long_prompts: bool = False,
+        cache_interval: int = 1, latents: Float32 | None = None, output: str = "pil", on_step: OnStep | None = None,
+        cancel: Event | None = None, profile: Profile | None = None,
     ) -> Any:
         """Make images.
 
@@ -98,11 +88,22 @@ class Pipeline:
             height, width: pixels; by default the latents' or the initial image's, else the model's own size.
             scheduler: name of a sampling method; by default the bundle's.
             eta: share of fresh noise in DDIM's steps.
+            guidance_rescale: share of rescaling against overexposure, 0 to 1; see `guidance.Guidance`.
+            guidance_interval: first and last share of the steps under guidance; a step outside costs half.
             image: initial image, or one per prompt: a path, a Pillow image or an array; resized to height and width.
-            strength: share of the steps that an initial image goes through, above 0 and at most 1.
+            mask: white where the image is painted anew, black where it is kept; one, or one per prompt. It has the
+                image's shape and may have another size.
+            strength: share of the steps that an initial image goes through, above 0 and at most 1. By default 0.8, and
+                1 under a mask, where it starts from noise alone.
+            weighting: read `(word:1.3)`, `(word)` and `[word]` as weights; see `runtimes.weighting`.
+            long_prompts: read prompts that are too long for the text encoder in windows, instead of cutting them. The
+                U-Net must take that many tokens: build with --shapes sequence=...
+            cache_interval: compute the U-Net's deep layers at every so many steps only, and reuse them between; needs a
+                bundle built with --step-cache. 1 is every step; 3 is more than twice as fast.
             latents: (B, C, H/f, W/f) float32 of unit variance, used instead of the seeds' initial noise.
             output: "pil"; "numpy" for pixels in 0..1; "latents" for what would be decoded.
-            on_step: called after every step; what it raises ends the call.
+            on_step: called after every step; False ends the call with CancelledError, and so does what it raises.
+            cancel: ends the call with CancelledError at the next step once another thread sets it.
             profile: records where the time goes.
 
         Returns:
@@ -110,6 +111,7 @@ class Pipeline:
 
         Raises:
             InputError: an argument cannot be used; said before any network runs.
+            CancelledError: on_step or cancel ended the call.
             ParityError: the networks' numbers are not finite.
             UnavailableError: out of memory.
         """
@@ -117,27 +119,36 @@ class Pipeline:
         if output not in OUTPUTS:
             raise InputError(f"unknown output {output!r}", where="output", fix=f"one of {', '.join(OUTPUTS)}")
         sessions = _Sessions(self.sessions, profile)
+        if whole(cache_interval, "cache_interval") > 1 and SHALLOW not in self.sessions:
+            raise InputError("this bundle has no U-Net that reuses deep features", where="cache_interval",
+                             fix="leave it 1, or build with --step-cache")
+        guidance = Guidance(finite(guidance_scale, "guidance_scale"), finite(guidance_rescale, "guidance_rescale"),
+                            interval(guidance_interval))
+        share = (0.8 if mask is None else 1.0) if strength is None else finite(strength, "strength")
         run = self._scheduler(scheduler).start(
-            whole(steps, "steps"), 1.0 if image is None else finite(strength, "strength"), finite(eta, "eta"))
+            whole(steps, "steps"), 1.0 if image is None else share, finite(eta, "eta"))
         request = check_request(
             sessions, self.facts, prompt=prompt, negative_prompt=negative_prompt, images_per_prompt=images_per_prompt,
-            guidance_scale=guidance_scale, seed=seed, height=height, width=width, image=image, latents=latents)
-        result = self._generate(sessions, request, run, output, on_step)
+            guided=guidance.scale > 1, seed=seed, height=height, width=width, image=image, mask=mask, strength=share,
+            latents=latents)
+        style = PromptStyle(weighting, long_prompts)
+        with np.errstate(over="ignore", invalid="ignore"):  # every result is checked to be finite
+            result = self._generate(sessions, request, run, guidance, style, cache_interval, output, on_step, cancel)
         if profile is not None:
             profile.total_seconds += perf_counter() - start
         return result
 
     def _generate(
-        self, sessions: Mapping[str, Session], request: Request, run: Run, output: str,
-        on_step: Callable[[Step], None] | None,
+        self, sessions: Mapping[str, Session], request: Request, run: Run, guidance: Guidance, style: PromptStyle,
+        cache_interval: int, output: str, on_step: OnStep | None, cancel: Event | None,
     ) -> Any:
-        encoder = sessions["text_encoder"]
-        cond = embed(request.prompts, self._tokenize, encoder, self._cache)
-        uncond = embed(request.negatives, self._tokenize, encoder, self._cache) if request.negatives else None
-        predict = GuidedUnet(sessions["unet"], cond, uncond, request.guidance_scale)
+        embedder = Embedder(self._tokenize, sessions["text_encoder"], self._cache, style)
+        cond, uncond = embedder.pair(request.prompts, request.negatives)
         noise = NoiseStreams(request.seeds)
-        sample = self._initial(sessions, request, run, noise)
-        sample = denoise(predict, run, sample, noise, on_step)
+        start = begin(sessions, self.facts.scaling_factor, request, run, noise)
+        predict = GuidedUnet(sessions["unet"], cond, uncond, guidance, len(run.timesteps), extra=start.extra,
+                             shallow=sessions[SHALLOW] if cache_interval > 1 else None, cache_interval=cache_interval)
+        sample = denoise(predict, run, start, noise, on_step, cancel)
         if output == "latents":
             return sample
         decoder, factor = sessions["vae_decoder"], self.facts.scaling_factor
@@ -145,57 +156,25 @@ class Pipeline:
             return decode.decode(decoder, sample, factor)
         return to_pil(decode.decode_uint8(decoder, sample, factor))
 
-    def _initial(
-        self, sessions: Mapping[str, Session], request: Request, run: Run, noise: NoiseStreams
-    ) -> Float32:
-        """The noisy sample that denoising starts from: (B, C, H/f, W/f) float32."""
-        original: Float32 | None = None
-        if request.pictures is not None:
-            mean, deviation = decode.encode(sessions["vae_encoder"], request.pictures)
-            chosen = list(request.picture_of)
-            original = mean[chosen] + deviation[chosen] * noise.draw(request.latent_shape)
-            original *= np.float32(self.facts.scaling_factor)
-        fresh = noise.draw(request.latent_shape) if request.latents is None else request.latents
-        return fresh * np.float32(run.init_noise_sigma) if original is None else run.add_noise(original, fresh)
+    def preview(self, latents: Float32) -> NDArray[np.uint8]:
+        """A small picture of latents, for `Step.estimate`: one pixel for each latent, without the decoder.
+
+        The linear map from latents to colours is fitted to the bundle's own decoder at the first call, once.
+
+        Args:
+            latents: (B, C, H/f, W/f) float32.
+
+        Returns:
+            (B, H/f, W/f, 3) uint8.
+        """
+        if self._colours is None:
+            self._colours = fit(self.sessions["vae_decoder"], self.facts)
+        return self._colours.show(latents)
 
     def _scheduler(self, name: str | None) -> Scheduler:
         if name not in self._schedulers:
             self._schedulers[name] = from_config(self._config, name)
         return self._schedulers[name]
-
-
-def denoise(
-    predict: Callable[[Float32, float], Float32], run: Run, sample: Float32, noise: NoiseStreams,
-    on_step: Callable[[Step], None] | None = None,
-) -> Float32:
-    """Take every step of a run.
-
-    Args:
-        predict: (sample as the U-Net wants it, timestep) -> prediction of the same shape.
-        run: one run of a scheduler.
-        sample: (B, C, H/f, W/f) float32 at the run's first noise level.
-        noise: where steps that need fresh noise draw it.
-        on_step: called after every step.
-
-    Returns:
-        the denoised latents, same shape.
-
-    Raises:
-        ParityError: the latents are not finite any more.
-    """
-    timesteps = [float(t) for t in run.timesteps]
-    for i, timestep in enumerate(timesteps):
-        prediction = predict(run.scale_model_input(sample, i), timestep)
-        fresh = noise.draw(sample.shape[1:]) if run.needs_noise(i) else None
-        sample = run.step(prediction, i, sample, fresh)
-        if not np.isfinite(sample).all():
-            raise ParityError(f"the latents are not finite after step {i + 1} of {len(timesteps)}", where="unet",
-                              fix="build the U-Net in a higher precision")
-        if on_step is not None:
-            seen = sample.view()
-            seen.setflags(write=False)
-            on_step(Step(i, timestep, seen, len(timesteps)))
-    return sample
 
 
 class _Sessions(Mapping[str, Session]):

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from runtimes.batching import input_spec
 from runtimes.errors import InputError
-from runtimes.images import ImageLike, open_image, to_pixels
+from runtimes.images import ImageLike, open_image, to_mask, to_pixels
 from runtimes.manifest import PipelineFacts
 from runtimes.noise import resolve_seeds
 from runtimes.session import Session
@@ -33,26 +33,35 @@ class Request:
     Attributes:
         prompts, negatives: texts; `negatives` is empty where guidance is off.
         latent_shape: (C, H/f, W/f).
+        height, width: pixels.
         pictures: distinct initial images, (K, 3, H, W) float32 in -1..1, or None for text to image.
         picture_of: index into `pictures` for every image.
+        strength: share of the schedule that initial images go through; 1 starts from noise alone under a mask.
+        masks: distinct masks, (M, 1, H, W) float32, 1 where an image is painted anew, or None.
+        mask_of: index into `masks` for every image.
         latents: given initial noise, (B, C, H/f, W/f) float32 of unit variance, or None to draw it.
     """
 
     prompts: tuple[str, ...]
     negatives: tuple[str, ...]
     latent_shape: tuple[int, int, int]
-    guidance_scale: float
+    height: int
+    width: int
     seeds: tuple[int, ...]
     pictures: NDArray[np.float32] | None
     picture_of: tuple[int, ...]
+    strength: float
+    masks: NDArray[np.float32] | None
+    mask_of: tuple[int, ...]
     latents: NDArray[np.float32] | None
 
 
 def check_request(
     sessions: Mapping[str, Session], facts: PipelineFacts, *, prompt: str | Sequence[str],
-    negative_prompt: str | Sequence[str], images_per_prompt: int, guidance_scale: float,
+    negative_prompt: str | Sequence[str], images_per_prompt: int, guided: bool,
     seed: int | Sequence[int] | None, height: int | None, width: int | None,
-    image: ImageLike | Sequence[ImageLike] | None, latents: NDArray[np.float32] | None,
+    image: ImageLike | Sequence[ImageLike] | None, mask: ImageLike | Sequence[ImageLike] | None, strength: float,
+    latents: NDArray[np.float32] | None,
 ) -> Request:
     """Check a call's arguments; see `Pipeline.__call__` for their meaning.
 
@@ -69,19 +78,26 @@ def check_request(
     if len(negatives) != len(prompts):
         raise InputError(f"{len(negatives)} negative prompts for {len(prompts)} prompts", where="negative_prompt",
                          fix="give one, or one per prompt")
-    scale = finite(guidance_scale, "guidance_scale")
-    pictures = [] if image is None else _pictures(image, len(prompts))
+    pictures = [] if image is None else _pictures(image, len(prompts), "image")
+    masks = [] if mask is None else _pictures(mask, len(prompts), "mask")
+    if masks and not pictures:
+        raise InputError("a mask without an image", where="mask", fix="give the image that it lies over")
     height, width = _size(facts, sessions, height, width, pictures, latents)
     shape = facts.latent_channels, height // facts.vae_scale_factor, width // facts.vae_scale_factor
     count = len(prompts) * copies
     return Request(
         prompts=_repeated(prompts, copies),
-        negatives=_repeated(negatives, copies) if scale > 1 else (),
+        negatives=_repeated(negatives, copies) if guided else (),
         latent_shape=shape,
-        guidance_scale=scale,
+        height=height,
+        width=width,
         seeds=resolve_seeds(seed, count),
         pictures=np.stack([to_pixels(p, height, width) for p in pictures]) if pictures else None,
-        picture_of=(0,) * count if len(pictures) == 1 else _repeated(range(len(pictures)), copies),
+        picture_of=_spread(len(pictures), count, copies),
+        strength=strength,
+        masks=np.stack([to_mask(m, pictures[min(i, len(pictures) - 1)], height, width) for i, m in enumerate(masks)])
+        if masks else None,
+        mask_of=_spread(len(masks), count, copies),
         latents=None if latents is None else check_latents(latents, (count, *shape)),
     )
 
@@ -168,6 +184,19 @@ def finite(value: Any, where: str) -> float:
     return number
 
 
+def interval(value: Any) -> tuple[float, float]:
+    """Two finite numbers.
+
+    Raises:
+        InputError: anything else.
+    """
+    try:
+        first, last = value
+    except (TypeError, ValueError):
+        raise InputError(f"{value!r} is not a pair of numbers", where="guidance_interval", fix="(0, 1)") from None
+    return finite(first, "guidance_interval"), finite(last, "guidance_interval")
+
+
 def _texts(value: object, what: str) -> tuple[str, ...]:
     if isinstance(value, str) or not isinstance(value, Sequence):
         check_text(value, what)
@@ -182,12 +211,17 @@ def _repeated(values: Sequence[Any], copies: int) -> tuple[Any, ...]:
     return tuple(value for value in values for _ in range(copies))
 
 
-def _pictures(image: ImageLike | Sequence[ImageLike], prompts: int) -> list[Image]:
+def _spread(distinct: int, count: int, copies: int) -> tuple[int, ...]:
+    """Which of one or of several pictures belongs to each of `count` images."""
+    return (0,) * count if distinct == 1 else _repeated(range(distinct), copies)
+
+
+def _pictures(image: ImageLike | Sequence[ImageLike], prompts: int, what: str) -> list[Image]:
     several = isinstance(image, Sequence) and not isinstance(image, str)
     sources: Sequence[Any] = image if several else [image]  # type: ignore[assignment]
     if len(sources) not in (1, prompts):
-        raise InputError(f"{len(sources)} images for {prompts} prompts", where="image", fix="give one, or one each")
-    return [open_image(source) for source in sources]
+        raise InputError(f"{len(sources)} {what}s for {prompts} prompts", where=what, fix="give one, or one each")
+    return [open_image(source, what) for source in sources]
 
 
 def _size(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,6 +98,47 @@ class ClipTokenizer:
                 logger.warning("the prompt is longer than %d tokens; this part of it was cut: %r",
                                self.tokens, text[start:])
         return ids
+
+
+    def windows(self, fragments: Sequence[tuple[str, float]]) -> list[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+        """Tokenize a prompt of any length into rows of their own markers, `tokens` - 2 tokens of text each.
+
+        Args:
+            fragments: pieces of text with their weights; a border between two is one between words.
+
+        Returns:
+            at least one window: (tokens,) int64 ids and the weight of each, (tokens,) float32, 1 for markers.
+
+        Raises:
+            InputError: as `__call__`.
+        """
+        ids: list[int] = []
+        weights: list[float] = []
+        for text, weight in fragments:
+            check_text(text)
+            found = self._endless.encode(text, add_special_tokens=False).ids
+            ids += found
+            weights += [weight] * len(found)
+        (start, end), room = self._tokenizer.encode("").ids[:2], self.tokens - 2
+        windows = []
+        for first in range(0, max(len(ids), 1), room):
+            part, own = ids[first : first + room], weights[first : first + room]
+            row = np.full(self.tokens, self.pad_id, np.int64)
+            row[: len(part) + 2] = [start, *part, end]
+            scale = np.ones(self.tokens, np.float32)
+            scale[1 : len(part) + 1] = own
+            windows.append((row, scale))
+        return windows
+
+    @cached_property
+    def _endless(self) -> Tokenizer:
+        """The same tokenizer without padding and cutting."""
+        from tokenizers import Tokenizer
+
+        copy = Tokenizer.from_str(self._tokenizer.to_str())
+        copy.no_padding()
+        copy.no_truncation()
+        return copy
 
 
 def check_text(text: object, what: str = "the prompt") -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from deploy.parity.shapes import Run
 from deploy.parity.store import Store
 from runtimes.bundle import Bundle
 from runtimes.errors import InputError
+from runtimes.guidance import SHALLOW
 from runtimes.manifest import Component, to_json
 from runtimes.session import Session
 
@@ -134,7 +135,8 @@ class Reference:
         try:
             for index, run in enumerate(runs):
                 pipeline = assemble_pipeline(recorders, self.bundle)  # a new one: a cache would hide repeated prompts
-                draw(pipeline, _recording_request(run, options))
+                interval = 2 if SHALLOW in sessions else 1  # so that both of the U-Net's entries are called
+                draw(pipeline, replace(_recording_request(run, options), cache_interval=interval))
                 key = {**self._recording_key(runs, options), "kind": "recording", "run": index}
                 for name, recorder in recorders.items():
                     calls = recorder.calls

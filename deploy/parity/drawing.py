@@ -26,6 +26,7 @@ class DrawRequest:
         height, width: pixels; the pipeline's default if None.
         images_at_once: how many pictures share a batch.
         keep_latents: whether the latents of every step are wanted.
+        cache_interval: see `Pipeline.__call__`.
     """
 
     prompts: tuple[str, ...]
@@ -37,6 +38,7 @@ class DrawRequest:
     width: int | None = None
     images_at_once: int = 8
     keep_latents: bool = True
+    cache_interval: int = 1
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,8 @@ def _draw_batch(pipeline: Pipeline, request: DrawRequest) -> Drawing:
 
     images = pipeline(
         request.prompts, steps=request.steps, guidance_scale=request.guidance_scale, seed=request.seed,
-        height=request.height, width=request.width, scheduler=request.scheduler, output="numpy",
+        height=request.height, width=request.width, scheduler=request.scheduler, cache_interval=request.cache_interval,
+        output="numpy",
         on_step=keep if request.keep_latents else None,
     )
     return Drawing(np.stack(latents) if latents else np.empty(0, np.float32), images)

@@ -4,6 +4,7 @@ PASSES: dict[str, str] = {
     "load": "deploy.passes.load:Load",
     "export": "deploy.passes.export:Export",
     "optimize": "deploy.passes.optimize:Optimize",
+    "quantize": "deploy.passes.quantize:Quantize",
     "precision": "deploy.passes.precision:Precision",
     "engine": "deploy.passes.engine:Engine",
     "openvino": "deploy.passes.openvino:OpenVino",

@@ -27,7 +27,7 @@ class Engine(Pass):
     """One engine per component. Which builder, which GPUs and what was refused stands in the component's details."""
 
     name: ClassVar[str] = "engine"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     libraries: ClassVar[tuple[str, ...]] = ("tensorrt", "tensorrt-rtx")
     verify: ClassVar[bool] = True
 
@@ -62,6 +62,7 @@ class Engine(Pass):
 
     def run(self, step: Step, name: str, source: Bundle, out: Path) -> Component:
         """Compile one graph in a process of its own."""
+        from exporters.onnx_quantizers import find_quantizers
         from exporters.tensorrt_from_onnx import build_engine
         from exporters.tensorrt_options import EngineOptions
 
@@ -74,6 +75,8 @@ class Engine(Pass):
                               timing_cache=timing_cache(options, step.config["gpu"]))
         details = {**before.details, **report.to_json(), "options": step.config["options"], "gpu": step.config["gpu"],
                    "compiled_component_sha256": before.sha256, "executed": False, "not_executed": NOT_EXECUTED}
+        if (quantizers := find_quantizers(source.file(before.file))).inputs:
+            details["quantizers"] = quantizers.to_json()
         if options.stripped or options.refittable:
             for file in before.files:
                 link_or_copy(source.path / file, out / file)

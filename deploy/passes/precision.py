@@ -26,19 +26,20 @@ class Precision(Pass):
     verify: ClassVar[bool] = True
 
     def plan(self, before: Manifest, spec: BuildSpec) -> Planned:
-        """Every float32 graph, when the spec says fp16."""
-        if spec.precision != "fp16":
+        """Every float32 graph when the spec says fp16; for TensorRT also what INT8 left in float32."""
+        mode = MODES[spec.target]
+        beside_integers = spec.precision == "int8" and mode == "compute"
+        if spec.precision != "fp16" and not beside_integers:
             return Skip(f"the build is {spec.precision}")
         for name, component in before.components.items():
             if component.format != "onnx":
                 raise InputError(f"{name} is {component.format}, expected onnx", where="pass precision",
                                  fix="precision comes after export and before engine")
-        mode = MODES[spec.target]
         config = {"precision": "fp16", "mode": mode, "keep": list(spec.keep)}
-        chosen = [n for n, c in before.components.items() if c.precision == "fp32"]
+        chosen = [n for n, c in before.components.items() if beside_integers or c.precision == "fp32"]
         if not chosen:
             return Skip("every component is below float32 already")
-        components = {n: replace(c, precision="fp16", files={}) if n in chosen else c
+        components = {n: replace(c, precision="int8" if beside_integers else "fp16", files={}) if n in chosen else c
                       for n, c in before.components.items()}
         step = Step(self.name, self.version, config, {n: (n,) for n in chosen},
                     replace(before, components=components), f"float16, {mode}")

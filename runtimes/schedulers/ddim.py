@@ -12,7 +12,7 @@ import numpy as np
 
 from runtimes.errors import InputError
 from runtimes.schedulers.prediction import to_epsilon, to_original
-from runtimes.schedulers.settings import RunBase, Settings, levels_of, required
+from runtimes.schedulers.settings import RunBase, Settings, required
 from runtimes.schedulers.sigmas import Float32
 
 
@@ -35,42 +35,37 @@ class Ddim(Settings):
 
 
 class DdimRun(RunBase):
-    """One run of DDIM."""
+    """One run of DDIM. The numbers of every step are computed once, ahead of the loop."""
 
     def __init__(self, scheduler: Ddim, steps: int, first: int, eta: float) -> None:
         """Leave out the `first` of `steps` steps."""
         timesteps = scheduler.whole_timesteps(steps)[first:]
-        super().__init__(timesteps, scheduler.levels(int(timesteps[0])))
+        super().__init__(timesteps, [scheduler.levels(int(t)) for t in timesteps])
         self._scheduler = scheduler
-        self._eta = eta
-        self._stride = scheduler.num_train_timesteps // steps
+        stride = scheduler.num_train_timesteps // steps
+        now = [float(scheduler.alphas_cumprod[t]) for t in timesteps]
+        self._after = [self._signal(int(t) - stride) for t in timesteps]
+        # sigma_t(eta)^2, eq. 16
+        self._variances = [eta**2 * (1 - b) / (1 - a) * (1 - a / b) for a, b in zip(now, self._after, strict=True)]
 
     def needs_noise(self, i: int) -> bool:
         """Whether eta adds noise at step i, which it does except where no noise is left to the sample."""
-        return self._variance(i) > 0
+        return self._variances[i] > 0
 
     def step(self, model_output: Float32, i: int, sample: Float32, noise: Float32 | None = None) -> Float32:
         """Eq. 12: predicted x_0, plus the direction pointing to x_t, plus sigma_t(eta) times fresh noise."""
         config = self._scheduler
-        alpha, sigma = levels_of(self._signal(i))
+        alpha, sigma = self._levels[i]
         original = to_original(config.prediction_type, model_output, sample, alpha, sigma)
         epsilon = to_epsilon(config.prediction_type, model_output, sample, alpha, sigma)
         if config.clip_sample:
             original = np.clip(original, -config.clip_sample_range, config.clip_sample_range)
-        variance, signal = self._variance(i), self._signal_after(i)
+        variance, signal = self._variances[i], self._after[i]
         previous = math.sqrt(signal) * original + math.sqrt(max(1 - signal - variance, 0.0)) * epsilon
         return previous + math.sqrt(variance) * required(noise) if variance > 0 else previous
 
-    def _signal(self, i: int) -> float:
-        return float(self._scheduler.alphas_cumprod[self.timesteps[i]])
-
-    def _signal_after(self, i: int) -> float:
-        timestep = int(self.timesteps[i]) - self._stride
+    def _signal(self, timestep: int) -> float:
+        """Share of signal variance that a step to `timestep` leads to."""
         if timestep < 0 and self._scheduler.set_alpha_to_one:
             return 1.0
         return float(self._scheduler.alphas_cumprod[max(timestep, 0)])
-
-    def _variance(self, i: int) -> float:
-        """sigma_t(eta)^2, eq. 16."""
-        now, after = self._signal(i), self._signal_after(i)
-        return self._eta**2 * (1 - after) / (1 - now) * (1 - now / after)

@@ -78,7 +78,7 @@ class EulerRun(RunBase):
         largest = float(levels.max())
         if scheduler.timestep_spacing == "leading":  # which starts below the noise level of the last training step
             largest = (largest**2 + 1) ** 0.5
-        super().__init__(timesteps[first:], (1.0, float(levels[first])), largest)
+        super().__init__(timesteps[first:], [(1.0, float(level)) for level in levels[first:-1]], largest)
         self._kind = scheduler.prediction_type
         self._sigmas: Float32 = levels[first:].astype(np.float32)
 

@@ -62,7 +62,7 @@ class LcmRun(RunBase):
 
     def __init__(self, scheduler: Lcm, timesteps: npt.NDArray[np.int64]) -> None:
         """Take the steps at `timesteps`, (n,) int64 descending."""
-        super().__init__(timesteps, scheduler.levels(int(timesteps[0])))
+        super().__init__(timesteps, [scheduler.levels(int(t)) for t in timesteps])
         self._scheduler = scheduler
 
     def needs_noise(self, i: int) -> bool:

@@ -96,7 +96,8 @@ class MultistepRun(RunBase):
         self._sigmas = [float(level) for level in levels[first:].astype(np.float32)]
         self._alphas = [1 / math.hypot(sigma, 1) for sigma in self._sigmas]
         self._lambdas = [-math.log(sigma) if sigma > 0 else math.inf for sigma in self._sigmas]
-        super().__init__(timesteps[first:], (self._alphas[0], self._alphas[0] * self._sigmas[0]))
+        levels_of_steps = [(a, a * s) for a, s in zip(self._alphas[:-1], self._sigmas[:-1], strict=True)]
+        super().__init__(timesteps[first:], levels_of_steps)
         self._kind = scheduler.prediction_type
         self._first, self._total = first, len(timesteps)
         self._memory = scheduler.solver_order

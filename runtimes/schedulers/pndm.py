@@ -57,7 +57,7 @@ class PndmRun(RunBase):
 
     def __init__(self, scheduler: Pndm, timesteps: npt.NDArray[np.int64], stride: int) -> None:
         """Call the model at `timesteps`; a step spans `stride` of them."""
-        super().__init__(timesteps, scheduler.levels(int(timesteps[0])))
+        super().__init__(timesteps, [scheduler.levels(int(t)) for t in timesteps])
         self._scheduler = scheduler
         self._stride = stride
         self._outputs: list[Float32] = []  # newest last, four at most

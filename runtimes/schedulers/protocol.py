@@ -47,8 +47,16 @@ class Run(Protocol):
         """The sample after step i. `noise` is standard normal, drawn by the caller, where `needs_noise(i)`."""
         ...
 
-    def add_noise(self, original: Float32, noise: Float32) -> Float32:
-        """`original` diffused to the noise level of the run's first timestep; `noise` is standard normal."""
+    def add_noise(self, original: Float32, noise: Float32, i: int = 0) -> Float32:
+        """`original` diffused to the noise level of the run's timestep i; `noise` is standard normal."""
+        ...
+
+    def estimate(self, sample: Float32, i: int) -> Float32:
+        """The clean sample to expect from `sample` at the noise level of timestep i (n: after the last step).
+
+        Wiener's estimate: latents of unit variance under x_t = alpha x_0 + sigma noise have the mean
+        alpha / (alpha^2 + sigma^2) x_t. Good enough to look at; sampling does not use it.
+        """
         ...
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from types import MappingProxyType
@@ -156,8 +156,10 @@ class Settings:
 class RunBase:
     """The frame of a run; see `protocol.Run`."""
 
-    def __init__(self, timesteps: Timesteps, levels: tuple[float, float], init_noise_sigma: float = 1.0) -> None:
-        """`levels` are the factors of signal and noise at the first of `timesteps`."""
+    def __init__(
+        self, timesteps: Timesteps, levels: Sequence[tuple[float, float]], init_noise_sigma: float = 1.0
+    ) -> None:
+        """`levels` are the factors of signal and noise at each of `timesteps`."""
         self.timesteps = timesteps
         self.init_noise_sigma = init_noise_sigma
         self._levels = levels
@@ -171,10 +173,17 @@ class RunBase:
         """False: the method is deterministic."""
         return False
 
-    def add_noise(self, original: Float32, noise: Float32) -> Float32:
-        """`original` at the noise level of the first timestep."""
-        signal, level = self._levels
+    def add_noise(self, original: Float32, noise: Float32, i: int = 0) -> Float32:
+        """`original` at the noise level of timestep i."""
+        signal, level = self._levels[i]
         return signal * original + level * noise
+
+    def estimate(self, sample: Float32, i: int) -> Float32:
+        """The clean sample to expect from `sample` at the noise level of timestep i; see `protocol.Run`."""
+        if i == len(self._levels):
+            return sample
+        signal, level = self._levels[i]
+        return (signal / (signal**2 + level**2)) * sample
 
     def _in_order(self, i: int) -> None:
         """Multistep methods are wrong when a step is skipped or repeated."""

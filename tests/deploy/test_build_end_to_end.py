@@ -227,3 +227,31 @@ def test_doctor_says_what_is_missing_and_what_to_do(cli: Cli):
     assert findings["run"]["cpu"]["available"]
     for section in ("build", "run"):
         assert all(f["available"] or f["fix"] for f in findings[section].values())
+
+
+def test_a_mask_repaints_a_part_and_a_preview_is_written(reference_bundle: Path, cli: Cli):
+    from PIL import Image
+
+    assert cli("generate", reference_bundle, "a dog", "--steps", "4", "-o", "dog.png").code == 0
+    Image.new("L", (128, 128), 255).save("mask.png")
+    options = ("a (fox:1.2)", "--image", "dog.png", "--mask", "mask.png", "--steps", "4", "--weighting",
+               "--guidance-interval", "0.25:1", "--guidance-rescale", "0.5", "--preview", "preview.png")
+    assert cli("generate", reference_bundle, *options, "-o", "fox.png").code == 0
+    with Image.open("preview.png") as preview, Image.open("fox.png") as fox:
+        assert preview.size == fox.size == (64, 64)
+    assert_refused(cli("generate", reference_bundle, "a dog", "--mask", "mask.png"), "without an image")
+    assert_refused(cli("generate", reference_bundle, "a dog", "--guidance-interval", "1"), "first:last")
+
+
+def test_a_png_says_how_it_was_made_unless_told_not_to(reference_bundle: Path, cli: Cli):
+    from PIL import Image
+
+    from runtimes.bundle import Bundle
+
+    options = ("ein Bär", "--steps", "2", "--seed", "7")
+    assert cli("generate", reference_bundle, *options, "-o", "told.png").code == 0
+    assert cli("generate", reference_bundle, *options, "--no-metadata", "-o", "silent.png").code == 0
+    with Image.open("told.png") as told, Image.open("silent.png") as silent:
+        assert told.info == {"prompt": "ein Bär", "seed": "7", "steps": "2", "software": "ldm-deploy",
+                             "bundle": Bundle.open(reference_bundle).manifest.digest}
+        assert silent.info == {} and told.tobytes() == silent.tobytes()

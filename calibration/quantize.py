@@ -1,0 +1,250 @@
+"""Q/DQ placement: a float32 ONNX graph to one with 8-bit weights and, where a layer is assigned so, activations.
+
+Explicit Q/DQ in ONNX's own operators, which ONNX Runtime, OpenVINO and TensorRT all read. Weights are symmetric int8
+with a scale for each output channel (Krishnamoorthi, arXiv 1806.08342) and are stored as int8: the file shrinks.
+Nothing is placed around the products, softmax and sums inside attention, where it would break their fused kernels.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+from onnx_ir.passes import common
+
+from calibration.layers import DYNAMIC, FLOAT, STATIC, Layer, find_layers
+from calibration.ranges import Range, Scheme
+from runtimes.bundle import translated_disk_errors
+
+EXTERNAL_ABOVE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class QuantizeReport:
+    """What was placed.
+
+    Attributes:
+        assignment: node -> "float", "w8", "w8a8" or "w8a8-dynamic".
+        parameters: precision -> number of weights of layers in it.
+        bytes_before, bytes_after: of all initializers.
+    """
+
+    assignment: Mapping[str, str]
+    parameters: Mapping[str, int]
+    bytes_before: int
+    bytes_after: int
+
+    def to_json(self) -> dict[str, Any]:
+        """For the manifest's details."""
+        counts = Counter(self.assignment.values())
+        return {"layers": dict(sorted(counts.items())), "parameters": dict(sorted(self.parameters.items())),
+                "precision_map": dict(sorted(self.assignment.items())),
+                "weight_bytes": [self.bytes_before, self.bytes_after]}
+
+
+def tensors_to_observe(model: ir.Model, assignment: Mapping[str, str], scheme: Scheme) -> list[str]:
+    """Names of the tensors whose ranges `quantize` needs."""
+    chosen = [layer for layer in find_layers(model) if assignment[layer.node] == STATIC]
+    names = [layer.source for layer in chosen]
+    if scheme.quantize_outputs:
+        names += [layer.result for layer in chosen if layer.op_type == "Conv"]
+    return list(dict.fromkeys(names))
+
+
+def quantize(source: Path, destination: Path, assignment: Mapping[str, str], ranges: Mapping[str, Range],
+             scheme: Scheme) -> QuantizeReport:
+    """Quantize a graph.
+
+    Args:
+        source: float32 graph; external weights are memory-mapped and converted one at a time while writing.
+        destination: written whole or not at all.
+        assignment: from `layers.assign`, for every layer.
+        ranges: of `tensors_to_observe`.
+        scheme: integers of the target.
+
+    Raises:
+        UnavailableError: the disk is full.
+    """
+    model = ir.load(source)
+    before = _weight_bytes(model)
+    report = rewrite(model, assignment, ranges, scheme)
+    save(model, destination)
+    return QuantizeReport(dict(assignment), report, before, _weight_bytes(model))
+
+
+def rewrite(model: ir.Model, assignment: Mapping[str, str], ranges: Mapping[str, Range], scheme: Scheme,
+            ) -> dict[str, int]:
+    """Place Q/DQ in a model; gives precision -> number of weights."""
+    writer = _Writer(model, ranges, scheme)
+    nodes = {node.name: node for node in model.graph}
+    parameters: Counter[str] = Counter()
+    for layer in find_layers(model):
+        precision = assignment[layer.node]
+        parameters[precision] += layer.parameters
+        node = nodes[layer.node]
+        if precision == DYNAMIC:
+            writer.dynamic(node, layer)
+        elif precision != FLOAT:
+            if precision == STATIC:
+                writer.input(node)
+            writer.weight(node, layer)
+            if precision == STATIC and scheme.quantize_outputs and layer.op_type == "Conv":
+                writer.output(node)
+    for name, value in list(model.graph.initializers.items()):
+        if not value.uses() and not value.is_graph_output():
+            del model.graph.initializers[name]
+    common.TopologicalSortPass()(model)
+    return dict(parameters)
+
+
+def save(model: ir.Model, destination: Path) -> None:
+    """Write a graph; weights above 1 GiB go to `<name>.data` beside it.
+
+    Raises:
+        UnavailableError: the disk is full.
+    """
+    external = f"{destination.name}.data" if _weight_bytes(model) > EXTERNAL_ABOVE_BYTES else None
+    if external is None:
+        ir.external_data.load_to_model(model)
+    with translated_disk_errors(destination):
+        ir.save(model, destination, external_data=external)
+
+
+def _weight_bytes(model: ir.Model) -> int:
+    return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+
+
+def weight_scale(weight: NDArray[Any], axis: int, limit: int) -> NDArray[np.float32]:
+    """Scale of each output channel: its largest magnitude is the integer `limit`."""
+    others = tuple(a for a in range(weight.ndim) if a != axis)
+    scale: NDArray[np.float32] = np.maximum(np.abs(weight).max(axis=others) / limit, 1e-10).astype(np.float32)
+    return scale
+
+
+def to_integers(weight: NDArray[Any], scale: NDArray[np.float32], axis: int, limit: int) -> NDArray[np.int8]:
+    """The weight's integers; times `scale` along `axis` they are the weight again, rounded."""
+    shape = [-1 if a == axis else 1 for a in range(weight.ndim)]
+    integers: NDArray[np.int8] = np.clip(np.round(weight / scale.reshape(shape)), -limit, limit).astype(np.int8)
+    return integers
+
+
+class _Writer:
+    """Places nodes in one model; activations and weights that several layers read are quantized once."""
+
+    def __init__(self, model: ir.Model, ranges: Mapping[str, Range], scheme: Scheme) -> None:
+        self._model, self._ranges, self._scheme = model, ranges, scheme
+        self._activations: dict[ir.Value, ir.Value] = {}
+        self._weights: dict[str, ir.Value] = {}
+        self._dynamic: dict[ir.Value, tuple[ir.Value, ir.Value, ir.Value]] = {}
+
+    def input(self, node: ir.Node) -> None:
+        """Quantize what a layer reads."""
+        value = node.inputs[0]
+        assert value is not None
+        if value in self._activations.values():
+            return  # a convolution's output, quantized already
+        if value not in self._activations:
+            self._activations[value] = self._pair(value, value.producer())
+        node.replace_input_with(0, self._activations[value])
+
+    def output(self, node: ir.Node) -> None:
+        """Quantize what a layer gives, for all of its readers."""
+        value = node.outputs[0]
+        if value.is_graph_output():
+            return
+        uses = tuple(value.uses())
+        result = self._activations[value] = self._pair(value, node)
+        for use in uses:
+            use.node.replace_input_with(use.idx, result)
+
+    def weight(self, node: ir.Node, layer: Layer) -> None:
+        """Replace a weight by its integers and a DequantizeLinear."""
+        if layer.weight not in self._weights:
+            integers, scale = self._integers(layer)
+            scales = self._constant(f"{layer.weight}/scale", scale)
+            zeros = self._constant(f"{layer.weight}/zero", np.zeros(scale.shape, np.int8))
+            dequantize = self._node("DequantizeLinear", [integers, scales, zeros], f"{layer.weight}/dequantized", None,
+                                    {"axis": layer.axis})
+            self._weights[layer.weight] = dequantize.outputs[0]
+        node.replace_input_with(1, self._weights[layer.weight])
+
+    def dynamic(self, node: ir.Node, layer: Layer) -> None:
+        """x W -> MatMulInteger of x quantized to its own range in each call, times both scales."""
+        value, result = node.inputs[0], node.outputs[0]
+        assert value is not None
+        if value not in self._dynamic:
+            made = self._node("DynamicQuantizeLinear", [value], f"{value.name}/dynamic", value.producer(), {},
+                              outputs=3)
+            made.outputs[0].dtype = made.outputs[2].dtype = ir.DataType.UINT8
+            made.outputs[1].dtype = ir.DataType.FLOAT
+            self._dynamic[value] = made.outputs[0], made.outputs[1], made.outputs[2]
+        integers, scale, zero = self._dynamic[value]
+        weight, weight_scales = self._integers(layer)
+        product = self._node("MatMulInteger", [integers, weight, zero], f"{result.name}/int32", node, {},
+                             dtype=ir.DataType.INT32)
+        cast = self._node("Cast", [product.outputs[0]], f"{result.name}/float", product,
+                          {"to": int(ir.DataType.FLOAT)})
+        factor = self._node("Mul", [scale, self._constant(f"{layer.weight}/scale", weight_scales)],
+                            f"{result.name}/scale", cast, {})
+        scaled = self._node("Mul", [cast.outputs[0], factor.outputs[0]], f"{result.name}/scaled", factor, {})
+        if result.is_graph_output():
+            scaled.outputs[0].name, result.name = result.name, None
+            scaled.outputs[0].shape = result.shape
+        ir.convenience.replace_all_uses_with(result, scaled.outputs[0], replace_graph_outputs=True)
+        self._model.graph.remove(node, safe=True)
+
+    def _integers(self, layer: Layer) -> tuple[ir.Value, NDArray[np.float32]]:
+        tensor = self._model.graph.initializers[layer.weight].const_value
+        assert tensor is not None
+        limit, axis, name = self._scheme.weight_limit, layer.axis, f"{layer.weight}/int8"
+        scale = weight_scale(tensor.numpy(), axis, limit)
+        if name not in self._model.graph.initializers:
+            def convert() -> ir.TensorProtocol:
+                return ir.Tensor(to_integers(tensor.numpy(), scale, axis, limit), name=name)
+
+            shape = ir.Shape([int(n) for n in tensor.shape.numpy()])
+            self._register(name, ir.LazyTensor(convert, ir.DataType.INT8, shape, name=name), shape)
+        return self._model.graph.initializers[name], scale
+
+    def _pair(self, value: ir.Value, after: ir.Node | None) -> ir.Value:
+        """QuantizeLinear and DequantizeLinear behind a value."""
+        scale, zero = self._scheme.scale_and_zero(*self._ranges[value.name or ""])
+        dtype: Any = np.int8 if self._scheme.signed else np.uint8
+        scales = self._constant(f"{value.name}/scale", np.asarray(scale))
+        zeros = self._constant(f"{value.name}/zero", np.asarray(zero, dtype))
+        quantized = self._node("QuantizeLinear", [value, scales, zeros], f"{value.name}/quantized", after, {},
+                               dtype=ir.DataType.INT8 if self._scheme.signed else ir.DataType.UINT8)
+        back = self._node("DequantizeLinear", [quantized.outputs[0], scales, zeros], f"{value.name}/dequantized",
+                          quantized, {})
+        for made in (quantized, back):
+            made.outputs[0].shape = value.shape
+        return back.outputs[0]
+
+    def _node(self, op_type: str, inputs: list[ir.Value], name: str, after: ir.Node | None, attributes: dict[str, Any],
+              *, dtype: ir.DataType = ir.DataType.FLOAT, outputs: int = 1) -> ir.Node:
+        node = ir.node(op_type, inputs, attributes, num_outputs=outputs, name=name)
+        for number, output in enumerate(node.outputs):
+            output.name, output.dtype = name if outputs == 1 else f"{name}/{number}", dtype
+        graph = self._model.graph
+        if after is None:
+            graph.insert_before(graph[0], node)
+        else:
+            graph.insert_after(after, node)
+        return node
+
+    def _constant(self, name: str, array: NDArray[Any]) -> ir.Value:
+        if name not in self._model.graph.initializers:
+            self._register(name, ir.tensor(array, name=name), ir.Shape(list(array.shape)))
+        return self._model.graph.initializers[name]
+
+    def _register(self, name: str, tensor: ir.TensorProtocol, shape: ir.Shape) -> None:
+        value = ir.Value(name=name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+        self._model.graph.register_initializer(value)
+
+

@@ -1,0 +1,85 @@
+"""The loop over the steps of a run, with its hook and its two ways out: finished, or cancelled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from threading import Event
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtimes.batching import all_finite
+from runtimes.errors import CancelledError, ParityError
+from runtimes.noise import NoiseStreams
+from runtimes.schedulers import Run
+from runtimes.start import Start
+
+Float32 = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What `on_step` is told after every denoising step.
+
+    Attributes:
+        index: 0 to total - 1.
+        timestep: what the U-Net was told.
+        latents: (B, C, H/f, W/f) float32 after the step, read-only.
+        total: number of steps of this call.
+        estimate: what the latents will be when all noise is gone, as far as they tell; `Pipeline.preview` shows it.
+    """
+
+    index: int
+    timestep: float
+    latents: Float32
+    total: int
+    estimate: Float32
+
+
+OnStep = Callable[[Step], bool | None]
+
+
+def denoise(
+    predict: Callable[[Float32, float, int], Float32], run: Run, start: Start, noise: NoiseStreams,
+    on_step: OnStep | None = None, cancel: Event | None = None,
+) -> Float32:
+    """Take every step of a run.
+
+    Args:
+        predict: (sample as the U-Net wants it, timestep, step) -> prediction of the same shape.
+        run: one run of a scheduler.
+        start: the sample at the run's first noise level, (B, C, H/f, W/f) float32, and what of it is kept.
+        noise: where steps that need fresh noise draw it.
+        on_step: called after every step; False ends the run, as does what it raises.
+        cancel: once set, ends the run at the next step.
+
+    Returns:
+        the denoised latents, same shape.
+
+    Raises:
+        CancelledError: the run was ended.
+        ParityError: the latents are not finite any more.
+    """
+    sample, timesteps = start.sample, [float(t) for t in run.timesteps]
+    for i, timestep in enumerate(timesteps):
+        if cancel is not None and cancel.is_set():
+            raise CancelledError(i, len(timesteps))
+        prediction = predict(run.scale_model_input(sample, i), timestep, i)
+        fresh = noise.draw(sample.shape[1:]) if run.needs_noise(i) else None
+        sample = run.step(prediction, i, sample, fresh)
+        if start.kept is not None:
+            sample = start.kept.put_back(sample, run, i)
+        if not all_finite(sample):
+            raise ParityError(f"the latents are not finite after step {i + 1} of {len(timesteps)}", where="unet",
+                              fix="build the U-Net in a higher precision")
+        if on_step is not None and on_step(_told(run, i, timestep, sample)) is False:
+            raise CancelledError(i + 1, len(timesteps))
+    return sample
+
+
+def _told(run: Run, i: int, timestep: float, sample: Float32) -> Step:
+    latents, estimate = sample.view(), run.estimate(sample, i + 1).view()
+    for array in (latents, estimate):
+        array.setflags(write=False)
+    return Step(i, timestep, latents, len(run.timesteps), estimate)

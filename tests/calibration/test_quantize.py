@@ -1,0 +1,127 @@
+"""Q/DQ placement: sizes, accuracy, what is left alone, and that every target can read it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+
+from calibration.layers import assign, check_patterns, find_layers, matching
+from calibration.observe import compare, observe
+from calibration.quantize import quantize, tensors_to_observe
+from calibration.ranges import Scheme, estimate
+from runtimes.errors import InputError
+from tests.calibration.graphs import calls, write_graph
+
+ORT, OPENVINO, TENSORRT = Scheme(quantize_outputs=True), Scheme(), Scheme(signed=True)
+
+
+def load(file: Path):
+    import onnx_ir as ir
+
+    return ir.load(file)
+
+
+def quantized(source: Path, recipe: str, scheme: Scheme, keep: tuple[str, ...] = ()) -> Path:
+    assignment = assign(find_layers(load(source)), recipe, keep)
+    tensors = tensors_to_observe(load(source), assignment, scheme)
+    seen = observe(source, tensors, calls, histograms=True)
+    destination = source.with_name(f"{recipe}-{scheme.signed}-{scheme.quantize_outputs}.onnx")
+    quantize(source, destination, assignment, estimate(seen, "mse", scheme), scheme)
+    onnx.checker.check_model(str(destination), full_check=True)
+    return destination
+
+
+@pytest.fixture
+def graph(tmp_path: Path) -> Path:
+    return write_graph(tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize("scheme", [ORT, OPENVINO, TENSORRT], ids=["onnxruntime", "openvino", "tensorrt"])
+@pytest.mark.parametrize("recipe", ["hybrid", "static", "weight-only"])
+def test_a_quantized_graph_is_small_and_close_to_the_original(graph, recipe, scheme):
+    result = quantized(graph, recipe, scheme)
+    assert result.stat().st_size < 0.45 * graph.stat().st_size  # a graph this small has names and biases to carry
+    # on calls it was not calibrated on
+    assert 0 < compare(graph, result, lambda: calls(4, seed=9)) < 0.06
+
+
+def test_dynamic_quantizes_products_and_only_stores_convolutions(graph):
+    result = quantized(graph, "dynamic", ORT)
+    operators = Counter(node.op_type for node in onnx.load(result).graph.node)
+    assert operators["MatMulInteger"] == 1
+    assert operators["ConvInteger"] == 0
+    assert operators["QuantizeLinear"] == 0
+    assert compare(graph, result, lambda: calls(4, seed=9)) < 0.06
+
+
+def test_onnxruntime_runs_static_convolutions_as_integers(graph, tmp_path):
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 3
+    ort.InferenceSession(str(quantized(graph, "static", ORT)), options, providers=["CPUExecutionProvider"])
+    operators = Counter(node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node)
+    assert operators["QLinearConv"] == 2
+    assert operators["Conv"] == 0
+
+
+def test_hybrid_leaves_the_first_convolution_alone_and_weights_are_stored_as_int8(graph):
+    model = onnx.load(quantized(graph, "hybrid", ORT))
+    kinds = {t.name: t.data_type for t in model.graph.initializer}
+    assert kinds["conv_in.weight"] == onnx.TensorProto.FLOAT
+    assert kinds["mid.weight/int8"] == onnx.TensorProto.INT8
+    assert "mid.weight" not in kinds
+    assert next(t for t in model.graph.initializer if t.name == "mid.weight/scale").dims == [64]
+
+
+def test_tensorrt_gets_symmetric_signed_activations_with_zero_point_zero(graph):
+    model = onnx.load(quantized(graph, "static", TENSORRT))
+    zeros = {n.input[2] for n in model.graph.node if n.op_type == "QuantizeLinear"}
+    arrays = [onnx.numpy_helper.to_array(t) for t in model.graph.initializer if t.name in zeros]
+    assert arrays
+    assert all(a.dtype == np.int8 and not a.any() for a in arrays)
+
+
+def test_a_shared_input_is_quantized_once(tmp_path):
+    graph = write_graph(tmp_path / "model.onnx")
+    model = onnx.load(graph)
+    model.graph.node.append(onnx.helper.make_node("MatMul", ["f", "to_q.weight"], ["k"], "to_k/MatMul"))
+    model.graph.output.append(onnx.helper.make_tensor_value_info("k", 1, ["n", 64]))
+    onnx.save(model, graph)
+    result = onnx.load(quantized(graph, "static", OPENVINO))
+    assert sum(n.op_type == "QuantizeLinear" and n.input[0] == "f" for n in result.graph.node) == 1
+
+
+def test_a_kept_layer_stays_float_and_the_pattern_may_be_an_op_type(graph):
+    layers = find_layers(load(graph))
+    assert assign(layers, "static", ["mid/*"])["mid/Conv"] == "float"
+    assert matching(layers, ["Gemm"]) == ["out/Gemm"]
+
+
+def test_a_pattern_that_fits_nothing_names_the_nearest():
+    with pytest.raises(InputError, match="fits no layer") as error:
+        check_patterns(["mid/Cov"], {"unet": ["mid/Conv", "Conv"]})
+    assert "mid/Conv" in error.value.fix
+
+
+def test_an_unknown_recipe_is_refused(graph):
+    with pytest.raises(InputError, match="unknown quantization"):
+        assign(find_layers(load(graph)), "magic")
+
+
+def test_a_weight_integer_limit_of_63_leaves_room_for_16_bit_sums(graph, tmp_path):
+    assignment = assign(find_layers(load(graph)), "weight-only")
+    quantize(graph, tmp_path / "q.onnx", assignment, {}, Scheme(weight_limit=63))
+    arrays = [onnx.numpy_helper.to_array(t) for t in onnx.load(tmp_path / "q.onnx").graph.initializer
+              if t.name.endswith("/int8")]
+    assert arrays
+    assert max(int(np.abs(a).max()) for a in arrays) == 63
+
+
+def test_equal_calibration_gives_equal_bytes(graph):
+    first = quantized(graph, "hybrid", ORT).read_bytes()
+    assert quantized(graph, "hybrid", ORT).read_bytes() == first

@@ -1,0 +1,198 @@
+"""What a user can get wrong or stop in the middle: masks, weights, guidance, cancelling; and previews."""
+
+from __future__ import annotations
+
+import dataclasses
+from threading import Event
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from runtimes.denoising import Step
+from runtimes.errors import CancelledError, InputError
+from runtimes.pipeline import Pipeline
+from runtimes.tensors import TensorSpec
+from runtimes.weighting import parse
+from tests.runtimes import fakes
+from tests.runtimes.fakes import CHANNELS, DDIM, FACTS, FakeSession, calls_of, fake_sessions, tokenize
+
+NUMPY: dict[str, Any] = {"steps": 4, "output": "numpy"}
+SIZE = (32, 32)
+
+
+def make() -> Pipeline:
+    return Pipeline(fake_sessions(), FACTS, DDIM, tokenize)
+
+
+@pytest.mark.parametrize(("options", "word"), [
+    ({"mask": Image.new("L", SIZE)}, "without an image"),
+    ({"image": Image.new("RGB", SIZE), "mask": Image.new("L", (32, 16))}, "cannot lie over"),
+    ({"image": Image.new("RGB", SIZE), "mask": [Image.new("L", SIZE)] * 3}, "3 masks for 1 prompts"),
+    ({"image": Image.new("RGB", SIZE), "mask": "nowhere.png"}, "nowhere.png"),
+    ({"image": Image.new("RGB", SIZE), "mask": np.zeros((0, 4), np.uint8)}, "not an image"),
+    ({"guidance_rescale": 1.5}, "guidance_rescale"), ({"guidance_rescale": float("nan")}, "guidance_rescale"),
+    ({"guidance_interval": (0.7, 0.2)}, "interval"), ({"guidance_interval": 0.5}, "pair"),
+    ({"guidance_interval": (0, 2)}, "interval"), ({"weighting": True}, "plain prompts only"),
+])
+def test_unusable_modes_are_refused_before_the_unet_runs(options, word):
+    pipeline = make()
+    with pytest.raises(InputError, match=word):
+        pipeline("x", seed=0, **options, **NUMPY)
+    assert not calls_of(pipeline, "unet")
+
+
+@pytest.mark.parametrize("size", [(32, 32), (64, 64), (17, 17), (301, 300)])
+def test_a_mask_may_be_of_another_size_than_its_image(size):
+    picture = Image.effect_noise(SIZE, 90).convert("RGB")
+    pixels = np.zeros((size[1], size[0]), np.uint8)
+    pixels[:, size[0] // 2:] = 255
+    pipeline = make()
+    options: dict[str, Any] = {"seed": 0, "steps": 4, "output": "latents"}
+    kept = pipeline("x", image=picture, mask=Image.new("L", SIZE), **options)
+    half = pipeline("x", image=picture, mask=Image.fromarray(pixels), **options)
+    np.testing.assert_array_equal(half[..., :4], kept[..., :4])
+    assert (half[..., 4:] != kept[..., 4:]).all()
+
+
+def test_each_prompt_may_have_its_own_mask_over_one_image():
+    picture = Image.effect_noise(SIZE, 90).convert("RGB")
+    options: dict[str, Any] = {"steps": 3, "output": "latents"}
+    none, everything = Image.new("1", SIZE, 0), Image.new("1", SIZE, 1)
+    both = make()(["x", "y"], image=picture, mask=[none, everything], seed=[1, 2], **options)
+    for i, (prompt, mask) in enumerate((("x", none), ("y", everything))):
+        np.testing.assert_array_equal(both[i : i + 1],
+                                      make()(prompt, image=picture, mask=mask, seed=i + 1, **options))
+
+
+def test_false_from_the_hook_cancels_and_leaves_nothing():
+    pipeline, expected = make(), make()("x", seed=0, **NUMPY)
+    with pytest.raises(CancelledError) as caught:
+        pipeline("x", seed=0, on_step=lambda step: step.index < 1, **NUMPY)
+    assert (caught.value.steps_taken, caught.value.total, caught.value.exit_code) == (2, 4, 130)
+    assert len(calls_of(pipeline, "unet")) == 2 and not calls_of(pipeline, "vae_decoder")
+    np.testing.assert_array_equal(pipeline("x", seed=0, **NUMPY), expected)
+
+
+def test_another_thread_cancels_with_an_event():
+    pipeline, cancel = make(), Event()
+
+    def set_at_the_third(step: Step) -> None:
+        if step.index == 2:
+            cancel.set()
+
+    with pytest.raises(CancelledError, match="after 3 of 4"):
+        pipeline("x", seed=0, cancel=cancel, on_step=set_at_the_third, **NUMPY)
+    assert len(calls_of(pipeline, "unet")) == 3
+    with pytest.raises(CancelledError, match="after 0 of 4"):
+        pipeline("x", seed=0, cancel=cancel, **NUMPY)
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "euler", "dpm++", "unipc", "pndm", "lcm", "euler-ancestral"])
+def test_the_estimate_ends_at_the_latents_and_begins_near_zero(scheduler):
+    seen: list[Step] = []
+    latents = make()("x", seed=0, steps=8, scheduler=scheduler, output="latents", on_step=seen.append)
+    np.testing.assert_array_equal(seen[-1].estimate, latents)
+    assert seen[0].estimate.std() < 0.7 and all(np.isfinite(step.estimate).all() for step in seen)
+    with pytest.raises(ValueError, match="read-only"):
+        seen[0].estimate[:] = 0
+
+
+def test_previews_have_the_colours_of_the_decoder():
+    """This decoder is linear and pale enough that no colour is cut off: the fit must be exact."""
+    pipeline = make()
+    decoder = pipeline.sessions["vae_decoder"]
+    assert isinstance(decoder, FakeSession)
+    decoder.function = lambda latent_sample: fakes.vae_decoder(latent_sample) * 0.1
+    latents = np.random.default_rng(1).standard_normal((2, CHANNELS, 4, 6)).astype(np.float32)
+    shown = pipeline.preview(latents)
+    assert shown.shape == (2, 4, 6, 3) and shown.dtype == np.uint8
+    decoded = decoder.run({"latent_sample": latents / np.float32(FACTS.scaling_factor)})["sample"]
+    wanted = np.clip(decoded[:, :, ::4, ::4].transpose(0, 2, 3, 1) / 2 + 0.5, 0, 1) * 255
+    assert np.abs(shown - wanted).max() <= 1
+    calls = len(calls_of(pipeline, "vae_decoder"))
+    pipeline.preview(latents)
+    assert len(calls_of(pipeline, "vae_decoder")) == calls
+
+
+@pytest.mark.parametrize(("prompt", "wanted"), [
+    ("a cat", [("a cat", 1.0)]),
+    ("(cat)", [("cat", 1.1)]),
+    ("((cat))", [("cat", 1.1 * 1.1)]),
+    ("[cat]", [("cat", 1 / 1.1)]),
+    ("(a (b:2) c:0.5)", [("a ", 0.5), ("b", 1.0), (" c", 0.5)]),
+    ("(cat: 1.25 )", [("cat", 1.25)]),
+    ("(cat:0)", [("cat", 0.0)]),
+    ("[cat:1.5]", [("cat:1.5", 1 / 1.1)]),
+    ("a (cat", [("a (cat", 1.0)]),
+    ("a) cat]", [("a) cat]", 1.0)]),
+    ("(a [b) c]", [("(a ", 1.0), ("b) c", 1 / 1.1)]),
+    (r"\(cat:2\)", [("(cat:2)", 1.0)]),
+    ("a\\b", [("a\\b", 1.0)]),
+    ("()", []),
+    ("", []),
+])
+def test_weights_are_read_from_brackets(prompt, wanted):
+    found = parse(prompt)
+    assert [text for text, _ in found] == [text for text, _ in wanted]
+    assert [weight for _, weight in found] == pytest.approx([weight for _, weight in wanted])
+
+
+def test_absurd_weights_are_refused():
+    with pytest.raises(InputError, match="above 10"):
+        parse("(cat:1000)")
+
+
+def cached(**limits: Any) -> Pipeline:
+    """A fake U-Net of two entries: the deep feature is the prompt's shift, which the shallow one adds."""
+    sessions = fake_sessions(**limits)
+    unet = sessions["unet"]
+    feature = TensorSpec("deep_feature", "float32", ("batch", CHANNELS, "height", "width"))
+
+    def deep(sample, timestep, encoder_hidden_states):
+        return np.tanh(sample) * 0.7 + encoder_hidden_states.mean(axis=(1, 2))[:, None, None, None] * 0.3
+
+    class Whole(FakeSession):
+        def _run(self, feeds):
+            return {**super()._run(feeds), "deep_feature": deep(**feeds).astype(np.float32)}
+
+    def shallow(sample, timestep, encoder_hidden_states, deep_feature):
+        moved = np.roll(sample, 1, axis=3) * 0.2
+        return (deep_feature + moved + timestep[:, None, None, None] / 5000).astype(np.float32)
+
+    part = unet.component
+    sessions["unet"] = Whole("unet", dataclasses.replace(part, outputs=(*part.outputs, feature)), fakes.unet)
+    sessions["unet_shallow"] = FakeSession(
+        "unet_shallow", dataclasses.replace(part, inputs=(*part.inputs, feature)), shallow)
+    return Pipeline(sessions, FACTS, DDIM, tokenize)
+
+
+def test_the_deep_layers_run_at_every_third_step_only():
+    pipeline = cached()
+    images = pipeline(["x", "y"], seed=0, steps=8, cache_interval=3, output="numpy")
+    whole, shallow = ([call["timestep"][0] for call in calls_of(pipeline, name)] for name in ("unet", "unet_shallow"))
+    assert whole == sorted({*whole, *shallow}, reverse=True)[::3] and len(whole) + len(shallow) == 8
+    assert not np.array_equal(images, pipeline(["x", "y"], seed=0, steps=8, output="numpy"))
+    np.testing.assert_array_equal(pipeline(["x", "y"], seed=0, steps=8, output="numpy"),
+                                  make()(["x", "y"], seed=0, steps=8, output="numpy"))
+
+
+def test_a_change_of_guidance_computes_the_deep_layers_anew():
+    pipeline = cached()
+    pipeline("x", seed=0, steps=8, cache_interval=4, guidance_interval=(0.25, 0.75), output="numpy")
+    assert [len(call["sample"]) for call in calls_of(pipeline, "unet")] == [1, 2, 1]
+    assert [len(call["sample"]) for call in calls_of(pipeline, "unet_shallow")] == [1, 2, 2, 2, 1]
+
+
+def test_each_part_of_a_cut_batch_keeps_its_own_deep_feature():
+    options: dict[str, Any] = {"seed": 0, "steps": 6, "cache_interval": 2, "output": "latents"}
+    np.testing.assert_allclose(cached(batch=2)(["x", "y", "z"], **options), cached()(["x", "y", "z"], **options),
+                               rtol=1e-6, atol=1e-6)
+
+
+def test_reusing_deep_features_needs_a_bundle_built_for_it():
+    with pytest.raises(InputError, match="--step-cache"):
+        make()("x", cache_interval=2)
+    with pytest.raises(InputError, match="cache_interval"):
+        cached()("x", cache_interval=0)

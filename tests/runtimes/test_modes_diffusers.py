@@ -1,0 +1,212 @@
+"""Inpainting, guidance rescaling and intervals, weighted and long prompts: against diffusers over the same networks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionInpaintPipeline, StableDiffusionPipeline
+from PIL import Image
+
+from runtimes.noise import NoiseStreams
+from runtimes.prompts import MAX_WINDOWS
+from tests.runtimes.diffusers_reference import (
+    CHANNELS,
+    NEGATIVES,
+    PROMPTS,
+    TOKENS,
+    assert_same,
+    make_networks,
+    ours,
+    psnr,
+    reference,
+    share_noise,
+)
+from tests.runtimes.fakes import calls_of
+
+pytestmark = [pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+              pytest.mark.usefixtures("one_thread")]
+
+
+@pytest.fixture(scope="module")
+def inpainting_networks(tmp_path_factory) -> dict[str, Any]:
+    return make_networks(tmp_path_factory.mktemp("inpainting"), extra_channels=CHANNELS + 1)
+
+
+@pytest.fixture(scope="module")
+def mask() -> Image.Image:
+    """White on the right half, with a hole."""
+    values = np.zeros((32, 40), np.uint8)
+    values[:, 17:] = 255
+    values[4:12, 25:31] = 0
+    return Image.fromarray(values)
+
+
+SAMPLERS = [("ddim", "epsilon", 0.7), ("ddim", "v_prediction", 1.0), ("euler", "epsilon", 0.7),
+            ("euler-ancestral", "epsilon", 1.0), ("dpm++", "epsilon", 0.7), ("dpm++", "v_prediction", 1.0),
+            ("unipc", "epsilon", 0.7), ("pndm", "epsilon", 0.7), ("lcm", "epsilon", 1.0)]
+
+
+def small(pictures):
+    return [p.resize((40, 32), Image.Resampling.LANCZOS) for p in pictures]
+
+
+@pytest.mark.parametrize(("scheduler", "prediction", "strength"), SAMPLERS)
+def test_inpainting_by_blending_equals_diffusers(
+    networks, folder, pictures, mask, monkeypatch, scheduler, prediction, strength
+):
+    pipe, config = reference(networks, StableDiffusionInpaintPipeline, prediction, scheduler)
+    seeds = [21, 22]
+    share_noise(monkeypatch, seeds)
+    # Theirs encodes the masked picture too, for nothing, and draws for it; latents of it given, it does not.
+    theirs = pipe(PROMPTS, image=small(pictures), mask_image=[mask] * 2, strength=strength, negative_prompt=NEGATIVES,
+                  num_inference_steps=8, guidance_scale=4.0, height=32, width=40, output_type="np",
+                  masked_image_latents=torch.zeros(2, CHANNELS, 8, 10)).images
+    mine = ours(networks, config, folder)(
+        PROMPTS, image=small(pictures), mask=mask, strength=strength, negative_prompt=NEGATIVES, steps=8,
+        guidance_scale=4.0, seed=seeds, scheduler=scheduler, output="numpy")
+    assert_same(mine, theirs)
+
+
+@pytest.mark.parametrize(("scheduler", "prediction", "strength"), SAMPLERS)
+def test_inpainting_with_a_unet_trained_for_it_equals_diffusers(
+    inpainting_networks, folder, networks, pictures, mask, monkeypatch, scheduler, prediction, strength
+):
+    pipe, config = reference(inpainting_networks, StableDiffusionInpaintPipeline, prediction, scheduler)
+    seeds = [3, 4]
+    share_noise(monkeypatch, seeds)
+    theirs = pipe(PROMPTS, image=small(pictures), mask_image=[mask] * 2, strength=strength, negative_prompt=NEGATIVES,
+                  num_inference_steps=8, guidance_scale=4.0, height=32, width=40, output_type="np").images
+    mine = ours(inpainting_networks, config, folder)(
+        PROMPTS, image=small(pictures), mask=mask, strength=strength, negative_prompt=NEGATIVES, steps=8,
+        guidance_scale=4.0, seed=seeds, scheduler=scheduler, output="numpy")
+    assert_same(mine, theirs)
+
+
+def test_blending_keeps_what_the_mask_keeps(networks, folder, pictures, mask):
+    pipeline = ours(networks, reference(networks)[1], folder)
+    options: dict[str, Any] = {"steps": 6, "seed": 1, "output": "latents"}
+    keep_all = Image.new("L", (40, 32), 0)
+    kept = [pipeline(p, image=small(pictures)[0], mask=keep_all, **options) for p in PROMPTS]
+    np.testing.assert_array_equal(kept[0], kept[1])  # the prompt cannot matter where nothing is painted
+    half = pipeline(PROMPTS[0], image=small(pictures)[0], mask=mask, **options)
+    painted = np.asarray(mask)[::4, ::4] > 127
+    np.testing.assert_array_equal(half[..., ~painted], kept[0][..., ~painted])
+    assert np.abs(half - kept[0])[..., painted].mean() > 0.1
+
+
+def test_a_unet_for_inpainting_draws_from_the_prompt_alone_too(inpainting_networks, networks, folder):
+    pipeline = ours(inpainting_networks, reference(inpainting_networks)[1], folder)
+    grey = Image.new("RGB", (32, 32), (128, 128, 128))
+    alone = pipeline(PROMPTS[0], steps=3, seed=1, output="latents")
+    everything = pipeline(PROMPTS[0], image=grey, mask=Image.new("L", (32, 32), 255), steps=3, seed=1, output="latents")
+    np.testing.assert_array_equal(alone, everything)
+
+
+@pytest.mark.parametrize("rescale", [0.3, 1.0])
+def test_guidance_rescale_equals_diffusers(networks, folder, rescale):
+    pipe, config = reference(networks, prediction="v_prediction")
+    latents = NoiseStreams([1, 2]).draw((CHANNELS, 8, 8))
+    options: dict[str, Any] = {"guidance_scale": 6.0, "guidance_rescale": rescale}
+    theirs = pipe(PROMPTS, num_inference_steps=5, latents=torch.from_numpy(latents), output_type="np", **options).images
+    pipeline = ours(networks, config, folder)
+    mine = pipeline(PROMPTS, steps=5, latents=latents, output="numpy", **options)
+    assert_same(mine, theirs)
+    assert psnr(mine, pipeline(PROMPTS, steps=5, latents=latents, output="numpy", guidance_scale=6.0)) < 50
+
+
+def test_guidance_on_an_interval_equals_diffusers_switched_by_its_callback(networks, folder):
+    pipe, config = reference(networks)
+    latents = NoiseStreams([1, 2]).draw((CHANNELS, 8, 8))
+
+    def switch(pipeline, i, timestep, values):
+        pipeline._guidance_scale = 5.0 if 2 <= i + 1 < 6 else 1.0
+        guided, had = pipeline._guidance_scale > 1, len(values["prompt_embeds"]) == 4
+        if guided and not had:
+            values["prompt_embeds"] = torch.cat([uncond, values["prompt_embeds"]])
+        return values if guided else {"prompt_embeds": values["prompt_embeds"][-2:]}
+
+    cond, uncond = pipe.encode_prompt(PROMPTS, "cpu", 1, True, NEGATIVES)
+    theirs = pipe(prompt_embeds=cond, negative_prompt_embeds=uncond, num_inference_steps=8, guidance_scale=1.0,
+                  latents=torch.from_numpy(latents), output_type="np", callback_on_step_end=switch,
+                  callback_on_step_end_tensor_inputs=["prompt_embeds"]).images
+    pipeline = ours(networks, config, folder)
+    mine = pipeline(PROMPTS, negative_prompt=NEGATIVES, steps=8, guidance_scale=5.0, guidance_interval=(0.25, 0.75),
+                    latents=latents, output="numpy")
+    assert_same(mine, theirs)
+    assert [len(call["sample"]) for call in calls_of(pipeline, "unet")] == [2, 2, 4, 4, 4, 4, 2, 2]
+
+
+def hidden_of(networks, ids: np.ndarray) -> torch.Tensor:
+    with torch.no_grad():
+        return networks["text_encoder"](torch.from_numpy(ids))[0]
+
+
+def test_weighted_and_long_prompts_equal_diffusers_given_their_embeddings(networks, folder):
+    """The embeddings are built here from diffusers' tokenizer and text encoder, window by window."""
+    pipe, config = reference(networks)
+    tokenizer, room = networks["tokenizer"], TOKENS - 2
+    words = [("a red apple ", 1.0), ("grinning cat", 1.4), (" on the house ", 1.0), ("crying dog", 1 / 1.1)]
+    ids: list[int] = []
+    weights: list[float] = []
+    for text, weight in [*words, *[(" house apple", 1.0)] * 10]:
+        found = tokenizer(text, add_special_tokens=False).input_ids
+        ids, weights = ids + found, weights + [weight] * len(found)
+    assert 2 * room < len(ids) <= 3 * room
+    empty = tokenizer("", padding="max_length", max_length=TOKENS, return_tensors="np").input_ids
+    z_empty, windows = hidden_of(networks, empty)[0], []
+    for first in range(0, len(ids), room):
+        part = ids[first : first + room]
+        row = empty[0].copy()
+        row[: len(part) + 2] = [tokenizer.bos_token_id, *part, tokenizer.eos_token_id]
+        scale = torch.ones(TOKENS)
+        scale[1 : len(part) + 1] = torch.tensor(weights[first : first + room])
+        windows.append(z_empty + scale[:, None] * (hidden_of(networks, row[None])[0] - z_empty))
+    cond, uncond = torch.cat(windows)[None], torch.cat([z_empty] * len(windows))[None]
+    latents = NoiseStreams([1]).draw((CHANNELS, 8, 8))
+    theirs = pipe(prompt_embeds=cond, negative_prompt_embeds=uncond, num_inference_steps=5, guidance_scale=5.0,
+                  latents=torch.from_numpy(latents), output_type="np").images
+    prompt = "a red apple (grinning cat:1.4) on the house [crying dog]" + " house apple" * 10
+    options: dict[str, Any] = {"steps": 5, "guidance_scale": 5.0, "latents": latents, "output": "numpy"}
+    pipeline = ours(networks, config, folder)
+    mine = pipeline(prompt, weighting=True, long_prompts=True, **options)
+    assert_same(mine, theirs)
+    assert psnr(mine, pipeline(prompt.replace("1.4", "1.0"), weighting=True, long_prompts=True, **options)) < 60
+
+
+def test_an_unweighted_prompt_is_the_same_however_it_is_read(networks, folder):
+    pipeline = ours(networks, reference(networks)[1], folder)
+    options: dict[str, Any] = {"steps": 3, "seed": 1, "output": "numpy"}
+    plain = pipeline(PROMPTS[0], **options)
+    np.testing.assert_array_equal(plain, pipeline(PROMPTS[0], weighting=True, long_prompts=True, **options))
+    np.testing.assert_array_equal(plain, pipeline("a (red:1.0) apple on the house", weighting=True, **options))
+
+
+def test_a_short_prompt_draws_the_same_beside_a_long_one(networks, folder):
+    pipeline = ours(networks, reference(networks)[1], folder)
+    options: dict[str, Any] = {"steps": 3, "long_prompts": True, "output": "latents"}
+    both = pipeline([PROMPTS[0], "house apple " * 12], seed=[5, 6], **options)
+    np.testing.assert_array_equal(both[:1], pipeline(PROMPTS[0], seed=5, **options))
+    np.testing.assert_array_equal(both[1:], pipeline("house apple " * 12, seed=6, **options))
+
+
+def test_a_prompt_of_more_windows_than_anyone_writes_is_refused(networks, folder):
+    pipeline = ours(networks, reference(networks)[1], folder)
+    with pytest.raises(Exception, match=f"windows, at most {MAX_WINDOWS}"):
+        pipeline("x!" * 1999, long_prompts=True, steps=1)
+
+
+def test_what_is_cut_from_a_weighted_prompt_is_logged(networks, folder, caplog):
+    pipeline = ours(networks, reference(networks)[1], folder)
+    pipeline("house apple " * 12, weighting=True, steps=1, seed=0, output="latents")
+    assert "all but the first are cut" in caplog.text
+
+
+def test_the_default_reading_of_brackets_is_diffusers(networks, folder):
+    pipe, config = reference(networks, StableDiffusionPipeline)
+    latents = NoiseStreams([1]).draw((CHANNELS, 8, 8))
+    prompt = "a (red:1.5) [cat]"
+    theirs = pipe(prompt, num_inference_steps=3, latents=torch.from_numpy(latents), output_type="np").images
+    assert_same(ours(networks, config, folder)(prompt, steps=3, latents=latents, output="numpy"), theirs)
