@@ -187,6 +187,8 @@ def run_passes(spec: BuildSpec, origin: Bundle, planned: list[PlannedPass], cach
         if entry.instance.verify and not step.provisional:
             try:
                 bundle = gate.after_pass(step.pass_name, step.reads, bundle, listener)
+                cost["relative_l2"] = {name: parity["relative_l2"] for name in step.reads
+                                       if (parity := bundle.component(name).parity) is not None}
             except ParityError as error:
                 _add_explanation(error, entry.instance, step, before, bundle)
                 raise

@@ -284,6 +284,21 @@ def bench(
 
 
 @app.command()
+def report(
+    bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE...", help="folders that `build` wrote")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="HTML file")] = Path("report.html"),
+    bench: Annotated[Path | None, typer.Option(help="what `bench --json` printed: adds the bundles' seconds")] = None,
+) -> None:
+    """Write one page about bundles: passes, sizes, accuracy, pictures; several are set against each other."""
+    from deploy import console
+    from deploy.report import report_bundles
+
+    for missing in report_bundles(bundles, output, bench):
+        console.say(missing)
+    console.say(f"wrote {output}")
+
+
+@app.command()
 def inspect(bundle: BundlePath, json: Json = False) -> None:
     """Show what is in a bundle: components, axes, passes, sizes, parity."""
     from deploy import console

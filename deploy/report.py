@@ -1,19 +1,21 @@
-"""The report page of a bundle: one self-contained HTML file, the pictures beside it, and the figures as JSON."""
+"""The report page: one self-contained HTML file about one bundle or several, and what a build leaves in a bundle."""
 
 from __future__ import annotations
 
-import base64
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from runtimes.errors import InputError, UnavailableError
 from runtimes.manifest import Manifest, to_json
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from deploy.report_sections import Section
 
 TEMPLATES = Path(__file__).parent / "templates"
 AMPLIFICATION = 10  # differences of a good bundle are below one grey level: shown as they are, they are black
@@ -32,36 +34,109 @@ class Picture:
 
 
 def write_report(folder: Path, manifest: Manifest, pictures: Sequence[Picture]) -> None:
-    """Write report.html, metrics.json and images/ below `folder`."""
-    import jinja2
+    """Write report.html, metrics.json and images/ below `folder`, which is the bundle's own `report`."""
+    from deploy.report_sections import Section
 
     (folder / "images").mkdir(parents=True)
-    rows = []
     for i, picture in enumerate(pictures):
-        row: dict[str, Any] = {"prompt": picture.prompt, "scheduler": picture.scheduler, "psnr_db": picture.psnr_db}
         for kind, pixels in (("reference", picture.reference), ("bundle", picture.candidate),
                              ("difference", amplified_difference(picture.reference, picture.candidate))):
-            png = to_png(pixels)
-            (folder / "images" / f"{i:02d}-{kind}.png").write_bytes(png)
-            row[kind] = "data:image/png;base64," + base64.b64encode(png).decode()
-        rows.append(row)
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True,
-                                     undefined=jinja2.StrictUndefined)
-    environment.filters["mb"] = lambda size: f"{size / 1e6:.1f} MB"
-    parity = manifest.parity or {}
-    command, spec = reproduction(manifest)
-    page = environment.get_template("report.html.j2").render(
-        manifest=manifest, parity=parity, pictures=rows, amplification=AMPLIFICATION,
-        unverified=grouped(parity.get("unverified", [])), passes=pass_rows(manifest),
-        drift=drift_path(parity.get("trajectory", {}).get("relative_l2", [])),
-        total_bytes=sum(c.bytes for c in manifest.components.values()),
-        command=command, spec=spec,
-    )
-    (folder / "report.html").write_text(page, encoding="utf-8")
-    figures = {"digest": manifest.digest, "parity": to_json(manifest.parity), "measured": to_json(manifest.measured),
+            (folder / "images" / f"{i:02d}-{kind}.png").write_bytes(to_png(pixels))
+    metrics = {"digest": manifest.digest, "parity": to_json(manifest.parity), "measured": to_json(manifest.measured),
+               "pictures": [{"prompt": p.prompt, "scheduler": p.scheduler, "psnr_db": p.psnr_db, "ssim": p.ssim}
+                            for p in pictures],
                "components": {n: {"bytes": c.bytes, "parameters": c.parameters, "parity": to_json(c.parity),
                                   "details": to_json(c.details)} for n, c in manifest.components.items()}}
-    (folder / "metrics.json").write_text(json.dumps(figures, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    name = f"{manifest.source.id}, {manifest.target}, {manifest.precision}"
+    section = Section(name, folder.parent, manifest, metrics)
+    (folder / "report.html").write_text(render([section]), encoding="utf-8")
+
+
+def report_bundles(paths: Sequence[Path], output: Path, bench: Path | None = None) -> list[str]:
+    """Write one page about finished bundles; it is there whole or not at all.
+
+    Args:
+        paths: folders that `build` wrote.
+        output: HTML file.
+        bench: what `bench --json` printed; gives the bundles' seconds, by the folders' names.
+
+    Returns:
+        what the page cannot show, one sentence each.
+
+    Raises:
+        BundleError: a folder is no bundle, or its report cannot be read.
+        InputError: `bench` is not what `bench --json` prints, or the page cannot be written.
+        UnavailableError: jinja2 is not installed.
+    """
+    from deploy.report_sections import Section, read_metrics
+    from runtimes.bundle import Bundle, translated_disk_errors
+
+    bundles = [Bundle.open(path) for path in paths]
+    names = [bundle.path.resolve().name for bundle in bundles]
+    if len(set(names)) < len(names):
+        names = [str(path) for path in paths]
+    seconds = read_bench(bench) if bench else {}
+    sections = [Section(name, b.path, b.manifest, read_metrics(b.path), seconds.get(name))
+                for name, b in zip(names, bundles, strict=True)]
+    page = render(sections)
+    if output.is_dir():
+        raise InputError("it is a folder", where=str(output), fix="name a file: -o report.html")
+    partial = output.with_name(f".{output.name}.partial")
+    with translated_disk_errors(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(page, encoding="utf-8")
+        partial.replace(output)
+    missing = [f"{s.name} has no report folder: it was built with --no-verify" for s in sections if not s.metrics]
+    return missing + [f"{bench} has no run named {s.name}" for s in sections if bench and s.seconds is None]
+
+
+def read_bench(file: Path) -> dict[str, float]:
+    """Median seconds of a drawing by name, from what `bench --json` printed.
+
+    Raises:
+        InputError: it is something else.
+    """
+    try:
+        report = json.loads(file.read_text(encoding="utf-8"))
+        return {str(run["name"]): float(run["seconds"]["median"]) for run in report["runs"]}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"not what `bench --json` prints: {error!r}", where=str(file),
+                         fix="python -m deploy bench BUNDLE... --json > bench.json") from error
+
+
+def render(sections: Sequence[Section]) -> str:
+    """The page."""
+    try:
+        import jinja2
+        from markupsafe import Markup
+    except ImportError as error:
+        raise UnavailableError("jinja2 is not installed", where="report",
+                               fix="pip install 'ldm-deploy[build]'") from error
+    from deploy.report_sections import PICTURE_BYTES, pareto_charts
+
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True,
+                                     undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["mb"] = lambda size: f"{size / 1e6:.1f} MB"
+    environment.filters["svg"] = Markup  # deploy.charts has escaped what is in it
+    return environment.get_template("report.html.j2").render(
+        sections=[_laid_out(s, PICTURE_BYTES // len(sections)) for s in sections], pareto=pareto_charts(sections),
+        amplification=AMPLIFICATION)
+
+
+def _laid_out(section: Section, picture_bytes: int) -> Mapping[str, Any]:
+    """What the template shows of one bundle."""
+    from deploy.report_sections import drift_chart, layer_maps, pass_rows, picture_rows
+
+    manifest = section.manifest
+    command, spec = reproduction(manifest)
+    pictures, count = picture_rows(section, picture_bytes)
+    parity = {"images": None, "retrieval": None, **section.parity}
+    return {"name": section.name, "manifest": manifest, "parity": parity, "size": section.size,
+            "seconds": section.seconds, "reported": bool(section.metrics), "passes": pass_rows(manifest),
+            "unverified": grouped(section.parity.get("unverified", [])), "drift": drift_chart(section.parity),
+            "layers": layer_maps(section), "pictures": pictures, "picture_count": count, "command": command,
+            "spec": spec}
 
 
 def reproduction(manifest: Manifest) -> tuple[str, str]:
@@ -84,27 +159,6 @@ def grouped(reasons: Sequence[str]) -> list[str]:
         name, _, why = reason.partition(": ")
         names.setdefault(why, []).append(name)
     return [f"{', '.join(who)}: {why}" for why, who in names.items()]
-
-
-def pass_rows(manifest: Manifest) -> list[dict[str, Any]]:
-    """What each pass cost and left, in order; bars are relative to the largest size."""
-    costs = manifest.measured.get("passes", [])
-    largest = max((c["bytes_out"] for c in costs), default=1)
-    return [{**c, "share": 100 * c["bytes_out"] / largest} for c in costs]
-
-
-def drift_path(values: Sequence[float]) -> dict[str, Any] | None:
-    """Points of the drift curve on a logarithmic scale, for an inline SVG of 600x160."""
-    import math
-
-    if len(values) < 2:
-        return None
-    logs = [math.log10(max(v, 1e-12)) for v in values]
-    low, high = math.floor(min(logs)), math.ceil(max(logs))
-    high += high == low
-    points = [(20 + 560 * i / (len(logs) - 1), 140 - 120 * (v - low) / (high - low)) for i, v in enumerate(logs)]
-    return {"points": " ".join(f"{x:.1f},{y:.1f}" for x, y in points), "low": low, "high": high,
-            "dots": [{"x": x, "y": y, "step": i + 1, "value": f"{values[i]:.2e}"} for i, (x, y) in enumerate(points)]}
 
 
 def amplified_difference(reference: np.ndarray[Any, Any], candidate: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
