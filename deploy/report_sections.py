@@ -208,7 +208,8 @@ def pareto_charts(sections: Sequence[Section]) -> list[dict[str, str]]:
     accuracies: list[tuple[str, Measure]] = [
         ("worst PSNR, dB", lambda s: s.parity.get("images", {}).get("psnr_db")),
         ("prompt retrieval, %", lambda s: 100 * s.parity["retrieval"]["bundle"] if s.parity.get("retrieval") else None)]
-    costs: list[tuple[str, Measure]] = [("size, MB", lambda s: s.size / 1e6), ("seconds a drawing", lambda s: s.seconds)]
+    costs: list[tuple[str, Measure]] = [("size, MB", lambda s: s.size / 1e6),
+                                        ("seconds a drawing", lambda s: s.seconds)]
     found = []
     for cost_label, cost in costs:
         for label, accuracy in accuracies:
