@@ -299,6 +299,26 @@ def report(
 
 
 @app.command()
+def diagnose(
+    target: Annotated[str, typer.Argument(metavar="BUNDLE|MODEL", help="folder that `build` wrote, or a model")],
+    image: Annotated[list[Path], typer.Option(help="picture to judge the VAE by; may come again")] = [],  # noqa: B006
+    grid: Annotated[Path | None, typer.Option(help="PNG: how drawings come about along the denoising")] = None,
+    steps: Annotated[int, typer.Option(min=2, help="denoising steps")] = 20,
+    guidance: Annotated[float, typer.Option(help="guidance_scale")] = 5.0,
+    device: Device = "cpu",
+    json: Json = False,
+) -> None:
+    """Find what is wrong with drawings: VAE, U-Net without a prompt, response to text, guidance, in this order."""
+    from deploy import console
+    from deploy.diagnose import DiagnoseOptions, diagnose_pipeline
+
+    options = DiagnoseOptions(tuple(image), steps, guidance, device)
+    found = diagnose_pipeline(target, options, grid, console.say)
+    console.print_json(found.to_json()) if json else console.show_diagnosis(found)
+    found.enforce()
+
+
+@app.command()
 def inspect(bundle: BundlePath, json: Json = False) -> None:
     """Show what is in a bundle: components, axes, passes, sizes, parity."""
     from deploy import console

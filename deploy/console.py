@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from deploy.build import Outcome
+    from deploy.diagnosis import Diagnosis
     from deploy.plan import PlannedPass
     from deploy.presets import Measured
     from deploy.spec import BuildSpec
@@ -225,6 +226,16 @@ def show_verification(result: Verification) -> None:
     out.print(table)
     show_parity(value)
     out.print("[bold green]ok[/]" if value["ok"] else "[bold red]budget broken[/]")
+
+
+def show_diagnosis(found: Diagnosis) -> None:
+    """The four checks: what each found, and what to do."""
+    table = Table("check", "", "found", "what to do")
+    for check in found.checks:
+        mark = "[bold green]ok[/]" if check.ok else "[bold red]wrong[/]"
+        table.add_row(check.name, mark, escape(check.verdict), escape(check.advice))
+    out.print(table)
+    out.print("[dim]every figure: --json[/]")
 
 
 def show_repository(folder: Path, models: Sequence[str]) -> None:

@@ -1,0 +1,102 @@
+"""Asking a pipeline's networks single questions: latents of a picture, and noise as the U-Net sees it. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtimes import decode
+from runtimes.batching import input_spec
+from runtimes.bundle import Bundle
+from runtimes.conditions import Conditions, SizeConditions, gather
+from runtimes.errors import InputError
+from runtimes.guidance import Guidance, GuidedUnet
+from runtimes.loading import load_tokenizers, scheduler_config
+from runtimes.prompt_cache import PromptCache
+from runtimes.prompts import PromptStyle
+from runtimes.request import check_request
+from runtimes.schedulers.ddim import Ddim
+from runtimes.schedulers.prediction import to_epsilon
+from runtimes.session import Session
+
+Float32 = NDArray[np.float32]
+LEVELS = 6  # noise levels that predictions are asked at
+CACHE_BYTES = 16 << 20
+
+
+class Probe:
+    """The networks of one pipeline, and its noise schedule.
+
+    Attributes:
+        levels: timesteps in the middle of equal parts of the schedule, clean first.
+    """
+
+    def __init__(self, sessions: Mapping[str, Session], bundle: Bundle) -> None:
+        """Read tokenizers and noise schedule of a bundle.
+
+        Raises:
+            InputError: a U-Net that paints under a mask.
+        """
+        self.facts = bundle.manifest.pipeline
+        self._sessions = sessions
+        self._tokenizers = load_tokenizers(bundle)
+        self._cache = PromptCache(CACHE_BYTES)
+        self._schedule = Ddim.from_config(scheduler_config(bundle))
+        count = self._schedule.num_train_timesteps
+        self.levels = tuple((2 * i + 1) * count // (2 * LEVELS) for i in range(LEVELS))
+        channels = input_spec(sessions["unet"], "sample").shape[1]
+        if channels != self.facts.latent_channels:
+            raise InputError(f"the U-Net takes {channels} channels, which text to image does not have", where="unet",
+                             fix="models that paint under a mask cannot be diagnosed")
+
+    def encode(self, pixels: Float32) -> Float32:
+        """Mean latents of pictures, scaled as the U-Net is given them.
+
+        Args:
+            pixels: (B, 3, H, W) float32 in -1..1.
+
+        Returns:
+            (B, C, H/f, W/f) float32.
+        """
+        mean, _ = decode.encode(self._sessions["vae_encoder"], pixels)
+        return mean * np.float32(self.facts.scaling_factor)
+
+    def decode(self, latents: Float32) -> Float32:
+        """(B, C, H/f, W/f) float32 scaled latents to (B, H, W, 3) float32 pixels in 0..1."""
+        return decode.decode(self._sessions["vae_decoder"], latents, self.facts.scaling_factor)
+
+    def conditions(self, prompts: Sequence[str]) -> Conditions:
+        """What the U-Net is told of prompts, one for each picture."""
+        request = check_request(
+            self._sessions, self.facts, prompt=list(prompts), negative_prompt="", images_per_prompt=1, guided=False,
+            seed=0, height=None, width=None, image=None, mask=None, strength=1.0, latents=None, tile=None)
+        return gather(self._sessions, self.facts, self._tokenizers, self._cache, PromptStyle(), request,
+                      SizeConditions())
+
+    def predict(
+        self, latents: Float32, prompts: Sequence[str], timestep: int, seed: int = 0
+    ) -> tuple[Float32, Float32]:
+        """Noise added to latents at one timestep, and what the U-Net takes it for.
+
+        Args:
+            latents: (B, C, H/f, W/f) float32 of unit variance.
+            prompts: B texts.
+            timestep: whole training step.
+            seed: of the noise; equal seeds add equal noise.
+
+        Returns:
+            noise and prediction, (B, C, H/f, W/f) float32 each.
+        """
+        alpha, sigma = self._schedule.levels(timestep)
+        noise = np.random.default_rng([seed, timestep]).standard_normal(latents.shape, np.float32)
+        sample = np.float32(alpha) * latents + np.float32(sigma) * noise
+        unet = GuidedUnet(self._sessions["unet"], self.conditions(prompts), Guidance(1.0), 1)
+        output = unet(sample, float(timestep), 0)
+        return noise, to_epsilon(self._schedule.prediction_type, output, sample, alpha, sigma)
+
+    def signal(self, timestep: int) -> float:
+        """Share of the variance at a timestep that is the picture's: the squared error of the best linear guess of the
+        noise, sigma x_t, where latents are white and of unit variance."""
+        return self._schedule.levels(timestep)[0] ** 2
