@@ -39,6 +39,7 @@ class Budget:
 # NNCF's default for the same U-Net (0.67 a call) is far outside.
 # Below 16 bits the sampler walks to a different picture of the same prompt: PSNR then only catches broken images,
 # and what the user loses is said by retrieval, which is why its budget stays small.
+PRUNED = "pruned"
 BUDGETS: Mapping[str, Budget] = MappingProxyType({
     "fp32": Budget(1e-4, 1e-3, 50.0, 0.995, 0.5),
     "fp16": Budget(1e-2, 5e-2, 25.0, 0.90, 1.0),
@@ -46,7 +47,7 @@ BUDGETS: Mapping[str, Budget] = MappingProxyType({
     "int8": Budget(1.5e-1, 3.5e-1, 15.0, 0.60, 2.0),
     "int4": Budget(3e-1, 7e-1, 10.0, 0.30, 5.0),
     "auto": Budget(1.5e-1, 3.5e-1, 15.0, 0.60, 2.0),
-    "pruned": Budget(6e-1, 1.0, 8.0, 0.20, 5.0),
+    PRUNED: Budget(6e-1, 1.0, 8.0, 0.20, 5.0),
 })
 
 
