@@ -51,7 +51,8 @@ def write_report(folder: Path, manifest: Manifest, pictures: Sequence[Picture]) 
     parity = manifest.parity or {}
     page = environment.get_template("report.html.j2").render(
         manifest=manifest, parity=parity, pictures=rows, amplification=AMPLIFICATION,
-        passes=pass_rows(manifest), drift=drift_path(parity.get("trajectory", {}).get("relative_l2", [])),
+        unverified=grouped(parity.get("unverified", [])), passes=pass_rows(manifest),
+        drift=drift_path(parity.get("trajectory", {}).get("relative_l2", [])),
         total_bytes=sum(c.bytes for c in manifest.components.values()),
         command=f"python -m deploy build {'' if manifest.source.id == 'reference' else manifest.source.id + ' '}"
                 f"--target {manifest.target} --precision {manifest.precision}",
@@ -61,6 +62,15 @@ def write_report(folder: Path, manifest: Manifest, pictures: Sequence[Picture]) 
                "components": {n: {"bytes": c.bytes, "parameters": c.parameters, "parity": to_json(c.parity),
                                   "details": to_json(c.details)} for n, c in manifest.components.items()}}
     (folder / "metrics.json").write_text(json.dumps(figures, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def grouped(reasons: Sequence[str]) -> list[str]:
+    """`a: why` and `b: why` as `a, b: why`."""
+    names: dict[str, list[str]] = {}
+    for reason in reasons:
+        name, _, why = reason.partition(": ")
+        names.setdefault(why, []).append(name)
+    return [f"{', '.join(who)}: {why}" for why, who in names.items()]
 
 
 def pass_rows(manifest: Manifest) -> list[dict[str, Any]]:
