@@ -36,17 +36,14 @@ def probed(file: Path, tensors: Sequence[str], threads: int = 0) -> Iterator[Cal
             values[name].dtype = values[name].dtype or ir.DataType.FLOAT
             model.graph.outputs.append(values[name])
             present.add(name)
-    with tempfile.TemporaryDirectory(prefix="ldm-probe-", dir=None) as scratch:
-        for data in file.parent.glob(f"{file.name}.*"):
-            link_or_copy(data, Path(scratch) / data.name)
-        probe = Path(scratch) / file.name
-        ir.save(model, probe)
-        session = _plain_session(probe, threads)
+    with tempfile.TemporaryDirectory(prefix="ldm-probe-") as scratch:
+        session = plain_session(beside(model, file, Path(scratch)), threads)
         wanted = [name for name in dict.fromkeys(tensors) if name not in fed]
 
         def run(feeds: Feeds) -> Feeds:
             given = {name: feeds[name] for name in tensors if name in fed}
-            return {**given, **dict(zip(wanted, session.run(wanted, feeds), strict=True))}
+            # asked for no output, ONNX Runtime gives all of them
+            return {**given, **dict(zip(wanted, session.run(wanted, feeds), strict=True))} if wanted else given
 
         yield run
 
@@ -79,7 +76,7 @@ def observe(file: Path, tensors: Sequence[str], calls: Calls, *, histograms: boo
 def compare(reference: Path, candidate: Path, calls: Calls, threads: int = 0) -> float:
     """Largest relative L2 of any output of a graph against another's, over recorded calls; NaN counts as infinite."""
     worst = 0.0
-    sessions = [_plain_session(file, threads) for file in (reference, candidate)]
+    sessions = [plain_session(file, threads) for file in (reference, candidate)]
     names = [o.name for o in sessions[0].get_outputs()]
     for feeds in calls():
         expected, found = (session.run(names, feeds) for session in sessions)
@@ -96,7 +93,17 @@ def relative_l2(expected: np.ndarray[Any, Any], found: np.ndarray[Any, Any]) -> 
     return ratio if np.isfinite(ratio) else float("inf")
 
 
-def _plain_session(file: Path, threads: int) -> ort.InferenceSession:
+def beside(model: ir.Model, file: Path, folder: Path) -> Path:
+    """Save a model that was loaded from `file` and changed, with links to the weights that it still shares."""
+    for data in file.parent.glob(f"{file.name}.*"):
+        if not (folder / data.name).exists():
+            link_or_copy(data, folder / data.name)
+    ir.save(model, folder / file.name)
+    return folder / file.name
+
+
+def plain_session(file: Path, threads: int) -> ort.InferenceSession:
+    """A CPU session on a file, without the checks of `runtimes.session_ort`."""
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
     return ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])

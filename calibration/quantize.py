@@ -18,7 +18,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes import common
 
-from calibration.layers import DYNAMIC, FLOAT, STATIC, Layer, find_layers
+from calibration.layers import DYNAMIC, FLOAT, STATIC, WEIGHT, Layer, find_layers
 from calibration.ranges import Range, Scheme
 from runtimes.bundle import translated_disk_errors
 
@@ -58,7 +58,7 @@ def tensors_to_observe(model: ir.Model, assignment: Mapping[str, str], scheme: S
 
 
 def quantize(source: Path, destination: Path, assignment: Mapping[str, str], ranges: Mapping[str, Range],
-             scheme: Scheme) -> QuantizeReport:
+             scheme: Scheme, means: Mapping[str, NDArray[np.float32]] | None = None) -> QuantizeReport:
     """Quantize a graph.
 
     Args:
@@ -67,12 +67,16 @@ def quantize(source: Path, destination: Path, assignment: Mapping[str, str], ran
         assignment: from `layers.assign`, for every layer.
         ranges: of `tensors_to_observe`.
         scheme: integers of the target.
+        means: of the inputs of convolutions, tensor -> (C,): what rounding does to their mean output is taken off
+            their biases.
 
     Raises:
         UnavailableError: the disk is full.
     """
     model = ir.load(source)
     before = _weight_bytes(model)
+    if means:
+        correct_biases(model, assignment, means, scheme.weight_limit)
     report = rewrite(model, assignment, ranges, scheme)
     save(model, destination)
     return QuantizeReport(dict(assignment), report, before, _weight_bytes(model))
@@ -101,6 +105,45 @@ def rewrite(model: ir.Model, assignment: Mapping[str, str], ranges: Mapping[str,
             del model.graph.initializers[name]
     common.TopologicalSortPass()(model)
     return dict(parameters)
+
+
+def correct_biases(model: ir.Model, assignment: Mapping[str, str], means: Mapping[str, NDArray[np.float32]],
+                   limit: int) -> int:
+    """Take what rounding does to the mean output of convolutions off their biases.
+
+    E[W x] - E[Q(W) x] = (W - Q(W)) E[x] per output channel (Nagel et al., arXiv 1906.04721, section 4.2); zero padding
+    is not accounted for.
+
+    Args:
+        model: float32, before `rewrite`; changed in place.
+        assignment: precision of each layer.
+        means: tensor -> (C,) mean.
+        limit: largest weight integer.
+
+    Returns:
+        number of biases that were changed.
+    """
+    nodes = {node.name: node for node in model.graph}
+    changed = 0
+    for layer in find_layers(model):
+        node = nodes[layer.node]
+        if layer.op_type != "Conv" or assignment[layer.node] not in (STATIC, WEIGHT) or len(node.inputs) < 3:
+            continue
+        if layer.source not in means or node.attributes.get_int("group", 1) != 1:
+            continue
+        value, bias = node.inputs[1], node.inputs[2]
+        if value is None or value.const_value is None or bias is None or bias.const_value is None:
+            continue
+        weight = value.const_value.numpy()
+        scale = weight_scale(weight, 0, limit)
+        rounded = to_integers(weight, scale, 0, limit) * scale.reshape(-1, 1, 1, 1)
+        shift = ((weight - rounded).sum(axis=(2, 3)) @ means[layer.source]).astype(np.float32)
+        name = f"{bias.name}/corrected"
+        tensor = ir.tensor(bias.const_value.numpy() + shift, name=name)
+        node.replace_input_with(2, ir.Value(name=name, shape=bias.shape, type=bias.type, const_value=tensor))
+        model.graph.register_initializer(node.inputs[2])  # type: ignore[arg-type]
+        changed += 1
+    return changed
 
 
 def save(model: ir.Model, destination: Path) -> None:

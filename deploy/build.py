@@ -21,7 +21,7 @@ from deploy.observers import measured
 from deploy.origin import open_origin
 from deploy.passes import PASSES
 from deploy.plan import Pass, PlannedPass, Step, Unavailable, load_passes, plan_all, structure
-from deploy.spec import BuildSpec
+from deploy.spec import LOCAL_FILES, BuildSpec
 from runtimes.bundle import (
     Bundle,
     check_output,
@@ -31,10 +31,10 @@ from runtimes.bundle import (
     translated_disk_errors,
     write_manifest,
 )
-from runtimes.errors import BundleError, DeployError, UnavailableError
+from runtimes.errors import BundleError, DeployError, ParityError, UnavailableError
 from runtimes.manifest import Component, Manifest, digest_of, to_json
 
-PRECISIONS = ("fp32", "fp16", "int8")  # that a pass makes
+PRECISIONS = ("fp32", "fp16", "int8", "auto")  # that a pass makes
 
 
 class Listener(Protocol):
@@ -125,7 +125,7 @@ def run_build(spec: BuildSpec, output: Path | None = None, *, progress: Listener
     with translated_disk_errors(cache.root):
         cache.drop_leftovers()
         with workspace(cache.root) as work:
-            result, gate = _run_passes(spec, origin, planned, cache, work, listener)
+            result, gate = run_passes(spec, origin, planned, cache, work, listener)
             parity = gate.check_pipeline(listener)
             tools = tool_versions([p.instance for p in planned])
             result = replace(result, manifest=replace(result.manifest, parity=parity, tools=tools))
@@ -166,8 +166,13 @@ def workspace(root: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _run_passes(spec: BuildSpec, origin: Bundle, planned: list[PlannedPass], cache: Cache, work: Path,
-                listener: Listener) -> tuple[Bundle, Gate]:
+def run_passes(spec: BuildSpec, origin: Bundle, planned: list[PlannedPass], cache: Cache, work: Path,
+               listener: Listener) -> tuple[Bundle, Gate]:
+    """Run what was planned, each pass gated; gives the last bundle, which lies in `work`.
+
+    Raises:
+        ParityError: a pass broke the accuracy budget.
+    """
     bundle, costs = origin, []
     gate = Gate(spec, origin.manifest.source.id, cache)
     for number, entry in enumerate(planned):
@@ -179,25 +184,39 @@ def _run_passes(spec: BuildSpec, origin: Bundle, planned: list[PlannedPass], cac
         bundle, cost = _run_pass(entry.instance, step, before, folder, cache, listener)
         costs.append(cost)
         bundle = replace(bundle, manifest=replace(bundle.manifest, measured={"passes": list(costs)}))
-        if entry.instance.verify:
-            bundle = gate.after_pass(step.pass_name, step.reads, bundle, listener)
-        elif before is origin:
+        if entry.instance.verify and not step.provisional:
+            try:
+                bundle = gate.after_pass(step.pass_name, step.reads, bundle, listener)
+            except ParityError as error:
+                _add_explanation(error, entry.instance, step, before, bundle)
+                raise
+        elif entry.instance.defines_source:
             gate.start(bundle)
         listener.finished(f"{step.pass_name}: {step.summary} ({cost['seconds']:.1f} s"
                           f"{', from the cache' if cost['reused'] == len(step.reads) else ''})")
     return bundle, gate
 
 
+def _add_explanation(error: ParityError, instance: Pass, step: Step, before: Bundle, after: Bundle) -> None:
+    """Let the pass say which layers a broken budget comes from; the error names the component last."""
+    name = error.where.rpartition(", ")[2]
+    if name in step.reads and (why := instance.explain(step, name, before, after)):
+        error.what = f"{error.what}; {why}"
+
+
 def load_source(origin: Bundle, spec: BuildSpec, cache: Cache, work: Path, listener: Listener) -> Bundle:
-    """The source model as the bundle that parity is measured against: what the first pass leaves.
+    """The source model as the bundle that parity is measured against: loaded, with its adapters.
 
     Raises:
-        InputError: its weights do not fit or are not finite.
+        InputError: its weights do not fit or are not finite, or an adapter does not fit it.
     """
-    first = load_passes(PASSES)[0]
-    step = first.plan(origin.manifest, spec)
-    assert isinstance(step, Step)
-    return _run_pass(first, step, origin, work / "source", cache, listener)[0]
+    passes = [instance for instance in load_passes(PASSES) if instance.defines_source]
+    bundle = origin
+    for entry in plan_all(passes, origin.manifest, spec):
+        if isinstance(entry.planned, Step):
+            folder = work / f"source-{entry.planned.pass_name}"
+            bundle = _run_pass(entry.instance, entry.planned, bundle, folder, cache, listener)[0]
+    return bundle
 
 
 def _run_pass(instance: Pass, step: Step, before: Bundle, folder: Path, cache: Cache,
@@ -277,6 +296,7 @@ def _commit(spec: BuildSpec, result: Bundle, gate: Gate, key: str, target: Path,
         "built_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "host": platform.node(),
         "source_path": str(Path(spec.model).resolve()) if Path(spec.model).exists() else spec.model,
+        "adapters": {name: to_json(getattr(spec, name)) for name in LOCAL_FILES if getattr(spec, name)},
         "gate_seconds": round(gate.seconds, 3),
     }
     manifest = replace(manifest, verified=spec.verify and manifest.parity is not None, measured=measurements)

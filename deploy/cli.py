@@ -29,10 +29,18 @@ Shapes = Annotated[list[str], typer.Option(help="axis=min:opt:max, several with 
 Target = Annotated[str, typer.Option(help="onnxruntime, openvino, tensorrt, tensorrt-rtx; auto: faster on this CPU")]
 Keep = Annotated[list[str], typer.Option(help="pattern of node names or op types that stay in float32")]
 Quantization = Annotated[str, typer.Option(help="int8 recipe: hybrid, static, dynamic or weight-only")]
+Methods = Annotated[list[str], typer.Option(help="split-skips, smoothquant, bias-correction: lose less in 8 bits")]
 CalibrationPrompts = Annotated[Path | None, typer.Option(help="prompts that ranges are found with, one a line")]
 CalibrationSamples = Annotated[int | None, typer.Option(help="U-Net calls that ranges are found from")]
 RangeEstimator = Annotated[str, typer.Option(help="minmax, percentile, mse or entropy")]
 EngineOptions = Annotated[list[str], typer.Option(help="TensorRT builder: capabilities=SM86+SM89, static=true, …")]
+Prune = Annotated[float, typer.Option(help="share of the denoising network's channels to remove: 0.3")]
+PruneMethod = Annotated[str, typer.Option(help="what a channel's importance is: taylor, l1 or l2")]
+PruneWidths = Annotated[str, typer.Option(help="levels lose the same share (uniform) or what they bear (sensitivity)")]
+PruneBlocks = Annotated[str, typer.Option(help="whole blocks to remove, BK-SDM's base, small or tiny")]
+Mask = Annotated[str, typer.Option(help="weights to zero, no shape changes: textbook or 2:4")]
+Recover = Annotated[int, typer.Option(help="steps of distillation from the original after pruning")]
+RecoverPrompts = Annotated[Path | None, typer.Option(help="file with one prompt a line to distil on")]
 BudgetOptions = Annotated[list[str], typer.Option(help="override an accuracy limit: image_psnr_db=40")]
 VerifyFlag = Annotated[
     bool, typer.Option("--verify/--no-verify", help="compare with PyTorch and fail on a broken budget")
@@ -48,14 +56,25 @@ def build(
     target: Target = "",
     precision: Annotated[str, typer.Option(help="fp32, fp16, int8 or auto")] = "",
     shapes: Shapes = [],  # noqa: B006
+    lora: Annotated[list[str], typer.Option(help="LoRA to merge, FILE or FILE:SCALE; may come again")] = [],  # noqa: B006
+    embedding: Annotated[list[str], typer.Option(help="textual inversion, FILE or FILE:TOKEN; may come again")] = [],  # noqa: B006
+    vae: Annotated[str, typer.Option(help="folder of an autoencoder in place of the model's own")] = "",
     keep: Keep = [],  # noqa: B006
     quantization: Quantization = "",
+    quantization_methods: Methods = [],  # noqa: B006
     calibration_prompts: CalibrationPrompts = None,
     calibration_samples: CalibrationSamples = None,
     range_estimator: RangeEstimator = "",
     engine: EngineOptions = [],  # noqa: B006
     step_cache: Annotated[bool, typer.Option("--step-cache", help="a second U-Net graph, for generate "
                                                                   "--cache-interval")] = False,
+    prune: Prune = 0.0,
+    prune_method: PruneMethod = "",
+    prune_widths: PruneWidths = "",
+    prune_blocks: PruneBlocks = "",
+    mask: Mask = "",
+    recover: Recover = 0,
+    recover_prompts: RecoverPrompts = None,
     spec: Annotated[Path | None, typer.Option(help="YAML file with these options; those given here win")] = None,
     budget: BudgetOptions = [],  # noqa: B006
     verify: VerifyFlag = True,
@@ -70,12 +89,17 @@ def build(
     options: dict[str, Any] = {k: v for k, v in (
         ("model", model), ("target", target), ("precision", precision), ("quantization", quantization),
         ("range_estimator", range_estimator), ("step_cache", step_cache)) if v}
+    if quantization_methods:
+        options["quantization_methods"] = tuple(quantization_methods)
     if calibration_samples is not None:
         options["calibration_samples"] = calibration_samples
     if calibration_prompts is not None:
         from calibration.prompts import read_prompts
 
         options["calibration_prompts"] = read_prompts(calibration_prompts)
+    options |= {name: files for name, files in (("lora", tuple(lora)), ("embedding", tuple(embedding)),
+                                                ("vae", vae)) if files}
+    options |= _pruning(prune, prune_method, prune_widths, prune_blocks, mask, recover, recover_prompts)
     if shapes:
         profiles = parse_shapes(shapes)
         options["shapes"] = covering(profiles)
@@ -98,6 +122,43 @@ def build(
     console.show_outcome(outcome)
 
 
+@app.command("prune")
+def prune_model(
+    model: ModelArgument = "",
+    prune: Prune = 0.0,
+    prune_method: PruneMethod = "",
+    prune_widths: PruneWidths = "",
+    prune_blocks: PruneBlocks = "",
+    mask: Mask = "",
+    recover: Recover = 0,
+    recover_prompts: RecoverPrompts = None,
+    budget: BudgetOptions = [],  # noqa: B006
+    verify: VerifyFlag = True,
+    output: Annotated[Path, typer.Option("-o", "--output", help="folder in diffusers layout")] = Path("pruned"),
+) -> None:
+    """Write a smaller model as a diffusers folder."""
+    from deploy import console
+    from deploy.prune_folder import prune_folder
+    from deploy.spec import make_spec, parse_budget
+
+    options = _pruning(prune, prune_method, prune_widths, prune_blocks, mask, recover, recover_prompts)
+    options |= {"model": model} if model else {}
+    options |= {"budget": parse_budget(budget), "verify": verify}
+    with console.BuildProgress() as progress:
+        component = prune_folder(make_spec(options), output, progress=progress)
+    console.show_pruned(component, output)
+
+
+def _pruning(prune: float, method: str, widths: str, blocks: str, mask: str, recover: int,
+             prompts: Path | None) -> dict[str, Any]:
+    """What was given of the options that shrink the network."""
+    from deploy.generate import prompts_in
+
+    given = {"prune": prune, "prune_method": method, "prune_widths": widths, "prune_blocks": blocks, "mask": mask,
+             "recover": recover, "recover_prompts": tuple(prompts_in(prompts)) if prompts else ()}
+    return {name: value for name, value in given.items() if value}
+
+
 @app.command()
 def generate(
     bundle: BundlePath,
@@ -108,20 +169,27 @@ def generate(
     mask: Annotated[Path | None, typer.Option(help="white where the picture is painted anew (inpainting)")] = None,
     strength: Annotated[float | None, typer.Option(help="how far to leave the picture, 0 to 1; default 0.6, under "
                                                         "a mask 1")] = None,
-    steps: Annotated[int, typer.Option(help="denoising steps")] = 25,
+    steps: Annotated[int | None, typer.Option(help="denoising steps; default 25")] = None,
+    quality: Annotated[str, typer.Option(help="draft, balanced or high: what `tradeoffs` measured of the bundle; "
+                                              "options that are given win")] = "",
+    budget_ms: Annotated[float | None, typer.Option(help="the most accurate that takes so long for a picture, as "
+                                                         "`tradeoffs` measured")] = None,
     guidance: Annotated[float | None, typer.Option(help="guidance_scale; default: the bundle's own")] = None,
     guidance_rescale: Annotated[float, typer.Option(help="against overexposure, 0 to 1")] = 0.0,
-    guidance_interval: Annotated[str, typer.Option(help="share of the steps under guidance, as first:last")] = "0:1",
+    guidance_interval: Annotated[str, typer.Option(help="share of the steps under guidance, as first:last")] = "",
+    part: Annotated[str, typer.Option(help="of the schedule: 0:0.8 for a base model, 0.8:1 for a refiner")] = "0:1",
     weighting: Annotated[bool, typer.Option("--weighting", help="read (word:1.3), (word), [word] as weights")] = False,
     long_prompts: Annotated[bool, typer.Option("--long-prompts", help="read long prompts in windows, do not cut")]
     = False,
-    cache_interval: Annotated[int, typer.Option(help="compute the U-Net's deep layers every so many steps; needs a "
-                                                     "bundle built with --step-cache")] = 1,
+    cache_interval: Annotated[int | None, typer.Option(help="compute the U-Net's deep layers every so many steps; "
+                                                            "needs a bundle built with --step-cache")] = None,
     seed: Annotated[int, typer.Option(help="the first picture's seed; the next ones count up")] = 0,
     count: Annotated[int, typer.Option("-n", "--count", min=1, help="pictures for each prompt")] = 1,
     scheduler: Annotated[str | None, typer.Option(help="ddim, euler, euler-ancestral, dpm++, unipc, lcm, pndm")] = None,
     height: Annotated[int | None, typer.Option(help="pixels")] = None,
     width: Annotated[int | None, typer.Option(help="pixels")] = None,
+    tile: Annotated[int | None, typer.Option(help="draw in overlapping tiles of so many pixels, for large pictures")]
+    = None,
     latents: Annotated[Path | None, typer.Option(help="initial latents, .npy float32 (B, C, H/f, W/f)")] = None,
     save_latents: Annotated[Path | None, typer.Option(help="write the final latents as .npy")] = None,
     grid: Annotated[int, typer.Option(help="write one sheet with this many columns")] = 0,
@@ -140,14 +208,36 @@ def generate(
     generate_files(
         GenerateRequest(
             bundle=bundle, prompts=tuple(prompt), prompts_file=prompts, negative=negative, image=image, mask=mask,
-            strength=strength, steps=steps, guidance_scale=guidance, guidance_rescale=guidance_rescale,
-            guidance_interval=guidance_interval, weighting=weighting, long_prompts=long_prompts,
+            strength=strength, steps=steps, quality=quality, budget_ms=budget_ms, guidance_scale=guidance,
+            guidance_rescale=guidance_rescale, guidance_interval=guidance_interval, part=part, weighting=weighting,
+            long_prompts=long_prompts,
             cache_interval=cache_interval, seed=seed, count=count,
-            scheduler=scheduler, height=height, width=width, latents=latents, save_latents=save_latents,
+            scheduler=scheduler, height=height, width=width, tile=tile, latents=latents,
+            save_latents=save_latents,
             grid=grid, preview=preview, metadata=metadata, device=device, threads=threads, hint=hint,
             pin_threads=pin_threads, output=output,
         )
     )
+
+
+@app.command()
+def tradeoffs(
+    bundle: BundlePath,
+    pictures: Annotated[int, typer.Option(min=1, help="drawn with each setting")] = 100,
+    device: Device = "cpu",
+    threads: Threads = 0,
+    json: Json = False,
+) -> None:
+    """Measure what few steps, cached features and less guidance gain and cost; `generate --quality` follows it."""
+    from deploy import console, presets
+    from deploy.tradeoffs import measure
+    from runtimes.bundle import Bundle
+
+    opened = Bundle.open(bundle)
+    with console.BuildProgress() as progress:
+        measured = measure(opened, pictures=pictures, device=device, threads=threads, progress=progress.working)
+    file = presets.save(opened.manifest.digest, measured)
+    console.print_json(presets.summary(measured)) if json else console.show_tradeoffs(measured, file)
 
 
 @app.command()
@@ -207,7 +297,7 @@ def inspect(bundle: BundlePath, json: Json = False) -> None:
 @app.command()
 def convert(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help=".safetensors file with all networks")],
-    configs: Annotated[Path, typer.Option(help="diffusers folder of the same architecture, weights not needed")],
+    configs: Annotated[Path, typer.Option(help="diffusers folder of the same architecture; weights are not needed")],
     output: Annotated[Path, typer.Option("-o", "--output", help="folder to write, for `build`")],
 ) -> None:
     """Turn a single-file checkpoint (CompVis, A1111) into a diffusers folder. Nothing is downloaded."""

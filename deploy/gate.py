@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from deploy.cache import Cache, versions_of
 from deploy.parity.answers import Reference
-from deploy.parity.budgets import budget_for
+from deploy.parity.budgets import PRUNED, budget_for
 from deploy.parity.components import ComponentReport, Figures, check_components
 from deploy.parity.gate import Verification, component_json, enforce
 from deploy.parity.options import PROMPTS, ParityOptions
@@ -59,7 +59,7 @@ class Gate:
         self.seconds = 0.0
         self.pictures: list[Picture] = []
         self._spec, self._cache, self._source_id = spec, cache, source_id
-        self._budget = budget_for(spec.precision, spec.budget)
+        self._budget = budget_for(PRUNED if spec.prunes else spec.precision, spec.budget)
         self._options = options_for(source_id, spec.prompts)
         self._reference: Reference | None = None
         self._figures: dict[str, Figures] = {}

@@ -44,8 +44,8 @@ class TorchSession(Session):
                               fix="give the source model, a diffusers folder")
         folder = bundle.file(component.file).parent
         try:
-            self._module: Any = torch_component(
-                name, load_module(folder, library, component.class_name), len(component.outputs))
+            network = load_module(folder, library, component.class_name)
+            self._module: Any = torch_component(name, network, [output.name for output in component.outputs])
         except (MemoryError, RuntimeError) as error:
             raise _translated(error, name) from error
 

@@ -7,20 +7,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from deploy.pruning_options import PruningOptions
 from runtimes.errors import InputError
 from runtimes.tensors import ShapeRange
 
 REFERENCE = "reference"
 Target = Literal["onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", "auto"]
+LOCAL_FILES = ("lora", "embedding", "vae")  # fields that name files outside the model
 ENGINE_TARGETS = ("tensorrt", "tensorrt-rtx")
 Precision = Literal["fp32", "fp16", "int8", "auto"]
 Quantization = Literal["hybrid", "static", "dynamic", "weight-only"]
+QuantizationMethod = Literal["split-skips", "smoothquant", "bias-correction"]
 RangeEstimator = Literal["minmax", "percentile", "mse", "entropy"]
 
 
-class BuildSpec(BaseModel):
+class BuildSpec(PruningOptions):
     """A whole build. Every field has the default that `build` without options uses.
 
     Attributes:
@@ -28,12 +31,16 @@ class BuildSpec(BaseModel):
         target: what the bundle runs on; "auto" is the CPU runtime that measures faster here (deploy.auto_target).
         precision: by default what the target is made for: float16 for TensorRT, float32 elsewhere.
         shapes: axis -> min:opt:max; batch in images, height and width in pixels, sequence in tokens.
+        lora: LoRA files, FILE or FILE:SCALE, merged into the weights in this order.
+        embedding: textual inversion files, FILE or FILE:TOKEN.
+        vae: folder of an autoencoder that takes the place of the model's own.
         opset: ONNX opset of the exported graphs.
         verify: run the parity gate; without it the bundle is marked as not verified.
         budget: overrides of the precision's accuracy budget, by name.
         prompts: what the image-level comparison draws; the model's own set when empty.
         keep: patterns of node names or op types that stay in float32 when precision is lowered.
         quantization: recipe of int8 builds (calibration.layers.assign).
+        quantization_methods: what is done to lose less in 8 bits (calibration.transforms).
         calibration_prompts: what is drawn to find the ranges of activations; the model's own set when empty.
         calibration_samples: U-Net calls that are recorded.
         range_estimator: how a range follows from what was seen (calibration.ranges).
@@ -49,12 +56,16 @@ class BuildSpec(BaseModel):
     target: Target = "onnxruntime"
     precision: Precision = "fp32"
     shapes: dict[str, ShapeRange] = Field(default_factory=dict)
+    lora: tuple[str, ...] = ()
+    embedding: tuple[str, ...] = ()
+    vae: str = ""
     opset: int = Field(default=20, ge=20, le=24)
     verify: bool = True
     budget: dict[str, float] = Field(default_factory=dict)
     prompts: tuple[str, ...] = ()
     keep: tuple[str, ...] = ()
     quantization: Quantization = "hybrid"
+    quantization_methods: tuple[QuantizationMethod, ...] = ()
     calibration_prompts: tuple[str, ...] = ()
     calibration_samples: int = Field(default=128, ge=1)
     range_estimator: RangeEstimator = "mse"
@@ -76,6 +87,14 @@ class BuildSpec(BaseModel):
                 raise ValueError(f"{name} needs --target {' or '.join(ENGINE_TARGETS)}")
         return self
 
+    @field_validator("lora", "embedding", "vae", mode="after")
+    @classmethod
+    def _absolute(cls, value: Any) -> Any:
+        """Found again by `verify`, from wherever it is called."""
+        if isinstance(value, str):
+            return str(Path(value).absolute()) if value else value
+        return tuple(str(Path(option).absolute()) for option in value)
+
     @field_validator("profiles", mode="before")
     @classmethod
     def _parse_profiles(cls, value: Any) -> Any:
@@ -91,8 +110,11 @@ class BuildSpec(BaseModel):
         return value
 
     def resolved(self) -> dict[str, Any]:
-        """The JSON-able form kept in the manifest: no local folder, so that the same build has the same digest."""
-        content = self.model_dump(mode="json", exclude={"model", "shapes", "profiles"})
+        """The JSON-able form kept in the manifest: no local folder, so that the same build has the same digest.
+
+        Files outside the model stand with their hashes in the passes' records and among the source's weights.
+        """
+        content = self.model_dump(mode="json", exclude={"model", "shapes", "profiles", *LOCAL_FILES})
         content["shapes"] = _shown(self.shapes)
         content["profiles"] = [_shown(profile) for profile in self.profiles]
         return content

@@ -1,4 +1,4 @@
-"""PyTorch modules of a component: strict loading of old and new file layouts, and wrappers with named inputs.
+"""PyTorch modules of a component: strict loading of old and new file layouts. wrappers.py gives them named inputs.
 
 Imports torch; import it inside the function that needs it.
 """
@@ -6,7 +6,7 @@ Imports torch; import it inside the function that needs it.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,15 @@ from torch import Tensor, nn
 
 from exporters.quiet import quiet
 from exporters.source import find_weights, read_header, read_json
-from exporters.step_cache import CachingUNet, ShallowUNet
+from exporters.wrappers import WRAPPERS
 from runtimes.errors import InputError
 
 # What diffusers < 0.13 called the parts of an attention block of the VAE.
 _OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 # transformers < 5, and all published checkpoints, put the text encoder's weights below this name.
 _OLD_PREFIX = "text_model."
+# Networks that their library does not export at its top level.
+_ELSEWHERE = {"LDMBertModel": "diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion"}
 _SHOWN = 3
 
 
@@ -105,14 +107,14 @@ def _empty(folder: Path, library: str, class_name: str, config: dict[str, Any]) 
     from accelerate import init_empty_weights
 
     known = library in ("diffusers", "transformers")  # nothing else is imported on a model's word
-    kind = getattr(importlib.import_module(library), class_name, None) if known else None
+    kind = getattr(importlib.import_module(_ELSEWHERE.get(class_name, library)), class_name, None) if known else None
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
         raise InputError(f"{class_name} of {library!r} is not a network that the installed version knows",
                          where=str(folder), fix="upgrade diffusers and transformers")
     make: Any = kind
     try:
         with init_empty_weights(include_buffers=False):
-            if library == "diffusers":
+            if hasattr(make, "from_config"):
                 module: nn.Module = make.from_config(config)
             else:
                 module = make(make.config_class.from_dict(config))
@@ -175,77 +177,15 @@ def _refuse_misfits(folder: Path, class_name: str, unused: list[str], missing: l
                          fix="use weights and config.json of the same model")
 
 
-class TextEncoder(nn.Module):
-    """input_ids (B, S) int64 -> last_hidden_state (B, S, C) float32."""
-
-    def __init__(self, model: nn.Module) -> None:
-        """Wrap the network; nothing is copied."""
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: Tensor) -> tuple[Tensor]:
-        """Hidden states after the last layer norm."""
-        return (self.model(input_ids=input_ids).last_hidden_state,)
-
-
-class UNet(nn.Module):
-    """sample (B, C, H, W), timestep (B,), encoder_hidden_states (B, S, D), all float32 -> out_sample (B, C, H, W)."""
-
-    def __init__(self, model: nn.Module) -> None:
-        """Wrap the network; nothing is copied."""
-        super().__init__()
-        self.model = model
-
-    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> tuple[Tensor]:
-        """The network's prediction."""
-        return (self.model(sample, timestep, encoder_hidden_states, return_dict=False)[0],)
-
-
-class VaeEncoder(nn.Module):
-    """sample (B, 3, fH, fW) float32 in [-1, 1] -> latent_parameters (B, 2C, H, W): mean, then log-variance."""
-
-    def __init__(self, model: Any) -> None:
-        """Take over one half of an AutoencoderKL; nothing is copied."""
-        super().__init__()
-        self.encoder, self.quant_conv = model.encoder, model.quant_conv or nn.Identity()
-
-    def forward(self, sample: Tensor) -> tuple[Tensor]:
-        """Moments of the posterior; drawing from it and scaling stay outside."""
-        return (self.quant_conv(self.encoder(sample)),)
-
-
-class VaeDecoder(nn.Module):
-    """latent_sample (B, C, H, W) float32, divided by the scaling factor -> sample (B, 3, fH, fW)."""
-
-    def __init__(self, model: Any) -> None:
-        """Take over one half of an AutoencoderKL; nothing is copied."""
-        super().__init__()
-        self.decoder, self.post_quant_conv = model.decoder, model.post_quant_conv or nn.Identity()
-
-    def forward(self, latent_sample: Tensor) -> tuple[Tensor]:
-        """The picture, not clipped."""
-        return (self.decoder(self.post_quant_conv(latent_sample)),)
-
-
-WRAPPERS: dict[str, Callable[[Any], nn.Module]] = {
-    "text_encoder": TextEncoder,
-    "unet": UNet,
-    "unet_shallow": ShallowUNet,
-    "vae_encoder": VaeEncoder,
-    "vae_decoder": VaeDecoder,
-}
-
-
-def torch_component(name: str, module: nn.Module, outputs: int = 1) -> nn.Module:
+def torch_component(name: str, module: nn.Module, outputs: Sequence[str] = ()) -> nn.Module:
     """The function of a component: named inputs in order, a tuple of outputs, exactly what is exported.
 
     Args:
-        name: of the component in the bundle; vae_encoder and vae_decoder share one AutoencoderKL.
+        name: of the component in the bundle; vae_encoder and vae_decoder share one autoencoder.
         module: from `load_module`.
-        outputs: how many the component has: a U-Net with two also gives its deep feature.
+        outputs: names of the outputs, of which text encoders have several to choose from.
 
     Returns:
         a module in eval mode that shares the weights; of a VAE it holds only the half that the component uses.
     """
-    wrapper = CachingUNet if name == "unet" and outputs == 2 else WRAPPERS[name]
-    return wrapper(module).eval()
+    return WRAPPERS[name](module, tuple(outputs)).eval()

@@ -52,6 +52,7 @@ FUSIONS_FOR: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "vae_encoder": ("channel_affine",),
         "vae_decoder": ("channel_affine",),
         "text_encoder": ("attention",),
+        "text_encoder_2": ("attention",),
     },
 }
 

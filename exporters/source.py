@@ -18,7 +18,8 @@ MODEL_INDEX = "model_index.json"
 _STEMS = ("model", "diffusion_pytorch_model")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _MAX_HEADER = 100_000_000  # the safetensors format's own limit
-_LIBRARIES = {"diffusers": "diffusers", "transformers": "transformers", "stable_diffusion": "diffusers"}
+_LIBRARIES = {"diffusers": "diffusers", "transformers": "transformers", "stable_diffusion": "diffusers",
+              "latent_diffusion": "diffusers"}
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class Source:
         tokenizers: tokenizer folders by name.
         scheduler_class: class named for the scheduler; scheduler_config: its config.
         ignored: entries of model_index.json that are not used (safety_checker, feature_extractor, ...).
+        options: the pipeline's own settings in model_index.json (requires_aesthetics_score, ...).
     """
 
     path: Path
@@ -81,6 +83,7 @@ class Source:
     scheduler_class: str
     scheduler_config: Mapping[str, Any]
     ignored: tuple[str, ...] = field(default=())
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def tokenizer_config(self, name: str) -> Mapping[str, Any]:
         """tokenizer_config.json of one tokenizer, empty if it has none.
@@ -115,21 +118,25 @@ def open_source(path: Path | str) -> Source:
     index = read_json(index_file)
     family = family_of(str(index.get("_class_name")), str(index_file))
     entries = {name: entry for name, entry in index.items() if _names_a_class(entry)}
-    for name in (*family.source_components, *family.tokenizers, "scheduler"):
+    present = tuple(name for name in family.optional if name in entries)
+    tokenizers = (*family.tokenizers, *(name for name in present if name.startswith("tokenizer")))
+    networks = (*family.source_components, *(name for name in present if name not in tokenizers))
+    for name in (*networks, *tokenizers, "scheduler"):
         if name not in entries:
             raise InputError(f"{name} is missing", where=str(index_file), fix="save the whole pipeline again")
         if not (folder / name).is_dir():
             raise InputError(f"the folder {name} is missing", where=str(folder), fix="copy the whole pipeline again")
-    used = {*family.source_components, *family.tokenizers, "scheduler"}
+    used = {*networks, *tokenizers, "scheduler"}
     return Source(
         path=folder,
         pipeline_class=index["_class_name"],
         family=family,
-        components={name: _component(folder, name, entries[name]) for name in family.source_components},
-        tokenizers={name: folder / name for name in family.tokenizers},
+        components={name: _component(folder, name, entries[name]) for name in networks},
+        tokenizers={name: folder / name for name in tokenizers},
         scheduler_class=entries["scheduler"][1],
         scheduler_config=read_json(folder / "scheduler" / "scheduler_config.json"),
         ignored=tuple(sorted(set(entries) - used)),
+        options={k: v for k, v in index.items() if isinstance(v, bool | int | float | str) and not k.startswith("_")},
     )
 
 

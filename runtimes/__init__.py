@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from runtimes.bundle import Bundle
+    from runtimes.conditions import SizeConditions
     from runtimes.denoising import Step
     from runtimes.errors import BundleError, CancelledError, DeployError, InputError, ParityError, UnavailableError
     from runtimes.loading import load
@@ -20,12 +21,13 @@ if TYPE_CHECKING:
     from runtimes.profile import Profile
 
 __all__ = ["Bundle", "BundleError", "CancelledError", "DeployError", "InputError", "ParityError", "Pipeline", "Profile",
-           "Step", "UnavailableError", "load"]
+           "SizeConditions", "Step", "UnavailableError", "load"]
 
 _MODULES = {
     "Bundle": "bundle",
     "Pipeline": "pipeline",
     "Profile": "profile",
+    "SizeConditions": "conditions",
     "Step": "denoising",
     "load": "loading",
 }

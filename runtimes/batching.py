@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtimes.errors import BundleError
+from runtimes.errors import BundleError, OutOfMemoryError
 from runtimes.session import Arrays, Session
 from runtimes.tensors import DTYPES, ShapeRange, TensorSpec
 
@@ -61,9 +61,12 @@ class RowRunner:
         """Lay out the calls that `count` rows need; every input of the session has the batch as its first axis."""
         self._session, self._count = session, count
         self._dtypes = {s.name: DTYPES[s.dtype] for s in session.component.inputs}
-        limits = row_range(session)
-        self._parts = [(part, max(limits.min - (part.stop - part.start), 0)) for part in slices(count, limits.max)]
-        self._whole = self._parts == [(slice(0, count), 0)]
+        self._lay_out(row_range(session).max)
+
+    def _lay_out(self, most: int) -> None:
+        least, self._most = row_range(self._session).min, most
+        self._parts = [(part, max(least - (part.stop - part.start), 0)) for part in slices(self._count, most)]
+        self._whole = self._parts == [(slice(0, self._count), 0)]
 
     def cast(self, name: str, array: NDArray[Any]) -> NDArray[Any]:
         """One input in the dtype that the session takes, for callers that feed it again and again."""
@@ -72,9 +75,26 @@ class RowRunner:
     def run(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
         """Run the rows and return every output, as many rows as were fed.
 
+        Where memory runs out, the calls become smaller, for this and all later runs, down to the least rows that the
+        session takes.
+
         Args:
             feeds: the component's inputs, cast to its dtypes; others are left out.
+
+        Raises:
+            OutOfMemoryError: not even those fit.
         """
+        while True:
+            try:
+                return self._run(feeds)
+            except OutOfMemoryError:
+                rows = min(self._most, self._count)
+                smaller = max(rows // 2, row_range(self._session).min)
+                if smaller >= rows:
+                    raise
+                self._lay_out(smaller)
+
+    def _run(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
         feeds = {name: feeds[name].astype(dtype, copy=False) for name, dtype in self._dtypes.items() if name in feeds}
         if self._whole:
             return self._session.run(feeds)

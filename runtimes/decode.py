@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from runtimes.batching import row_range, run_rows, slices
 from runtimes.errors import ParityError
 from runtimes.session import Session
+from runtimes.tiling import Tiling
 
 Float32 = NDArray[np.float32]
 
@@ -31,6 +32,12 @@ def decode(decoder: Session, latents: Float32, scaling_factor: float) -> Float32
     return np.concatenate(list(_decoded(decoder, latents, scaling_factor)))
 
 
+def decode_tiled(decoder: Session, latents: Float32, scaling_factor: float, tiling: Tiling, factor: int) -> Float32:
+    """As `decode`, tile by tile and blended; `factor` is pixels per latent."""
+    tiles = (decode(decoder, tile, scaling_factor).transpose(0, 3, 1, 2) for tile in tiling.cut(latents))
+    return tiling.join(tiles, factor).transpose(0, 2, 3, 1)
+
+
 def decode_uint8(decoder: Session, latents: Float32, scaling_factor: float) -> NDArray[np.uint8]:
     """As `decode`, rounded to (B, H, W, 3) uint8 chunk by chunk."""
     return np.concatenate([to_uint8(chunk) for chunk in _decoded(decoder, latents, scaling_factor)])
@@ -41,17 +48,29 @@ def to_uint8(pixels: Float32) -> NDArray[np.uint8]:
     return np.rint(pixels * 255).astype(np.uint8)
 
 
-def encode(encoder: Session, pixels: Float32) -> tuple[Float32, Float32]:
+def encode(
+    encoder: Session, pixels: Float32, tiling: Tiling | None = None, factor: int = 1
+) -> tuple[Float32, Float32 | None]:
     """Pixels to the moments of their latents' normal distribution.
 
     Args:
-        encoder: sample -> latent_parameters, mean and log-variance side by side on the channels.
+        encoder: sample -> latent_parameters, mean and log-variance side by side on the channels, or latents.
         pixels: (B, 3, H, W) float32 in -1..1.
+        tiling: encode tile by tile and blend the moments.
+        factor: pixels per latent, for tiles.
 
     Returns:
-        mean and standard deviation, (B, C, H/f, W/f) float32 each, not yet scaled.
+        mean and standard deviation, (B, C, H/f, W/f) float32 each, not yet scaled; no deviation of an autoencoder
+        without a distribution.
     """
-    parameters = run_rows(encoder, {"sample": pixels}, "latent_parameters").astype(np.float32, copy=False)
+    output = encoder.component.outputs[0].name
+
+    def encoded(part: Float32) -> Float32:
+        return run_rows(encoder, {"sample": part}, output).astype(np.float32, copy=False)
+
+    parameters = encoded(pixels) if tiling is None else tiling.join(map(encoded, tiling.cut(pixels, factor)))
+    if output == "latents":
+        return parameters, None
     mean, logvar = np.split(parameters, 2, axis=1)
     return mean, np.exp(0.5 * np.clip(logvar, -30.0, 20.0))
 

@@ -42,9 +42,9 @@ OnStep = Callable[[Step], bool | None]
 
 def denoise(
     predict: Callable[[Float32, float, int], Float32], run: Run, start: Start, noise: NoiseStreams,
-    on_step: OnStep | None = None, cancel: Event | None = None,
+    on_step: OnStep | None = None, cancel: Event | None = None, *, count: int | None = None,
 ) -> Float32:
-    """Take every step of a run.
+    """Take the steps of a run.
 
     Args:
         predict: (sample as the U-Net wants it, timestep, step) -> prediction of the same shape.
@@ -53,6 +53,7 @@ def denoise(
         noise: where steps that need fresh noise draw it.
         on_step: called after every step; False ends the run, as does what it raises.
         cancel: once set, ends the run at the next step.
+        count: how many steps, where the rest is another model's; every one by default.
 
     Returns:
         the denoised latents, same shape.
@@ -61,7 +62,7 @@ def denoise(
         CancelledError: the run was ended.
         ParityError: the latents are not finite any more.
     """
-    sample, timesteps = start.sample, [float(t) for t in run.timesteps]
+    sample, timesteps = start.sample, [float(t) for t in run.timesteps][:count]
     for i, timestep in enumerate(timesteps):
         if cancel is not None and cancel.is_set():
             raise CancelledError(i, len(timesteps))
@@ -73,13 +74,13 @@ def denoise(
         if not all_finite(sample):
             raise ParityError(f"the latents are not finite after step {i + 1} of {len(timesteps)}", where="unet",
                               fix="build the U-Net in a higher precision")
-        if on_step is not None and on_step(_told(run, i, timestep, sample)) is False:
+        if on_step is not None and on_step(_told(run, i, timestep, sample, len(timesteps))) is False:
             raise CancelledError(i + 1, len(timesteps))
     return sample
 
 
-def _told(run: Run, i: int, timestep: float, sample: Float32) -> Step:
+def _told(run: Run, i: int, timestep: float, sample: Float32, total: int) -> Step:
     latents, estimate = sample.view(), run.estimate(sample, i + 1).view()
     for array in (latents, estimate):
         array.setflags(write=False)
-    return Step(i, timestep, latents, len(run.timesteps), estimate)
+    return Step(i, timestep, latents, total, estimate)

@@ -4,7 +4,8 @@
     ├── InputError        (2)   bad input or usage
     │   └── BundleError   (2)   a bundle that is broken, changed, or from another schema
     ├── ParityError       (3)   an accuracy budget is broken
-    ├── UnavailableError  (4)   something this machine lacks: a package, a driver, memory, disk
+    ├── UnavailableError  (4)   something this machine lacks: a package, a driver, disk
+    │   └── OutOfMemoryError (4) memory, of the host or of a device: smaller pieces may fit
     └── CancelledError    (130) the caller ended it: not a failure
 """
 
@@ -62,6 +63,10 @@ class UnavailableError(DeployError):
     """Something this machine lacks."""
 
     exit_code = 4
+
+
+class OutOfMemoryError(UnavailableError):
+    """Memory ran out, of the host or of a device. A smaller batch or size may fit."""
 
 
 class CancelledError(DeployError):

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from runtimes.batching import RowRunner, row_range, slices
+from runtimes.conditions import Conditions
 from runtimes.errors import InputError
 from runtimes.session import Session
 
@@ -80,30 +81,32 @@ class GuidedUnet:
     """
 
     def __init__(
-        self, unet: Session, cond: Sequence[Float32], uncond: Sequence[Float32] | None, guidance: Guidance, steps: int,
-        *, extra: Float32 | None = None, shallow: Session | None = None, cache_interval: int = 1,
+        self, unet: Session, conditions: Conditions, guidance: Guidance, steps: int, *, extra: Float32 | None = None,
+        shallow: Session | None = None, cache_interval: int = 1, images_at_once: int | None = None,
     ) -> None:
         """Lay out the batches.
 
         Args:
-            unet: sample, timestep, encoder_hidden_states -> out_sample, and deep_feature if there is a shallow one.
-            cond: the embedded prompt of each of the B images, (tokens, width) each.
-            uncond: the same for the negative prompts, each as long as its prompt; None turns guidance off.
+            unet: sample, timestep, and what of the conditions it takes -> out_sample, and deep_feature if there is a
+                shallow one.
+            conditions: of each of the B images, each negative prompt as long as its prompt; without any, guidance is
+                off.
             guidance: scale, rescaling and interval.
             steps: U-Net calls of the whole run.
             extra: (B, C', H/f, W/f) channels that the U-Net takes after the sample's own: those of inpainting.
             shallow: the U-Net's second entry, which takes deep_feature too; None where every step is whole.
             cache_interval: every so many steps the deep feature is computed anew.
+            images_at_once: at most so many share a call; as many as the U-Net takes if None.
         """
         self._unet, self._shallow, self._guidance, self._steps = unet, shallow, guidance, steps
-        self._cond, self._uncond, self._extra = cond, uncond, extra
-        self._interval = 1 if shallow is None else cache_interval
+        self._conditions, self._extra = conditions, extra
+        self._interval, self._at_once = 1 if shallow is None else cache_interval, images_at_once
         self._layouts: dict[bool, list[_Part]] = {}
         self._age, self._was_guided = 0, False
 
     def __call__(self, sample: Float32, timestep: float, i: int) -> Float32:
         """Predict: (B, C, H/f, W/f) float32 at step i in, the same out."""
-        guided = self._uncond is not None and self._guidance.active(i, self._steps)
+        guided = self._conditions.uncond is not None and self._guidance.active(i, self._steps)
         if guided not in self._layouts:
             self._layouts[guided] = self._lay_out(guided)
         self._age = 0 if i == 0 or guided != self._was_guided else (self._age + 1) % self._interval
@@ -122,7 +125,7 @@ class GuidedUnet:
         if guided:
             sample = np.concatenate([sample, sample])
         feeds = {"sample": sample, "timestep": np.full(len(sample), timestep, np.float32),
-                 "encoder_hidden_states": part.hidden}
+                 "encoder_hidden_states": part.hidden, **part.added}
         output: Float32 = part.run(feeds, whole=self._age == 0)
         if output.dtype != np.float32:
             output = output.astype(np.float32)
@@ -134,8 +137,9 @@ class GuidedUnet:
     def _lay_out(self, guided: bool) -> list[_Part]:
         most = row_range(self._unet).max
         most = max(most // 2, 1) if guided else most
+        most = min(most, self._at_once or most)
         by_length: dict[int, list[int]] = {}
-        for row, hidden in enumerate(self._cond):
+        for row, hidden in enumerate(self._conditions.cond):
             by_length.setdefault(len(hidden), []).append(row)
         parts = []
         for rows in by_length.values():
@@ -143,13 +147,18 @@ class GuidedUnet:
         return parts
 
     def _part(self, rows: list[int], guided: bool) -> _Part:
-        hidden = [self._cond[row] for row in rows]
-        if guided and self._uncond is not None:
-            hidden = [*(self._uncond[row] for row in rows), *hidden]
+        conditions = self._conditions
+        hidden = [conditions.cond[row] for row in rows]
+        added = {name: values[rows] for name, values in conditions.added.items()}
+        if guided and conditions.uncond is not None:
+            hidden = [*(conditions.uncond[row] for row in rows), *hidden]
+            added = {name: np.concatenate([conditions.added_uncond[name][rows], values])
+                     for name, values in added.items()}
         unet = RowRunner(self._unet, len(hidden))
         shallow = None if self._shallow is None else RowRunner(self._shallow, len(hidden))
         extra = None if self._extra is None else self._extra[rows]
-        return _Part(rows, unet, shallow, unet.cast("encoder_hidden_states", np.stack(hidden)), extra)
+        return _Part(rows, unet, shallow, unet.cast("encoder_hidden_states", np.stack(hidden)), extra,
+                     {name: unet.cast(name, values) for name, values in added.items()})
 
 
 @dataclass
@@ -161,6 +170,7 @@ class _Part:
         unet, shallow: the networks under their number, doubled under guidance.
         hidden: (rows, tokens, width) embedded prompts, the negative ones first; in the U-Net's dtype.
         extra: (images, C', H/f, W/f) float32 or None.
+        added: further inputs by name, (rows, n) each.
         deep: the deep feature of the last whole step, or None before it.
     """
 
@@ -169,6 +179,7 @@ class _Part:
     shallow: RowRunner | None
     hidden: NDArray[Any]
     extra: Float32 | None
+    added: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     deep: NDArray[Any] | None = None
 
     def run(self, feeds: dict[str, NDArray[Any]], *, whole: bool) -> NDArray[Any]:

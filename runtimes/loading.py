@@ -10,14 +10,12 @@ from typing import Any
 
 from runtimes.bundle import Bundle
 from runtimes.errors import BundleError
+from runtimes.manifest import PipelineFacts
 from runtimes.pipeline import Pipeline
 from runtimes.session import Session, SessionOptions, open_session
 from runtimes.tokenizer import ClipTokenizer
 
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
-TOKENIZER_FOLDER = "tokenizer"
-# Loaded with the bundle, so that a device or a graph that is missing shows at once; the encoder waits for an image.
-NEEDED = ("text_encoder", "unet", "vae_decoder")
 
 
 def load(bundle_dir: Path | str | Bundle, device: str = "cpu", threads: int = 0, check_hashes: bool = True, *,
@@ -38,11 +36,27 @@ def load(bundle_dir: Path | str | Bundle, device: str = "cpu", threads: int = 0,
     """
     bundle = bundle_dir if isinstance(bundle_dir, Bundle) else Bundle.open(bundle_dir, check_hashes=check_hashes)
     sessions = BundleSessions(bundle, SessionOptions(device, threads, hint, pin_threads))
-    for name in NEEDED:
-        sessions[name]
     facts = bundle.manifest.pipeline
-    tokenizer = ClipTokenizer.load(bundle.file(f"{TOKENIZER_FOLDER}/tokenizer.json").parent, facts.tokens)
-    return Pipeline(sessions, facts, scheduler_config(bundle), tokenizer)
+    for name in needed(facts):
+        sessions[name]
+    return Pipeline(sessions, facts, scheduler_config(bundle), *load_tokenizers(bundle))
+
+
+def needed(facts: PipelineFacts) -> tuple[str, ...]:
+    """Components loaded with the bundle, so that a device or a graph that is missing shows at once; the encoder waits
+    for an image."""
+    return (*facts.text_encoders, "unet", "vae_decoder")
+
+
+def load_tokenizers(bundle: Bundle) -> list[ClipTokenizer]:
+    """The tokenizer of each text encoder.
+
+    Raises:
+        BundleError: one is missing or cannot be read.
+    """
+    facts = bundle.manifest.pipeline
+    folders = [name.replace("text_encoder", "tokenizer") for name in facts.text_encoders]
+    return [ClipTokenizer.load(bundle.file(f"{folder}/tokenizer.json").parent, facts.tokens) for folder in folders]
 
 
 def scheduler_config(bundle: Bundle) -> dict[str, Any]:

@@ -86,6 +86,10 @@ class PipelineFacts:
         scaling_factor: latents are multiplied by it before denoising, divided before decoding.
         height, width: default size in pixels.
         tokens: length to which prompts are padded and cut.
+        text_encoders: components that read the prompt, their hidden states side by side in this order; none for a
+            pipeline without prompts. The tokenizer of "text_encoder_2" is "tokenizer_2".
+        time_ids: what the numbers mean that the U-Net's input of that name takes: sizes and crops in pixels.
+        zero_empty_negative: an empty negative prompt is embedded as zeros, not by the text encoders.
     """
 
     latent_channels: int
@@ -94,6 +98,9 @@ class PipelineFacts:
     height: int
     width: int
     tokens: int
+    text_encoders: tuple[str, ...] = ("text_encoder",)
+    time_ids: tuple[str, ...] = ()
+    zero_empty_negative: bool = False
 
 
 @dataclass(frozen=True)

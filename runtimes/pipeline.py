@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from threading import Event
 from time import perf_counter
 from typing import Any
@@ -14,20 +14,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtimes import decode
+from runtimes.conditions import Conditions, SizeConditions, gather
 from runtimes.denoising import OnStep, Step, denoise
 from runtimes.errors import BundleError, InputError
 from runtimes.guidance import SHALLOW, Guidance, GuidedUnet
+from runtimes.handover import WHOLE, begin_part, checked_part
 from runtimes.images import ImageLike, to_pil
 from runtimes.manifest import PipelineFacts
 from runtimes.noise import NoiseStreams
 from runtimes.preview import Colours, fit
 from runtimes.profile import Profile
 from runtimes.prompt_cache import CacheStats, PromptCache
-from runtimes.prompts import Embedder, PromptStyle, Tokenize
+from runtimes.prompts import PromptStyle, Tokenize
 from runtimes.request import OUTPUTS, Request, check_request, finite, interval, whole
-from runtimes.schedulers import Run, Scheduler, from_config
+from runtimes.schedulers import Scheduler, from_config
 from runtimes.session import Session
-from runtimes.start import begin
+from runtimes.start import Start, begin
+from runtimes.tiling import Tiled, Tiling
 
 __all__ = ["Pipeline", "Step"]
 Float32 = NDArray[np.float32]
@@ -44,7 +47,7 @@ class Pipeline:
 
     def __init__(
         self, sessions: Mapping[str, Session], facts: PipelineFacts, scheduler_config: Mapping[str, Any],
-        tokenizer: Tokenize, *, cache_bytes: int = CACHE_BYTES,
+        *tokenizers: Tokenize, cache_bytes: int = CACHE_BYTES,
     ) -> None:
         """Assemble a pipeline over any sessions; `runtimes.load` does it for a bundle.
 
@@ -52,11 +55,11 @@ class Pipeline:
             sessions: looked up when used, so a mapping may load them late.
             facts: what the loop must know besides the networks.
             scheduler_config: as scheduler_config.json holds it.
-            tokenizer: prompts -> (B, tokens) int64.
+            tokenizers: prompts -> (B, tokens) int64, one for each of `facts.text_encoders`.
             cache_bytes: bound of the cache of embedded prompts.
         """
         self.sessions, self.facts = sessions, facts
-        self._config, self._tokenize = dict(scheduler_config), tokenizer
+        self._config, self._tokenizers = dict(scheduler_config), tokenizers
         self._cache = PromptCache(cache_bytes)
         self._schedulers: dict[str | None, Scheduler] = {}
         self._colours: Colours | None = None
@@ -67,19 +70,20 @@ class Pipeline:
         return self._cache.stats
 
     def __call__(
-        self, prompt: str | Sequence[str], *, negative_prompt: str | Sequence[str] = "", steps: int = 25,
+        self, prompt: str | Sequence[str] = "", *, negative_prompt: str | Sequence[str] = "", steps: int = 25,
         guidance_scale: float = 7.5, seed: int | Sequence[int] | None = None, images_per_prompt: int = 1,
         height: int | None = None, width: int | None = None, scheduler: str | None = None, eta: float = 0.0,
         guidance_rescale: float = 0.0, guidance_interval: tuple[float, float] = (0.0, 1.0),
         image: ImageLike | Sequence[ImageLike] | None = None, mask: ImageLike | Sequence[ImageLike] | None = None,
         strength: float | None = None, weighting: bool = False, long_prompts: bool = False,
-        cache_interval: int = 1, latents: Float32 | None = None, output: str = "pil", on_step: OnStep | None = None,
-        cancel: Event | None = None, profile: Profile | None = None,
+        cache_interval: int = 1, tile: int | None = None, latents: Float32 | None = None, output: str = "pil",
+        on_step: OnStep | None = None, cancel: Event | None = None, profile: Profile | None = None,
+        part: tuple[float, float] = WHOLE, sizes: SizeConditions | None = None,
     ) -> Any:
         """Make images.
 
         Args:
-            prompt: one text or several.
+            prompt: one text or several; empty texts for a model without prompts.
             negative_prompt: what to steer away from: one text, or one per prompt. Unused without guidance.
             steps: denoising steps.
             guidance_scale: how strongly to follow the prompt; at 1 and below guidance is off and a step costs half.
@@ -100,11 +104,16 @@ class Pipeline:
                 U-Net must take that many tokens: build with --shapes sequence=...
             cache_interval: compute the U-Net's deep layers at every so many steps only, and reuse them between; needs a
                 bundle built with --step-cache. 1 is every step; 3 is more than twice as fast.
+            tile: draw in overlapping tiles of so many pixels a side, one at a time, so that height and width may go
+                beyond what the bundle was built for, within the memory of one tile; see `runtimes.tiling`.
             latents: (B, C, H/f, W/f) float32 of unit variance, used instead of the seeds' initial noise.
             output: "pil"; "numpy" for pixels in 0..1; "latents" for what would be decoded.
             on_step: called after every step; False ends the call with CancelledError, and so does what it raises.
             cancel: ends the call with CancelledError at the next step once another thread sets it.
             profile: records where the time goes.
+            part: share of the noise schedule to denoise: (0, 0.8) with output="latents" by a base model, then (0.8, 1)
+                with those latents by a refiner. A part that does not begin at 0 starts from `latents` as they are.
+            sizes: what Stable Diffusion XL is told about sizes; by default, that the picture is whole.
 
         Returns:
             list of B PIL images, or (B, H, W, 3) float32, or (B, C, H/f, W/f) float32.
@@ -125,33 +134,56 @@ class Pipeline:
         guidance = Guidance(finite(guidance_scale, "guidance_scale"), finite(guidance_rescale, "guidance_rescale"),
                             interval(guidance_interval))
         share = (0.8 if mask is None else 1.0) if strength is None else finite(strength, "strength")
-        run = self._scheduler(scheduler).start(
-            whole(steps, "steps"), 1.0 if image is None else share, finite(eta, "eta"))
+        method, wanted = self._scheduler(scheduler), whole(steps, "steps")
+        run, count = begin_part(method, wanted, checked_part(part), 1.0 if image is None else share,
+                                finite(eta, "eta"))
+        if part[0] > 0 and (latents is None or image is not None):
+            raise InputError("a part that begins later starts from latents and no image", where="part",
+                             fix='give the latents of the part before: output="latents"')
         request = check_request(
             sessions, self.facts, prompt=prompt, negative_prompt=negative_prompt, images_per_prompt=images_per_prompt,
             guided=guidance.scale > 1, seed=seed, height=height, width=width, image=image, mask=mask, strength=share,
-            latents=latents)
+            latents=latents, tile=tile)
         style = PromptStyle(weighting, long_prompts)
         with np.errstate(over="ignore", invalid="ignore"):  # every result is checked to be finite
-            result = self._generate(sessions, request, run, guidance, style, cache_interval, output, on_step, cancel)
+            conditions = gather(sessions, self.facts, self._tokenizers, self._cache, style, request,
+                                sizes or SizeConditions())
+            noise = NoiseStreams(request.seeds)
+            if part[0] > 0 and request.latents is not None:
+                begun = Start(request.latents)
+            else:
+                begun = begin(sessions, self.facts.scaling_factor, request, run, noise)
+            predict = self._predictor(sessions, request, conditions, guidance, count, begun.extra, cache_interval)
+            sample = denoise(predict, run, begun, noise, on_step, cancel, count=count)
+            result = self._finished(sessions, sample, request.tiling, output)
         if profile is not None:
             profile.total_seconds += perf_counter() - start
         return result
 
-    def _generate(
-        self, sessions: Mapping[str, Session], request: Request, run: Run, guidance: Guidance, style: PromptStyle,
-        cache_interval: int, output: str, on_step: OnStep | None, cancel: Event | None,
+    def _predictor(
+        self, sessions: Mapping[str, Session], request: Request, conditions: Conditions, guidance: Guidance,
+        count: int, extra: Float32 | None, cache_interval: int,
+    ) -> Callable[[Float32, float, int], Float32]:
+        """The U-Net under the request's prompts, for the whole picture or tile by tile."""
+        tiling, at_once = request.tiling, None
+        if tiling is not None:
+            conditions, at_once = conditions.repeated(tiling.count), 1
+            extra = None if extra is None else tiling.stack(extra)
+        predict = GuidedUnet(sessions["unet"], conditions, guidance, count, extra=extra,
+                             shallow=sessions[SHALLOW] if cache_interval > 1 else None, cache_interval=cache_interval,
+                             images_at_once=at_once)
+        return predict if tiling is None else Tiled(predict, tiling)
+
+    def _finished(
+        self, sessions: Mapping[str, Session], sample: Float32, tiling: Tiling | None, output: str,
     ) -> Any:
-        embedder = Embedder(self._tokenize, sessions["text_encoder"], self._cache, style)
-        cond, uncond = embedder.pair(request.prompts, request.negatives)
-        noise = NoiseStreams(request.seeds)
-        start = begin(sessions, self.facts.scaling_factor, request, run, noise)
-        predict = GuidedUnet(sessions["unet"], cond, uncond, guidance, len(run.timesteps), extra=start.extra,
-                             shallow=sessions[SHALLOW] if cache_interval > 1 else None, cache_interval=cache_interval)
-        sample = denoise(predict, run, start, noise, on_step, cancel)
+        """Denoised latents in the form that was asked for."""
         if output == "latents":
             return sample
         decoder, factor = sessions["vae_decoder"], self.facts.scaling_factor
+        if tiling is not None:
+            pixels = decode.decode_tiled(decoder, sample, factor, tiling, self.facts.vae_scale_factor)
+            return pixels if output == "numpy" else to_pil(decode.to_uint8(pixels))
         if output == "numpy":
             return decode.decode(decoder, sample, factor)
         return to_pil(decode.decode_uint8(decoder, sample, factor))

@@ -47,7 +47,7 @@ class Embedder:
 
         Args:
             tokenizer: (B,) strings -> (B, tokens) int64; a `ClipTokenizer` where the style is not the default.
-            encoder: input_ids -> last_hidden_state.
+            encoder: input_ids -> hidden states as its first output, and text_embeds if it pools.
             cache: shared between calls.
             style: how prompts are read.
         """
@@ -115,10 +115,21 @@ class Embedder:
         return self._encoded(self._tokenizer([""])[0])
 
     def _encoded(self, ids: NDArray[np.int64]) -> Float32:
-        """One window, from the cache or the text encoder: (tokens, width) float32."""
-        key = ids.tobytes()
+        """One window: (tokens, width) float32."""
+        return self._output(ids, self._encoder.component.outputs[0].name)
+
+    def pooled(self, texts: Sequence[str]) -> Float32:
+        """The pooled embedding of each text's first tokens, its weights ignored: (B, width) float32."""
+        distinct = list(dict.fromkeys(texts))
+        found = {text: self._output(ids, "text_embeds")
+                 for text, ids in zip(distinct, self._tokenizer(distinct), strict=True)}
+        return np.stack([found[text] for text in texts])
+
+    def _output(self, ids: NDArray[np.int64], name: str) -> Float32:
+        """One row of one output, from the cache or the text encoder."""
+        key = f"{self._encoder.name}/{name}/".encode() + ids.tobytes()
         row = self._cache.get(key)
         if row is None:
-            row = run_rows(self._encoder, {"input_ids": ids[None]}, "last_hidden_state")[0].astype(np.float32)
+            row = run_rows(self._encoder, {"input_ids": ids[None]}, name)[0].astype(np.float32)
             self._cache.put(key, row)
         return row

@@ -18,12 +18,14 @@ from runtimes.manifest import PipelineFacts
 from runtimes.noise import resolve_seeds
 from runtimes.session import Session
 from runtimes.tensors import ShapeRange
+from runtimes.tiling import Tiling
 from runtimes.tokenizer import check_text
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 OUTPUTS = ("pil", "numpy", "latents")
+MAX_TILED_SIDE = 8192
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Request:
         prompts, negatives: texts; `negatives` is empty where guidance is off.
         latent_shape: (C, H/f, W/f).
         height, width: pixels.
+        tiling: where the networks' tiles lie, or None where they take the whole.
         pictures: distinct initial images, (K, 3, H, W) float32 in -1..1, or None for text to image.
         picture_of: index into `pictures` for every image.
         strength: share of the schedule that initial images go through; 1 starts from noise alone under a mask.
@@ -47,6 +50,7 @@ class Request:
     latent_shape: tuple[int, int, int]
     height: int
     width: int
+    tiling: Tiling | None
     seeds: tuple[int, ...]
     pictures: NDArray[np.float32] | None
     picture_of: tuple[int, ...]
@@ -61,7 +65,7 @@ def check_request(
     negative_prompt: str | Sequence[str], images_per_prompt: int, guided: bool,
     seed: int | Sequence[int] | None, height: int | None, width: int | None,
     image: ImageLike | Sequence[ImageLike] | None, mask: ImageLike | Sequence[ImageLike] | None, strength: float,
-    latents: NDArray[np.float32] | None,
+    latents: NDArray[np.float32] | None, tile: int | None,
 ) -> Request:
     """Check a call's arguments; see `Pipeline.__call__` for their meaning.
 
@@ -72,6 +76,8 @@ def check_request(
     if not prompts:
         raise InputError("no prompt", where="prompt", fix="give at least one; it may be an empty string")
     copies = whole(images_per_prompt, "images_per_prompt")
+    if not facts.text_encoders and any(prompts):
+        raise InputError("this model draws without prompts", where="prompt", fix="leave the prompt empty")
     negatives = _texts(negative_prompt, "the negative prompt")
     if isinstance(negative_prompt, str):
         negatives *= len(prompts)
@@ -82,7 +88,7 @@ def check_request(
     masks = [] if mask is None else _pictures(mask, len(prompts), "mask")
     if masks and not pictures:
         raise InputError("a mask without an image", where="mask", fix="give the image that it lies over")
-    height, width = _size(facts, sessions, height, width, pictures, latents)
+    height, width = _size(facts, sessions, height, width, pictures, latents, tile)
     shape = facts.latent_channels, height // facts.vae_scale_factor, width // facts.vae_scale_factor
     count = len(prompts) * copies
     return Request(
@@ -91,6 +97,7 @@ def check_request(
         latent_shape=shape,
         height=height,
         width=width,
+        tiling=None if tile is None else _tiling(facts, sessions, height, width, tile),
         seeds=resolve_seeds(seed, count),
         pictures=np.stack([to_pixels(p, height, width) for p in pictures]) if pictures else None,
         picture_of=_spread(len(pictures), count, copies),
@@ -226,7 +233,7 @@ def _pictures(image: ImageLike | Sequence[ImageLike], prompts: int, what: str) -
 
 def _size(
     facts: PipelineFacts, sessions: Mapping[str, Session], height: int | None, width: int | None,
-    pictures: Sequence[Image], latents: object,
+    pictures: Sequence[Image], latents: object, tile: int | None,
 ) -> tuple[int, int]:
     """Height and width in pixels: as asked for, else the latents', else the first picture's rounded down, else the
     bundle's own."""
@@ -237,9 +244,28 @@ def _size(
         elif isinstance(latents, np.ndarray) and latents.ndim == 4 and latents.shape[axis]:
             size = latents.shape[axis] * facts.vae_scale_factor
         elif pictures:
-            multiple = pixel_limits(facts, sessions, name)[1]
+            multiple = facts.vae_scale_factor if tile else pixel_limits(facts, sessions, name)[1]
             size = max(getattr(pictures[0], name) // multiple, 1) * multiple
         else:
             size = default
-        sizes.append(check_size(facts, sessions, name, size))
+        sizes.append(check_size(facts, sessions, name, size) if tile is None else _check_tiled(facts, name, size))
     return sizes[0], sizes[1]
+
+
+def _check_tiled(facts: PipelineFacts, name: str, pixels: int) -> int:
+    """Tiles cover any whole number of latents, up to what a picture may have at all."""
+    factor = facts.vae_scale_factor
+    if whole(pixels, name) % factor or pixels > MAX_TILED_SIDE:
+        raise InputError(f"{name} is {pixels}, expected a multiple of {factor} up to {MAX_TILED_SIDE:,}", where=name,
+                         fix=f"nearest: {min(max(round(pixels / factor), 1) * factor, MAX_TILED_SIDE)}")
+    return pixels
+
+
+def _tiling(
+    facts: PipelineFacts, sessions: Mapping[str, Session], height: int, width: int, tile: int
+) -> Tiling | None:
+    """Tiles of `tile` pixels, smaller where the picture is; None if one tile is all of it."""
+    rows = check_size(facts, sessions, "height", min(whole(tile, "tile"), height)) // facts.vae_scale_factor
+    columns = check_size(facts, sessions, "width", min(tile, width)) // facts.vae_scale_factor
+    shape = height // facts.vae_scale_factor, width // facts.vae_scale_factor
+    return None if shape == (rows, columns) else Tiling(shape, (rows, columns))

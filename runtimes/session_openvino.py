@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from runtimes.bundle import Bundle
-from runtimes.errors import BundleError, DeployError, InputError, UnavailableError
+from runtimes.errors import BundleError, DeployError, InputError, OutOfMemoryError, UnavailableError
 from runtimes.manifest import Component
 from runtimes.session import Arrays, Session, SessionOptions
 from runtimes.tensors import DTYPES
@@ -167,7 +167,7 @@ def _explained(error: Exception, name: str, *, running: bool) -> DeployError:
              if line.strip() and not line.startswith(("Exception from", "Check "))]
     line = (lines or [type(error).__name__])[-1][:300]
     if _OUT_OF_MEMORY.search(str(error)):
-        return UnavailableError(f"out of memory: {line}", where=name, fix="use a smaller batch or size")
+        return OutOfMemoryError(f"out of memory: {line}", where=name, fix="use a smaller batch or size")
     if running:
         return InputError(f"OpenVINO does not run these inputs: {line}", where=name, fix="check shapes and batch")
     return BundleError(f"OpenVINO cannot load it: {line}", where=name, fix="build the bundle again")

@@ -15,7 +15,7 @@ import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as failures
 
 from runtimes.bundle import Bundle
-from runtimes.errors import BundleError, DeployError, InputError, UnavailableError
+from runtimes.errors import BundleError, DeployError, InputError, OutOfMemoryError, UnavailableError
 from runtimes.manifest import Component
 from runtimes.session import Arrays, Session, SessionOptions
 from runtimes.tensors import DTYPES
@@ -224,7 +224,7 @@ def _explained(error: Exception, name: str, *, running: bool) -> DeployError:
     """ORT's exception as one of ours, most specific first."""
     line = str(error).partition("\n")[0][:400]
     if _OUT_OF_MEMORY.search(str(error)) or isinstance(error, MemoryError):
-        return UnavailableError(f"out of memory: {line}", where=name, fix="use a smaller batch or size")
+        return OutOfMemoryError(f"out of memory: {line}", where=name, fix="use a smaller batch or size")
     if running and isinstance(error, failures.InvalidArgument):
         return InputError(f"the graph does not take these inputs: {line}", where=name)
     doing = "failed while running it" if running else "cannot load it"

@@ -114,7 +114,10 @@ def _encoded(
     noise: NoiseStreams,
 ) -> Float32:
     """Pictures as scaled latents, drawn from the encoder's distribution: (B, C, H/f, W/f) float32."""
-    mean, deviation = decode.encode(sessions["vae_encoder"], pictures)
-    latents = mean[list(of)] + deviation[list(of)] * noise.draw(request.latent_shape)
+    factor = request.height // request.latent_shape[1]
+    mean, deviation = decode.encode(sessions["vae_encoder"], pictures, request.tiling, factor)
+    latents = mean[list(of)]
+    if deviation is not None:
+        latents = latents + deviation[list(of)] * noise.draw(request.latent_shape)
     latents *= np.float32(scaling_factor)
     return latents

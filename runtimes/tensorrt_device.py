@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from runtimes.errors import DeployError, UnavailableError
+from runtimes.errors import DeployError, OutOfMemoryError, UnavailableError
 
 _DRIVER_FIX = "install the NVIDIA driver and see that nvidia-smi works"
 
@@ -125,7 +125,7 @@ class CudaDevice:
         if status == self._cuda.cudaError_t.cudaSuccess:
             return value
         if status == self._cuda.cudaError_t.cudaErrorMemoryAllocation:
-            raise UnavailableError("the GPU is out of memory", where=self.name, fix="use a smaller batch or size")
+            raise OutOfMemoryError("the GPU is out of memory", where=self.name, fix="use a smaller batch or size")
         raise DeployError(f"CUDA: {self._text(status)}", where=getattr(self, "name", "device"))
 
     @staticmethod

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from deploy.parity.drawing import load_tokenizer
 from deploy.parity.metrics import relative_l2
 from runtimes.bundle import Bundle
 from runtimes.errors import InputError
+from runtimes.loading import load_tokenizers
 from runtimes.schedulers import from_config
 from runtimes.schedulers.settings import Settings
 
@@ -53,5 +53,6 @@ def different_tokens(reference: Bundle, candidate: Bundle, prompts: Sequence[str
     """
     if reference.manifest.pipeline.tokens != candidate.manifest.pipeline.tokens:
         return list(prompts)
-    ids = [load_tokenizer(bundle)([*prompts, ""]) for bundle in (reference, candidate)]
-    return [p for p, r, c in zip([*prompts, ""], *ids, strict=True) if not np.array_equal(r, c)]
+    texts, pairs = [*prompts, ""], zip(load_tokenizers(reference), load_tokenizers(candidate), strict=True)
+    ids = [(one(texts), other(texts)) for one, other in pairs]
+    return [text for row, text in enumerate(texts) if any(not np.array_equal(r[row], c[row]) for r, c in ids)]

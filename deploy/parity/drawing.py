@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 
 from runtimes.bundle import Bundle
-from runtimes.loading import TOKENIZER_FOLDER, scheduler_config
+from runtimes.loading import load_tokenizers, scheduler_config
 from runtimes.pipeline import Pipeline, Step
 from runtimes.session import Session
-from runtimes.tokenizer import ClipTokenizer
 
 
 @dataclass(frozen=True)
@@ -63,16 +62,6 @@ class Drawing:
         return cls(arrays["latents"], arrays["images"])
 
 
-def load_tokenizer(bundle: Bundle) -> ClipTokenizer:
-    """The tokenizer of a bundle.
-
-    Raises:
-        BundleError: it cannot be read.
-    """
-    folder = bundle.file(f"{TOKENIZER_FOLDER}/tokenizer.json").parent
-    return ClipTokenizer.load(folder, bundle.manifest.pipeline.tokens)
-
-
 def assemble_pipeline(
     sessions: Mapping[str, Session], bundle: Bundle, scheduler: Mapping[str, Any] | None = None
 ) -> Pipeline:
@@ -83,7 +72,7 @@ def assemble_pipeline(
         InputError: the scheduler config is unknown or contradicts itself.
     """
     config = scheduler_config(bundle) if scheduler is None else scheduler
-    return Pipeline(sessions, bundle.manifest.pipeline, config, load_tokenizer(bundle))
+    return Pipeline(sessions, bundle.manifest.pipeline, config, *load_tokenizers(bundle))
 
 
 def draw(pipeline: Pipeline, request: DrawRequest) -> Drawing:
@@ -107,8 +96,9 @@ def _draw_batch(pipeline: Pipeline, request: DrawRequest) -> Drawing:
     def keep(step: Step) -> None:
         latents.append(step.latents.copy())
 
+    prompts = request.prompts if pipeline.facts.text_encoders else [""] * len(request.prompts)
     images = pipeline(
-        request.prompts, steps=request.steps, guidance_scale=request.guidance_scale, seed=request.seed,
+        prompts, steps=request.steps, guidance_scale=request.guidance_scale, seed=request.seed,
         height=request.height, width=request.width, scheduler=request.scheduler, cache_interval=request.cache_interval,
         output="numpy",
         on_step=keep if request.keep_latents else None,

@@ -20,10 +20,8 @@ from deploy.parity.retrieval import Gallery
 from deploy.parity.shapes import plan_runs
 from runtimes.bundle import Bundle
 from runtimes.errors import DeployError, UnavailableError
-from runtimes.loading import scheduler_config
+from runtimes.loading import needed, scheduler_config
 from runtimes.session import FORMATS
-
-NEEDED = ("text_encoder", "unet", "vae_decoder")
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,7 @@ def check_pipeline(
     Raises:
         InputError: prompts, schedulers or sizes that the reference refuses too.
     """
-    for name in NEEDED:
+    for name in needed(candidate.manifest.pipeline):
         kind = candidate.component(name).format
         if kind not in FORMATS and kind != SOURCE_FORMAT:
             return PipelineReport({}, unverified=f"nothing here runs the format {kind!r} of {name}")

@@ -49,7 +49,7 @@ class Export(Pass):
         before, planned = source.component(name), step.after.components[name]
         folder = source.file(before.file).parent
         unread, stored = unread_module(folder, before.details["library"], before.class_name)
-        module = torch_component(name, unread, len(before.outputs))
+        module = torch_component(name, unread, [output.name for output in before.outputs])
         spec = ComponentSpec(name, before.details["source_component"], before.inputs, before.outputs, before.axes)
         export_onnx(module, spec, out / "components" / name, opset=step.config["opset"], stored=stored)
         common = {axis: a.range.opt for axis, a in before.axes.items()}

@@ -24,6 +24,7 @@ class Load(Pass):
     version: ClassVar[int] = 1
     libraries: ClassVar[tuple[str, ...]] = ("torch", "diffusers", "transformers", "safetensors", "tokenizers")
     verify: ClassVar[bool] = False
+    defines_source: ClassVar[bool] = True
 
     def plan(self, before: Manifest, spec: BuildSpec) -> Planned:
         """Every component of a diffusers folder, renamed."""
@@ -61,8 +62,9 @@ class Load(Pass):
         origin = open_source(source.path)
         for name, folder in origin.tokenizers.items():
             prepare_tokenizer(folder, out / name)
-        # What the PyTorch pipeline really samples with: it corrects outdated configs when it loads them.
-        config = stable_diffusion_config(origin.scheduler_config)
+        config = dict(origin.scheduler_config)
+        if origin.family.corrects_scheduler:
+            config = stable_diffusion_config(config)
         (out / "scheduler").mkdir()
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         (out / "scheduler" / "scheduler_config.json").write_text(text, encoding="utf-8")

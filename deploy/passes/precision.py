@@ -28,7 +28,7 @@ class Precision(Pass):
     def plan(self, before: Manifest, spec: BuildSpec) -> Planned:
         """Every float32 graph when the spec says fp16; for TensorRT also what INT8 left in float32."""
         mode = MODES[spec.target]
-        beside_integers = spec.precision == "int8" and mode == "compute"
+        beside_integers = spec.precision in ("int8", "auto") and mode == "compute"
         if spec.precision != "fp16" and not beside_integers:
             return Skip(f"the build is {spec.precision}")
         for name, component in before.components.items():

@@ -5,13 +5,19 @@ from __future__ import annotations
 import difflib
 
 from exporters.families.base import ComponentSpec, Family
+from exporters.families.latent_diffusion import TEXT_TO_IMAGE, UNCONDITIONAL
 from exporters.families.stable_diffusion import STABLE_DIFFUSION
+from exporters.families.stable_diffusion_xl import STABLE_DIFFUSION_XL
 from runtimes.errors import InputError
 
 FAMILIES: dict[str, Family] = {
     "StableDiffusionPipeline": STABLE_DIFFUSION,
     "StableDiffusionImg2ImgPipeline": STABLE_DIFFUSION,
-    "StableDiffusionInpaintPipeline": STABLE_DIFFUSION,  # with a 4-channel U-Net, inpainting is masking latents
+    "StableDiffusionInpaintPipeline": STABLE_DIFFUSION,
+    "StableDiffusionXLPipeline": STABLE_DIFFUSION_XL,
+    "StableDiffusionXLImg2ImgPipeline": STABLE_DIFFUSION_XL,
+    "LDMPipeline": UNCONDITIONAL,
+    "LDMTextToImagePipeline": TEXT_TO_IMAGE,
 }
 
 __all__ = ["FAMILIES", "ComponentSpec", "Family", "family_of"]

@@ -52,8 +52,10 @@ class Family:
         name: name in the manifest.
         source_components: entries of model_index.json whose weights are needed; others are left out.
         tokenizers: entries of model_index.json that hold tokenizer files.
+        optional: networks and tokenizers that a pipeline of this kind may lack, with null in model_index.json.
         components: what to export from a source; raises InputError for a config that the pipeline cannot feed.
         facts: what the sampling loop must know.
+        corrects_scheduler: whether the PyTorch pipeline corrects outdated scheduler configs when it loads them.
     """
 
     name: str
@@ -61,6 +63,8 @@ class Family:
     tokenizers: tuple[str, ...]
     components: Callable[[Source, Shapes], dict[str, ComponentSpec]]
     facts: Callable[[Source], PipelineFacts]
+    optional: tuple[str, ...] = ()
+    corrects_scheduler: bool = False
 
 
 def check_shapes(shapes: Shapes) -> None:

@@ -28,6 +28,9 @@ def with_step_cache(
     unet = specs.get("unet")
     if unet is None or not config.get("up_block_types"):
         raise InputError("only a U-Net has deep features to reuse", where=where, fix="leave --step-cache out")
+    if [spec.name for spec in unet.inputs] != ["sample", "timestep", "encoder_hidden_states"]:
+        raise InputError("the step cache knows U-Nets with a prompt and nothing else", where=where,
+                         fix="leave --step-cache out")
     sample, channels = unet.inputs[0], config["block_out_channels"][0]  # the block's width, as of every layer but one
     feature = TensorSpec(DEEP, "float32", (sample.shape[0], channels, *sample.shape[2:]),
                          "input of the last layer of the last up block, without its skip connection")

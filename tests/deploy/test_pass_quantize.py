@@ -17,7 +17,7 @@ from deploy.passes.quantize import Quantize
 from deploy.plan import Skip, Step
 from deploy.spec import BuildSpec, make_spec
 from runtimes.bundle import Bundle
-from runtimes.errors import InputError
+from runtimes.errors import InputError, ParityError
 from runtimes.manifest import Manifest
 from tests.deploy.conftest import Cli, assert_refused
 
@@ -152,6 +152,17 @@ def test_a_kept_layer_is_float_in_the_bundle_and_an_unknown_one_names_the_neares
         run_build(make_spec({**options, "keep": ("midblock.resnets.0.conv1/Conv",)}), tmp_path / "c",
                   cache_root=build_cache)
     assert "mid_block.resnets.0.conv1/Conv" in error.value.fix
+
+
+def test_a_broken_budget_names_the_layers_it_comes_from(
+    int8_bundle: Bundle, build_cache: Path, tmp_path: Path
+):
+    spec = BuildSpec(precision="int8", calibration_samples=24, budget={"component_relative_l2": 0.02})
+    with pytest.raises(ParityError, match="pass quantize, unet") as error:
+        run_build(spec, tmp_path / "out", cache_root=build_cache)
+    assert "relative L2 rises most at" in error.value.what
+    assert "--keep" in error.value.what
+    assert "ff.net.2/MatMul" in error.value.what
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from deploy.build import run_build
 from deploy.spec import BuildSpec
 from runtimes.bundle import Bundle
 from runtimes.errors import UnavailableError
+from runtimes.tensors import ShapeRange
 from tests.deploy.conftest import Cli, assert_refused
 
 COMPONENTS = ["text_encoder", "unet", "vae_decoder", "vae_encoder"]
@@ -79,3 +80,16 @@ def test_a_missing_builder_stops_the_build_before_any_work(tiny_model: Path, tmp
     with pytest.raises(UnavailableError, match="no TensorRT builder is installed"):
         run_build(BuildSpec(model=str(tiny_model), target="tensorrt"), tmp_path / "b", cache_root=tmp_path / "cache")
     assert not (tmp_path / "b").exists() and not (tmp_path / "cache").exists()
+
+
+def test_int8_engines_hold_quantizers_that_break_no_attention(tiny_model: Path, build_cache: Path, tmp_path: Path):
+    profiles = ({"batch": ShapeRange(1, 1, 1)}, {"batch": ShapeRange(2, 2, 4)})
+    spec = BuildSpec(model=str(tiny_model), target="tensorrt-rtx", precision="int8", calibration_samples=8,
+                     engine={"capabilities": "SM89"}, profiles=profiles)
+    manifest = run_build(spec, tmp_path / "b", cache_root=build_cache).bundle.manifest
+    unet = manifest.components["unet"]
+    assert unet.precision == "int8" and unet.details["compute_capabilities"] == ["SM89"]
+    assert unet.details["quantizers"]["inputs"]["Conv"] > 0
+    assert unet.details["quantizers"]["attentions"] > 0 and not unet.details["quantizers"]["broken_attentions"]
+    assert [profile["timestep"] for profile in unet.details["profiles"]] == [[[1], [2], [2]], [[2], [4], [8]]]
+    assert manifest.parity is not None and not manifest.parity["broken"]

@@ -110,8 +110,8 @@ def test_convert_writes_a_folder_that_build_reads(
     from deploy.cli import main
 
     out = tmp_path / "out"
-    arguments = ("convert", checkpoint, "--configs", configs, "-o", out)
-    monkeypatch.setattr("sys.argv", ["ldm-deploy", *map(str, arguments)])
+    command = ["ldm-deploy", "convert", str(checkpoint), "--configs", str(configs), "-o", str(out)]
+    monkeypatch.setattr("sys.argv", command)
     with pytest.raises(SystemExit) as stop:
         main()
     assert not stop.value.code

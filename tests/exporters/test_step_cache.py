@@ -51,7 +51,8 @@ def inputs(batch: int, rows: int, columns: int, seed: int) -> list[torch.Tensor]
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_shallow_network_with_its_own_deep_feature_is_the_whole_one(kind):
     model, fed = make(kind), inputs(2, 8, 6, 0)
-    whole, shallow = torch_component("unet", model, 2), torch_component("unet_shallow", model)
+    whole = torch_component("unet", model, ("out_sample", "deep_feature"))
+    shallow = torch_component("unet_shallow", model)
     with torch.inference_mode():
         plain = model(*fed).sample
         output, deep = whole(*fed)
@@ -74,7 +75,8 @@ def test_both_graphs_equal_pytorch_at_other_sizes_than_traced(tmp_path):
 
     model, fed = make("attention"), inputs(3, 6, 10, 2)
     specs = specs_of(model)
-    modules = {"unet": torch_component("unet", model, 2), "unet_shallow": torch_component("unet_shallow", model)}
+    modules = {"unet": torch_component("unet", model, ("out_sample", "deep_feature")),
+               "unet_shallow": torch_component("unet_shallow", model)}
     with torch.inference_mode():
         output, deep = (t.numpy() for t in modules["unet"](*fed))
     feeds = {s.name: t.numpy() for s, t in zip(specs["unet"].inputs, fed, strict=True)}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from runtimes.batching import RowRunner, all_finite
-from runtimes.errors import InputError
+from runtimes.errors import InputError, OutOfMemoryError
 from runtimes.tensors import ShapeRange, TensorSpec
 from tests.runtimes.fakes import FakeSession, axes, component
 
@@ -51,3 +51,23 @@ def test_a_session_checks_every_signature_and_not_only_the_first():
         for _ in range(2):
             with pytest.raises(InputError):
                 net.run(wrong)
+
+
+class Small(FakeSession):
+    """Memory for two rows."""
+
+    def _run(self, feeds):
+        if len(feeds["x"]) > 2:
+            raise OutOfMemoryError("out of memory", where="net")
+        return super()._run(feeds)
+
+
+def test_where_memory_runs_out_the_calls_become_smaller_and_stay_so():
+    plain, rows = session(most=8), np.arange(16, dtype=np.float32).reshape(8, 2)
+    net = Small("net", plain.component, plain.function)
+    runner = RowRunner(net, 8)
+    for _ in range(2):
+        np.testing.assert_array_equal(runner.run({"x": rows})["y"], rows + 1)
+    assert [len(call["x"]) for call in net.calls] == [2] * 8
+    with pytest.raises(OutOfMemoryError):
+        RowRunner(Small("net", session(least=3, most=8).component, plain.function), 7).run({"x": rows})

@@ -12,11 +12,10 @@ import triton_python_backend_utils as pb_utils
 
 from runtimes.bundle import Bundle
 from runtimes.errors import DeployError, UnavailableError
-from runtimes.loading import TOKENIZER_FOLDER, scheduler_config
+from runtimes.loading import load_tokenizers, scheduler_config
 from runtimes.manifest import MANIFEST_FILE, parse
 from runtimes.pipeline import Pipeline
 from runtimes.session import Session
-from runtimes.tokenizer import ClipTokenizer
 
 
 class TritonSession(Session):
@@ -77,9 +76,8 @@ class TritonPythonModel:
         manifest = (folder / "bundle" / MANIFEST_FILE).read_text(encoding="utf-8")
         bundle = Bundle(folder / "bundle", parse(manifest, MANIFEST_FILE))
         models = json.loads((folder / "triton.json").read_text(encoding="utf-8"))
-        facts = bundle.manifest.pipeline
-        tokenizer = ClipTokenizer.load(folder / "bundle" / TOKENIZER_FOLDER, facts.tokens)
-        self.pipeline = Pipeline(Sessions(bundle, models), facts, scheduler_config(bundle), tokenizer)
+        self.pipeline = Pipeline(Sessions(bundle, models), bundle.manifest.pipeline, scheduler_config(bundle),
+                                 *load_tokenizers(bundle))
 
     def execute(self, requests):
         """Draw the images of each request; what is wrong with one does not touch the others."""

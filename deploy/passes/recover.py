@@ -1,0 +1,50 @@
+"""`recover`: what was pruned learns from the original again, which then leaves the bundle."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from deploy.passes.prune import NAME, TEACHER, WEIGHTS_FILE, drawing_config
+from deploy.plan import Pass, Planned, Skip, Step
+from runtimes.bundle import Bundle, records_below
+from runtimes.errors import InputError
+from runtimes.manifest import Component, Manifest
+
+if TYPE_CHECKING:
+    from deploy.spec import BuildSpec
+
+
+class Recover(Pass):
+    """Distillation along the original's own trajectories (deploy.pruning.distill)."""
+
+    name: ClassVar[str] = "recover"
+    version: ClassVar[int] = 1
+    libraries: ClassVar[tuple[str, ...]] = ("torch", "diffusers")
+    verify: ClassVar[bool] = True
+
+    def plan(self, before: Manifest, spec: BuildSpec) -> Planned:
+        """The pruned U-Net, when the spec gives it steps to learn in."""
+        if not spec.recover:
+            return Skip("no recovery was asked for")
+        if TEACHER not in before.components or before.components[NAME].format != "safetensors":
+            raise InputError("there is no original to learn from", where="pass recover",
+                             fix="recover comes right after prune")
+        config = {"steps": spec.recover, "keep_zeros": spec.mask != "none", **drawing_config(before, spec)}
+        components = {n: c for n, c in before.components.items() if n != TEACHER}
+        components[NAME] = replace(components[NAME], files={})
+        step = Step(self.name, self.version, config, {NAME: (NAME, TEACHER, "text_encoder")},
+                    replace(before, components=components), f"{spec.recover} steps of distillation from the original")
+        return step.recorded()
+
+    def run(self, step: Step, name: str, source: Bundle, out: Path) -> Component:
+        """Train; what was learned before an interruption is gone on from."""
+        from deploy.pruning.network import write_network
+        from deploy.pruning.recovery import recover_unet
+
+        before, folder = source.component(name), out / "components" / name
+        folder.mkdir(parents=True)
+        network, details = recover_unet(source, name, TEACHER, step.config)
+        write_network(network, folder / WEIGHTS_FILE, before.precision)
+        return replace(before, files=records_below(folder, out), details={**before.details, "recovery": details})

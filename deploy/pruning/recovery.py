@@ -1,0 +1,79 @@
+"""Recovery of one network of a bundle: checkpoints under the cache, progress on the terminal."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deploy.cache import default_root
+from deploy.console import err
+from deploy.pruning.distill import Recipe, Recovery
+from deploy.pruning.network import relative_error
+from deploy.pruning.teacher import Teacher, load_source_module
+from runtimes.bundle import Bundle
+from runtimes.manifest import digest_of, to_json
+
+DRAWINGS, JUDGED_SEED = 32, 7
+REPORT_EVERY_SECONDS = 15.0
+
+
+def recover_unet(source: Bundle, name: str, teacher_name: str, config: Mapping[str, Any],
+                 root: Path | None = None) -> tuple[Any, dict[str, Any]]:
+    """Let a pruned denoising network learn from the one it was cut from.
+
+    Args:
+        source: holds both, in the format "safetensors".
+        name, teacher_name: of the two networks.
+        config: of pass `recover`.
+        root: where the checkpoint lies until the last step; default `~/.cache/ldm-deploy/recover`.
+
+    Returns:
+        the recovered network, and what the training did, JSON-able.
+
+    Raises:
+        ParityError: the loss is not finite.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    student = load_source_module(source, source.component(name)).to(device)
+    teacher = Teacher.load(source, teacher_name, config["prompts"], config["guidance_scale"], device)
+    judged = teacher.trajectories(DRAWINGS // 4, seed=JUDGED_SEED)
+    batches = [judged.advance() for _ in range(16)]
+    before = relative_error(student, batches)
+    recipe = Recipe(config["steps"])
+    weights = {n: source.component(n).sha256 for n in (name, teacher_name, "text_encoder")}
+    folder = (root or default_root() / "recover") / digest_of({"weights": weights, "config": to_json(config)})
+    recovery = Recovery(student, teacher.observed, teacher.trajectories(DRAWINGS, recipe.seed), recipe,
+                        teacher.guidance_scale, folder, keep_zeros=config["keep_zeros"])
+    if recovery.step:
+        err.print(f"recover: going on from step {recovery.step} of {recipe.steps}")
+    try:
+        network = recovery.run(_progress(recipe.steps, recovery.step))
+    except KeyboardInterrupt:
+        recovery.save()
+        raise
+    shutil.rmtree(folder)
+    return network, {"steps": recipe.steps, "device": device, "relative_l2_before": round(before, 5),
+                     "relative_l2_after": round(relative_error(network, batches), 5)}
+
+
+def _progress(steps: int, first: int) -> Callable[[int, float], None]:
+    """A line now and then: steps done, error, minutes left."""
+    began = last = time.monotonic()
+    smooth = 0.0
+
+    def report(step: int, error: float) -> None:
+        nonlocal last, smooth
+        smooth = error if not smooth else 0.95 * smooth + 0.05 * error
+        now = time.monotonic()
+        if now - last > REPORT_EVERY_SECONDS or step == steps:
+            last = now
+            left = (now - began) / (step - first) * (steps - step) / 60
+            err.print(f"recover: step {step} of {steps}, squared error {smooth:.4f} of the teacher's variance, "
+                      f"{left:.1f} min left")
+
+    return report

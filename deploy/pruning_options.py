@@ -1,0 +1,46 @@
+"""The part of a build spec that asks for a smaller network: `--prune`, `--recover` and their refinements."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, Field, model_validator
+
+from runtimes.errors import InputError
+
+
+class PruningOptions(BaseModel):
+    """What is taken out of the denoising network, and how it learns to do without.
+
+    Attributes:
+        prune: share of its channels to remove, 0 to 1 (`deploy.pruning.widths`).
+        prune_method: what a channel's importance is (`deploy.pruning.importance`).
+        prune_widths: every level loses the same share, or each as much as the output bears
+            (`deploy.pruning.sensitivity`).
+        prune_blocks: whole blocks to remove first, named as BK-SDM does (`deploy.pruning.blocks`).
+        mask: weights to set to zero without changing a shape (`deploy.pruning.masks`).
+        recover: optimizer steps of distillation from the original (`deploy.pruning.distill`).
+        recover_prompts: what it is distilled on; the model's own set when empty.
+    """
+
+    prune: float = Field(default=0.0, ge=0, lt=1)
+    prune_method: Literal["taylor", "l1", "l2"] = "taylor"
+    prune_widths: Literal["uniform", "sensitivity"] = "uniform"
+    prune_blocks: Literal["none", "base", "small", "tiny"] = "none"
+    mask: Literal["none", "textbook", "2:4"] = "none"
+    recover: int = Field(default=0, ge=0)
+    recover_prompts: tuple[str, ...] = ()
+
+    @property
+    def prunes(self) -> bool:
+        """Whether the network will differ from its source by more than rounding."""
+        return self.prune > 0 or self.prune_blocks != "none" or self.mask != "none"
+
+    @model_validator(mode="after")
+    def _recovers_from_something(self) -> PruningOptions:
+        if self.recover and not self.prunes:
+            raise InputError("nothing is pruned that could recover", where="--recover",
+                             fix="give --prune, --prune-blocks or --mask, too")
+        if self.recover_prompts and not self.recover:
+            raise InputError("prompts to distil on, but no steps", where="--recover-prompts", fix="give --recover, too")
+        return self

@@ -1,0 +1,210 @@
+"""How one graph becomes INT8: calibration data, ranges, recipes, and the search behind `--precision auto`."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runtimes.bundle import Bundle
+from runtimes.manifest import Manifest, digest_of
+
+if TYPE_CHECKING:
+    from calibration.ranges import Scheme
+    from calibration.recorder import Recording
+    from deploy.spec import BuildSpec
+
+DEFAULT_PROMPTS = 64
+SENSITIVITY_CALLS = 6  # for every layer and precision: they are what a search spends its time on
+
+
+def plan_calibration(before: Manifest, spec: BuildSpec) -> dict[str, Any]:
+    """What will be recorded, resolved; refuses too few samples before any work."""
+    from calibration.prompts import STEPS, STRENGTH, plan_episodes
+    from deploy.parity.options import ParityOptions
+
+    prompts = spec.calibration_prompts or default_prompts(before.source.id)
+    episodes = plan_episodes(prompts, spec.calibration_samples)
+    return {"prompts": list(prompts[: len(episodes) + 1]), "samples": spec.calibration_samples, "steps": STEPS,
+            "strength": STRENGTH, "guidance_scale": ParityOptions.guidance_scale}
+
+
+def default_prompts(source_id: str) -> tuple[str, ...]:
+    """The reference model's subjects that its retrieval score does not ask for; everyday things for other models."""
+    from deploy.gate import options_for
+
+    options = options_for(source_id, ())
+    if not options.retrieval_prompts:
+        return options.prompts
+    from deploy.reference_model import subject_names
+
+    scored = {*options.retrieval_prompts, *options.prompts}
+    names = [name for name in subject_names() if name not in scored]
+    return tuple(names[i * len(names) // DEFAULT_PROMPTS] for i in range(DEFAULT_PROMPTS))
+
+
+def record_calibration(source: Bundle, calibration: Mapping[str, Any]) -> Recording:
+    """Record the float32 graphs' inputs, or find the recording of an earlier build of the same graphs."""
+    from calibration.prompts import plan_episodes
+    from calibration.recorder import record
+    from deploy.cache import default_root
+    from deploy.parity.drawing import assemble_pipeline
+    from runtimes.loading import BundleSessions
+    from runtimes.session import SessionOptions
+
+    steps, strength = calibration["steps"], calibration["strength"]
+    episodes = plan_episodes(calibration["prompts"], calibration["samples"], steps=steps, strength=strength)
+    manifest = source.manifest
+    identity = {"components": {n: c.sha256 for n, c in sorted(manifest.components.items())},
+                "files": {n: r.sha256 for n, r in sorted(manifest.files.items())}}
+    return record(dict(BundleSessions(source, SessionOptions())), lambda sessions: assemble_pipeline(sessions, source),
+                  episodes, default_root() / "calibration", source=identity,
+                  guidance_scale=calibration["guidance_scale"], steps=steps, strength=strength)
+
+
+def quantize_component(graph: Path, destination: Path, recipe: str, config: Mapping[str, Any], scheme: Scheme,
+                       name: str, recording: Recording | None) -> dict[str, Any]:
+    """Quantize one graph by one recipe.
+
+    Returns:
+        "summary" for the manifest's details, "layers" for the file beside the graph, "relative_l2" of the outputs on
+        the recorded calls, 0 where there are none.
+    """
+    import onnx_ir as ir
+
+    from calibration.layers import assign, find_layers
+    from calibration.observe import compare
+    from calibration.quantize import quantize
+    from calibration.transforms import channel_means, prepare
+
+    summary: dict[str, Any] = {"recipe": recipe, "scheme": asdict(scheme)}
+    layers: dict[str, Any] = {}
+    ranges: dict[str, tuple[float, float]] = {}
+    lost, means, original = 0.0, {}, graph
+    with tempfile.TemporaryDirectory(prefix="ldm-quantize-") as scratch:
+        if recording is not None:
+            graph = prepare(graph, config["methods"], lambda: recording.calls(name), Path(scratch) / graph.name)
+        assignment = assign(find_layers(ir.load(graph)), recipe, config["keep"])
+        if recording is not None:
+            ranges, layers = find_ranges(graph, assignment, config, scheme, name, recording)
+            summary |= {"estimator": config["estimator"], "recording": recording.identity,
+                        "methods": config["methods"], "ranges_sha256": digest_of(layers["ranges"])}
+            if "bias-correction" in config["methods"]:
+                means = channel_means(graph, assignment, lambda: recording.calls(name))
+        report = quantize(graph, destination, assignment, ranges, scheme, means).to_json()
+    layers["precision_map"] = report.pop("precision_map")
+    if recording is not None:
+        lost = compare(original, destination, lambda: recording.calls(name))
+    return {"summary": {**summary, **report}, "layers": layers, "relative_l2": lost}
+
+
+def find_ranges(graph: Path, assignment: Mapping[str, str], config: Mapping[str, Any], scheme: Scheme, name: str,
+                recording: Recording) -> tuple[dict[str, tuple[float, float]], dict[str, Any]]:
+    """Ranges of every activation that the assignment quantizes; the same rounded, and their drift, as JSON."""
+    import onnx_ir as ir
+
+    from calibration.observe import observe
+    from calibration.quantize import tensors_to_observe
+    from calibration.ranges import drift, estimate
+
+    tensors = tensors_to_observe(ir.load(graph), assignment, scheme)
+    seen = observe(graph, tensors, lambda: recording.calls(name), histograms=config["estimator"] != "minmax")
+    ranges = estimate(seen, config["estimator"], scheme)
+    rounded = {tensor: [float(f"{end:.6g}") for end in ends] for tensor, ends in sorted(ranges.items())}
+    return ranges, {"ranges": rounded, "drift": drift(seen)}
+
+
+def names_in(bundle: Bundle) -> dict[str, list[str]]:
+    """Component -> everything that a pattern of `keep` may name."""
+    import onnx_ir as ir
+
+    from calibration.layers import find_layers, names_of
+
+    return {name: [text for layer in find_layers(ir.load(bundle.file(component.file))) for text in names_of(layer)]
+            for name, component in bundle.manifest.components.items()}
+
+
+def search_unet(source: Bundle, destination: Path, config: Mapping[str, Any], scheme: Scheme, recording: Recording,
+                ) -> dict[str, Any]:
+    """Find the cheapest assignment of precisions to the U-Net's layers that keeps the image-level budget.
+
+    Every layer begins in integers. What each costs the output is measured alone (`calibration.sensitivity`); layers
+    then go back to float32, the most error for the least bytes and time first, and halving finds how many must. Each
+    trial draws what the gate will draw, with the other components quantized as well. The hybrid recipe is a trial too.
+
+    Returns:
+        as `quantize_component` does; the layers' file also holds the errors and the Pareto front.
+
+    Raises:
+        ParityError: the budget cannot be met; names the best found.
+    """
+    import onnx_ir as ir
+
+    from calibration.layers import assign, find_layers, matching
+    from calibration.quantize import quantize
+    from calibration.sensitivity import assignment_after, promotions
+    from deploy.parity.budgets import Budget
+    from deploy.search import Trials, search
+
+    graph = source.file(source.component("unet").file)
+    layers = find_layers(ir.load(graph))
+    kept = matching(layers, config["keep"])
+    ranges, observed = find_ranges(graph, assign(layers, "static"), config, scheme, "unet", recording)
+    errors = sensitivity(graph, ranges, scheme, recording)
+    path = [p for p in promotions(layers, errors) if p.node not in kept]
+    reports: dict[Path, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory(prefix="ldm-search-") as scratch:
+        def build(name: str, assignment: Mapping[str, str]) -> Path:
+            file = Path(scratch) / name / "model.onnx"
+            file.parent.mkdir(exist_ok=True)
+            reports[file] = quantize(graph, file, assignment, ranges, scheme).to_json()
+            return file
+
+        low = {}
+        for other in ("text_encoder", "vae_decoder"):
+            low[other] = Path(scratch) / other / "model.onnx"
+            low[other].parent.mkdir()
+            recipe = config["recipes"][other]
+            quantize_component(source.file(source.component(other).file), low[other], recipe, config, scheme, other,
+                               recording if recipe in ("hybrid", "static") else None)
+        trials = Trials(source, low, Budget(**config["search"]["budget"]), tuple(config["search"]["prompts"]))
+        hybrid = assign(layers, "hybrid", config["keep"])
+        assignments = {"hybrid": hybrid}
+
+        def promoted(count: int) -> Path:
+            name = f"{count} promotions"
+            assignments[name] = assignment_after(layers, path, count, kept)
+            return build(str(count), assignments[name])
+
+        best, name = search(trials, build("hybrid", hybrid), promoted, len(path))
+        for part in best.parent.iterdir():
+            shutil.copy(part, destination.parent / part.name)
+    report = {key: value for key, value in reports[best].items() if key != "precision_map"}
+    return {"summary": {"recipe": "auto", "scheme": asdict(scheme), "estimator": config["estimator"],
+                        "recording": recording.identity, "ranges_sha256": digest_of(observed["ranges"]),
+                        "chosen": name, "trials": len(trials.done), **report},
+            "layers": {**observed, "precision_map": dict(sorted(assignments[name].items())), "errors": errors,
+                       "front": trials.front()}, "relative_l2": 0.0}
+
+
+def sensitivity(graph: Path, ranges: Mapping[str, tuple[float, float]], scheme: Scheme, recording: Recording,
+                ) -> dict[str, dict[str, float]]:
+    """Error of the output for each layer and precision, measured once for the same graph and ranges."""
+    from calibration.sensitivity import layer_errors
+    from deploy.cache import Cache, default_root, versions_of
+    from runtimes.bundle import sha256_of
+
+    cache = Cache(default_root())
+    key = {"kind": "sensitivity", "graph": sha256_of(graph), "ranges": {k: list(v) for k, v in ranges.items()},
+           "scheme": asdict(scheme), "recording": recording.identity, "calls": SENSITIVITY_CALLS,
+           "libraries": versions_of(("onnxruntime",))}
+    found = cache.find_fact(key)
+    if found is None:
+        calls = list(recording.calls("unet"))
+        chosen = [calls[(2 * i + 1) * len(calls) // (2 * SENSITIVITY_CALLS)] for i in range(SENSITIVITY_CALLS)]
+        found = layer_errors(graph, ranges, scheme, lambda: chosen)
+        cache.store_fact(key, found)
+    return found

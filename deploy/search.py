@@ -1,0 +1,149 @@
+"""The search behind `--precision auto`: drawn pictures decide which layers of the U-Net may be integers."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from deploy.gate import gallery_for, options_for
+from deploy.parity.answers import Reference
+from deploy.parity.budgets import Budget
+from deploy.parity.pipelines import PipelineReport, check_pipeline
+from runtimes.bundle import Bundle, link_or_copy, records_below
+from runtimes.errors import ParityError
+from runtimes.loading import BundleSessions
+from runtimes.session import SessionOptions
+
+ANYTHING = Budget(1e9, 1e9, 0.0, 0.0, 100.0)  # nothing is to blame while searching: the caller judges
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One candidate U-Net as it draws.
+
+    Attributes:
+        name: "hybrid", or the number of promotions.
+        bytes: of its file.
+        trajectory_relative_l2, psnr_db, ssim: of the worst picture; retrieval: share found again, or None.
+        holds: whether it is within the budget.
+    """
+
+    name: str
+    bytes: int
+    trajectory_relative_l2: float
+    psnr_db: float
+    ssim: float
+    retrieval: float | None
+    holds: bool
+
+    def __str__(self) -> str:
+        found = "" if self.retrieval is None else f", retrieval {self.retrieval:.1%}"
+        return (f"{self.name}: {self.bytes / 1e6:.1f} MB, relative L2 {self.trajectory_relative_l2:.3g}, "
+                f"PSNR {self.psnr_db:.1f} dB, SSIM {self.ssim:.3f}{found}")
+
+
+class Trials:
+    """Draws with candidates of one component and with the float32 graphs, which the gate has compared with PyTorch.
+
+    Args:
+        source: the float32 bundle.
+        low: component -> file that stands in for it in every trial: what else will be quantized.
+        budget: of the build.
+        prompts: of the build; the model's own when empty.
+    """
+
+    def __init__(self, source: Bundle, low: Mapping[str, Path], budget: Budget, prompts: tuple[str, ...]) -> None:
+        self._source, self._low, self._budget = source, low, budget
+        self._options = options_for(source.manifest.source.id, prompts)
+        self._gallery = gallery_for(source.manifest.source.id)
+        self._reference = Reference(source, opener=lambda bundle, _: BundleSessions(bundle, SessionOptions()))
+        self.done: list[Trial] = []
+
+    def draw(self, name: str, unet: Path) -> Trial:
+        """Draw everything that the gate will draw, and compare."""
+        with candidate_bundle(self._source, {**self._low, "unet": unet}) as bundle:
+            report = check_pipeline(self._reference, bundle, ANYTHING, self._options, gallery=self._gallery)
+        trial = self._trial(name, unet, report)
+        self.done.append(trial)
+        return trial
+
+    def _trial(self, name: str, unet: Path, report: PipelineReport) -> Trial:
+        comparisons = report.comparisons(self._budget)
+        figures = {c.metric: c.measured for c in comparisons}
+        retrieval = None if report.retrieval is None else report.retrieval[1]
+        return Trial(name, unet.stat().st_size, figures["trajectory_relative_l2"], figures["image_psnr_db"],
+                     figures["image_ssim"], retrieval, all(comparisons))
+
+    def front(self) -> list[dict[str, Any]]:
+        """Trials that no other beats at both bytes and PSNR, smallest first, as JSON."""
+        best = [t for t in self.done if not any(
+            o.bytes <= t.bytes and o.psnr_db >= t.psnr_db and (o.bytes, o.psnr_db) != (t.bytes, t.psnr_db)
+            for o in self.done)]
+        return [asdict(t) for t in sorted(best, key=lambda t: t.bytes)]
+
+    def refuse(self) -> None:
+        """The budget cannot be met.
+
+        Raises:
+            ParityError: with the best that was found.
+        """
+        best = max(self.done, key=lambda t: (t.psnr_db, -t.trajectory_relative_l2))
+        raise ParityError(f"no assignment of precisions keeps the budget; the best found is {best}", where="search",
+                          fix="loosen the budget, or use --precision fp16")
+
+
+@contextmanager
+def candidate_bundle(source: Bundle, files: Mapping[str, Path]) -> Iterator[Bundle]:
+    """The bundle with some components' graphs replaced; of links, gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix="ldm-trial-", dir=source.path.parent) as scratch:
+        folder, components = Path(scratch), dict(source.manifest.components)
+        kept = [c for name, c in components.items() if name not in files]
+        for name in [*source.manifest.files, *(file for c in kept for file in c.files)]:
+            link_or_copy(source.path / name, folder / name)
+        for name, file in files.items():
+            for part in file.parent.glob(f"{file.name}*"):
+                link_or_copy(part, folder / "components" / name / part.name)
+            components[name] = replace(components[name], precision="int8", file=f"components/{name}/{file.name}",
+                                       files=records_below(folder / "components" / name, folder))
+        yield Bundle(folder, replace(source.manifest, components=components))
+
+
+def search(trials: Trials, hybrid: Path, build: Callable[[int], Path], steps: int) -> tuple[Path, str]:
+    """The smallest U-Net within the budget: the fewest promotions that keep it, or hybrid where that is smaller.
+
+    Args:
+        trials: judges.
+        hybrid: U-Net of the hybrid recipe.
+        build: number of promotions -> U-Net.
+        steps: number of promotions there are.
+
+    Returns:
+        the U-Net's file, and the name of the trial that it won.
+
+    Raises:
+        ParityError: the budget cannot be met; names the best found.
+    """
+    from calibration.sensitivity import fewest
+
+    files: dict[str, Path] = {"hybrid": hybrid}
+    trials.draw("hybrid", hybrid)
+
+    def holds(count: int) -> bool:
+        name = f"{count} promotions"
+        files[name] = build(count)
+        return trials.draw(name, files[name]).holds
+
+    fewest(steps, holds)
+    # As good as hybrid where hybrid holds: a few bytes are not worth pictures that are not found again.
+    fair = [t for t in trials.done if t.holds]
+    if not fair:
+        trials.refuse()
+    reference = next((t for t in fair if t.name == "hybrid"), None)
+    if reference is not None:
+        fair = [t for t in fair if (t.retrieval or 0) >= (reference.retrieval or 0)]
+    best = min(fair, key=lambda t: (t.bytes, -t.psnr_db))
+    return files[best.name], best.name

@@ -1,0 +1,77 @@
+"""Latent diffusion as first published, arXiv 2112.10752: unconditional with a codebook, and from text by LDMBert."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from exporters.families import parts
+from exporters.families.base import ComponentSpec, Family, Shapes
+from runtimes.manifest import PipelineFacts
+from runtimes.tensors import TensorSpec
+
+if TYPE_CHECKING:
+    from exporters.source import ComponentSource, Source
+
+VAE = "vqvae"  # what both pipelines call their autoencoder, whichever class it has
+
+
+def _unconditional(source: Source, shapes: Shapes) -> dict[str, ComponentSpec]:
+    """The U-Net and the autoencoder's halves; nothing is guided, so the batch is never doubled."""
+    vae = _check_unconditional(source)
+    axes = parts.pipeline_axes(source, vae, shapes, guided=False)
+    return {"unet": parts.unet(source, axes), **parts.autoencoder(vae, axes)}
+
+
+def _check_unconditional(source: Source) -> ComponentSource:
+    parts.check_class(source, "unet", "UNet2DModel")
+    vae = parts.check_vae(source, VAE)
+    parts.check_unet(source, vae)
+    return vae
+
+
+def _text_to_image(source: Source, shapes: Shapes) -> dict[str, ComponentSpec]:
+    vae = _check_text_to_image(source)
+    axes, context = parts.pipeline_axes(source, vae, shapes), source.components["unet"].config["cross_attention_dim"]
+    words = parts.words_axis(shapes, _tokens(source))
+    hidden = TensorSpec("last_hidden_state", "float32", ("batch", "sequence", context), "after the last layer norm")
+    return {"text_encoder": parts.text_encoder("text_encoder", "bert", (hidden,), axes, words),
+            "unet": parts.unet(source, axes, context, words), **parts.autoencoder(vae, axes)}
+
+
+def _check_text_to_image(source: Source) -> ComponentSource:
+    text = parts.check_class(source, "bert", "LDMBertModel")
+    parts.check_class(source, "unet", "UNet2DConditionModel")
+    vae = parts.check_vae(source, VAE)
+    parts.check_numbers(text, "d_model", "max_position_embeddings")
+    parts.check_unet(source, vae)
+    parts.check_context(source, text.config["d_model"], "d_model")
+    return vae
+
+
+def _tokens(source: Source) -> int:
+    """77 in LDMTextToImagePipeline.__call__, which ignores the tokenizer's own limit."""
+    return min(77, int(source.components["bert"].config["max_position_embeddings"]))
+
+
+def _facts(source: Source, vae: ComponentSource, tokens: int, text_encoders: tuple[str, ...]) -> PipelineFacts:
+    factor, (rows, columns) = parts.vae_factor(vae), parts.sample_size(source)
+    return PipelineFacts(
+        latent_channels=vae.config["latent_channels"], vae_scale_factor=factor,
+        scaling_factor=parts.scaling_factor(vae), height=rows * factor, width=columns * factor,
+        tokens=tokens, text_encoders=text_encoders)
+
+
+UNCONDITIONAL = Family(
+    name="ldm-unconditional",
+    source_components=("unet", VAE),
+    tokenizers=(),
+    components=_unconditional,
+    facts=lambda source: _facts(source, _check_unconditional(source), 0, ()),
+)
+TEXT_TO_IMAGE = Family(
+    name="ldm-text-to-image",
+    source_components=("bert", "unet", VAE),
+    tokenizers=("tokenizer",),
+    components=_text_to_image,
+    facts=lambda source: _facts(source, _check_text_to_image(source), _tokens(source), ("text_encoder",)),
+)

@@ -1,0 +1,262 @@
+"""Parts that several families have: axes, text encoders, U-Nets, autoencoders. A family names those it consists of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from exporters.families.base import ComponentSpec, Shapes, check_shapes, config_value, pixels_to_latents, scaled
+from runtimes.errors import InputError
+from runtimes.tensors import Axis, ShapeRange, TensorSpec
+
+if TYPE_CHECKING:
+    from exporters.source import ComponentSource, Source
+
+AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny", "VQModel")
+# U-Net inputs that no sampling loop here supplies: a config that asks for one is refused.
+_UNFED = ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type", "time_cond_proj_dim",
+          "timestep_post_act_input")
+
+
+@dataclass(frozen=True)
+class PipelineAxes:
+    """The axes of a pipeline's components.
+
+    Attributes:
+        images: batch of the autoencoder; `rows` is the U-Net's and the text encoders', doubled under guidance.
+        latent: "height" and "width" in latent rows and columns.
+        image: "image_height" and "image_width" in pixels.
+    """
+
+    images: Axis
+    rows: Axis
+    latent: Mapping[str, Axis]
+    image: Mapping[str, Axis]
+
+
+def pipeline_axes(source: Source, vae: ComponentSource, shapes: Shapes, *, guided: bool = True) -> PipelineAxes:
+    """Axes as the configs allow them; `shapes` overrides ranges (batch in images, height and width in pixels).
+
+    Args:
+        guided: whether the sampling loop doubles the U-Net's batch.
+
+    Raises:
+        InputError: an unknown axis, or pixels that do not fit.
+    """
+    check_shapes(shapes)
+    factor, multiple = vae_factor(vae), 2 ** (len(source.components["unet"].config["block_out_channels"]) - 1)
+    images = shapes.get("batch", ShapeRange(1, 1, 8))
+    height, width = (
+        pixels_to_latents(shapes, name, factor, multiple, _default_rows(size, multiple))
+        for name, size in zip(("height", "width"), sample_size(source), strict=True)
+    )
+    single = Axis("images", images)
+    return PipelineAxes(
+        single,
+        Axis("images, doubled under guidance", ShapeRange(images.min, 2 * images.opt, 2 * images.max))
+        if guided else single,
+        {"height": Axis("latent rows", height, multiple), "width": Axis("latent columns", width, multiple)},
+        {"image_height": Axis("pixel rows", scaled(height, factor), factor * multiple),
+         "image_width": Axis("pixel columns", scaled(width, factor), factor * multiple)},
+    )
+
+
+def words_axis(shapes: Shapes, tokens: int) -> Axis:
+    """The axis of tokens.
+
+    Raises:
+        InputError: longer than the text encoder's positions.
+    """
+    sequence = shapes.get("sequence", ShapeRange(1, tokens, tokens))
+    if sequence.max > tokens:
+        raise InputError(f"sequence={sequence.max} is longer than the text encoder's {tokens} positions",
+                         where="--shapes", fix=f"at most {tokens}")
+    return Axis("tokens of the prompt, padded", sequence)
+
+
+def text_encoder(name: str, part: str, outputs: tuple[TensorSpec, ...], axes: PipelineAxes, words: Axis,
+                 ) -> ComponentSpec:
+    """A network from token numbers to the given outputs."""
+    ids = TensorSpec("input_ids", "int64", ("batch", "sequence"), "token numbers")
+    return ComponentSpec(name, part, (ids,), outputs, {"batch": axes.rows, "sequence": words})
+
+
+def unet(source: Source, axes: PipelineAxes, context: int | None = None, words: Axis | None = None,
+         added: tuple[TensorSpec, ...] = ()) -> ComponentSpec:
+    """The denoising network.
+
+    Args:
+        context: width of encoder_hidden_states, None for a network that takes none.
+        words: axis of their tokens.
+        added: inputs of this family alone, after the usual ones.
+    """
+    config = source.components["unet"].config
+    inputs: tuple[TensorSpec, ...] = (
+        TensorSpec("sample", "float32", ("batch", config["in_channels"], "height", "width"), "noisy latents"),
+        TensorSpec("timestep", "float32", ("batch",), "0 to the number of training steps, may be fractional"),
+    )
+    named: dict[str, Axis] = {"batch": axes.rows, **axes.latent}
+    if words is not None and context is not None:
+        inputs += (TensorSpec("encoder_hidden_states", "float32", ("batch", "sequence", context),
+                              "what the text encoders make of the prompt"),)
+        named["sequence"] = words
+    output = TensorSpec("out_sample", "float32", ("batch", config["out_channels"], "height", "width"),
+                        "epsilon, v or sample, as the scheduler's prediction_type says")
+    return ComponentSpec("unet", "unet", (*inputs, *added), (output,), named)
+
+
+def autoencoder(vae: ComponentSource, axes: PipelineAxes) -> dict[str, ComponentSpec]:
+    """Both halves of a VAE. One that is no variational autoencoder gives latents instead of a distribution."""
+    channels, config = vae.config["latent_channels"], vae.config
+    named = {"batch": axes.images, **axes.latent, **axes.image}
+    if vae.class_name == "AutoencoderKL":
+        encoded = TensorSpec("latent_parameters", "float32", ("batch", 2 * channels, "height", "width"),
+                             "mean, then log-variance; not scaled")
+    else:
+        encoded = TensorSpec("latents", "float32", ("batch", channels, "height", "width"), "not scaled")
+    return {
+        "vae_encoder": ComponentSpec(
+            "vae_encoder", vae.name,
+            (TensorSpec("sample", "float32", ("batch", config.get("in_channels", 3), "image_height", "image_width"),
+                        "RGB, -1 to 1"),),
+            (encoded,), named),
+        "vae_decoder": ComponentSpec(
+            "vae_decoder", vae.name,
+            (TensorSpec("latent_sample", "float32", ("batch", channels, "height", "width"),
+                        "latents divided by the scaling factor"),),
+            (TensorSpec("sample", "float32", ("batch", config.get("out_channels", 3), "image_height", "image_width"),
+                        "RGB, about -1 to 1, not clipped"),),
+            named),
+    }
+
+
+def check_class(source: Source, name: str, *classes: str) -> ComponentSource:
+    """One component, if it is of a class that the family runs.
+
+    Raises:
+        InputError: of another class.
+    """
+    found = source.components[name]
+    if found.class_name not in classes:
+        raise InputError(f"{name} is a {found.class_name}, which this family cannot run",
+                         where=str(source.path / "model_index.json"), fix=f"use {' or '.join(classes)}")
+    return found
+
+
+def check_numbers(component: ComponentSource, *keys: str) -> None:
+    """Whole numbers that the specs are made of.
+
+    Raises:
+        InputError: missing or of another type.
+    """
+    for key in keys:
+        config_value(component.config, key, int, place(component))
+
+
+def check_unet(source: Source, vae: ComponentSource, *, added: str | None = None, inpaints: bool = False) -> None:
+    """Refuse a U-Net that the sampling loop would run wrongly.
+
+    Args:
+        added: value that addition_embed_type must have.
+        inpaints: whether the loop can also feed a mask and the masked image.
+
+    Raises:
+        InputError: an input that nothing feeds, or channels that disagree with the VAE's.
+    """
+    found = source.components["unet"]
+    check_numbers(found, "in_channels", "out_channels")
+    config_value(found.config, "block_out_channels", (list, tuple), place(found))
+    sample_size(source)
+    unfed = [key for key in _UNFED if found.config.get(key)]
+    if found.config.get("addition_embed_type") != added:
+        unfed.append("addition_embed_type")
+    if unfed:
+        raise InputError(
+            f"{unfed[0]}={found.config.get(unfed[0])!r} needs an input that {source.pipeline_class} does not feed",
+            where=place(found), fix="use a U-Net without it")
+    latent, given = vae.config["latent_channels"], found.config["in_channels"]
+    if given != latent and not (inpaints and given == 2 * latent + 1):
+        inpaint = given == 2 * latent + 1
+        raise InputError(
+            f"in_channels is {given}, the VAE has {latent} latent channels"
+            + (": an inpainting U-Net that also takes a mask and the masked image" if inpaint else ""),
+            where=place(found),
+            fix="name StableDiffusionInpaintPipeline as _class_name in model_index.json" if inpaint
+            else "use a U-Net whose in_channels are the VAE's latent_channels")
+    if found.config["out_channels"] != latent:
+        raise InputError(f"out_channels is {found.config['out_channels']}, the VAE has {latent} latent channels",
+                         where=place(found), fix="variance-predicting U-Nets are not supported")
+
+
+def check_vae(source: Source, name: str, *classes: str) -> ComponentSource:
+    """The autoencoder, if its config says all that is needed.
+
+    Raises:
+        InputError: of another class, a missing number, or latents that are normalized channel by channel.
+    """
+    vae = check_class(source, name, *(classes or AUTOENCODERS))
+    check_numbers(vae, "latent_channels")
+    config_value(vae.config, block_key(vae), (list, tuple), place(vae))
+    for key in ("latents_mean", "latents_std"):
+        if vae.config.get(key) is not None:
+            raise InputError(f"{key} is set: latents normalized channel by channel are not supported",
+                             where=place(vae), fix="use a VAE with a scaling_factor alone")
+    if vae.config.get("vq_embed_dim") not in (None, vae.config["latent_channels"]):
+        raise InputError(f"vq_embed_dim is {vae.config['vq_embed_dim']}, latent_channels differs", where=place(vae),
+                         fix="use a VQModel whose codes are as wide as its latents")
+    return vae
+
+
+def check_context(source: Source, width: int, of: str) -> None:
+    """Refuse a U-Net that was trained with another text encoder.
+
+    Raises:
+        InputError: its cross_attention_dim is not the width of what the text encoders give.
+    """
+    found = source.components["unet"]
+    context = found.config.get("cross_attention_dim")
+    if context != width:
+        raise InputError(f"cross_attention_dim is {context!r:.40}, the text encoder's {of} {width}",
+                         where=place(found), fix="combine a U-Net and a text encoder that were trained together")
+
+
+def place(component: ComponentSource) -> str:
+    """The file an error about a config points to."""
+    return str(component.folder / "config.json")
+
+
+def block_key(vae: ComponentSource) -> str:
+    """The key of the widths of an autoencoder's levels."""
+    return "decoder_block_out_channels" if vae.class_name == "AutoencoderTiny" else "block_out_channels"
+
+
+def vae_factor(vae: ComponentSource) -> int:
+    """Pixels per latent row."""
+    factor: int = 2 ** (len(vae.config[block_key(vae)]) - 1)
+    return factor
+
+
+def scaling_factor(vae: ComponentSource) -> float:
+    """What latents are multiplied by; absent in configs older than diffusers 0.12."""
+    return float(vae.config.get("scaling_factor", 1.0 if vae.class_name == "AutoencoderTiny" else 0.18215))
+
+
+def tokens_of(source: Source, tokenizer: str, positions: int) -> int:
+    """Prompt length: the text encoder's positions, or the tokenizer's limit where that is lower."""
+    limit: Any = source.tokenizer_config(tokenizer).get("model_max_length")
+    return min(positions, int(limit)) if isinstance(limit, int | float) and limit >= 1 else positions
+
+
+def sample_size(source: Source) -> tuple[int, int]:
+    """Default latent rows and columns: `sample_size` is one number or a pair."""
+    found = source.components["unet"]
+    size = config_value(found.config, "sample_size", (int, list, tuple), place(found))
+    rows, columns = (size, size) if isinstance(size, int) else size
+    return int(rows), int(columns)
+
+
+def _default_rows(size: int, multiple: int) -> ShapeRange:
+    """From the smallest possible picture to four times the trained side."""
+    common = max(multiple, size // multiple * multiple)
+    return ShapeRange(multiple, common, 4 * common)

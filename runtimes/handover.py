@@ -1,0 +1,68 @@
+"""A part of a run: the base model denoises the first share of the noise schedule, a refiner the rest.
+
+Shares are of the training schedule, as `denoising_end` of diffusers' StableDiffusionXLPipeline and `denoising_start` of
+its StableDiffusionXLImg2ImgPipeline count them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from runtimes.errors import InputError
+from runtimes.schedulers import Run, Scheduler
+
+WHOLE = (0.0, 1.0)
+
+
+def begin_part(scheduler: Scheduler, steps: int, part: tuple[float, float], strength: float, eta: float,
+               ) -> tuple[Run, int]:
+    """A run over a part of the schedule.
+
+    Args:
+        scheduler: gives the length of the training schedule.
+        steps: of the whole schedule.
+        part: first and last share of the noise schedule, 0 is pure noise and 1 a clean picture.
+        strength, eta: see `Scheduler.start`; a part that begins later has its own strength.
+
+    Returns:
+        the run, and how many of its steps belong to the part.
+
+    Raises:
+        InputError: not an interval, or one that holds no step.
+    """
+    first, last = part
+    if not 0 <= first < last <= 1:
+        raise InputError(f"{part} is not an interval within 0 to 1", where="part",
+                         fix="(0, 0.8) for the base model, (0.8, 1) for the refiner")
+    total, run = scheduler.num_train_timesteps, scheduler.start(steps, 1.0 if first > 0 else strength, eta)
+    if first > 0:
+        kept = sum(float(t) < _cutoff(total, first) for t in run.timesteps)
+        if kept < 1:
+            raise _empty(part, steps)
+        # Halfway between two numbers of steps, so that rounding cannot change it.
+        run = scheduler.start(steps, min((kept + 0.5) / steps, 1.0), eta)
+    count = len(run.timesteps) if last >= 1 else sum(float(t) >= _cutoff(total, last) for t in run.timesteps)
+    if count < 1:
+        raise _empty(part, steps)
+    return run, count
+
+
+def _cutoff(total: int, share: float) -> int:
+    return round(total - share * total)
+
+
+def _empty(part: tuple[float, float], steps: int) -> InputError:
+    return InputError(f"none of {steps} steps lies within {part}", where="part", fix="use more steps")
+
+
+def checked_part(value: Any) -> tuple[float, float]:
+    """Two numbers.
+
+    Raises:
+        InputError: anything else.
+    """
+    try:
+        first, last = (float(v) for v in value)
+    except (TypeError, ValueError):
+        raise InputError(f"{value!r} is not a pair of numbers", where="part", fix="(0, 0.8)") from None
+    return first, last

@@ -1,0 +1,85 @@
+"""`--precision auto`: which trial wins, what is refused, and a whole search on a small model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deploy.build import run_build
+from deploy.search import Trial, Trials, search
+from deploy.spec import BuildSpec
+from runtimes.errors import ParityError
+
+
+class FakeTrials(Trials):
+    """Accuracy by name, size by the file."""
+
+    def __init__(self, psnr_db: dict[str, float], retrieval: dict[str, float], least_db: float) -> None:
+        self.done: list[Trial] = []
+        self._psnr_db, self._retrieval, self._least_db = psnr_db, retrieval, least_db
+
+    def draw(self, name: str, unet: Path) -> Trial:
+        psnr = self._psnr_db[name]
+        trial = Trial(name, unet.stat().st_size, 0.1, psnr, 0.9, self._retrieval.get(name, 1.0), psnr >= self._least_db)
+        self.done.append(trial)
+        return trial
+
+
+def run(tmp_path: Path, hybrid_bytes: int, psnr_db: dict[str, float], least_db: float = 20.0, **retrieval: float):
+    def write(name: str, size: int) -> Path:
+        (tmp_path / name).write_bytes(bytes(size))
+        return tmp_path / name
+
+    trials = FakeTrials(psnr_db, {k.replace("_", " "): v for k, v in retrieval.items()}, least_db)
+    file, name = search(trials, write("hybrid", hybrid_bytes), lambda n: write(f"n{n}", 1000 + n), 4)
+    return trials, file, name
+
+
+ALL = {f"{n} promotions": 10.0 + 10 * n for n in range(5)}
+
+
+def test_the_fewest_promotions_that_hold_win_over_a_larger_hybrid(tmp_path):
+    _, file, name = run(tmp_path, 5000, {**ALL, "hybrid": 40.0})
+    assert (file.name, name) == ("n1", "1 promotions")
+
+
+def test_hybrid_wins_where_it_is_smaller_and_holds(tmp_path):
+    assert run(tmp_path, 900, {**ALL, "hybrid": 40.0})[2] == "hybrid"
+
+
+def test_a_smaller_one_that_draws_less_than_hybrid_recognizably_does_not_win(tmp_path):
+    arguments: dict[str, Any] = {"1_promotions": 0.9, "2_promotions": 1.0}
+    assert run(tmp_path, 5000, {**ALL, "hybrid": 40.0}, **arguments)[2] == "2 promotions"
+
+
+def test_a_budget_that_cannot_be_met_is_refused_with_the_best_found(tmp_path):
+    with pytest.raises(ParityError, match="no assignment of precisions keeps the budget") as error:
+        run(tmp_path, 5000, {**ALL, "hybrid": 15.0}, least_db=99.0)
+    assert "4 promotions" in str(error.value)
+    assert error.value.exit_code == 3
+
+
+def test_the_front_holds_what_nothing_else_beats(tmp_path):
+    trials, _, _ = run(tmp_path, 5000, {**ALL, "hybrid": 12.0})
+    front = [point["name"] for point in trials.front()]
+    assert "hybrid" not in front
+    assert front == sorted(front)
+
+
+@pytest.mark.slow
+def test_a_whole_search_keeps_the_budget_and_is_written_down(tiny_model: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("LDM_DEPLOY_CACHE", str(tmp_path / "cache"))
+    spec = BuildSpec(model=str(tiny_model), precision="auto", calibration_samples=8, budget={"image_psnr_db": 20.0})
+    bundle = run_build(spec, tmp_path / "bundle", cache_root=tmp_path / "cache").bundle
+    assert bundle.manifest.parity is not None
+    assert bundle.manifest.parity["images"]["psnr_db"] >= 20.0
+    details = json.loads((bundle.path / "components/unet/quantization.json").read_text())
+    assert details["front"]
+    assert set(details["errors"]) == set(details["precision_map"])
+    impossible = spec.model_copy(update={"budget": {"image_psnr_db": 150.0}})
+    with pytest.raises(ParityError, match="the best found"):
+        run_build(impossible, tmp_path / "no", cache_root=tmp_path / "cache")
+    assert not (tmp_path / "no").exists()
