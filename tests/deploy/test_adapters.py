@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from deploy.build import Silent, load_source, plan_build
+from deploy.builder import Silent, load_source, plan_build
 from deploy.cache import Cache
 from deploy.origin import open_origin
 from deploy.parity.drawing import assemble_pipeline
