@@ -56,6 +56,9 @@ def build(
     target: Target = "",
     precision: Annotated[str, typer.Option(help="fp32, fp16, int8 or auto")] = "",
     shapes: Shapes = [],  # noqa: B006
+    lora: Annotated[list[str], typer.Option(help="LoRA to merge, FILE or FILE:SCALE; may come again")] = [],  # noqa: B006
+    embedding: Annotated[list[str], typer.Option(help="textual inversion, FILE or FILE:TOKEN; may come again")] = [],  # noqa: B006
+    vae: Annotated[str, typer.Option(help="folder of an autoencoder in place of the model's own")] = "",
     keep: Keep = [],  # noqa: B006
     quantization: Quantization = "",
     quantization_methods: Methods = [],  # noqa: B006
@@ -94,6 +97,8 @@ def build(
         from calibration.prompts import read_prompts
 
         options["calibration_prompts"] = read_prompts(calibration_prompts)
+    options |= {name: files for name, files in (("lora", tuple(lora)), ("embedding", tuple(embedding)),
+                                                ("vae", vae)) if files}
     options |= _pruning(prune, prune_method, prune_widths, prune_blocks, mask, recover, recover_prompts)
     if shapes:
         profiles = parse_shapes(shapes)
@@ -287,6 +292,19 @@ def inspect(bundle: BundlePath, json: Json = False) -> None:
 
     opened = Bundle.open(bundle)
     console.print_json(to_json(opened.manifest)) if json else console.show_bundle(opened)
+
+
+@app.command()
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help=".safetensors file with all networks")],
+    configs: Annotated[Path, typer.Option(help="diffusers folder of the same architecture; weights are not needed")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="folder to write, for `build`")],
+) -> None:
+    """Turn a single-file checkpoint (CompVis, A1111) into a diffusers folder. Nothing is downloaded."""
+    from deploy import console
+    from exporters.single_file import convert_single_file
+
+    console.say(f"wrote {convert_single_file(checkpoint, configs, output)}")
 
 
 @app.command("export-triton")

@@ -168,6 +168,9 @@ def show_bundle(bundle: Bundle) -> None:
         cost = costs.get(record.name)
         spent = f"{cost['seconds']:.1f} s, peak {megabytes(cost['peak_rss_bytes'])}" if cost else ""
         out.print(f"  pass {record.name} v{record.version}  {spent}")
+        for name, gain in sorted((cost or {}).get("gain", {}).items()):
+            seconds = f", {gain['seconds_ratio']:.2f}x the time" if "seconds_ratio" in gain else ""
+            out.print(f"    {name}: {gain['verdict']}: {gain['bytes_ratio']:.2f}x the bytes{seconds} on this machine")
     if not manifest.verified:
         out.print("[bold red]NOT VERIFIED: built with --no-verify; nothing says that it equals the source[/]")
     elif manifest.parity:
