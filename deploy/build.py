@@ -16,11 +16,12 @@ from typing import Any, Protocol
 from deploy.auto_target import decide, known_target
 from deploy.cache import Cache, assemble, default_root, key_of, versions_of
 from deploy.gate import Gate
+from deploy.isolation import is_large, run_isolated
 from deploy.observers import measured
 from deploy.origin import open_origin
 from deploy.passes import PASSES
 from deploy.plan import Pass, PlannedPass, Step, Unavailable, load_passes, plan_all, structure
-from deploy.spec import BuildSpec
+from deploy.spec import LOCAL_FILES, BuildSpec
 from runtimes.bundle import (
     Bundle,
     check_output,
@@ -189,7 +190,7 @@ def run_passes(spec: BuildSpec, origin: Bundle, planned: list[PlannedPass], cach
             except ParityError as error:
                 _add_explanation(error, entry.instance, step, before, bundle)
                 raise
-        elif before is origin:
+        elif entry.instance.defines_source:
             gate.start(bundle)
         listener.finished(f"{step.pass_name}: {step.summary} ({cost['seconds']:.1f} s"
                           f"{', from the cache' if cost['reused'] == len(step.reads) else ''})")
@@ -204,15 +205,18 @@ def _add_explanation(error: ParityError, instance: Pass, step: Step, before: Bun
 
 
 def load_source(origin: Bundle, spec: BuildSpec, cache: Cache, work: Path, listener: Listener) -> Bundle:
-    """The source model as the bundle that parity is measured against: what the first pass leaves.
+    """The source model as the bundle that parity is measured against: loaded, with its adapters.
 
     Raises:
-        InputError: its weights do not fit or are not finite.
+        InputError: its weights do not fit or are not finite, or an adapter does not fit it.
     """
-    first = load_passes(PASSES)[0]
-    step = first.plan(origin.manifest, spec)
-    assert isinstance(step, Step)
-    return _run_pass(first, step, origin, work / "source", cache, listener)[0]
+    passes = [instance for instance in load_passes(PASSES) if instance.defines_source]
+    bundle = origin
+    for entry in plan_all(passes, origin.manifest, spec):
+        if isinstance(entry.planned, Step):
+            folder = work / f"source-{entry.planned.pass_name}"
+            bundle = _run_pass(entry.instance, entry.planned, bundle, folder, cache, listener)[0]
+    return bundle
 
 
 def _run_pass(instance: Pass, step: Step, before: Bundle, folder: Path, cache: Cache,
@@ -227,9 +231,10 @@ def _run_pass(instance: Pass, step: Step, before: Bundle, folder: Path, cache: C
         with measured() as spent:
             found = cache.find(key)
             reused += found is not None
-            parts[name] = found or cache.store(key, partial(_run_component, instance, step, name, before))
+            elsewhere: list[int] = []
+            parts[name] = found or cache.store(key, partial(_run_component, instance, step, name, before, elsewhere))
         seconds += spent.seconds
-        peak = max(peak, spent.peak_rss_bytes)
+        peak = max(peak, spent.peak_rss_bytes, *elsewhere)
     carried = {n: (c, before.path) for n, c in before.manifest.components.items()
                if n not in step.reads and n in step.after.components}
     assemble(folder, {**carried, **parts})
@@ -246,9 +251,16 @@ def _run_pass(instance: Pass, step: Step, before: Bundle, folder: Path, cache: C
     return result, cost
 
 
-def _run_component(instance: Pass, step: Step, name: str, before: Bundle, out: Path) -> Component:
+def _run_component(instance: Pass, step: Step, name: str, before: Bundle, elsewhere: list[int],
+                   out: Path) -> Component:
+    """One component, in this process or, if it is large, in another, whose peak memory is added to `elsewhere`."""
     try:
-        component = instance.run(step, name, before, out)
+        if is_large(step, name, before):
+            result = run_isolated(instance, step, name, before, out)
+            component = result.component
+            elsewhere.append(result.peak_rss_bytes)
+        else:
+            component = instance.run(step, name, before, out)
     except DeployError as error:
         error.where = error.where or f"pass {step.pass_name}, {name}"
         raise
@@ -288,6 +300,7 @@ def _commit(spec: BuildSpec, result: Bundle, gate: Gate, key: str, target: Path,
         "built_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "host": platform.node(),
         "source_path": str(Path(spec.model).resolve()) if Path(spec.model).exists() else spec.model,
+        "adapters": {name: to_json(getattr(spec, name)) for name in LOCAL_FILES if getattr(spec, name)},
         "gate_seconds": round(gate.seconds, 3),
     }
     manifest = replace(manifest, verified=spec.verify and manifest.parity is not None, measured=measurements)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from deploy.reference_model import WEIGHTS
+from deploy.sources import source_folder
 from deploy.spec import REFERENCE, BuildSpec
 from exporters.families import ComponentSpec
 from exporters.families.step_cache import shallow_weights, with_step_cache
 from exporters.source import ComponentSource, open_source
 from runtimes.bundle import Bundle, record_of, records_below
-from runtimes.errors import InputError
 from runtimes.guidance import SHALLOW
 from runtimes.manifest import SCHEMA, Component, Manifest, Source
 
@@ -21,27 +20,13 @@ VAE_HALVES = {"vae_encoder": ("encoder.", "quant_conv."), "vae_decoder": ("decod
 PRECISIONS = {"F32": "fp32", "F16": "fp16", "BF16": "bf16", "F64": "fp64"}
 
 
-def model_folder(model: str) -> Path:
-    """The folder that a model argument names.
-
-    Raises:
-        InputError: the reference model is asked for and its weights are not in this installation.
-    """
-    if model != REFERENCE:
-        return Path(model)
-    if not WEIGHTS.is_dir():
-        raise InputError("the reference model's weights are missing from this installation", where=str(WEIGHTS),
-                         fix="install ldm-deploy again, or give a MODEL folder")
-    return WEIGHTS
-
-
 def open_origin(spec: BuildSpec) -> Bundle:
     """Read a diffusers folder as the bundle from which the first pass starts.
 
     Raises:
         InputError: not a pipeline folder, an unknown family, unusable weights, or shapes that do not fit it.
     """
-    folder = model_folder(spec.model)
+    folder = source_folder(spec)
     source = open_source(folder)
     specs = source.family.components(source, spec.shapes)
     if spec.step_cache:
@@ -56,7 +41,7 @@ def open_origin(spec: BuildSpec) -> Bundle:
     manifest = Manifest(
         schema=SCHEMA,
         family=source.family.name,
-        source=Source(REFERENCE if spec.model == REFERENCE else folder.resolve().name,
+        source=Source(REFERENCE if spec.model == REFERENCE else Path(spec.model).resolve().name,
                       {name: record.sha256 for name, record in hashes.items()}),
         target=spec.target,
         precision=spec.precision,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -27,6 +27,8 @@ class Step:
         reads: component that will be written -> components whose contents decide its bytes.
         after: predicted structure; the next pass plans from it and the build checks it against the result.
         summary: one line for a person.
+        files: sha256 -> path of files outside the bundle that are read. Paths enter neither record nor cache key;
+            `config` names the hashes.
         provisional: a later pass finishes what this one begins, and the parity gate waits for it.
     """
 
@@ -36,6 +38,7 @@ class Step:
     reads: Mapping[str, tuple[str, ...]]
     after: Manifest
     summary: str
+    files: Mapping[str, str] = field(default_factory=dict)
     provisional: bool = False
 
     @property
@@ -79,12 +82,14 @@ class Pass(ABC):
         version: bumped whenever the output changes.
         libraries: distributions whose versions enter the cache key.
         verify: whether the parity gate runs after it (a pass that only moves files needs none).
+        defines_source: whether what it leaves is the model that parity is measured against.
     """
 
     name: ClassVar[str]
     version: ClassVar[int]
     libraries: ClassVar[tuple[str, ...]]
     verify: ClassVar[bool]
+    defines_source: ClassVar[bool] = False
 
     @abstractmethod
     def plan(self, before: Manifest, spec: BuildSpec) -> Planned:

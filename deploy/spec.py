@@ -15,6 +15,7 @@ from runtimes.tensors import ShapeRange
 
 REFERENCE = "reference"
 Target = Literal["onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", "auto"]
+LOCAL_FILES = ("lora", "embedding", "vae")  # fields that name files outside the model
 ENGINE_TARGETS = ("tensorrt", "tensorrt-rtx")
 Precision = Literal["fp32", "fp16", "int8", "auto"]
 Quantization = Literal["hybrid", "static", "dynamic", "weight-only"]
@@ -30,6 +31,9 @@ class BuildSpec(PruningOptions):
         target: what the bundle runs on; "auto" is the CPU runtime that measures faster here (deploy.auto_target).
         precision: by default what the target is made for: float16 for TensorRT, float32 elsewhere.
         shapes: axis -> min:opt:max; batch in images, height and width in pixels, sequence in tokens.
+        lora: LoRA files, FILE or FILE:SCALE, merged into the weights in this order.
+        embedding: textual inversion files, FILE or FILE:TOKEN.
+        vae: folder of an autoencoder that takes the place of the model's own.
         opset: ONNX opset of the exported graphs.
         verify: run the parity gate; without it the bundle is marked as not verified.
         budget: overrides of the precision's accuracy budget, by name.
@@ -52,6 +56,9 @@ class BuildSpec(PruningOptions):
     target: Target = "onnxruntime"
     precision: Precision = "fp32"
     shapes: dict[str, ShapeRange] = Field(default_factory=dict)
+    lora: tuple[str, ...] = ()
+    embedding: tuple[str, ...] = ()
+    vae: str = ""
     opset: int = Field(default=20, ge=20, le=24)
     verify: bool = True
     budget: dict[str, float] = Field(default_factory=dict)
@@ -80,6 +87,14 @@ class BuildSpec(PruningOptions):
                 raise ValueError(f"{name} needs --target {' or '.join(ENGINE_TARGETS)}")
         return self
 
+    @field_validator("lora", "embedding", "vae", mode="after")
+    @classmethod
+    def _absolute(cls, value: Any) -> Any:
+        """Found again by `verify`, from wherever it is called."""
+        if isinstance(value, str):
+            return str(Path(value).absolute()) if value else value
+        return tuple(str(Path(option).absolute()) for option in value)
+
     @field_validator("profiles", mode="before")
     @classmethod
     def _parse_profiles(cls, value: Any) -> Any:
@@ -95,8 +110,11 @@ class BuildSpec(PruningOptions):
         return value
 
     def resolved(self) -> dict[str, Any]:
-        """The JSON-able form kept in the manifest: no local folder, so that the same build has the same digest."""
-        content = self.model_dump(mode="json", exclude={"model", "shapes", "profiles"})
+        """The JSON-able form kept in the manifest: no local folder, so that the same build has the same digest.
+
+        Files outside the model stand with their hashes in the passes' records and among the source's weights.
+        """
+        content = self.model_dump(mode="json", exclude={"model", "shapes", "profiles", *LOCAL_FILES})
         content["shapes"] = _shown(self.shapes)
         content["profiles"] = [_shown(profile) for profile in self.profiles]
         return content

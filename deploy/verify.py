@@ -7,11 +7,12 @@ from pathlib import Path
 from deploy.build import Silent, load_source, workspace
 from deploy.cache import Cache, default_root
 from deploy.gate import gallery_for, options_for
-from deploy.origin import model_folder, open_origin
+from deploy.origin import open_origin
 from deploy.parity.answers import Reference
 from deploy.parity.budgets import PRUNED, budget_for
 from deploy.parity.gate import Verification, verify
-from deploy.spec import REFERENCE, BuildSpec
+from deploy.sources import model_folder
+from deploy.spec import LOCAL_FILES, REFERENCE, BuildSpec
 from runtimes.bundle import Bundle
 from runtimes.errors import InputError
 
@@ -34,7 +35,9 @@ def verify_bundle(path: Path, against: str | None = None, *, device: str = "cpu"
     """
     bundle = Bundle.open(path)
     manifest = bundle.manifest
-    spec = BuildSpec(model=against or source_of(bundle), target=manifest.target, precision=manifest.precision)  # type: ignore[arg-type]
+    adapters = manifest.measured.get("adapters", {})
+    spec = BuildSpec(model=against or source_of(bundle), target=manifest.target, precision=manifest.precision,  # type: ignore[arg-type]
+                     **{name: adapters[name] for name in LOCAL_FILES if name in adapters})
     origin = open_origin(spec)
     if against is None and origin.manifest.source.sha256 != manifest.source.sha256:
         raise InputError("the model has changed since the bundle was built", where=str(origin.path),

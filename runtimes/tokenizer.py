@@ -46,14 +46,17 @@ class ClipTokenizer:
 
     Attributes:
         tokens: length of every row, both markers counted.
+        words: token -> number of tokens it becomes: textual inversions with several vectors.
         pad_id: id that fills a row after the end marker ("!" in Stable Diffusion 2, the end marker elsewhere).
     """
 
-    def __init__(self, tokenizer: Tokenizer, tokens: int, pad_token: str) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, tokens: int, pad_token: str, words: Mapping[str, int] | None = None
+    ) -> None:
         pad_id = tokenizer.token_to_id(pad_token)
         if pad_id is None:
             raise BundleError(f"the padding token {pad_token!r} is not in the vocabulary", where=TOKENIZER_FILE)
-        self.tokens, self.pad_id = tokens, int(pad_id)
+        self.tokens, self.pad_id, self.words = tokens, int(pad_id), dict(words or {})
         tokenizer.enable_truncation(tokens)
         tokenizer.enable_padding(length=tokens, pad_id=self.pad_id, pad_token=pad_token)
         self._tokenizer = tokenizer
@@ -72,10 +75,11 @@ class ClipTokenizer:
             tokenizer = Tokenizer.from_file(str(file))
             config = json.loads((Path(folder) / CONFIG_FILE).read_text(encoding="utf-8"))
             pad_token = config["pad_token"]
+            words = {str(token): int(count) for token, count in config.get("multi_vector_tokens", {}).items()}
         except Exception as error:  # `tokenizers` raises bare Exception
             raise BundleError(f"cannot read the tokenizer: {_first_line(error)}", where=str(folder),
                               fix="build the bundle again") from error
-        return cls(tokenizer, tokens, pad_token)
+        return cls(tokenizer, tokens, pad_token, words)
 
     def __call__(self, texts: Sequence[str]) -> NDArray[np.int64]:
         """Tokenize prompts.
@@ -92,6 +96,7 @@ class ClipTokenizer:
         ids = np.empty((len(texts), self.tokens), np.int64)
         for row, text in enumerate(texts):
             check_text(text)
+            text = self._spelled_out(text)
             encoding = self._tokenizer.encode(text)
             ids[row] = encoding.ids
             if encoding.overflowing:
@@ -100,6 +105,12 @@ class ClipTokenizer:
                                self.tokens, text[start:])
         return ids
 
+    def _spelled_out(self, text: str) -> str:
+        """Each word of several vectors followed by its further tokens, as diffusers' `maybe_convert_prompt` does."""
+        for token, count in self.words.items():
+            if token in text:
+                text = text.replace(token, " ".join([token, *(f"{token}_{i}" for i in range(1, count))]))
+        return text
 
     def windows(self, fragments: Sequence[tuple[str, float]]) -> list[tuple[NDArray[np.int64], NDArray[np.float32]]]:
         """Tokenize a prompt of any length into rows of their own markers, `tokens` - 2 tokens of text each.
@@ -117,7 +128,7 @@ class ClipTokenizer:
         weights: list[float] = []
         for text, weight in fragments:
             check_text(text)
-            found = self._endless.encode(text, add_special_tokens=False).ids
+            found = self._endless.encode(self._spelled_out(text), add_special_tokens=False).ids
             ids += found
             weights += [weight] * len(found)
         (start, end), room = self._tokenizer.encode("").ids[:2], self.tokens - 2

@@ -203,7 +203,7 @@ def _bundle_command(bundle: Bundle, threads: int, device: str) -> list[str]:
 
 
 def _torch_command(bundle: Bundle, threads: int, kind: str) -> list[str]:
-    from deploy.origin import model_folder
+    from deploy.sources import model_folder
     from deploy.verify import source_of
 
     folder = model_folder(source_of(bundle)).resolve()

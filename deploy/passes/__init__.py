@@ -2,6 +2,7 @@
 
 PASSES: dict[str, str] = {
     "load": "deploy.passes.load:Load",
+    "adapters": "deploy.passes.adapters:Adapters",
     "prune": "deploy.passes.prune:Prune",
     "recover": "deploy.passes.recover:Recover",
     "export": "deploy.passes.export:Export",

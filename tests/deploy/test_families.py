@@ -198,7 +198,7 @@ def build(name: str, folder: Path, cache: Path) -> Path:
     theirs = make_pipeline(name)
     theirs.save_pretrained(folder / "model")
     shapes = {"batch": ShapeRange(1, 1, 2), "height": ShapeRange(32, 32, 64), "width": ShapeRange(32, 32, 64)}
-    spec = BuildSpec(model=str(folder / "model"), shapes=shapes)
+    spec = BuildSpec(model=str(folder / "model"), shapes=shapes, prompts=("a red apple", "cat"))
     return run_build(spec, folder / "bundle", cache_root=cache).bundle.path
 
 
@@ -222,7 +222,7 @@ def test_xl_builds_and_draws_without_pytorch(tmp_path: Path, build_cache: Path) 
 
 @pytest.mark.parametrize(("name", "components"), [
     ("ldm", ["unet", "vae_decoder", "vae_encoder"]),
-    ("ldm-text", ["text_encoder", "unet", "vae_decoder", "vae_encoder"]),
+    pytest.param("ldm-text", ["text_encoder", "unet", "vae_decoder", "vae_encoder"], marks=pytest.mark.slow),
 ])
 def test_latent_diffusion_builds(name: str, components: list[str], tmp_path: Path, cli: Cli, build_cache: Path) -> None:
     bundle = build(name, tmp_path, build_cache)
