@@ -59,7 +59,6 @@ def build(
     lora: Annotated[list[str], typer.Option(help="LoRA to merge, FILE or FILE:SCALE; may come again")] = [],  # noqa: B006
     embedding: Annotated[list[str], typer.Option(help="textual inversion, FILE or FILE:TOKEN; may come again")] = [],  # noqa: B006
     vae: Annotated[str, typer.Option(help="folder of an autoencoder in place of the model's own")] = "",
-    configs: Annotated[str, typer.Option(help="of a single-file MODEL: diffusers folder of its architecture")] = "",
     keep: Keep = [],  # noqa: B006
     quantization: Quantization = "",
     quantization_methods: Methods = [],  # noqa: B006
@@ -99,7 +98,7 @@ def build(
 
         options["calibration_prompts"] = read_prompts(calibration_prompts)
     options |= {name: files for name, files in (("lora", tuple(lora)), ("embedding", tuple(embedding)),
-                                                ("vae", vae), ("configs", configs)) if files}
+                                                ("vae", vae)) if files}
     options |= _pruning(prune, prune_method, prune_widths, prune_blocks, mask, recover, recover_prompts)
     if shapes:
         profiles = parse_shapes(shapes)

@@ -41,7 +41,7 @@ def open_origin(spec: BuildSpec) -> Bundle:
     manifest = Manifest(
         schema=SCHEMA,
         family=source.family.name,
-        source=Source(REFERENCE if spec.model == REFERENCE else _id_of(Path(spec.model)),
+        source=Source(REFERENCE if spec.model == REFERENCE else Path(spec.model).resolve().name,
                       {name: record.sha256 for name, record in hashes.items()}),
         target=spec.target,
         precision=spec.precision,
@@ -54,10 +54,6 @@ def open_origin(spec: BuildSpec) -> Bundle:
         verified=False,
     )
     return Bundle(folder, manifest)
-
-
-def _id_of(model: Path) -> str:
-    return model.resolve().name.removesuffix(".safetensors")
 
 
 def _component(source: ComponentSource, spec: ComponentSpec, folder: Path) -> Component:

@@ -1,20 +1,16 @@
-"""The folder that a build reads: the model's own, one made of a single-file checkpoint, or a view with another VAE."""
+"""The folder that a build reads: the model's own, or a view of it in which another autoencoder stands for its own."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import tempfile
-from functools import partial
 from pathlib import Path
 
 from deploy.cache import default_root
-from deploy.isolation import isolated
 from deploy.reference_model import WEIGHTS
 from deploy.spec import REFERENCE, BuildSpec
-from exporters.families import family_of
-from exporters.single_file import convert_single_file
-from exporters.source import MODEL_INDEX, read_header, read_json
+from exporters.source import MODEL_INDEX, read_json
 from runtimes.bundle import translated_disk_errors
 from runtimes.errors import InputError
 from runtimes.manifest import digest_of
@@ -43,46 +39,7 @@ def source_folder(spec: BuildSpec) -> Path:
         InputError: it, or the autoencoder that replaces its own, cannot be used.
     """
     folder = model_folder(spec.model)
-    if folder.is_file():
-        folder = from_single_file(folder, Path(spec.configs) if spec.configs else None)
     return with_vae(folder, Path(spec.vae)) if spec.vae else folder
-
-
-def from_single_file(file: Path, configs: Path | None) -> Path:
-    """A single-file checkpoint in CompVis' or A1111's layout as a diffusers folder below the cache, made once.
-
-    Args:
-        file: .safetensors.
-        configs: diffusers folder of the same architecture: model_index.json, configs, tokenizer, scheduler. Weights in
-            it are not read.
-
-    Raises:
-        InputError: a pickle, a damaged file, no configs, or weights that do not fit them.
-    """
-    if file.suffix != ".safetensors":
-        raise InputError("a single-file model must be .safetensors; pickles can run code when they are read: refused",
-                         where=str(file), fix="convert it where you trust it")
-    if configs is None:
-        raise InputError("a single file holds weights alone", where=str(file),
-                         fix="give --configs FOLDER, a diffusers folder of the same architecture; it needs no weights")
-    read_header(file)
-    index = read_json(configs / MODEL_INDEX)
-    kind = str(index.get("_class_name"))
-    family_of(kind, str(configs / MODEL_INDEX))
-    state = file.stat()
-    key = [str(file.resolve()), state.st_size, state.st_mtime_ns, str(configs.resolve()), index]
-    folder = default_root() / "views" / digest_of(key)
-    if not folder.exists():
-        with translated_disk_errors(folder):
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            partial_folder = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
-            try:
-                isolated(partial(convert_single_file, file, configs, kind, partial_folder), str(file))
-                if not folder.exists():
-                    partial_folder.rename(folder)
-            finally:
-                shutil.rmtree(partial_folder, ignore_errors=True)
-    return folder
 
 
 def with_vae(model: Path, vae: Path) -> Path:

@@ -15,7 +15,7 @@ from runtimes.tensors import ShapeRange
 
 REFERENCE = "reference"
 Target = Literal["onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", "auto"]
-LOCAL_FILES = ("lora", "embedding", "vae", "configs")  # fields that name files outside the model
+LOCAL_FILES = ("lora", "embedding", "vae")  # fields that name files outside the model
 ENGINE_TARGETS = ("tensorrt", "tensorrt-rtx")
 Precision = Literal["fp32", "fp16", "int8", "auto"]
 Quantization = Literal["hybrid", "static", "dynamic", "weight-only"]
@@ -27,15 +27,13 @@ class BuildSpec(PruningOptions):
     """A whole build. Every field has the default that `build` without options uses.
 
     Attributes:
-        model: folder in diffusers layout, a single-file .safetensors checkpoint, or "reference" for the model that
-            ships with the package.
+        model: folder in diffusers layout, or "reference" for the model that ships with the package.
         target: what the bundle runs on; "auto" is the CPU runtime that measures faster here (deploy.auto_target).
         precision: by default what the target is made for: float16 for TensorRT, float32 elsewhere.
         shapes: axis -> min:opt:max; batch in images, height and width in pixels, sequence in tokens.
         lora: LoRA files, FILE or FILE:SCALE, merged into the weights in this order.
         embedding: textual inversion files, FILE or FILE:TOKEN.
         vae: folder of an autoencoder that takes the place of the model's own.
-        configs: of a single-file checkpoint: diffusers folder with the configs and tokenizers of its architecture.
         opset: ONNX opset of the exported graphs.
         verify: run the parity gate; without it the bundle is marked as not verified.
         budget: overrides of the precision's accuracy budget, by name.
@@ -61,7 +59,6 @@ class BuildSpec(PruningOptions):
     lora: tuple[str, ...] = ()
     embedding: tuple[str, ...] = ()
     vae: str = ""
-    configs: str = ""
     opset: int = Field(default=20, ge=20, le=24)
     verify: bool = True
     budget: dict[str, float] = Field(default_factory=dict)
@@ -90,7 +87,7 @@ class BuildSpec(PruningOptions):
                 raise ValueError(f"{name} needs --target {' or '.join(ENGINE_TARGETS)}")
         return self
 
-    @field_validator("lora", "embedding", "vae", "configs", mode="after")
+    @field_validator("lora", "embedding", "vae", mode="after")
     @classmethod
     def _absolute(cls, value: Any) -> Any:
         """Found again by `verify`, from wherever it is called."""

@@ -61,7 +61,7 @@ def source_of(bundle: Bundle) -> str:
     if bundle.manifest.source.id == REFERENCE:
         return REFERENCE
     path = str(bundle.manifest.measured.get("source_path", ""))
-    if not model_folder(path or "?").exists():
+    if not model_folder(path or "?").is_dir():
         raise InputError(f"the source model {path or bundle.manifest.source.id} is not on this machine",
                          where=str(bundle.path), fix="give its folder with --against")
     return path

@@ -129,7 +129,6 @@ def text_to_image() -> Any:
 
 
 PIPELINES: dict[str, Callable[[], Any]] = {
-    "sd1": stable_diffusion,
     "sd2": lambda: stable_diffusion(prediction="v_prediction", upcast_attention=True, use_linear_projection=True),
     "inpaint": lambda: stable_diffusion("StableDiffusionInpaintPipeline", channels=9),
     "tiny-decoder": tiny_decoder,
