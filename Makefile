@@ -54,7 +54,7 @@ clean: ## remove what was built, and the caches; .venv stays
 # Touched last, so that an interrupted installation is taken up again. Nothing runs while both files are older.
 $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing into $(VENV): some minutes the first time"
-	@$(BIN)/python -m pip install -qq $(PIP_ARGS) --constraint constraints.txt --editable '.[build,openvino,tensorrt-rtx,dev]'
+	@$(BIN)/python -m pip install -qq $(PIP_ARGS) --constraint constraints.txt --editable '.[build,openvino,prune,tensorrt-rtx,dev]'
 	@touch $@
 
 # 3.11 first: the pinned releases are tested on it. A `python3.12` may be a shim that does not run: each is tried.

@@ -13,10 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from deploy import isolation
 from deploy.auto_target import decide, known_target
 from deploy.cache import Cache, assemble, default_root, key_of, versions_of
 from deploy.gate import Gate
+from deploy.isolation import is_large, run_isolated
 from deploy.observers import measured
 from deploy.origin import open_origin
 from deploy.passes import PASSES
@@ -231,10 +231,10 @@ def _run_pass(instance: Pass, step: Step, before: Bundle, folder: Path, cache: C
         with measured() as spent:
             found = cache.find(key)
             reused += found is not None
-            peaks: list[int] = []
-            parts[name] = found or cache.store(key, partial(_run_component, instance, step, name, before, peaks))
+            elsewhere: list[int] = []
+            parts[name] = found or cache.store(key, partial(_run_component, instance, step, name, before, elsewhere))
         seconds += spent.seconds
-        peak = max(peak, spent.peak_rss_bytes, *peaks)
+        peak = max(peak, spent.peak_rss_bytes, *elsewhere)
     carried = {n: (c, before.path) for n, c in before.manifest.components.items()
                if n not in step.reads and n in step.after.components}
     assemble(folder, {**carried, **parts})
@@ -251,15 +251,16 @@ def _run_pass(instance: Pass, step: Step, before: Bundle, folder: Path, cache: C
     return result, cost
 
 
-def _run_component(instance: Pass, step: Step, name: str, before: Bundle, peaks: list[int], out: Path) -> Component:
-    """Run a pass on one component, a large one in a process of its own, whose peak memory is added to `peaks`."""
-    work = partial(instance.run, step, name, before, out)
+def _run_component(instance: Pass, step: Step, name: str, before: Bundle, elsewhere: list[int],
+                   out: Path) -> Component:
+    """One component, in this process or, if it is large, in another, whose peak memory is added to `elsewhere`."""
     try:
-        if sum(before.component(read).bytes for read in step.reads[name]) > isolation.ISOLATE_ABOVE_BYTES:
-            component, peak = isolation.isolated(work, f"pass {step.pass_name}, {name}")
-            peaks.append(peak)
+        if is_large(step, name, before):
+            result = run_isolated(instance, step, name, before, out)
+            component = result.component
+            elsewhere.append(result.peak_rss_bytes)
         else:
-            component = work()
+            component = instance.run(step, name, before, out)
     except DeployError as error:
         error.where = error.where or f"pass {step.pass_name}, {name}"
         raise

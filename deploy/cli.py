@@ -169,16 +169,20 @@ def generate(
     mask: Annotated[Path | None, typer.Option(help="white where the picture is painted anew (inpainting)")] = None,
     strength: Annotated[float | None, typer.Option(help="how far to leave the picture, 0 to 1; default 0.6, under "
                                                         "a mask 1")] = None,
-    steps: Annotated[int, typer.Option(help="denoising steps")] = 25,
+    steps: Annotated[int | None, typer.Option(help="denoising steps; default 25")] = None,
+    quality: Annotated[str, typer.Option(help="draft, balanced or high: what `tradeoffs` measured of the bundle; "
+                                              "options that are given win")] = "",
+    budget_ms: Annotated[float | None, typer.Option(help="the most accurate that takes so long for a picture, as "
+                                                         "`tradeoffs` measured")] = None,
     guidance: Annotated[float | None, typer.Option(help="guidance_scale; default: the bundle's own")] = None,
     guidance_rescale: Annotated[float, typer.Option(help="against overexposure, 0 to 1")] = 0.0,
-    guidance_interval: Annotated[str, typer.Option(help="share of the steps under guidance, as first:last")] = "0:1",
+    guidance_interval: Annotated[str, typer.Option(help="share of the steps under guidance, as first:last")] = "",
     part: Annotated[str, typer.Option(help="of the schedule: 0:0.8 for a base model, 0.8:1 for a refiner")] = "0:1",
     weighting: Annotated[bool, typer.Option("--weighting", help="read (word:1.3), (word), [word] as weights")] = False,
     long_prompts: Annotated[bool, typer.Option("--long-prompts", help="read long prompts in windows, do not cut")]
     = False,
-    cache_interval: Annotated[int, typer.Option(help="compute the U-Net's deep layers every so many steps; needs a "
-                                                     "bundle built with --step-cache")] = 1,
+    cache_interval: Annotated[int | None, typer.Option(help="compute the U-Net's deep layers every so many steps; "
+                                                            "needs a bundle built with --step-cache")] = None,
     seed: Annotated[int, typer.Option(help="the first picture's seed; the next ones count up")] = 0,
     count: Annotated[int, typer.Option("-n", "--count", min=1, help="pictures for each prompt")] = 1,
     scheduler: Annotated[str | None, typer.Option(help="ddim, euler, euler-ancestral, dpm++, unipc, lcm, pndm")] = None,
@@ -204,8 +208,9 @@ def generate(
     generate_files(
         GenerateRequest(
             bundle=bundle, prompts=tuple(prompt), prompts_file=prompts, negative=negative, image=image, mask=mask,
-            strength=strength, steps=steps, guidance_scale=guidance, guidance_rescale=guidance_rescale,
-            guidance_interval=guidance_interval, part=part, weighting=weighting, long_prompts=long_prompts,
+            strength=strength, steps=steps, quality=quality, budget_ms=budget_ms, guidance_scale=guidance,
+            guidance_rescale=guidance_rescale, guidance_interval=guidance_interval, part=part, weighting=weighting,
+            long_prompts=long_prompts,
             cache_interval=cache_interval, seed=seed, count=count,
             scheduler=scheduler, height=height, width=width, tile=tile, latents=latents,
             save_latents=save_latents,
@@ -213,6 +218,26 @@ def generate(
             pin_threads=pin_threads, output=output,
         )
     )
+
+
+@app.command()
+def tradeoffs(
+    bundle: BundlePath,
+    pictures: Annotated[int, typer.Option(min=1, help="drawn with each setting")] = 100,
+    device: Device = "cpu",
+    threads: Threads = 0,
+    json: Json = False,
+) -> None:
+    """Measure what few steps, cached features and less guidance gain and cost; `generate --quality` follows it."""
+    from deploy import console, presets
+    from deploy.tradeoffs import measure
+    from runtimes.bundle import Bundle
+
+    opened = Bundle.open(bundle)
+    with console.BuildProgress() as progress:
+        measured = measure(opened, pictures=pictures, device=device, threads=threads, progress=progress.working)
+    file = presets.save(opened.manifest.digest, measured)
+    console.print_json(presets.summary(measured)) if json else console.show_tradeoffs(measured, file)
 
 
 @app.command()
@@ -267,6 +292,19 @@ def inspect(bundle: BundlePath, json: Json = False) -> None:
 
     opened = Bundle.open(bundle)
     console.print_json(to_json(opened.manifest)) if json else console.show_bundle(opened)
+
+
+@app.command()
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help=".safetensors file with all networks")],
+    configs: Annotated[Path, typer.Option(help="diffusers folder of the same architecture; weights are not needed")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="folder to write, for `build`")],
+) -> None:
+    """Turn a single-file checkpoint (CompVis, A1111) into a diffusers folder. Nothing is downloaded."""
+    from deploy import console
+    from exporters.single_file import convert_single_file
+
+    console.say(f"wrote {convert_single_file(checkpoint, configs, output)}")
 
 
 @app.command("export-triton")

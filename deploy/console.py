@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from deploy.build import Outcome
     from deploy.plan import PlannedPass
+    from deploy.presets import Measured
     from deploy.spec import BuildSpec
     from deploy.verify import Verification
     from runtimes.bundle import Bundle
@@ -167,6 +168,9 @@ def show_bundle(bundle: Bundle) -> None:
         cost = costs.get(record.name)
         spent = f"{cost['seconds']:.1f} s, peak {megabytes(cost['peak_rss_bytes'])}" if cost else ""
         out.print(f"  pass {record.name} v{record.version}  {spent}")
+        for name, gain in sorted((cost or {}).get("gain", {}).items()):
+            seconds = f", {gain['seconds_ratio']:.2f}x the time" if "seconds_ratio" in gain else ""
+            out.print(f"    {name}: {gain['verdict']}: {gain['bytes_ratio']:.2f}x the bytes{seconds} on this machine")
     if not manifest.verified:
         out.print("[bold red]NOT VERIFIED: built with --no-verify; nothing says that it equals the source[/]")
     elif manifest.parity:
@@ -248,6 +252,26 @@ def show_generated(files: Sequence[Path], *, count: int, load_seconds: float, dr
     names = str(files[0]) if len(files) == 1 else f"{files[0]} … {files[-1]}"
     out.print(f"{names}: {count} picture{'s' if count > 1 else ''} in {draw_seconds:.2f} s, "
               f"loaded in {load_seconds:.2f} s, peak memory {megabytes(peak_rss_bytes)}")
+
+
+def show_tradeoffs(measured: Sequence[Measured], file: Path) -> None:
+    """Every setting with its time and accuracy, the front and the presets."""
+    from deploy import presets
+
+    best = presets.front(measured)
+    names = {quality: presets.preset(quality, measured) for quality in presets.QUALITIES}
+    table = Table(title="one picture; PSNR to 50 steps of the bundle's own sampler; * on the Pareto front")
+    for title in ("steps", "sampler", "guided", "cache", "ms", "× faster", "dB", "found", "preset"):
+        table.add_column(title, no_wrap=True)
+    slowest = max(m.milliseconds for m in measured)
+    for m in sorted(measured, key=lambda m: m.milliseconds):
+        chosen = [quality for quality, found in names.items() if found is m]
+        first, last = m.setting.guidance_interval
+        table.add_row(str(m.setting.steps), m.setting.scheduler or "own", f"{first:g}–{last:g}",
+                      str(m.setting.cache_interval), f"{m.milliseconds:.1f}", f"{slowest / m.milliseconds:.2f}",
+                      f"{m.psnr_db:.1f}", _figure(m.retrieval, ".1%"), ", ".join(["*"] * (m in best) + chosen))
+    out.print(table)
+    out.print(f"kept in {file} for generate --quality and --budget-ms")
 
 
 def _figure(value: float | None, form: str) -> str:

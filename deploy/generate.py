@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deploy import console
+from deploy import console, presets
 from deploy.observers import peak_rss_bytes
+from deploy.presets import Setting
 from runtimes.bundle import translated_disk_errors
 from runtimes.errors import InputError
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from runtimes.denoising import Step
 
+DEFAULT_STEPS = 25
 IMAGE_STRENGTH = 0.6
 
 
@@ -34,14 +36,16 @@ class GenerateRequest:
     image: Path | None
     mask: Path | None
     strength: float | None
-    steps: int
+    steps: int | None
+    quality: str
+    budget_ms: float | None
     guidance_scale: float | None
     guidance_rescale: float
     guidance_interval: str
     part: str
     weighting: bool
     long_prompts: bool
-    cache_interval: int
+    cache_interval: int | None
     tile: int | None
     seed: int
     count: int
@@ -139,19 +143,19 @@ def generate_files(request: GenerateRequest) -> list[Path]:
     loaded = time.perf_counter()
     wanted = [p for p in prompts for _ in range(request.count)]
     seeds = list(range(request.seed, request.seed + len(wanted)))
-    with console.StepProgress(request.steps) as progress:
+    options = {**chosen_setting(request, bundle.manifest.digest).options(), **given_options(request)}
+    with console.StepProgress(options["steps"]) as progress:
         def on_step(step: Step) -> None:
             progress.on_step(step)
             if request.preview is not None:
                 save_preview(pipeline.preview(step.estimate), bundle.manifest.pipeline.vae_scale_factor,
                              request.preview)
 
-        result = pipeline(wanted, negative_prompt=request.negative, steps=request.steps, seed=seeds,
-                          scheduler=request.scheduler, height=request.height, width=request.width, on_step=on_step,
-                          **pipeline_options(request))
+        result = pipeline(wanted, negative_prompt=request.negative, seed=seeds, height=request.height,
+                          width=request.width, on_step=on_step, **options)
     if request.save_latents is not None:
         save_array(progress.latents, request.save_latents)
-    texts = descriptions(request, bundle.manifest.digest, wanted, seeds) if request.metadata else []
+    texts = descriptions(request, options, bundle.manifest.digest, wanted, seeds) if request.metadata else []
     files = save_images(result, request.output, request.grid, texts)
     drawn = time.perf_counter()
     console.show_generated(files, count=len(result), load_seconds=loaded - began, draw_seconds=drawn - loaded,
@@ -159,30 +163,48 @@ def generate_files(request: GenerateRequest) -> list[Path]:
     return files
 
 
-def pipeline_options(request: GenerateRequest) -> dict[str, Any]:
-    """What goes to the pipeline as it is, without the options that its own defaults stand in for."""
+def chosen_setting(request: GenerateRequest, digest: str) -> Setting:
+    """What --quality or --budget-ms stand for, else the defaults.
+
+    Raises:
+        InputError: both are given, or nothing is fast enough.
+        UnavailableError: the bundle was not measured on this machine.
+    """
+    if request.quality and request.budget_ms is not None:
+        raise InputError("both --quality and --budget-ms are given", where="generate", fix="give one of them")
+    if request.quality:
+        return presets.preset(request.quality, presets.load(digest)).setting
+    if request.budget_ms is not None:
+        return presets.within(request.budget_ms, presets.load(digest)).setting
+    return Setting(DEFAULT_STEPS)
+
+
+def given_options(request: GenerateRequest) -> dict[str, Any]:
+    """The pipeline's options that are given, without those that a preset or its own defaults stand in for."""
     options: dict[str, Any] = {
-        "guidance_rescale": request.guidance_rescale,
-        "guidance_interval": read_interval(request.guidance_interval, "--guidance-interval"),
-        "part": read_interval(request.part, "--part"),
+        "guidance_rescale": request.guidance_rescale, "part": read_interval(request.part, "--part"),
         "weighting": request.weighting, "long_prompts": request.long_prompts, "mask": request.mask,
-        "cache_interval": request.cache_interval, "tile": request.tile,
+        "tile": request.tile,
     }
-    if request.guidance_scale is not None:
-        options["guidance_scale"] = request.guidance_scale
+    if request.guidance_interval:
+        options["guidance_interval"] = read_interval(request.guidance_interval, "--guidance-interval")
     if request.latents is not None:
         options["latents"] = read_latents(request.latents)
     if request.image is not None:
         default = IMAGE_STRENGTH if request.mask is None else 1.0
         options.update(image=request.image, strength=default if request.strength is None else request.strength)
+    for name in ("steps", "scheduler", "guidance_scale", "cache_interval"):
+        if (value := getattr(request, name)) is not None:
+            options[name] = value
     return options
 
 
-def descriptions(request: GenerateRequest, digest: str, prompts: list[str], seeds: list[int]) -> list[dict[str, str]]:
-    """What each picture's PNG says about how it was made."""
-    common = {"negative_prompt": request.negative, "steps": str(request.steps), "scheduler": request.scheduler or "",
-              "guidance_scale": "" if request.guidance_scale is None else str(request.guidance_scale),
-              "bundle": digest, "software": "ldm-deploy"}
+def descriptions(
+    request: GenerateRequest, options: Mapping[str, Any], digest: str, prompts: list[str], seeds: list[int]
+) -> list[dict[str, str]]:
+    """What each picture's PNG says about how it was made; what is not said was left to its default."""
+    common = {"negative_prompt": request.negative, "bundle": digest, "software": "ldm-deploy"}
+    common |= {name: str(options[name] or "") for name in ("steps", "scheduler", "guidance_scale") if name in options}
     return [{"prompt": prompt, "seed": str(seed), **{k: v for k, v in common.items() if v}}
             for prompt, seed in zip(prompts, seeds, strict=True)]
 

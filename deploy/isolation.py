@@ -1,75 +1,135 @@
-"""Heavy work in a process of its own: its memory is given back whole, and its death is one clear error."""
+"""A pass over a large component in a process of its own: its memory is given back, and its death is one clear error.
+
+The request and the answer are JSON. Small components run in the process that asks: a new one costs seconds of imports.
+"""
 
 from __future__ import annotations
 
-import multiprocessing
+import importlib
+import json
+import os
 import signal
-from collections.abc import Callable
-from multiprocessing.connection import Connection
-from typing import TypeVar
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from deploy.observers import peak_rss_bytes
-from runtimes.errors import DeployError, OutOfMemoryError, UnavailableError
+from deploy.plan import Pass, Step
+from runtimes import errors
+from runtimes.bundle import Bundle
+from runtimes.errors import DeployError, UnavailableError
+from runtimes.manifest import Component, Manifest, from_json, to_json
 
-T = TypeVar("T")
-# Below it a process costs more (the import of torch) than it saves.
-ISOLATE_ABOVE_BYTES = 512 << 20
+ABOVE_BYTES = 256 << 20
+REQUEST, ANSWER, LOG = "request.json", "answer.json", "log"
 
 
-def isolated(work: Callable[[], T], where: str) -> tuple[T, int]:
-    """Run `work` in a new interpreter.
+@dataclass(frozen=True)
+class Result:
+    """What a pass made of one component; the memory is that of the process that worked."""
 
-    Args:
-        work: picklable, with a picklable result. What it raises is raised here.
-        where: for errors.
+    component: Component
+    peak_rss_bytes: int
 
-    Returns:
-        its result, and the most memory that the process had resident, in bytes.
+
+def is_large(step: Step, name: str, source: Bundle) -> bool:
+    """Whether the networks that a component is made from are worth a process of their own."""
+    components = source.manifest.components
+    read = {file: record.bytes for other in step.reads[name] for file, record in components[other].files.items()}
+    return sum(read.values()) > ABOVE_BYTES
+
+
+def run_isolated(instance: Pass, step: Step, name: str, source: Bundle, out: Path) -> Result:
+    """`instance.run(step, name, source, out)` in a child process.
 
     Raises:
-        OutOfMemoryError: the kernel killed the process.
-        UnavailableError: another signal ended it.
-        DeployError: it ended without an answer.
+        UnavailableError: the process was killed by a signal; says which, and what helps.
+        DeployError: what the pass itself raised, or a process that ended without an answer.
     """
-    context = multiprocessing.get_context("spawn")  # a fork would share torch's threads and their locks
-    here, there = context.Pipe(duplex=False)
-    child = context.Process(target=_answer, args=(work, there), daemon=True)
-    child.start()
-    there.close()
+    kind = type(instance)
+    request = {"pass": f"{kind.__module__}:{kind.__qualname__}", "step": to_json(step), "name": name,
+               "source": str(source.path.resolve()), "manifest": to_json(source.manifest), "out": str(out.resolve())}
+    where = f"pass {step.pass_name}, {name}"
+    with tempfile.TemporaryDirectory(prefix="ldm-deploy-") as temporary:
+        folder = Path(temporary)
+        (folder / REQUEST).write_text(json.dumps(request), encoding="utf-8")
+        code = _wait(folder)
+        answer = folder / ANSWER
+        if code != 0 or not answer.is_file():
+            raise _died(code, folder / LOG, where)
+        content = json.loads(answer.read_text(encoding="utf-8"))
+    if "error" in content:
+        raise _as_error(content["error"], where)
+    return Result(from_json(Component, content["component"], where), content["peak_rss_bytes"])
+
+
+def _wait(folder: Path) -> int:
+    paths = os.pathsep.join(p or os.getcwd() for p in sys.path)
+    with (folder / LOG).open("wb") as log:
+        child = subprocess.Popen([sys.executable, "-m", "deploy.isolation", str(folder)], stdin=subprocess.DEVNULL,
+                                 stdout=log, stderr=log, env={**os.environ, "PYTHONPATH": paths})
+        try:
+            return child.wait()
+        except BaseException:  # Ctrl-C: nothing goes on in the background
+            child.kill()
+            child.wait()
+            raise
+
+
+def _died(code: int, log: Path, where: str) -> DeployError:
+    tail = (log.read_text(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
+    if code >= 0:
+        return DeployError(f"the process ended with code {code}: {tail:.300}", where=where)
+    killed = signal.Signals(-code).name
+    if -code == signal.SIGKILL:
+        return UnavailableError(
+            "the process was killed by the system, most likely because memory ran out (SIGKILL)", where=where,
+            fix="close other programs, give smaller --shapes, or build on a machine with more memory; "
+                "finished components are kept, and the same command goes on from here")
+    return UnavailableError(f"the process was ended by {killed}: {tail:.300}", where=where,
+                            fix="run the same command again: it goes on from here; if it happens again, report it "
+                                "with the model's configs")
+
+
+def _as_error(content: Mapping[str, str], where: str) -> DeployError:
+    kind: type[DeployError] = getattr(errors, content["kind"], DeployError)
+    return kind(content["what"], where=content["where"] or where, fix=content["fix"])
+
+
+def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
+    module, _, attribute = request["pass"].partition(":")
+    instance: Pass = getattr(importlib.import_module(module), attribute)()
+    step: Step = from_json(Step, request["step"], "step")
+    source = Bundle(Path(request["source"]), from_json(Manifest, request["manifest"], "manifest"))
     try:
-        answer = here.recv()
-    except EOFError:
-        answer = None
-    except BaseException:  # Ctrl-C: nothing goes on in the background
-        child.kill()
-        raise
-    finally:
-        child.join()
-        here.close()
-    if answer is None:
-        raise _death(child.exitcode or 0, where)
-    result, error, peak = answer
-    if error is not None:
-        raise error
-    return result, peak
+        component = instance.run(step, request["name"], source, Path(request["out"]))
+    except DeployError as error:
+        return {"error": _told(type(error).__name__, error.what, error.where, error.fix)}
+    except MemoryError:
+        return {"error": _told("UnavailableError", "memory ran out", "", "close other programs, give smaller --shapes, "
+                               "or build on a machine with more memory")}
+    except Exception as error:
+        traceback.print_exc()
+        return {"error": _told("DeployError", f"{type(error).__name__}: {str(error).partition(chr(10))[0]:.300}", "",
+                               "")}
+    return {"component": to_json(component), "peak_rss_bytes": peak_rss_bytes()}
 
 
-def _answer(work: Callable[[], T], connection: Connection) -> None:
-    try:
-        result, error = work(), None
-    except Exception as problem:
-        result, error = None, problem
-    connection.send((result, error, peak_rss_bytes()))
-    connection.close()
+def _told(kind: str, what: str, where: str, fix: str) -> dict[str, str]:
+    return {"kind": kind, "what": what, "where": where, "fix": fix}
 
 
-def _death(code: int, where: str) -> DeployError:
-    if code == -signal.SIGKILL:
-        return OutOfMemoryError(
-            "the kernel killed the process that did this: memory ran out, most likely", where=where,
-            fix="close other programs, add swap, or build on a machine with more memory; finished parts are kept")
-    if code < 0:
-        return UnavailableError(f"the process that did this was ended by {signal.Signals(-code).name}", where=where,
-                                fix="run it again: finished parts are kept; report it if it happens twice")
-    return DeployError(f"the process that did this ended with code {code} and no answer", where=where,
-                       fix="this is a bug of ldm-deploy: report it")
+def _main(folder: Path) -> None:
+    request = json.loads((folder / REQUEST).read_text(encoding="utf-8"))
+    partial = folder / f"{ANSWER}.partial"
+    partial.write_text(json.dumps(_answer(request)), encoding="utf-8")
+    partial.rename(folder / ANSWER)
+
+
+if __name__ == "__main__":
+    _main(Path(sys.argv[1]))

@@ -49,19 +49,32 @@ def write_report(folder: Path, manifest: Manifest, pictures: Sequence[Picture]) 
                                      undefined=jinja2.StrictUndefined)
     environment.filters["mb"] = lambda size: f"{size / 1e6:.1f} MB"
     parity = manifest.parity or {}
+    command, spec = reproduction(manifest)
     page = environment.get_template("report.html.j2").render(
         manifest=manifest, parity=parity, pictures=rows, amplification=AMPLIFICATION,
         unverified=grouped(parity.get("unverified", [])), passes=pass_rows(manifest),
         drift=drift_path(parity.get("trajectory", {}).get("relative_l2", [])),
         total_bytes=sum(c.bytes for c in manifest.components.values()),
-        command=f"python -m deploy build {'' if manifest.source.id == 'reference' else manifest.source.id + ' '}"
-                f"--target {manifest.target} --precision {manifest.precision}",
+        command=command, spec=spec,
     )
     (folder / "report.html").write_text(page, encoding="utf-8")
     figures = {"digest": manifest.digest, "parity": to_json(manifest.parity), "measured": to_json(manifest.measured),
                "components": {n: {"bytes": c.bytes, "parameters": c.parameters, "parity": to_json(c.parity),
                                   "details": to_json(c.details)} for n, c in manifest.components.items()}}
     (folder / "metrics.json").write_text(json.dumps(figures, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def reproduction(manifest: Manifest) -> tuple[str, str]:
+    """The command that makes this bundle again, and its build spec as YAML where that says more than the command."""
+    import yaml
+
+    from deploy.spec import REFERENCE, BuildSpec
+
+    usual = BuildSpec.model_validate({"target": manifest.target, "precision": manifest.precision}).resolved()
+    changed = {name: value for name, value in manifest.spec.items() if usual.get(name) != value}
+    model = "" if manifest.source.id == REFERENCE else f"{manifest.source.id} "
+    command = f"python -m deploy build {model}--target {manifest.target} --precision {manifest.precision}"
+    return (f"{command} --spec build.yaml", yaml.safe_dump(changed, sort_keys=True)) if changed else (command, "")
 
 
 def grouped(reasons: Sequence[str]) -> list[str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from exporters.quiet import quiet
-from exporters.source import find_weights, read_json
+from exporters.source import find_weights, read_header, read_json
 from exporters.wrappers import WRAPPERS
 from runtimes.errors import InputError
 
@@ -48,23 +49,53 @@ def load_module(folder: Path, library: str, class_name: str, *, dtype: torch.dty
     """
     from safetensors import safe_open
 
+    module, places = empty_module(folder, library, class_name)
+    wanted, found = module.state_dict(), dict[str, Tensor]()
+    for file in dict.fromkeys(place.file for place in places.values()):
+        with safe_open(file, framework="pt", device="cpu") as tensors:
+            for name, place in places.items():
+                if place.file == file:
+                    found[name] = _fitted(tensors.get_tensor(place.key), wanted[name], place.key, folder, dtype)
+    return filled(module, found)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a weight of a model lies: the safetensors file and the key in it."""
+
+    file: Path
+    key: str
+
+
+def empty_module(folder: Path, library: str, class_name: str) -> tuple[nn.Module, dict[str, Place]]:
+    """A component without storage, and where each of its weights lies; no weight is read.
+
+    Raises:
+        InputError: an unknown class, a weight of the file that the model has no place for, a weight of the model
+            that the file lacks, or shapes that differ.
+    """
     config = read_json(folder / "config.json")
     with quiet():
         module = _empty(folder, library, class_name, config)
     wanted = dict(module.state_dict())
     recomputed = {name for name, _ in module.named_buffers()} - set(wanted)
-    found: dict[str, Tensor] = {}
+    places: dict[str, Place] = {}
     unused: list[str] = []
     for file in find_weights(folder)[0]:
-        with safe_open(file, framework="pt", device="cpu") as tensors:
-            for key in tensors.keys():
-                target = _target(key, wanted)
-                if target is not None and target not in found:
-                    found[target] = _fitted(tensors.get_tensor(key), wanted[target], key, folder, dtype)
-                elif target is not None or not _is_recomputed(key, recomputed):
-                    unused.append(key)
-    _refuse_misfits(folder, class_name, unused, sorted(set(wanted) - set(found) - _tied(module, found)))
-    module.load_state_dict(found, strict=False, assign=True)
+        for key, entry in sorted(read_header(file).items()):
+            target = _target(key, wanted)
+            if target is not None and target not in places:
+                _check_shape(key, tuple(entry["shape"]), tuple(wanted[target].shape), folder)
+                places[target] = Place(file, key)
+            elif target is not None or not _is_recomputed(key, recomputed):
+                unused.append(key)
+    _refuse_misfits(folder, class_name, unused, sorted(set(wanted) - set(places) - _tied(module, places)))
+    return module, places
+
+
+def filled(module: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
+    """The module with these weights in place, not copied, in eval mode and without gradients."""
+    module.load_state_dict(weights, strict=False, assign=True)
     tie: Any = getattr(module, "tie_weights", None)
     if tie is not None:
         tie()
@@ -107,11 +138,7 @@ def _is_recomputed(key: str, recomputed: set[str]) -> bool:
 
 def _fitted(tensor: Tensor, place: Tensor, key: str, folder: Path, dtype: torch.dtype) -> Tensor:
     """A tensor of the file in the shape and dtype of its place, checked to be finite."""
-    if tensor.shape != place.shape:
-        if tensor.shape != (*place.shape, 1, 1):  # old attention blocks stored 1x1 convolutions
-            raise InputError(f"{key} has shape {tuple(tensor.shape)}, the config asks for {tuple(place.shape)}",
-                             where=str(folder), fix="use the config.json that belongs to these weights")
-        tensor = tensor.reshape(place.shape)
+    tensor = tensor.reshape(place.shape)
     if place.is_floating_point():
         if not tensor.is_floating_point():
             raise InputError(f"{key} is {tensor.dtype}, expected floating point", where=str(folder),
@@ -123,7 +150,13 @@ def _fitted(tensor: Tensor, place: Tensor, key: str, folder: Path, dtype: torch.
     return tensor
 
 
-def _tied(module: nn.Module, found: Mapping[str, Tensor]) -> set[str]:
+def _check_shape(key: str, found: tuple[int, ...], wanted: tuple[int, ...], folder: Path) -> None:
+    if found not in (wanted, (*wanted, 1, 1)):  # old attention blocks stored 1x1 convolutions
+        raise InputError(f"{key} has shape {found}, the config asks for {wanted}", where=str(folder),
+                         fix="use the config.json that belongs to these weights")
+
+
+def _tied(module: nn.Module, found: Mapping[str, Any]) -> set[str]:
     """Names that the model fills itself from another weight that was found."""
     tied = getattr(module, "_tied_weights_keys", None)
     return {name for name, other in tied.items() if other in found} if isinstance(tied, dict) else set()

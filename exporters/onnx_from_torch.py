@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from exporters import onnx_canonical
 from exporters.families import ComponentSpec
 from exporters.onnx_translations import translations
 from exporters.quiet import quiet
+from exporters.stored_weights import StoredWeight
+from exporters.streaming import attach_weights
 from runtimes.bundle import translated_disk_errors
 from runtimes.errors import DeployError, InputError
 from runtimes.tensors import TensorSpec
@@ -48,7 +51,10 @@ class ExportResult:
     parameters: int = 0
 
 
-def export_onnx(module: torch.nn.Module, spec: ComponentSpec, out_folder: Path, *, opset: int = OPSET) -> ExportResult:
+def export_onnx(
+    module: torch.nn.Module, spec: ComponentSpec, out_folder: Path, *, opset: int = OPSET,
+    stored: Mapping[int, StoredWeight] | None = None,
+) -> ExportResult:
     """Export a component.
 
     Args:
@@ -56,12 +62,15 @@ def export_onnx(module: torch.nn.Module, spec: ComponentSpec, out_folder: Path, 
         spec: names, dtypes and axes of inputs and outputs.
         out_folder: receives model.onnx, and model.onnx.data above 1 GiB of weights.
         opset: of the default ONNX domain.
+        stored: where the contents of the module's parameters are, if it comes from `exporters.streaming`.
 
     Raises:
         InputError: an operator that ONNX cannot express, or a shape that is fixed inside the network.
         DeployError: the exported graph does not pass the checker.
     """
     model = _traced(module, spec, opset)
+    if stored is not None:
+        attach_weights(model, stored)
     _name_inputs_and_outputs(model, spec)
     with quiet():
         onnx_canonical.canonicalize(model)

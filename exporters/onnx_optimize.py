@@ -40,6 +40,7 @@ from exporters.onnx_from_torch import count_nodes, save_model
 from exporters.onnx_fusions import FUSIONS
 from exporters.onnx_graph import MICROSOFT, number_repeated_names
 from exporters.quiet import quiet
+from exporters.stored_weights import unmap
 from runtimes.errors import BundleError, DeployError
 
 # target -> component -> fusions, in this order. A target that is missing gets the target-independent part alone:
@@ -88,7 +89,7 @@ def optimize_onnx(
     """Optimize one component.
 
     Args:
-        source_file: ONNX model; external weights lie beside it and are memory-mapped.
+        source_file: ONNX model; external weights lie beside it and are read when they are written.
         out_file: where to write; weights above 1 GiB go to `<out_file>.data`.
         component_name: selects the fusions, with the target; an unknown one gets those of no component.
         target: "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx".
@@ -115,10 +116,12 @@ def optimize_onnx(
 
 def _load(file: Path, component_name: str) -> ir.Model:
     try:
-        return ir.load(file)
+        model = ir.load(file)
     except (OSError, ValueError, DecodeError) as error:
         raise BundleError(f"not an ONNX model: {error}", where=f"{component_name}: {file}",
                           fix="export it again") from error
+    unmap(model)
+    return model
 
 
 def apply(model: ir.Model, fusions: Mapping[str, Callable[[ir.Model], int]]) -> dict[str, int]:

@@ -19,6 +19,7 @@ from onnxscript import version_converter
 
 from exporters.onnx_precision_rules import FP16_MAX, is_float, kept_nodes, magnitude
 from exporters.onnx_precision_types import FLOAT, element_types, signature
+from exporters.stored_weights import unmap
 from runtimes.bundle import translated_disk_errors
 from runtimes.errors import InputError
 
@@ -110,6 +111,7 @@ def load(source: Path, precision: str) -> ir.Model:
         InputError: an opset that is too old.
     """
     model = ir.load(source)
+    unmap(model)
     opset = model.opset_imports.get("", 0)
     if opset < _OLDEST["fp16"]:
         raise InputError(f"opset {opset} is too old for 16-bit operators", where=str(source),

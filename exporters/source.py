@@ -109,7 +109,8 @@ def open_source(path: Path | str) -> Source:
     folder = Path(path)
     if not folder.is_dir():
         kind = "it is a file" if folder.exists() else "no such folder"
-        raise InputError(kind, where=str(folder), fix="give a diffusers pipeline folder, the one with model_index.json")
+        raise InputError(kind, where=str(folder), fix="give a diffusers pipeline folder, the one with model_index.json"
+                         + ("; `convert` makes one of a single-file checkpoint" if folder.exists() else ""))
     index_file = folder / MODEL_INDEX
     if not index_file.is_file():
         raise InputError(f"it holds no {MODEL_INDEX}", where=str(folder),

@@ -1,4 +1,4 @@
-"""`export`: every component from PyTorch to ONNX, one in memory at a time."""
+"""`export`: every component from PyTorch to ONNX, none of its weights in memory."""
 
 from __future__ import annotations
 
@@ -39,18 +39,19 @@ class Export(Pass):
         return step.recorded()
 
     def run(self, step: Step, name: str, source: Bundle, out: Path) -> Component:
-        """Load one network, export it, let go of it."""
+        """Trace one network without its weights, which go from file to file."""
         from exporters.families import ComponentSpec
         from exporters.macs import count_macs
-        from exporters.modules import load_module, torch_component
+        from exporters.modules import torch_component
         from exporters.onnx_from_torch import example_inputs, export_onnx
+        from exporters.streaming import unread_module
 
         before, planned = source.component(name), step.after.components[name]
         folder = source.file(before.file).parent
-        network = load_module(folder, before.details["library"], before.class_name)
-        module = torch_component(name, network, [output.name for output in before.outputs])
+        unread, stored = unread_module(folder, before.details["library"], before.class_name)
+        module = torch_component(name, unread, [output.name for output in before.outputs])
         spec = ComponentSpec(name, before.details["source_component"], before.inputs, before.outputs, before.axes)
-        export_onnx(module, spec, out / "components" / name, opset=step.config["opset"])
+        export_onnx(module, spec, out / "components" / name, opset=step.config["opset"], stored=stored)
         common = {axis: a.range.opt for axis, a in before.axes.items()}
         details = {**planned.details, "macs": count_macs(module, example_inputs(spec, common))}
         return replace(planned, files=records_below(out / "components" / name, out), details=details)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from deploy.pruning.widths import UNET, config_of
 from runtimes.errors import InputError
 
 
@@ -21,8 +22,8 @@ def remove_blocks(network: Any, kind: str, where: str) -> Any:
     Raises:
         InputError: the network has no such block to lose.
     """
-    config = dict(network.config)
-    if config["_class_name"] != "UNet2DConditionModel":
+    config = config_of(network)
+    if config["_class_name"] != UNET:
         raise InputError(f"{config['_class_name']} has no blocks that BK-SDM removes", where=where)
     layers = config["layers_per_block"]
     if not isinstance(layers, int):

@@ -68,10 +68,10 @@ def _narrowed(network: Any, source: Bundle, name: str, config: Mapping[str, Any]
     from deploy.pruning.importance import accumulate_gradients, scorer_of
     from deploy.pruning.sensitivity import scan, sensitive_widths
     from deploy.pruning.structured import prune_network
-    from deploy.pruning.widths import Widths, levels_of, refuse_impossible, uniform_widths
+    from deploy.pruning.widths import Widths, config_of, levels_of, uniform_widths
 
-    levels, ratio = levels_of(network.config, name), config["prune"]
-    refuse_impossible(levels, ratio, name)
+    levels, ratio = levels_of(config_of(network), name), config["prune"]
+    widths = uniform_widths(levels, ratio, name)  # before any drawing: it refuses what cannot be
     feeds = {name: example_feeds(source.component(name))}
     scorer = scorer_of(config["method"])
     by_drawing = config["method"] == "taylor" or config["widths"] == "sensitivity"
@@ -87,10 +87,8 @@ def _narrowed(network: Any, source: Bundle, name: str, config: Mapping[str, Any]
             return relative_error(prune_network(network, feeds, widths, scorer, name), batches)
 
         errors = scan(levels, error_of)
-        widths = sensitive_widths(levels, ratio, errors, name)
+        widths = sensitive_widths(levels, ratio, errors)
         details["sensitivity"] = [{str(w): round(e, 5) for w, e in sorted(level.items())} for level in errors]
-    else:
-        widths = uniform_widths(levels, ratio, name)
     details |= {"before": [level.width for level in levels], "kept": list(widths.kept), "heads": list(widths.heads),
                 "removed": round(widths.removed, 4)}
     return prune_network(network, feeds, widths, scorer, name), details

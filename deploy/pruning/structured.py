@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from deploy.pruning.groups import ChannelGroup, Graph
-from deploy.pruning.widths import UNET, Widths, pruned_config
+from deploy.pruning.widths import UNET, Widths, config_of, pruned_config
 from exporters.modules import torch_component
 from runtimes.errors import DeployError
 
@@ -36,7 +36,7 @@ def prune_network(network: Any, feeds: Mapping[str, Sequence[Tensor]], widths: W
     Raises:
         InputError: layers that no config describes after pruning.
     """
-    config = dict(network.config)
+    config = config_of(network)
     smaller = copy.deepcopy(network)
     for parameter, copied in zip(network.parameters(), smaller.parameters(), strict=True):
         copied.requires_grad_(True)

@@ -29,16 +29,19 @@ class Level:
         heads: of its attention layers.
         step: widths are multiples of it: every norm group keeps as many channels as the next, and the sinusoids of
             the timestep come in pairs.
+        least: two channels for each norm group, or what it has: at a single pixel one channel alone has no variance.
     """
 
     width: int
     heads: int
     step: int
+    least: int
 
     @property
     def choices(self) -> tuple[int, ...]:
         """Widths it can have, ascending, its own the last."""
-        return tuple(w for w in range(self.step, self.width + 1, self.step) if self.heads_at(w))
+        return tuple(w for w in range(self.step, self.width + 1, self.step)
+                     if w >= self.least and self.heads_at(w))
 
     def heads_at(self, width: int) -> int:
         """The most heads that divide a width without growing beyond their size now; 0 if there are none."""
@@ -66,6 +69,15 @@ class Widths:
         return 1 - sum(self.kept) / sum(level.width for level in self.levels)
 
 
+def config_of(network: Any) -> dict[str, Any]:
+    """The config of a diffusers network, with its class, which diffusers adds only when it saves.
+
+    Without `_use_default_values`: `from_config` would set what is listed there back to its default.
+    """
+    config = {key: value for key, value in network.config.items() if key != "_use_default_values"}
+    return {**config, "_class_name": type(network).__name__}
+
+
 def levels_of(config: Mapping[str, Any], where: str) -> tuple[Level, ...]:
     """The levels of a network.
 
@@ -85,7 +97,7 @@ def levels_of(config: Mapping[str, Any], where: str) -> tuple[Level, ...]:
     widths = config["block_out_channels"]
     heads = config.get(_heads_key(config)) or 1
     by_level = heads if isinstance(heads, list | tuple) else [heads] * len(widths)
-    return tuple(Level(w, h, math.lcm(groups, 2)) for w, h in zip(widths, by_level, strict=True))
+    return tuple(Level(w, h, math.lcm(groups, 2), min(2 * groups, w)) for w, h in zip(widths, by_level, strict=True))
 
 
 def uniform_widths(levels: Sequence[Level], ratio: float, where: str) -> Widths:
@@ -97,9 +109,13 @@ def uniform_widths(levels: Sequence[Level], ratio: float, where: str) -> Widths:
         where: names the network in messages.
 
     Raises:
-        InputError: a level would keep nothing, or nothing would be removed; names the level and the nearest ratio.
+        InputError: a level would keep too little, or nothing would be removed; names level and nearest ratio.
     """
-    refuse_impossible(levels, ratio, where)
+    for number, level in enumerate(levels):
+        if ratio > _most(level):
+            raise InputError(
+                f"{ratio:g} of the {level.width} channels of level {number} leaves fewer than the {level.least} that "
+                "its norm groups need", where=where, fix=f"prune {_highest(levels):.2f} or less")
     around = [_neighbours(level.choices, level.width * (1 - ratio)) for level in levels]
     total = sum(level.width for level in levels)
 
@@ -107,24 +123,22 @@ def uniform_widths(levels: Sequence[Level], ratio: float, where: str) -> Widths:
         uneven = sum((k / level.width - 1 + ratio) ** 2 for k, level in zip(kept, levels, strict=True))
         return abs(sum(kept) - (1 - ratio) * total), uneven
 
-    kept = min(itertools.product(*around), key=misfit)
+    kept = min((k for k in itertools.product(*around) if fit_together(levels, k)), key=misfit,
+               default=tuple(level.width for level in levels))
     if all(width == level.width for level, width in zip(levels, kept, strict=True)):
         raise InputError(f"{ratio:g} removes nothing: channels go in steps of {levels[0].step}", where=where,
                          fix=_lowest_fix(levels))
     return make_widths(levels, kept)
 
 
-def refuse_impossible(levels: Sequence[Level], ratio: float, where: str) -> None:
-    """Refuse a ratio that leaves some level less than its smallest width.
+def fit_together(levels: Sequence[Level], kept: Sequence[int]) -> bool:
+    """Whether neighbouring levels are as equal or unequal as before.
 
-    Raises:
-        InputError: naming the level and the nearest ratio that works.
+    Where two are unequal, diffusers puts a convolution into the first shortcut between them; where they are equal,
+    none. A pruned network can neither lose nor gain one.
     """
-    for number, level in enumerate(levels):
-        if level.width * (1 - ratio) < level.choices[0] / 2:
-            raise InputError(
-                f"{ratio:g} of the {level.width} channels of level {number} leaves none: its norm groups need "
-                f"{level.step} at least", where=where, fix=f"prune {_highest(levels):.2f} or less")
+    return all((a.width == b.width) == (x == y)
+               for (a, b), (x, y) in zip(itertools.pairwise(levels), itertools.pairwise(kept), strict=True))
 
 
 def make_widths(levels: Sequence[Level], kept: Sequence[int]) -> Widths:
@@ -154,8 +168,13 @@ def _neighbours(choices: Sequence[int], wanted: float) -> list[int]:
 
 
 def _highest(levels: Sequence[Level]) -> float:
-    """The largest ratio, in hundredths, that `refuse_impossible` lets pass."""
-    return math.floor(min(1 - level.choices[0] / 2 / level.width for level in levels) * 100) / 100
+    """The largest ratio, in hundredths, that no level refuses."""
+    return math.floor(min(_most(level) for level in levels) * 100) / 100
+
+
+def _most(level: Level) -> float:
+    """The largest share of its channels that a level can lose, to the nearest step; one that cannot shrink stays."""
+    return 1.0 if level.width == level.least else 1 - (level.least - level.step / 2) / level.width
 
 
 def _lowest_fix(levels: Sequence[Level]) -> str:

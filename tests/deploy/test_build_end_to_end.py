@@ -17,7 +17,9 @@ import numpy as np
 import pytest
 
 import runtimes
+from deploy import presets
 from deploy.build import run_build
+from deploy.presets import Measured, Setting
 from deploy.spec import BuildSpec
 from runtimes.bundle import Bundle, record_of
 from runtimes.manifest import FileRecord
@@ -246,8 +248,6 @@ def test_a_mask_repaints_a_part_and_a_preview_is_written(reference_bundle: Path,
 def test_a_png_says_how_it_was_made_unless_told_not_to(reference_bundle: Path, cli: Cli):
     from PIL import Image
 
-    from runtimes.bundle import Bundle
-
     options = ("ein Bär", "--steps", "2", "--seed", "7")
     assert cli("generate", reference_bundle, *options, "-o", "told.png").code == 0
     assert cli("generate", reference_bundle, *options, "--no-metadata", "-o", "silent.png").code == 0
@@ -255,3 +255,19 @@ def test_a_png_says_how_it_was_made_unless_told_not_to(reference_bundle: Path, c
         assert told.info == {"prompt": "ein Bär", "seed": "7", "steps": "2", "software": "ldm-deploy",
                              "bundle": Bundle.open(reference_bundle).manifest.digest}
         assert silent.info == {} and told.tobytes() == silent.tobytes()
+
+
+def test_a_quality_is_what_was_measured_of_the_bundle(reference_bundle: Path, cli: Cli, monkeypatch):
+    from PIL import Image
+
+    monkeypatch.setenv("LDM_DEPLOY_CACHE", str(Path.cwd() / "cache"))
+    assert_refused(cli("generate", reference_bundle, "a cat", "--quality", "draft"), "deploy tradeoffs", code=4)
+    settings = [Measured(Setting(2, "dpm++"), 10.0, 25.0, 1.0), Measured(Setting(4), 40.0, 40.0, 1.0)]
+    presets.save(Bundle.open(reference_bundle).manifest.digest, settings)
+    for options, steps in ((("--quality", "draft"), "2"), (("--quality", "high"), "4"), (("--budget-ms", "20"), "2"),
+                           (("--quality", "high", "--steps", "3"), "3")):
+        assert cli("generate", reference_bundle, "a cat", *options, "-o", "cat.png").code == 0
+        with Image.open("cat.png") as picture:
+            assert picture.info["steps"] == steps
+    assert_refused(cli("generate", reference_bundle, "a cat", "--budget-ms", "1"), "at least 10")
+    assert_refused(cli("generate", reference_bundle, "a cat", "--budget-ms", "9", "--quality", "high"), "both")

@@ -1,62 +1,118 @@
-"""Work in a process of its own: results and errors come back, and a death is one clear error."""
+"""A large component is worked on in a process of its own, and however that process ends, the user reads one line."""
 
 from __future__ import annotations
 
 import os
 import signal
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 
-from deploy import isolation
-from deploy.build import run_build
+from deploy import build, isolation
+from deploy.origin import open_origin
+from deploy.passes.load import Load
+from deploy.plan import Pass, Planned, Step
 from deploy.spec import BuildSpec
-from runtimes.bundle import Bundle
-from runtimes.errors import DeployError, InputError, OutOfMemoryError, UnavailableError
+from runtimes.bundle import Bundle, records_below
+from runtimes.errors import DeployError, InputError, ParityError, UnavailableError
+from runtimes.manifest import Component, Manifest
 
 
-def kill(number: int) -> None:
-    os.kill(os.getpid(), number)
+class Scripted(Pass):
+    """Does what its step's config says."""
+
+    name: ClassVar[str] = "scripted"
+    version: ClassVar[int] = 1
+    libraries: ClassVar[tuple[str, ...]] = ()
+    verify: ClassVar[bool] = False
+
+    def plan(self, before: Manifest, spec: Any) -> Planned:
+        raise NotImplementedError
+
+    def run(self, step: Step, name: str, source: Bundle, out: Path) -> Component:
+        todo = step.config["do"]
+        if todo == "work":
+            file = out / "components" / name / "process"
+            file.parent.mkdir(parents=True)
+            file.write_text(str(os.getpid()))
+            planned = step.after.components[name]
+            return replace(planned, file=f"components/{name}/process", files=records_below(file.parent, out))
+        if todo == "refuse":
+            raise InputError("the weights are odd", where="unet", fix="get others")
+        if todo == "memory":
+            raise MemoryError
+        if todo == "bug":
+            raise KeyError("nothing of that name")
+        if todo == "exit":
+            os._exit(7)
+        os.kill(os.getpid(), getattr(signal, todo))
+        raise AssertionError("unreachable")
 
 
-def leave() -> None:
-    os._exit(3)
+@pytest.fixture(scope="module")
+def source(tiny_model: Path) -> Bundle:
+    return open_origin(BuildSpec(model=str(tiny_model)))
 
 
-def refuse() -> None:
-    raise InputError("unusable", where="a file", fix="another")
+def run(source: Bundle, todo: str, out: Path) -> isolation.Result:
+    step = Step("scripted", 1, {"do": todo}, {"unet": ("unet",)}, source.manifest, "")
+    return isolation.run_isolated(Scripted(), step, "unet", source, out)
 
 
-def test_results_and_memory_come_back():
-    result, peak = isolation.isolated(partial(divmod, 7, 3), "here")
-    assert result == (2, 1)
-    assert peak > 1 << 20
+def test_the_work_is_done_elsewhere_and_its_memory_is_told(source: Bundle, tmp_path: Path) -> None:
+    result = run(source, "work", tmp_path)
+    assert int((tmp_path / "components/unet/process").read_text()) != os.getpid()
+    assert set(result.component.files) == {"components/unet/process"}
+    assert result.component.axes == source.component("unet").axes
+    assert 5e6 < result.peak_rss_bytes < 2e9
 
 
-def test_an_error_comes_back_as_it_is():
-    with pytest.raises(InputError) as caught:
-        isolation.isolated(refuse, "here")
-    assert str(caught.value) == "a file: unusable (another)"
-
-
-@pytest.mark.parametrize(("work", "kind", "words"), [
-    (partial(kill, signal.SIGKILL), OutOfMemoryError, "pass export, unet: the kernel killed .* more memory"),
-    (partial(kill, signal.SIGTERM), UnavailableError, "ended by SIGTERM"),
-    (leave, DeployError, "code 3 and no answer"),
+@pytest.mark.parametrize(("todo", "kind", "words"), [
+    ("SIGKILL", UnavailableError, ("pass scripted, unet: ", "killed by the system", "memory ran out", "--shapes")),
+    ("SIGSEGV", UnavailableError, ("ended by SIGSEGV", "goes on from here")),
+    ("memory", UnavailableError, ("pass scripted, unet: memory ran out", "more memory")),
+    ("refuse", InputError, ("unet: the weights are odd (get others)",)),
+    ("bug", DeployError, ("pass scripted, unet: KeyError: 'nothing of that name'",)),
+    ("exit", DeployError, ("ended with code 7: it said nothing",)),
 ])
-def test_a_death_is_one_clear_error(work, kind, words):
-    with pytest.raises(kind, match=words):
-        isolation.isolated(work, "pass export, unet")
+def test_every_end_is_one_line(
+    todo: str, kind: type[DeployError], words: tuple[str, ...], source: Bundle, tmp_path: Path
+) -> None:
+    with pytest.raises(kind) as caught:
+        run(source, todo, tmp_path)
+    assert type(caught.value) is kind
+    assert "\n" not in str(caught.value)
+    assert not [word for word in words if word not in str(caught.value)], str(caught.value)
 
 
-@pytest.mark.slow
-def test_isolated_passes_make_the_same_bundle(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    spec = BuildSpec(model=str(tiny_model), verify=False)
+def test_only_large_components_get_a_process(source: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Step("scripted", 1, {}, {"unet": ("unet",)}, source.manifest, "")
+    assert not isolation.is_large(step, "unet", source)
+    size = sum(record.bytes for record in source.component("unet").files.values())
+    monkeypatch.setattr(isolation, "ABOVE_BYTES", size - 1)
+    assert isolation.is_large(step, "unet", source)
 
-    def build(name: str) -> Bundle:
-        return run_build(spec, tmp_path / name / "bundle", cache_root=tmp_path / name / "cache").bundle
 
-    together = build("together")
-    monkeypatch.setattr(isolation, "ISOLATE_ABOVE_BYTES", 0)
-    assert build("apart").manifest.digest == together.manifest.digest
+def test_a_real_pass_leaves_the_same_component_as_in_this_process(source: Bundle, tmp_path: Path) -> None:
+    step = Load().plan(source.manifest, BuildSpec())
+    assert isinstance(step, Step)
+    here = Load().run(step, "text_encoder", source, tmp_path / "here")
+    there = isolation.run_isolated(Load(), step, "text_encoder", source, tmp_path / "there")
+    assert there.component == here
+
+
+def test_a_large_component_is_built_elsewhere(source: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Step("scripted", 1, {"do": "work"}, {"unet": ("unet",)}, source.manifest, "")
+    monkeypatch.setattr(isolation, "ABOVE_BYTES", 0)
+    memory: list[int] = []
+    build._run_component(Scripted(), step, "unet", source, memory, tmp_path)
+    assert int((tmp_path / "components/unet/process").read_text()) != os.getpid()
+    assert len(memory) == 1
+
+
+def test_a_parity_error_keeps_its_exit_code() -> None:
+    told = {"kind": "ParityError", "what": "too far off", "where": "unet", "fix": ""}
+    error = isolation._as_error(told, "pass x")
+    assert type(error) is ParityError and error.exit_code == 3

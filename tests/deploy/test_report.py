@@ -9,9 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from deploy.report import Picture, amplified_difference, drift_path, write_report
+from deploy.report import Picture, amplified_difference, drift_path, grouped, reproduction, write_report
+from deploy.spec import BuildSpec, covering, make_spec
+from runtimes.tensors import ShapeRange
 from tests.deploy.test_plan_and_cache import make_bundle
 
+PROFILES = ({"batch": ShapeRange(1, 1, 1)}, {"batch": ShapeRange(2, 2, 4)})
 PARITY = {"relative_l2": 2.5e-6, "max_abs": 1e-5, "cosine": 0.99999, "nonfinite": 0, "shapes": [[2, 4, 8, 8]]}
 
 
@@ -41,3 +44,21 @@ def test_differences_are_amplified_and_saturate():
 def test_a_drift_of_equal_values_still_has_a_scale():
     path = drift_path([1e-6, 1e-6, 1e-6])
     assert path is not None and path["high"] > path["low"]
+
+
+def test_the_command_and_its_spec_make_the_same_build_again(tmp_path: Path):
+    manifest = make_bundle(tmp_path / "bundle", unet="weights").manifest
+    for spec in (BuildSpec(), BuildSpec(target="tensorrt", precision="int8", calibration_samples=16, keep=("Gemm",),
+                                        shapes=covering(PROFILES), profiles=PROFILES)):
+        built = dataclasses.replace(manifest, target=spec.target, precision=spec.precision, spec=spec.resolved())
+        command, text = reproduction(built)
+        (tmp_path / "build.yaml").write_text(text or "{}")
+        words = command.split()
+        options = {name: words[words.index(f"--{name}") + 1] for name in ("target", "precision")}
+        assert make_spec(options, tmp_path / "build.yaml").resolved() == spec.resolved()
+        assert ("--spec" in command) == bool(text)
+
+
+def test_one_reason_of_several_components_is_said_once():
+    assert grouped(["unet: no driver", "vae_decoder: no driver", "pipeline: slow"]) == [
+        "unet, vae_decoder: no driver", "pipeline: slow"]

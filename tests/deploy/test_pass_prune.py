@@ -1,0 +1,150 @@
+"""The passes `prune` and `recover`: plans, whole builds of a small model, the diffusers folder, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from importlib import util
+from pathlib import Path
+
+import pytest
+
+from deploy.build import run_build
+from deploy.passes.prune import TEACHER, Prune
+from deploy.passes.recover import Recover
+from deploy.plan import Skip, Step, Unavailable
+from deploy.prune_folder import prune_folder
+from deploy.spec import BuildSpec
+from runtimes.errors import InputError, ParityError
+from tests.deploy.conftest import Cli, assert_nothing_left, assert_refused
+from tests.parity.pipelines import source_bundle, write_model
+
+INSTALLED = util.find_spec("torch_pruning") is not None
+needs_torch_pruning = pytest.mark.skipif(not INSTALLED, reason="the first test says what is missing")
+LENIENT = {"component_relative_l2": 9.0, "trajectory_relative_l2": 9.0, "image_psnr_db": 0.0, "image_ssim": 0.0}
+
+
+@pytest.fixture(scope="module")
+def source(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory):
+    return source_bundle(tiny_model, tmp_path_factory.mktemp("source") / "b")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch: pytest.MonkeyPatch, build_cache: Path):
+    monkeypatch.setenv("LDM_DEPLOY_CACHE", str(build_cache))
+
+
+def test_without_torch_pruning_its_package_is_named(source, monkeypatch):
+    monkeypatch.setattr(util, "find_spec", lambda name: None)
+    planned = Prune().plan(source.manifest, BuildSpec(prune=0.3))
+    assert isinstance(planned, Unavailable)
+    assert planned.what == "torch-pruning is not installed" and "ldm-deploy[prune]" in planned.fix
+    assert isinstance(Prune().plan(source.manifest, BuildSpec(mask="textbook")), Step), "masks need torch alone"
+
+
+def test_nothing_is_planned_that_was_not_asked_for(source):
+    assert isinstance(Prune().plan(source.manifest, BuildSpec()), Skip)
+    assert isinstance(Recover().plan(source.manifest, BuildSpec()), Skip)
+
+
+def test_the_original_travels_with_the_pruned_network_until_it_has_recovered(source):
+    spec = BuildSpec(prune_blocks="small", recover=5)
+    pruned = Prune().plan(source.manifest, spec)
+    assert isinstance(pruned, Step) and pruned.provisional, "the gate waits for the recovery"
+    assert TEACHER in pruned.after.components
+    recovered = Recover().plan(pruned.after, spec)
+    assert isinstance(recovered, Step) and not recovered.provisional
+    assert sorted(recovered.after.components) == sorted(source.manifest.components)
+    assert recovered.reads["unet"] == ("unet", TEACHER, "text_encoder")
+    assert [p.name for p in recovered.after.passes] == ["prune", "recover"]
+
+
+def test_a_wrong_order_is_refused(source):
+    exported = dataclasses.replace(source.manifest, components={
+        name: dataclasses.replace(c, format="onnx") for name, c in source.manifest.components.items()})
+    with pytest.raises(InputError, match="expected safetensors"):
+        Prune().plan(exported, BuildSpec(mask="2:4"))
+    with pytest.raises(InputError, match="no original to learn from"):
+        Recover().plan(source.manifest, BuildSpec(mask="2:4", recover=5))
+
+
+@needs_torch_pruning
+def test_a_pruned_and_recovered_model_is_built_smaller_with_the_same_inputs_and_outputs(tiny_model: Path,
+                                                                                       tmp_path: Path):
+    spec = BuildSpec(model=str(tiny_model), prune=0.4, prune_method="l2", recover=3, budget=LENIENT)
+    outcome = run_build(spec, tmp_path / "b")
+    manifest = outcome.bundle.manifest
+    assert [p.name for p in manifest.passes] == ["load", "prune", "recover", "export", "optimize"]
+    unet = manifest.components["unet"]
+    assert TEACHER not in manifest.components and not list((tmp_path / "b").rglob("*teacher*"))
+    assert unet.parameters < 0.8 * _parameters(tiny_model)
+    assert [s.name for s in unet.inputs] == ["sample", "timestep", "encoder_hidden_states"]
+    assert unet.parity is not None and unet.parity["relative_l2"] > 1e-3, "compared with the original, not with itself"
+    assert run_build(spec, tmp_path / "b").up_to_date
+
+
+@needs_torch_pruning
+def test_pruning_beyond_the_budget_stops_the_build_and_names_the_pass(tiny_model: Path, tmp_path: Path):
+    spec = BuildSpec(model=str(tiny_model), prune=0.4, prune_method="l1", budget={"component_relative_l2": 1e-4})
+    with pytest.raises(ParityError) as caught:
+        run_build(spec, tmp_path / "b")
+    assert "prune" in str(caught.value.where) and "unet" in str(caught.value.where)
+    assert_nothing_left(tmp_path)
+
+
+@needs_torch_pruning
+def test_importance_along_the_trajectory_and_sensitive_widths_need_only_prompts(tiny_model: Path, tmp_path: Path,
+                                                                               monkeypatch: pytest.MonkeyPatch):
+    from deploy.pruning import importance, network
+
+    monkeypatch.setattr(importance, "TIMESTEPS", 3)
+    monkeypatch.setattr(network, "SCAN_BATCHES", 2)
+    spec = BuildSpec(model=str(tiny_model), prune=0.3, prune_widths="sensitivity", verify=False)
+    component = prune_folder(spec, tmp_path / "pruned")
+    details = component.details["pruning"]["channels"]
+    assert details["method"] == "taylor" and sum(details["kept"]) < sum(details["before"])
+    for errors, width in zip(details["sensitivity"], details["before"], strict=True):
+        assert errors.pop(str(width)) == 0 and all(e > 0 for e in errors.values())
+
+
+@needs_torch_pruning
+def test_the_pruned_model_is_a_folder_that_diffusers_loads(tmp_path: Path):
+    from diffusers import StableDiffusionPipeline
+
+    model, folder = write_model(tmp_path / "model"), tmp_path / "pruned"
+    prune_folder(BuildSpec(model=str(model), prune=0.4, prune_method="l2", budget=LENIENT), folder)
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    original = StableDiffusionPipeline.from_pretrained(model)
+    assert pipeline.unet.num_parameters() < original.unet.num_parameters()
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline("a b", num_inference_steps=2, height=32, width=32, output_type="np").images.shape == (1, 32, 32, 3)
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    (["--prune", "1.5"], ["prune", "less than 1"]),
+    (["--prune", "-0.1"], ["prune", "greater than or equal to 0"]),
+    (["--recover", "10"], ["--recover", "nothing is pruned that could recover"]),
+    (["--mask", "1:2"], ["mask", "'textbook'"]),
+    ([], ["nothing is to be pruned"]),
+])
+def test_what_cannot_be_pruned_is_one_clear_line(cli: Cli, tmp_path: Path, options: list[str], words: list[str]):
+    assert_refused(cli("prune", *options, "-o", tmp_path / "out"), *words)
+    assert_nothing_left(tmp_path / "out") if (tmp_path / "out").exists() else None
+
+
+@needs_torch_pruning
+@pytest.mark.parametrize(("ratio", "words"), [
+    ("0.9", ["0.9 of the 32 channels of level 1 leaves fewer than the 16", "prune 0.62 or less"]),
+    ("0.01", ["removes nothing", "or more"]),
+])
+def test_a_ratio_that_does_not_fit_names_one_that_does(cli: Cli, tiny_model: Path, tmp_path: Path, ratio: str,
+                                                       words: list[str]):
+    result = cli("build", tiny_model, "--prune", ratio, "-o", tmp_path / "out")
+    assert result.code == 2 and not (tmp_path / "out").exists()
+    for word in words:
+        assert word in result.err.splitlines()[-1]
+
+
+def _parameters(model: Path) -> int:
+    from exporters.source import open_source
+
+    return open_source(model).components["unet"].parameters

@@ -1,0 +1,124 @@
+"""Recovery of a pruned network: what it learns from, that it learns, and that an interruption changes nothing."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from deploy.pruning.distill import Observed, Recipe, Recovery
+from deploy.pruning.masks import mask_two_of_four
+from deploy.pruning.network import relative_error
+from deploy.pruning.trajectory import Diffusion, Trajectories
+from runtimes.errors import InputError, ParityError
+from runtimes.schedulers import from_config
+from tests.deploy.test_prune_network import CROSS, PLAIN, unet
+
+CONFIG = {"_class_name": "DDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+          "clip_sample": False, "set_alpha_to_one": True, "timestep_spacing": "trailing"}
+
+
+class Interrupted(Exception):
+    """A kill in the middle of training."""
+
+
+def make(folder, recipe, *, student=None, size=4, **more):
+    teacher = Observed(unet(levels=(CROSS, PLAIN), widths=(16, 16)))
+    if student is None:
+        student = copy.deepcopy(unet(levels=(CROSS, PLAIN), widths=(16, 16)))
+        student.conv_out.weight.mul_(0.5)
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randn(3, 5, 12, generator=generator)
+    stream = Trajectories(teacher, Diffusion.from_config({**CONFIG, "prediction_type": "v_prediction"}), prompts,
+                          torch.zeros(5, 12), (4, 8, 8), 3.0, size, recipe.seed)
+    return Recovery(student, teacher, stream, recipe, 3.0, folder, **more), stream
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_a_step_is_what_our_ddim_does(prediction):
+    config = {**CONFIG, "prediction_type": prediction}
+    diffusion, run = Diffusion.from_config(config), from_config(config).start(10)
+    sample, output = (torch.randn(1, 4, 2, 2, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
+    for i, timestep in enumerate(run.timesteps):
+        after = torch.tensor([int(timestep) - 100])
+        ours = diffusion.step(output, torch.tensor([int(timestep)]), after, sample)
+        np.testing.assert_allclose(ours, run.step(output.numpy(), i, sample.numpy()), rtol=2e-5, atol=2e-5)
+
+
+def test_a_perfect_prediction_is_the_target_of_its_kind():
+    original, noise = (torch.randn(2, 4, 2, 2, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
+    timestep = torch.tensor([10, 900])
+    for prediction in ("epsilon", "v_prediction", "sample"):
+        diffusion = Diffusion.from_config({**CONFIG, "prediction_type": prediction})
+        sample = diffusion.noised(original, noise, timestep)
+        target = diffusion.target(original, noise, timestep)
+        clean = diffusion.step(target, timestep, torch.tensor([-1, -1]), sample)
+        torch.testing.assert_close(clean, original, rtol=1e-4, atol=1e-4)
+    with pytest.raises(InputError, match="prediction_type 'flow' is unknown"):
+        Diffusion.from_config({**CONFIG, "prediction_type": "flow"})
+
+
+def test_trajectories_start_from_noise_end_clean_and_visit_all_of_the_schedule(tmp_path):
+    _, stream = make(tmp_path, Recipe(1))
+    assert (stream.advance().timestep == 999).all()
+    visited = torch.cat([stream.advance().timestep for _ in range(60)])
+    assert len(stream.finished) >= 4 and torch.isfinite(torch.stack(stream.finished)).all()
+    counts = torch.histc(visited.float(), 10, 0, 1000)
+    assert (counts > 0).all(), "every tenth of the schedule is seen"
+    assert len(visited.unique()) > 60, "not only one sampler's timesteps"
+
+
+def test_the_student_comes_nearer_to_its_teacher(tmp_path):
+    recovery, _ = make(tmp_path, Recipe(40, learning_rate=1e-3, warmup=5, ema=0.8), size=4)
+    _, other = make(tmp_path / "other", Recipe(1, seed=5))
+    judged = [other.advance() for _ in range(2)]
+    before = relative_error(recovery._student.network, judged)
+    errors = []
+    network = recovery.run(lambda step, error: errors.append(error))
+    assert len(errors) == 40
+    after = relative_error(network, judged)
+    assert after < 0.7 * before, (before, after)
+    assert not any(p.requires_grad for p in network.parameters())
+
+
+def test_an_interrupted_recovery_ends_as_if_it_had_not_been_interrupted(tmp_path):
+    recipe = Recipe(6, warmup=2, accumulate=2)
+    whole = make(tmp_path / "whole", recipe)[0].run()
+
+    def kill(step, error):
+        if step == 3:
+            raise Interrupted
+
+    first, _ = make(tmp_path / "cut", recipe)
+    with pytest.raises(Interrupted):
+        first.run(kill)
+    first.save()
+    second, _ = make(tmp_path / "cut", recipe)
+    assert second.step == 3
+    resumed = second.run()
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+def test_a_checkpoint_of_another_recipe_is_not_gone_on_from(tmp_path):
+    make(tmp_path, Recipe(2))[0].run()
+    assert make(tmp_path, Recipe(2))[0].step == 2
+    assert make(tmp_path, Recipe(3))[0].step == 0
+
+
+def test_masked_weights_stay_zero(tmp_path):
+    student = copy.deepcopy(unet(levels=(CROSS, PLAIN), widths=(16, 16)))
+    mask_two_of_four(student)
+    before = student.down_blocks[0].resnets[0].conv1.weight.clone()
+    network = make(tmp_path, Recipe(3, warmup=1), student=student, keep_zeros=True)[0].run()
+    after = network.down_blocks[0].resnets[0].conv1.weight
+    assert torch.equal(after == 0, before == 0) and not torch.equal(after, before)
+
+
+def test_a_loss_that_is_not_finite_stops_the_recovery(tmp_path):
+    student = copy.deepcopy(unet(levels=(CROSS, PLAIN), widths=(16, 16)))
+    student.conv_out.bias.fill_(float("nan"))
+    with pytest.raises(ParityError, match="the loss is not finite"):
+        make(tmp_path, Recipe(2), student=student)[0].run()

@@ -1,0 +1,119 @@
+"""A CompVis checkpoint becomes the pipeline it was made of; what does not fit the configs is one clear line."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from exporters.source import open_source
+from runtimes.errors import InputError
+from tests.exporters.compvis import write_single_file
+from tests.exporters.pipelines import edit_json, edit_weights
+
+
+@pytest.fixture(scope="module")
+def checkpoint(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_single_file(pristine, tmp_path_factory.mktemp("single") / "model.safetensors")
+
+
+@pytest.fixture
+def configs(pipeline: Path) -> Path:
+    """What a user has offline: a pipeline folder without its weights."""
+    for file in pipeline.rglob("*.safetensors"):
+        file.unlink()
+    return pipeline
+
+
+def test_gives_back_the_pipeline_it_was_made_of(
+    checkpoint: Path, configs: Path, pristine: Path, tmp_path: Path
+) -> None:
+    import torch
+
+    from exporters.modules import load_module
+    from exporters.single_file import convert_single_file
+
+    source = open_source(convert_single_file(checkpoint, configs, tmp_path / "out"))
+    assert source.pipeline_class == "StableDiffusionPipeline"
+    for name, component in source.components.items():
+        found = load_module(component.folder, component.library, component.class_name).state_dict()
+        wanted = load_module(pristine / name, component.library, component.class_name).state_dict()
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+
+def other_channels(configs: Path, checkpoint: Path) -> None:
+    edit_json(configs / "unet" / "config.json", block_out_channels=[8, 32])
+
+
+def more_layers(configs: Path, checkpoint: Path) -> None:
+    edit_json(configs / "unet" / "config.json", layers_per_block=2)
+
+
+def deeper_text_encoder(configs: Path, checkpoint: Path) -> None:
+    edit_json(configs / "text_encoder" / "config.json", num_hidden_layers=3)
+
+
+def no_vae(configs: Path, checkpoint: Path) -> None:
+    edit_weights(checkpoint, lambda tensors: {k: v for k, v in tensors.items() if not k.startswith("first_stage")})
+
+
+def adapter(configs: Path, checkpoint: Path) -> None:
+    edit_weights(checkpoint, lambda tensors: {"lora_unet_mid.alpha": next(iter(tensors.values()))})
+
+
+def no_index(configs: Path, checkpoint: Path) -> None:
+    (configs / "model_index.json").unlink()
+
+
+@pytest.mark.parametrize(("damage", "words"), [
+    (other_channels, ("the unet of this file is not what the configs describe", "the config asks for", "--configs")),
+    (more_layers, ("the unet of this file is not what the configs describe", "--configs")),
+    (deeper_text_encoder, ("the text_encoder of this file is not what the configs describe", "layers.2")),
+    (no_vae, ("it holds no VAE", "first_stage_model.")),
+    (adapter, ("it holds no U-Net", "lora_unet_mid.alpha", "an adapter")),
+    (no_index, ("model_index.json is missing",)),
+])
+def test_what_does_not_fit_is_one_clear_line(
+    damage: Callable[[Path, Path], None], words: tuple[str, ...], checkpoint: Path, configs: Path, tmp_path: Path
+) -> None:
+    from exporters.single_file import convert_single_file
+
+    file = Path(shutil.copy(checkpoint, tmp_path / "model.safetensors"))
+    damage(configs, file)
+    with pytest.raises(InputError) as caught:
+        convert_single_file(file, configs, tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert not [word for word in words if word not in str(caught.value)], str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pickle_is_never_opened(configs: Path, tmp_path: Path) -> None:
+    from exporters.single_file import convert_single_file
+
+    file = tmp_path / "model.ckpt"
+    file.write_bytes(b"cos\nsystem\n(S'touch /tmp/owned'\ntR.")
+    with pytest.raises(InputError, match="a pickle, which can run code"):
+        convert_single_file(file, configs, tmp_path / "out")
+
+
+def test_a_file_given_as_a_model_is_told_how_to_convert(checkpoint: Path) -> None:
+    with pytest.raises(InputError, match="`convert` makes one of a single-file checkpoint"):
+        open_source(checkpoint)
+
+
+def test_convert_writes_a_folder_that_build_reads(
+    checkpoint: Path, configs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from deploy.cli import main
+
+    out = tmp_path / "out"
+    command = ["ldm-deploy", "convert", str(checkpoint), "--configs", str(configs), "-o", str(out)]
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert not stop.value.code
+    assert str(out) in " ".join(capsys.readouterr()).replace("\n", "")
+    assert set(open_source(out).components) == {"text_encoder", "unet", "vae"}
