@@ -57,7 +57,7 @@ def opened(target: str, device: str) -> Iterator[tuple[Mapping[str, Session], Bu
         bundle = Bundle.open(target)
         yield BundleSessions(bundle, SessionOptions(device)), bundle
         return
-    from deploy.build import Silent, load_source, workspace
+    from deploy.builder import Silent, load_source, workspace
     from deploy.cache import Cache, default_root
     from deploy.origin import open_origin
     from deploy.spec import BuildSpec

@@ -35,7 +35,8 @@ def _text_to_image(source: Source, shapes: Shapes) -> dict[str, ComponentSpec]:
     words = parts.words_axis(shapes, _tokens(source))
     hidden = TensorSpec("last_hidden_state", "float32", ("batch", "sequence", context), "after the last layer norm")
     return {"text_encoder": parts.text_encoder("text_encoder", "bert", (hidden,), axes, words),
-            "unet": parts.unet(source, axes, context, words), **parts.autoencoder(vae, axes)}
+            "unet": parts.unet(source, axes, context, parts.context_axis(shapes, _tokens(source))),
+            **parts.autoencoder(vae, axes)}
 
 
 def _check_text_to_image(source: Source) -> ComponentSource:

@@ -63,15 +63,22 @@ def pipeline_axes(source: Source, vae: ComponentSource, shapes: Shapes, *, guide
 
 
 def words_axis(shapes: Shapes, tokens: int) -> Axis:
-    """The axis of tokens.
+    """The axis of tokens that a text encoder reads: `context_axis` within its positions."""
+    wanted = context_axis(shapes, tokens).range
+    return Axis("tokens of the prompt, padded", ShapeRange(*(min(s, tokens) for s in (wanted.min, wanted.opt,
+                                                                                      wanted.max))))
+
+
+def context_axis(shapes: Shapes, tokens: int) -> Axis:
+    """The axis of tokens that the U-Net takes: the text encoder's, or several windows of it for long prompts.
 
     Raises:
-        InputError: longer than the text encoder's positions.
+        InputError: longer than the text encoder's positions, and not by whole windows.
     """
     sequence = shapes.get("sequence", ShapeRange(1, tokens, tokens))
-    if sequence.max > tokens:
+    if sequence.max > tokens and sequence.max % tokens:
         raise InputError(f"sequence={sequence.max} is longer than the text encoder's {tokens} positions",
-                         where="--shapes", fix=f"at most {tokens}")
+                         where="--shapes", fix=f"at most {tokens}, or for long prompts a multiple of it")
     return Axis("tokens of the prompt, padded", sequence)
 
 

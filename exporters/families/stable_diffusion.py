@@ -23,7 +23,7 @@ def _components(source: Source, shapes: Shapes) -> dict[str, ComponentSpec]:
     hidden = TensorSpec("last_hidden_state", "float32", ("batch", "sequence", context), "after the last layer norm")
     return {
         "text_encoder": parts.text_encoder("text_encoder", "text_encoder", (hidden,), axes, words),
-        "unet": parts.unet(source, axes, context, words),
+        "unet": parts.unet(source, axes, context, parts.context_axis(shapes, _tokens(source))),
         **parts.autoencoder(vae, axes),
     }
 

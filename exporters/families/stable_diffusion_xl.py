@@ -38,7 +38,8 @@ def _components(source: Source, shapes: Shapes) -> dict[str, ComponentSpec]:
                             "before the last layer, without the final layer norm")
         outputs = (hidden, pooled) if name == SECOND else (hidden,)
         encoders[name] = parts.text_encoder(name, name, outputs, axes, words)
-    return {**encoders, "unet": parts.unet(source, axes, _context(source), words, (pooled, sizes)),
+    context = parts.context_axis(shapes, _tokens(source))
+    return {**encoders, "unet": parts.unet(source, axes, _context(source), context, (pooled, sizes)),
             **parts.autoencoder(vae, axes)}
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.build import run_build
+from deploy.builder import run_build
 from deploy.passes.prune import TEACHER, Prune
 from deploy.passes.recover import Recover
 from deploy.plan import Skip, Step, Unavailable
@@ -34,7 +34,7 @@ def own_cache(monkeypatch: pytest.MonkeyPatch, build_cache: Path):
 
 
 def test_without_torch_pruning_its_package_is_named(source, monkeypatch):
-    monkeypatch.setattr("deploy.passes.prune.util.find_spec", lambda name: None)
+    monkeypatch.setattr(util, "find_spec", lambda name: None)
     planned = Prune().plan(source.manifest, BuildSpec(prune=0.3))
     assert isinstance(planned, Unavailable)
     assert planned.what == "torch-pruning is not installed" and "ldm-deploy[prune]" in planned.fix

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from runtimes.bundle import Bundle
-from tests.deploy.conftest import Cli, assert_refused
+from tests.deploy.conftest import Cli
 
 
 def test_both_entries_are_built_verified_and_used(tiny_model: Path, cli: Cli):
@@ -20,9 +20,3 @@ def test_both_entries_are_built_verified_and_used(tiny_model: Path, cli: Cli):
     options = ("generate", "cached", "a cat", "--steps", "4", "--seed", "1")
     assert cli(*options, "-o", "plain.png").code == cli(*options, "--cache-interval", "2", "-o", "reused.png").code == 0
     assert Path("plain.png").read_bytes() != Path("reused.png").read_bytes()
-
-
-def test_without_the_option_there_is_one_entry_and_caching_is_refused(tiny_model: Path, cli: Cli):
-    assert cli("build", tiny_model, "--no-verify", "-o", "plain").code == 0
-    assert "unet_shallow" not in Bundle.open("plain").manifest.components
-    assert_refused(cli("generate", "plain", "a cat", "--cache-interval", "2"), "--step-cache")

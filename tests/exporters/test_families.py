@@ -95,3 +95,10 @@ def test_other_network_class_is_refused(pipeline: Path) -> None:
 
 def test_every_known_class_has_a_family() -> None:
     assert {"StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"} <= set(FAMILIES)
+
+
+def test_a_unet_built_for_long_prompts_takes_windows_that_its_text_encoder_does_not(pristine: Path) -> None:
+    source = open_source(pristine)
+    specs = source.family.components(source, {"sequence": ShapeRange(1, TOKENS, 3 * TOKENS)})
+    assert specs["unet"].axes["sequence"].range == ShapeRange(1, TOKENS, 3 * TOKENS)
+    assert specs["text_encoder"].axes["sequence"].range == ShapeRange(1, TOKENS, TOKENS)
