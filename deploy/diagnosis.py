@@ -114,7 +114,7 @@ def check_vae(probe: Probe, drawn: Drawn, pictures: Float32 | None) -> Check:
     given = pictures is not None
     pixels = pictures if pictures is not None else drawn.plain_pixels.transpose(0, 3, 1, 2) * 2 - 1
     latents = probe.encode(np.ascontiguousarray(pixels, np.float32))
-    figures = {"pictures": "given" if given else "drawn", **moments(latents), "channel_std": [
+    figures: dict[str, Any] = {"pictures": "given" if given else "drawn", **moments(latents), "channel_std": [
         round(float(s), 4) for s in latents.std(axis=(0, 2, 3))], "scaling_factor": probe.facts.scaling_factor}
     seen = np.clip(pixels.transpose(0, 2, 3, 1) / 2 + 0.5, 0, 1)
     back = probe.decode(latents)
@@ -124,7 +124,7 @@ def check_vae(probe: Probe, drawn: Drawn, pictures: Float32 | None) -> Check:
     if not low <= deviation <= high:
         fitting = probe.facts.scaling_factor / deviation
         return Check("vae", False, f"latents of pictures have a deviation of {deviation:.2f}, expected about 1 "
-                     f"({low} to {high})", f"set scaling_factor in vae/config.json: {fitting:.4g} would fit"
+                     f"({low} to {high})", f"set scaling_factor in the model's vae/config.json: {fitting:.4g} would fit"
                      + ("" if given else "; give pictures of your own with --image to be sure"), figures)
     if decibels < LIMITS.reconstruction_psnr_db:
         return Check("vae", False, f"a picture that is encoded and decoded comes back at {decibels:.1f} dB, expected "
@@ -143,7 +143,7 @@ def check_unconditional(probe: Probe, drawn: Drawn, pictures: Float32 | None) ->
     errors = {t: noise_error(probe, latents, ("",) * len(latents), t) for t in probe.levels}
     relative = {t: error / probe.signal(t) for t, error in errors.items()}
     mean, sample = float(np.mean(list(relative.values()))), moments(drawn.blank)
-    figures = {"noise_error": {str(t): e for t, e in errors.items()},
+    figures: dict[str, Any] = {"noise_error": {str(t): e for t, e in errors.items()},
                "relative_noise_error": {str(t): e for t, e in relative.items()},
                "mean_relative_noise_error": mean, "sample": sample}
     low, high = LIMITS.sample_std

@@ -140,6 +140,13 @@ def test_a_copied_bundle_generates_without_torch(reference_bundle, base_modules,
     assert_is_a_picture(picture)
 
 
+def test_a_bundle_is_diagnosed_without_torch(reference_bundle, base_modules, run_python, tmp_path):
+    arguments = ("diagnose", reference_bundle, "--steps", "4", "--grid", tmp_path / "grid.png")
+    code = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{ONLY_BASE}\n{COMMAND_LINE}"
+    run_python(code, base_modules, *arguments, cwd=tmp_path)
+    assert (tmp_path / "grid.png").is_file()
+
+
 def assert_is_a_picture(file: Path) -> None:
     from PIL import Image
 

@@ -15,6 +15,7 @@ from PIL import Image
 
 from deploy.diagnose import DiagnoseOptions, diagnose_pipeline
 from deploy.diagnosis import LIMITS, Drawn, check_guidance, moments
+from deploy.probe import Probe
 from runtimes.bundle import Bundle, records_below, write_manifest
 from runtimes.errors import ParityError
 from runtimes.manifest import FileRecord
@@ -133,10 +134,11 @@ def test_a_model_is_diagnosed_through_pytorch_with_the_bundle_s_figures(referenc
         bundle[2]["figures"]["strongest_response"], rel=1e-2)
 
 
-class Indifferent:
+class Indifferent(Probe):
     """Stands in for a probe: every prompt explains every drawing alike."""
 
-    levels = (1, 2)
+    def __init__(self):
+        self.levels = (1, 2)
 
     def predict(self, latents, prompts, timestep, seed=0):
         return latents, latents
