@@ -126,7 +126,7 @@ def render(sections: Sequence[Section]) -> str:
 
 def _laid_out(section: Section, picture_bytes: int) -> Mapping[str, Any]:
     """What the template shows of one bundle."""
-    from deploy.report_sections import drift_chart, layer_maps, pass_rows, picture_rows
+    from deploy.report_sections import conversions, drift_chart, layer_maps, pass_rows, picture_rows
 
     manifest = section.manifest
     command, spec = reproduction(manifest)
@@ -135,7 +135,8 @@ def _laid_out(section: Section, picture_bytes: int) -> Mapping[str, Any]:
     return {"name": section.name, "manifest": manifest, "parity": parity, "size": section.size,
             "seconds": section.seconds, "reported": bool(section.metrics), "passes": pass_rows(manifest),
             "unverified": grouped(section.parity.get("unverified", [])), "drift": drift_chart(section.parity),
-            "layers": layer_maps(section), "pictures": pictures, "picture_count": count, "command": command,
+            "layers": layer_maps(section),
+            "conversions": conversions(manifest), "pictures": pictures, "picture_count": count, "command": command,
             "spec": spec}
 
 

@@ -103,8 +103,9 @@ def picture_rows(section: Section, budget: int) -> tuple[list[dict[str, Any]], i
         about = told[number] if number < len(told) else {}
         rows.append({"prompt": "", "scheduler": "", "psnr_db": None, **about, "number": number, "file": file})
     chosen: list[dict[str, Any]] = []
+    largest = budget // 4
     for row in sorted(rows, key=lambda r: float("inf") if r["psnr_db"] is None else r["psnr_db"]):
-        pair = _data_uris(row.pop("file"), max(budget // 4, 1))
+        pair = _data_uris(row.pop("file"), largest)
         spent = sum(map(len, pair))
         if spent > budget:
             continue
@@ -168,6 +169,18 @@ def layer_maps(section: Section) -> list[dict[str, Any]]:
             "costly": _costly(errors, precisions), "ranges": range_chart(content.get("drift", {})),
         })
     return found
+
+
+def conversions(manifest: Manifest) -> list[dict[str, Any]]:
+    """For each component in 16 bits: how many operators were converted, and why others were not."""
+    rows = []
+    for name, component in sorted(manifest.components.items()):
+        if (found := component.details.get("conversion")) is None:
+            continue
+        kept = {reason: sum(types.values()) for reason, types in found.get("kept_float32", {}).items()}
+        rows.append({"name": name, "converted": sum(found.get("converted", {}).values()), "kept": sum(kept.values()),
+                     "reasons": ", ".join(f"{reason} {count}" for reason, count in sorted(kept.items()))})
+    return rows
 
 
 def _layer_tip(layer: str, precision: str, errors: Mapping[str, float] | None) -> str:

@@ -42,6 +42,9 @@ def test_the_reference_model_builds_and_every_component_is_within_the_fp32_budge
     assert manifest.parity["retrieval"]["bundle"] >= 0.6
     assert manifest.verified
     assert (reference_bundle / "report" / "report.html").is_file()
+    after = {cost["name"]: cost.get("relative_l2") for cost in manifest.measured["passes"]}
+    assert after["load"] is None and after["optimize"] == {
+        name: c.parity["relative_l2"] for name, c in manifest.components.items() if c.parity is not None}
 
 
 def test_the_second_build_does_no_work(reference_bundle: Path, build_cache: Path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -14,7 +15,7 @@ import pytest
 
 from deploy.charts import Axis, Point, Series, chart
 from deploy.report import Picture, amplified_difference, grouped, report_bundles, reproduction, write_report
-from deploy.report_sections import Section, drift_chart, front, layer_maps, picture_rows, read_metrics
+from deploy.report_sections import Section, conversions, drift_chart, front, layer_maps, picture_rows, read_metrics
 from deploy.spec import BuildSpec, covering, make_spec
 from runtimes.bundle import Bundle, records_below, write_manifest
 from runtimes.errors import BundleError, InputError
@@ -113,6 +114,24 @@ def test_pictures_beyond_the_budget_are_left_out_the_most_equal_first(tmp_path: 
     spent = sum(len(row["reference"]) + len(row["bundle"]) for row in whole)
     part, _ = picture_rows(section, spent // 2)
     assert count == len(whole) == 8 and [row["number"] for row in part] == [0, 1, 2, 3]
+
+
+def test_large_pictures_are_shown_smaller_and_the_page_stays_below_5_mb(bundle: Bundle, tmp_path: Path):
+    noise = np.random.default_rng(0).integers(0, 256, (512, 512, 3), np.uint8)
+    shutil.rmtree(bundle.path / "report")
+    write_report(bundle.path / "report", bundle.manifest, [Picture("noise", "ddim", noise, noise, 99.0, 1.0)] * 8)
+    page = (bundle.path / "report" / "report.html").read_text()
+    assert len(page) < 5e6
+    assert 1 <= page.count('class="trio"') < 8 and "of 8 pictures, the least equal" in page
+
+
+def test_operators_in_16_bits_are_counted_with_the_reasons_of_the_others(bundle: Bundle):
+    unet = bundle.manifest.components["unet"]
+    details = {"conversion": {"converted": {"Conv": 56, "Gemm": 4}, "kept_float32": {
+        "softmax": {"Softmax": 20}, "normalization": {"LayerNormalization": 30, "InstanceNormalization": 3}}}}
+    manifest = dataclasses.replace(bundle.manifest, components={"unet": dataclasses.replace(unet, details=details)})
+    assert conversions(manifest) == [
+        {"name": "unet", "converted": 60, "kept": 53, "reasons": "normalization 33, softmax 20"}]
 
 
 def test_a_bundle_without_report_says_so(tmp_path: Path):
