@@ -203,8 +203,7 @@ def sensitivity(graph: Path, ranges: Mapping[str, tuple[float, float]], scheme: 
            "libraries": versions_of(("onnxruntime",))}
     found = cache.find_fact(key)
     if found is None:
-        calls = list(recording.calls("unet"))
-        chosen = [calls[(2 * i + 1) * len(calls) // (2 * SENSITIVITY_CALLS)] for i in range(SENSITIVITY_CALLS)]
+        chosen = recording.spread("unet", SENSITIVITY_CALLS)
         found = layer_errors(graph, ranges, scheme, lambda: chosen)
         cache.store_fact(key, found)
     return found
