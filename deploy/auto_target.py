@@ -18,7 +18,7 @@ from runtimes.session import Session, SessionOptions, open_session
 from runtimes.tensors import DTYPES
 
 if TYPE_CHECKING:
-    from deploy.build import Listener
+    from deploy.builder import Listener
     from deploy.spec import BuildSpec
 
 AUTO = "auto"
@@ -69,7 +69,7 @@ def known_target(spec: BuildSpec) -> BuildSpec:
 
 def _measured(spec: BuildSpec, targets: list[str], cache_root: Path | None, listener: Listener) -> dict[str, float]:
     """Median seconds of one U-Net call by target, the targets taking turns."""
-    from deploy.build import run_build, workspace
+    from deploy.builder import run_build, workspace
 
     with workspace(cache_root or default_root()) as folder:
         sessions: dict[str, Session] = {}

@@ -83,7 +83,7 @@ def build(
 ) -> None:
     """Build a bundle: load, export, optimize, and prove it equal to PyTorch."""
     from deploy import console
-    from deploy.build import plan_build, run_build
+    from deploy.builder import plan_build, run_build
     from deploy.spec import covering, make_spec, parse_budget, parse_engine, parse_shapes
 
     options: dict[str, Any] = {k: v for k, v in (

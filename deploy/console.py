@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from deploy.build import Outcome
+    from deploy.builder import Outcome
     from deploy.plan import PlannedPass
     from deploy.presets import Measured
     from deploy.spec import BuildSpec
@@ -56,7 +56,7 @@ def show_error(error: DeployError) -> None:
 
 
 class BuildProgress:
-    """Passes and components as they run. Implements `deploy.build.Listener`."""
+    """Passes and components as they run. Implements `deploy.builder.Listener`."""
 
     def __enter__(self) -> BuildProgress:
         self._bars = Progress(SpinnerColumn(), TextColumn("{task.description}"), BarColumn(20), TimeElapsedColumn(),

@@ -25,7 +25,7 @@ from runtimes.manifest import digest_of, to_json
 from runtimes.session import SessionOptions
 
 if TYPE_CHECKING:
-    from deploy.build import Listener
+    from deploy.builder import Listener
 
 RETRIEVAL_PROMPTS = 40
 

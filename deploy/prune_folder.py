@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from deploy.build import Listener, Silent, run_passes, workspace
+from deploy.builder import Listener, Silent, run_passes, workspace
 from deploy.cache import Cache, default_root
 from deploy.origin import open_origin
 from deploy.passes import PASSES

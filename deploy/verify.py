@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from deploy.build import Silent, load_source, workspace
+from deploy.builder import Silent, load_source, workspace
 from deploy.cache import Cache, default_root
 from deploy.gate import gallery_for, options_for
 from deploy.origin import open_origin

@@ -93,6 +93,21 @@ def empty_module(folder: Path, library: str, class_name: str) -> tuple[nn.Module
     return module, places
 
 
+def check_weights(folder: Path, library: str, class_name: str) -> None:
+    """Look at every weight of a component once, one in memory at a time.
+
+    Raises:
+        InputError: as `load_module`.
+    """
+    from safetensors import safe_open
+
+    module, places = empty_module(folder, library, class_name)
+    wanted = module.state_dict()
+    for name, place in places.items():
+        with safe_open(place.file, framework="pt", device="cpu") as tensors:  # anew: its end unmaps what was read
+            _fitted(tensors.get_tensor(place.key), wanted[name], place.key, folder, wanted[name].dtype)
+
+
 def filled(module: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
     """The module with these weights in place, not copied, in eval mode and without gradients."""
     module.load_state_dict(weights, strict=False, assign=True)

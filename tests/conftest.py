@@ -74,7 +74,7 @@ def build_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def reference_bundle(build_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The reference model for ONNX Runtime, verified."""
-    from deploy.build import run_build
+    from deploy.builder import run_build
     from deploy.spec import BuildSpec
 
     folder = tmp_path_factory.mktemp("reference") / "bundle"

@@ -53,5 +53,6 @@ class Export(Pass):
         spec = ComponentSpec(name, before.details["source_component"], before.inputs, before.outputs, before.axes)
         export_onnx(module, spec, out / "components" / name, opset=step.config["opset"], stored=stored)
         common = {axis: a.range.opt for axis, a in before.axes.items()}
-        details = {**planned.details, "macs": count_macs(module, example_inputs(spec, common))}
+        history = {key: before.details[key] for key in ("pruning", "recovery") if key in before.details}
+        details = {**planned.details, **history, "macs": count_macs(module, example_inputs(spec, common))}
         return replace(planned, files=records_below(out / "components" / name, out), details=details)

@@ -42,15 +42,15 @@ class Load(Pass):
         return step.recorded()
 
     def run(self, step: Step, name: str, source: Bundle, out: Path) -> Component:
-        """Link one network's files and load it once, so that every weight is known to fit and to be finite."""
-        from exporters.modules import load_module
+        """Link one network's files and look at every weight once: all fit and are finite."""
+        from exporters.modules import check_weights
         from exporters.source import link_component, open_source
 
         planned = step.after.components[name]
         part = planned.details["source_component"]
         folder = out / "components" / part
         link_component(open_source(source.path).components[part], folder)
-        load_module(folder, planned.details["library"], planned.class_name)
+        check_weights(folder, planned.details["library"], planned.class_name)
         return replace(planned, files=records_below(folder, out))
 
     def write_files(self, step: Step, source: Bundle, out: Path) -> dict[str, FileRecord]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from deploy.build import Silent, load_source, plan_build
+from deploy.builder import Silent, load_source, plan_build
 from deploy.cache import Cache
 from deploy.origin import open_origin
 from deploy.parity.drawing import assemble_pipeline
@@ -24,6 +24,7 @@ from deploy.spec import BuildSpec
 from exporters.modules import load_module
 from runtimes.bundle import Bundle
 from runtimes.errors import InputError
+from tests.deploy.conftest import Cli, assert_refused
 from tests.exporters.family_pipelines import autoencoder, make_pipeline, tiny_decoder
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -280,3 +281,19 @@ def test_another_vae_takes_the_place_of_the_models_own(
 def test_without_adapters_the_pass_is_skipped(model: Path) -> None:
     planned = {entry.instance.name: entry.planned for entry in plan_build(BuildSpec(model=str(model)))}
     assert not isinstance(planned["adapters"], Step)
+
+
+@pytest.mark.slow
+def test_a_whole_build_with_a_lora_is_verified_against_pytorch_with_it(
+    model: Path, loaded: Callable[..., Bundle], tmp_path: Path, cli: Cli
+) -> None:
+    plain = loaded()
+    peft_file(module(plain, "unet"), module(plain, "text_encoder"), tmp_path / "one.safetensors")
+    lora = f"{tmp_path}/one.safetensors:0.8"
+    shapes = "batch=1:1:2,height=32:32:64,width=32:32:64"
+    result = cli("build", model, "--lora", lora, "--shapes", shapes, "-o", "bundle")
+    assert result.code == 0, result.err
+    assert Bundle.open(Path("bundle")).manifest.verified
+    assert cli("verify", "bundle").code == 0
+    (tmp_path / "one.safetensors").unlink()
+    assert_refused(cli("verify", "bundle"), "no such file")

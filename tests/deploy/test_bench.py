@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from deploy.bench.contest import BenchOptions, run_bench
-from deploy.build import run_build
+from deploy.builder import run_build
 from deploy.spec import BuildSpec
 from runtimes.bundle import Bundle
 from runtimes.errors import InputError
@@ -69,7 +69,7 @@ def test_auto_takes_the_runtime_that_measured_faster(tiny_model: Path, build_cac
 
 def test_auto_measures_every_runtime_that_is_installed(tiny_model: Path, build_cache: Path):
     from deploy.auto_target import _measured
-    from deploy.build import Silent
+    from deploy.builder import Silent
 
     found = _measured(BuildSpec(model=str(tiny_model)), ["onnxruntime", "openvino"], build_cache, Silent())
     assert sorted(found) == ["onnxruntime", "openvino"]

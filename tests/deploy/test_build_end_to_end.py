@@ -18,7 +18,7 @@ import pytest
 
 import runtimes
 from deploy import presets
-from deploy.build import run_build
+from deploy.builder import run_build
 from deploy.presets import Measured, Setting
 from deploy.spec import BuildSpec
 from runtimes.bundle import Bundle, record_of

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import runtimes
-from deploy.build import Silent, load_source, run_build
+from deploy.builder import Silent, load_source, run_build
 from deploy.cache import Cache
 from deploy.origin import open_origin
 from deploy.parity.drawing import assemble_pipeline

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from deploy import build, isolation
+from deploy import builder, isolation
 from deploy.origin import open_origin
 from deploy.passes.load import Load
 from deploy.plan import Pass, Planned, Step
@@ -107,7 +107,7 @@ def test_a_large_component_is_built_elsewhere(source: Bundle, tmp_path: Path, mo
     step = Step("scripted", 1, {"do": "work"}, {"unet": ("unet",)}, source.manifest, "")
     monkeypatch.setattr(isolation, "ABOVE_BYTES", 0)
     memory: list[int] = []
-    build._run_component(Scripted(), step, "unet", source, memory, tmp_path)
+    builder._run_component(Scripted(), step, "unet", source, memory, tmp_path)
     assert int((tmp_path / "components/unet/process").read_text()) != os.getpid()
     assert len(memory) == 1
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from exporters.source import open_source
 from tests.deploy.conftest import Cli, assert_refused
 
 
+@pytest.mark.slow
 def test_long_prompts_are_read_by_a_bundle_that_was_built_for_them(tiny_model: Path, cli: Cli):
     source = open_source(tiny_model)
     tokens = source.family.facts(source).tokens

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.build import run_build
+from deploy.builder import run_build
 from deploy.passes.prune import TEACHER, Prune
 from deploy.passes.recover import Recover
 from deploy.plan import Skip, Step, Unavailable

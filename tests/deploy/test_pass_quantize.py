@@ -10,7 +10,7 @@ from typing import Any
 import onnx
 import pytest
 
-from deploy.build import run_build
+from deploy.builder import run_build
 from deploy.origin import open_origin
 from deploy.passes.precision import Precision
 from deploy.passes.quantize import Quantize

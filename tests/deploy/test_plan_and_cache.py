@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import pytest
 
-from deploy.build import Silent, _run_pass
+from deploy.builder import Silent, _run_pass
 from deploy.cache import Cache, key_of
 from deploy.plan import Pass, Skip, Step, plan_all
 from deploy.spec import BuildSpec

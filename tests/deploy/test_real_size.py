@@ -51,7 +51,7 @@ def test_memory_stays_below_one_and_a_half_unets(bundle: Bundle) -> None:
 
 
 def test_every_component_equals_pytorch(bundle: Bundle, model: Path, build_cache: Path, tmp_path: Path) -> None:
-    from deploy.build import Silent, load_source
+    from deploy.builder import Silent, load_source
     from deploy.cache import Cache
     from deploy.origin import open_origin
     from deploy.parity.answers import Reference

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from deploy.build import run_build
+from deploy.builder import run_build
 from deploy.search import Trial, Trials, search
 from deploy.spec import BuildSpec
 from runtimes.errors import ParityError

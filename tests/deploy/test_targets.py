@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import runtimes
-from deploy.build import run_build
+from deploy.builder import run_build
 from deploy.spec import BuildSpec
 from runtimes.bundle import Bundle
 from runtimes.errors import UnavailableError

@@ -22,6 +22,20 @@ def load(pipeline: Path, name: str) -> Any:
     return load_module(component.folder, component.library, component.class_name)
 
 
+def check(pipeline: Path, name: str) -> None:
+    from exporters.modules import check_weights
+
+    component = open_source(pipeline).components[name]
+    check_weights(component.folder, component.library, component.class_name)
+
+
+def test_a_sound_model_passes_the_check_of_its_weights(pristine: Path, pipeline: Path) -> None:
+    to_old_layout(pipeline)
+    for folder in (pristine, pipeline):
+        for name in FILES:
+            check(folder, name)
+
+
 def test_old_and_new_layout_give_the_same_weights(pristine: Path, pipeline: Path) -> None:
     import torch
 
@@ -73,9 +87,10 @@ def drop(tensors: dict[str, Any], key: str) -> dict[str, Any]:
 ])
 def test_misfit_names_the_weight(name: str, change: Any, words: str, pipeline: Path) -> None:
     edit_weights(pipeline / FILES[name], change)
-    with pytest.raises(InputError, match=words) as caught:
-        load(pipeline, name)
-    assert name in caught.value.where
+    for read in (load, check):
+        with pytest.raises(InputError, match=words) as caught:
+            read(pipeline, name)
+        assert name in caught.value.where
 
 
 def test_the_same_weight_under_two_names_is_refused(pipeline: Path) -> None:

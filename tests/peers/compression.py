@@ -29,7 +29,7 @@ from calibration.layers import find_layers
 from calibration.observe import compare, plain_session, probed
 from calibration.ranges import Scheme
 from calibration.recorder import Recording
-from deploy.build import run_build
+from deploy.builder import run_build
 from deploy.doctor import machine
 from deploy.gate import gallery_for, options_for
 from deploy.parity.answers import Reference

@@ -76,7 +76,7 @@ def _checked(command: list[str], timeout: float = 1800) -> str:
 
 
 def _bundle() -> Path:
-    from deploy.build import run_build
+    from deploy.builder import run_build
     from deploy.spec import BuildSpec
 
     return run_build(BuildSpec()).bundle.path.resolve()
@@ -84,7 +84,7 @@ def _bundle() -> Path:
 
 def _unet() -> Path:
     """The graph that our export pass writes, before any optimization."""
-    from deploy.build import load_source
+    from deploy.builder import load_source
     from deploy.cache import Cache
     from deploy.origin import open_origin
     from deploy.passes.export import Export

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from deploy.build import run_build
+from deploy.builder import run_build
 from deploy.doctor import machine
 from deploy.spec import BuildSpec
 from tests.peers.compression import BASE, RESULTS, Judge, latencies, log, prepare, show

@@ -264,6 +264,10 @@ def _run_component(instance: Pass, step: Step, name: str, before: Bundle, elsewh
     except DeployError as error:
         error.where = error.where or f"pass {step.pass_name}, {name}"
         raise
+    known = before.manifest.components.get(name)
+    if known is not None and component.parameters == step.after.components[name].parameters:
+        # The plan was made before pruning said how many weights are left.
+        component = replace(component, parameters=known.parameters)
     for file in out.rglob("*"):
         # Links to the user's own weights share their mode; only what we wrote is sealed.
         if file.is_file() and file.stat().st_nlink == 1:
