@@ -198,7 +198,7 @@ def sensitivity(graph: Path, ranges: Mapping[str, tuple[float, float]], scheme: 
     from runtimes.bundle import sha256_of
 
     cache = Cache(default_root())
-    key = {"kind": "sensitivity", "graph": sha256_of(graph), "ranges": {k: list(v) for k, v in ranges.items()},
+    key = {"kind": "sensitivity", "version": 2, "graph": sha256_of(graph), "ranges": {k: list(v) for k, v in ranges.items()},
            "scheme": asdict(scheme), "recording": recording.identity, "calls": SENSITIVITY_CALLS,
            "libraries": versions_of(("onnxruntime",))}
     found = cache.find_fact(key)
