@@ -198,9 +198,9 @@ def sensitivity(graph: Path, ranges: Mapping[str, tuple[float, float]], scheme: 
     from runtimes.bundle import sha256_of
 
     cache = Cache(default_root())
-    key = {"kind": "sensitivity", "version": 2, "graph": sha256_of(graph), "ranges": {k: list(v) for k, v in ranges.items()},
-           "scheme": asdict(scheme), "recording": recording.identity, "calls": SENSITIVITY_CALLS,
-           "libraries": versions_of(("onnxruntime",))}
+    key = {"kind": "sensitivity", "version": 2, "graph": sha256_of(graph), "scheme": asdict(scheme),
+           "ranges": {k: list(v) for k, v in ranges.items()}, "recording": recording.identity,
+           "calls": SENSITIVITY_CALLS, "libraries": versions_of(("onnxruntime",))}
     found = cache.find_fact(key)
     if found is None:
         chosen = recording.spread("unet", SENSITIVITY_CALLS)
