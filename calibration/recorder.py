@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from calibration.prompts import STEPS, STRENGTH, Episode
+from calibration.prompts import CALLS_PER_EPISODE, STEPS, STRENGTH, Episode
 from runtimes.bundle import translated_disk_errors
 from runtimes.manifest import digest_of
 from runtimes.pipeline import Pipeline
@@ -64,6 +64,16 @@ class Recording:
         for number in range(self.shards):
             with np.load(_shard(self.folder, number), allow_pickle=False) as archive:
                 yield from _unpack(archive, component)
+
+    def spread(self, component: str, count: int) -> list[Feeds]:
+        """At most `count` calls, evenly spaced and from every part of the schedule.
+
+        A plain stride would meet the same place in each episode, and so one part of the schedule alone.
+        """
+        calls = list(self.calls(component))
+        if len(calls) <= count:
+            return calls
+        return [calls[min((i * len(calls)) // count + i % CALLS_PER_EPISODE, len(calls) - 1)] for i in range(count)]
 
 
 def record(sessions: Mapping[str, Session], assemble: Assemble, episodes: tuple[Episode, ...], root: Path, *,

@@ -198,13 +198,12 @@ def sensitivity(graph: Path, ranges: Mapping[str, tuple[float, float]], scheme: 
     from runtimes.bundle import sha256_of
 
     cache = Cache(default_root())
-    key = {"kind": "sensitivity", "graph": sha256_of(graph), "ranges": {k: list(v) for k, v in ranges.items()},
-           "scheme": asdict(scheme), "recording": recording.identity, "calls": SENSITIVITY_CALLS,
-           "libraries": versions_of(("onnxruntime",))}
+    key = {"kind": "sensitivity", "version": 2, "graph": sha256_of(graph), "scheme": asdict(scheme),
+           "ranges": {k: list(v) for k, v in ranges.items()}, "recording": recording.identity,
+           "calls": SENSITIVITY_CALLS, "libraries": versions_of(("onnxruntime",))}
     found = cache.find_fact(key)
     if found is None:
-        calls = list(recording.calls("unet"))
-        chosen = [calls[(2 * i + 1) * len(calls) // (2 * SENSITIVITY_CALLS)] for i in range(SENSITIVITY_CALLS)]
+        chosen = recording.spread("unet", SENSITIVITY_CALLS)
         found = layer_errors(graph, ranges, scheme, lambda: chosen)
         cache.store_fact(key, found)
     return found

@@ -37,7 +37,7 @@ class Quantize(Pass):
     """float32 graphs to INT8 by the recipe of each component; runs before 16 bits, which take what is left."""
 
     name: ClassVar[str] = "quantize"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     libraries: ClassVar[tuple[str, ...]] = ("numpy", "onnx-ir", "onnxruntime")
     verify: ClassVar[bool] = True
 
@@ -113,7 +113,7 @@ class Quantize(Pass):
         from deploy.quantization import record_calibration
 
         recording = record_calibration(before, step.config["calibration"])
-        calls = list(recording.calls(name))[:: max(1, step.config["calibration"]["samples"] // EXPLAINED_CALLS)]
+        calls = recording.spread(name, EXPLAINED_CALLS)
         files = [bundle.file(bundle.component(name).file) for bundle in (before, after)]
         origins = error_origins(files[0], files[1], lambda: calls)[:EXPLAINED_LAYERS]
         if not origins:

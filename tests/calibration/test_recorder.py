@@ -111,3 +111,12 @@ def test_exactly_as_many_calls_as_asked_for_are_planned(samples):
     episodes = plan_episodes(("a", "b"), samples)
     assert sum(len(e.keep) + len(e.second_keep) for e in episodes) == samples
     assert len({e.seed for e in episodes}) == len(episodes)
+
+
+def test_few_calls_still_come_from_every_part_of_the_schedule(tmp_path):
+    recording = make(tmp_path, samples=128)
+    for count in (6, 8, 16):
+        timesteps = [call["timestep"][0] for call in recording.spread("unet", count)]
+        assert len(timesteps) == count
+        assert min(timesteps) < 300
+        assert max(timesteps) > 700

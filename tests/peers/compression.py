@@ -236,7 +236,7 @@ class Judge:
         with candidate_bundle(self.context.bundle, {"unet": graph}) as bundle:
             report = check_pipeline(self.reference, bundle, ANYTHING, self.options, gallery=self.gallery)
         figures = {c.metric: c.measured for c in report.comparisons(ANYTHING)}
-        calls = list(self.context.recording.calls("unet"))[::16]
+        calls = self.context.recording.spread("unet", 16)
         return {
             "bytes": graph.stat().st_size, "bytes_ratio": graph.stat().st_size / self.context.optimized.stat().st_size,
             "macs": self.macs, "one_call_relative_l2": compare(self.context.optimized, graph, lambda: calls),
