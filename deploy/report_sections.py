@@ -172,13 +172,17 @@ def layer_maps(section: Section) -> list[dict[str, Any]]:
 
 
 def conversions(manifest: Manifest) -> list[dict[str, Any]]:
-    """For each component in 16 bits: how many operators were converted, and why others were not."""
+    """For each component that computes in 16 bits: how many operators were converted, and why others were not.
+
+    Where weights are only stored in 16 bits, no operator was.
+    """
     rows = []
     for name, component in sorted(manifest.components.items()):
-        if (found := component.details.get("conversion")) is None:
+        found = component.details.get("conversion", {})
+        if not found.get("converted"):
             continue
         kept = {reason: sum(types.values()) for reason, types in found.get("kept_float32", {}).items()}
-        rows.append({"name": name, "converted": sum(found.get("converted", {}).values()), "kept": sum(kept.values()),
+        rows.append({"name": name, "converted": sum(found["converted"].values()), "kept": sum(kept.values()),
                      "reasons": ", ".join(f"{reason} {count}" for reason, count in sorted(kept.items()))})
     return rows
 

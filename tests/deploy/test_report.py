@@ -132,6 +132,7 @@ def test_operators_in_16_bits_are_counted_with_the_reasons_of_the_others(bundle:
     manifest = dataclasses.replace(bundle.manifest, components={"unet": dataclasses.replace(unet, details=details)})
     assert conversions(manifest) == [
         {"name": "unet", "converted": 60, "kept": 53, "reasons": "normalization 33, softmax 20"}]
+    assert conversions(bundle.manifest) == []
 
 
 def test_a_bundle_without_report_says_so(tmp_path: Path):
