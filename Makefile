@@ -4,7 +4,9 @@ VENV  := .venv
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO  := build/reference-onnxruntime-fp32
-PEERS := latency
+PEERS := latency compression
+# Processes of `make test`, of about 3 GB each: tracing a network for export keeps one core busy, never two.
+WORKERS := 2
 
 # Overridable on the command line: the interpreter to make .venv with, and more arguments for pip, such as
 #     make setup PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
@@ -28,7 +30,7 @@ demo: $(STAMP) ## build the reference model for ONNX Runtime and generate a grid
 	@printf '\n  picture  %s\n  report   %s\n' build/demo.png $(DEMO)/report/report.html
 
 test: lint ## lint, types, direction of imports, tests
-	$(BIN)/pytest --durations=10
+	$(BIN)/pytest --numprocesses=$(WORKERS) --dist=loadfile --durations=15
 
 lint: $(STAMP) ## ruff, mypy, import-linter
 	$(BIN)/ruff check .
