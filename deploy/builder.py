@@ -31,10 +31,8 @@ from runtimes.bundle import (
     translated_disk_errors,
     write_manifest,
 )
-from runtimes.errors import BundleError, DeployError, ParityError, UnavailableError
+from runtimes.errors import BundleError, DeployError, ParityError
 from runtimes.manifest import Component, Manifest, digest_of, to_json
-
-PRECISIONS = ("fp32", "fp16", "int8", "auto")  # that a pass makes
 
 
 class Listener(Protocol):
@@ -71,20 +69,8 @@ def plan_build(spec: BuildSpec) -> list[PlannedPass]:
     Raises:
         InputError: the model cannot be read, or the passes do not fit together.
     """
-    refuse_unbuildable(spec)
     known_target(spec)
     return plan_all(load_passes(PASSES), open_origin(spec).manifest, spec)
-
-
-def refuse_unbuildable(spec: BuildSpec) -> None:
-    """Never silently another precision than the one asked for.
-
-    Raises:
-        UnavailableError: no pass of this version makes it.
-    """
-    if spec.precision not in PRECISIONS:
-        raise UnavailableError(f"{spec.precision} cannot be built by this version", where="--precision",
-                               fix=f"use {' or '.join(PRECISIONS)}")
 
 
 def default_output(spec: BuildSpec, origin: Bundle) -> Path:
@@ -107,7 +93,6 @@ def run_build(spec: BuildSpec, output: Path | None = None, *, progress: Listener
         ParityError: a pass broke the accuracy budget; the message names pass, component and shape.
         UnavailableError: this machine lacks something.
     """
-    refuse_unbuildable(spec)
     listener = progress or Silent()
     spec = decide(spec, cache_root, listener)
     listener.working("reading the model")

@@ -86,13 +86,6 @@ def test_unusable_options(cli: Cli, arguments: tuple[str, ...], words: tuple[str
     assert_refused(cli("build", *arguments), *words)
 
 
-@pytest.mark.parametrize("option", [("--target", "tensorrt"), ("--precision", "int8")])
-def test_what_no_pass_makes_yet_is_unavailable_not_something_else(cli: Cli, option: tuple[str, str]):
-    for more in ((), ("--dry-run",)):
-        assert_refused(cli("build", *option, *more), option[1], "cannot be built", code=4)
-    assert_nothing_left(Path.cwd())
-
-
 def test_a_dry_run_prints_the_passes_and_writes_nothing(cli: Cli):
     result = cli("build", "--dry-run")
     assert not result.code

@@ -137,7 +137,7 @@ def _rounds(workers: dict[str, Worker], options: argparse.Namespace, scratch: Pa
             entries[name]["rounds"].append(reply["seconds"])
             entries[name]["peak_rss_bytes"] = reply["peak_rss_bytes"]
             pictures[name] = np.load(scratch / "image.npy")
-            if "profile" in reply:
+            if name == OURS:
                 profiles.append(reply["profile"])
         for name, picture in pictures.items():
             if name != EAGER:

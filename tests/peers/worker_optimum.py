@@ -38,7 +38,7 @@ def prepare() -> dict[str, Any]:
         began = time.perf_counter()
         images = pipeline(prompts, num_inference_steps=steps, guidance_scale=guidance, latents=noise).images
         seconds = time.perf_counter() - began
-        np.save(save, np.asarray(images[0]))
+        np.save(save, np.stack([np.asarray(image) for image in images]))
         return {"seconds": seconds}
 
     return {"generate": generate}
