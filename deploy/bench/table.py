@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rich.table import Table
+from rich.table import Column, Table
 
 from deploy.console import megabytes, out
 
@@ -21,25 +21,25 @@ def show_bench(report: Mapping[str, Any]) -> None:
     table = Table(title=f"{batch} image{'s' if batch > 1 else ''} at once, {settings['steps']} steps: medians of "
                         f"{settings['rounds']} interleaved rounds (min–max)")
     for title in ("", "seconds", "× the first", "cold start", "peak RSS", "PSNR"):
-        table.add_column(title, justify="left" if not title else "right")
+        table.add_column(title, justify="left" if not title else "right", overflow="fold")
     for run in report["runs"]:
         ratio = report["ratios"].get(run["name"])
         table.add_row(run["name"], shown(run["seconds"], 3), shown(ratio, 2) if ratio else "1",
                       f"{run['cold_start_seconds']:.2f} s", megabytes(run["peak_rss_bytes"]),
                       f"{run['psnr_db']:.1f} dB")
-    out.print(table, width=None if out.is_terminal else 140)
+    out.print(table)
     parts = sorted({part for run in report["runs"] for part in run["components"]})
-    table = Table("", *parts, title="Where the time goes: ms of a drawing, share")
+    table = Table(Column(overflow="fold"), *parts, title="Where the time goes: ms of a drawing, share")
     for run in report["runs"]:
         found = run["components"]
         table.add_row(run["name"], *(f"{found[p]['seconds'] * 1e3:.1f} ({found[p]['share']:.1%})" if p in found else ""
                                      for p in parts))
-    out.print(table, width=None if out.is_terminal else 140)
+    out.print(table)
     if len(report["batches"]) > 1:
         table = Table("images at once", *(run["name"] for run in report["runs"]), title="ms per image")
         for entry in report["batches"]:
             table.add_row(str(entry["batch"]), *(f"{s * 1e3:.1f}" for s in entry["seconds_per_image"].values()))
-        out.print(table, width=None if out.is_terminal else 140)
+        out.print(table)
     for run in report["runs"]:
         if (found := run.get("limits")) is not None:
             gflops = (f"{found['unet_gflops']:.0f} GFLOP/s, {found['share_of_gemm_peak']:.0%} of the product's peak; "
