@@ -30,7 +30,7 @@ COPY constraints.txt /
 # PyTorch's own index has the CPU build; PyPI's build for Linux brings gigabytes of CUDA.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 RUN wheel="$(echo /wheels/*.whl)" \
-    && pip install --extra-index-url "$TORCH_INDEX" --constraint /constraints.txt "${wheel}[build]" \
+    && pip install --extra-index-url "$TORCH_INDEX" --constraint /constraints.txt "${wheel}[build,openvino,prune,tensorrt-rtx]" \
     && useradd --create-home --uid 1000 deploy \
     && install -d -o deploy -g deploy /work
 USER 1000:1000
