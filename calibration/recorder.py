@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -13,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from calibration.prompts import CALLS_PER_EPISODE, STEPS, STRENGTH, Episode
-from runtimes.bundle import translated_disk_errors
+from runtimes.bundle import replacing, translated_disk_errors
 from runtimes.manifest import digest_of
 from runtimes.pipeline import Pipeline
 from runtimes.session import Arrays, Session
@@ -156,10 +154,5 @@ def _intact(file: Path) -> bool:
 
 
 def _write(file: Path, arrays: Feeds) -> None:
-    handle, partial = tempfile.mkstemp(prefix=".partial-", suffix=".npz", dir=file.parent)
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            np.savez(stream, allow_pickle=False, **arrays)
-        os.replace(partial, file)
-    finally:
-        Path(partial).unlink(missing_ok=True)
+    with replacing(file) as partial, partial.open("wb") as stream:
+        np.savez(stream, allow_pickle=False, **arrays)

@@ -6,16 +6,13 @@ import statistics
 import time
 from importlib import util
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from deploy.cache import Cache, default_root, versions_of
 from deploy.doctor import machine
-from runtimes.bundle import Bundle
 from runtimes.errors import InputError
 from runtimes.session import Session, SessionOptions, open_session
-from runtimes.tensors import DTYPES
+from runtimes.tensors import example_feeds
 
 if TYPE_CHECKING:
     from deploy.builder import Listener
@@ -55,7 +52,7 @@ def decide(spec: BuildSpec, cache_root: Path | None, listener: Listener) -> Buil
     return spec.model_copy(update={"target": best})
 
 
-def known_target(spec: BuildSpec) -> BuildSpec:
+def require_decided(spec: BuildSpec) -> None:
     """For a dry run, which measures nothing.
 
     Raises:
@@ -64,7 +61,6 @@ def known_target(spec: BuildSpec) -> BuildSpec:
     if spec.target == AUTO:
         raise InputError("auto is decided by measuring, which a dry run does not", where="--target",
                          fix=f"name one of {', '.join(CANDIDATES)}")
-    return spec
 
 
 def _measured(spec: BuildSpec, targets: list[str], cache_root: Path | None, listener: Listener) -> dict[str, float]:
@@ -78,7 +74,8 @@ def _measured(spec: BuildSpec, targets: list[str], cache_root: Path | None, list
             made = run_build(spec.model_copy(update={"target": target, "verify": False}), folder / target,
                              cache_root=cache_root)
             sessions[target] = open_session(made.bundle, "unet", SessionOptions())
-        feeds = example_feeds(made.bundle, "unet")
+        unet = made.bundle.component("unet")
+        feeds = example_feeds(unet.inputs, {axis: a.range.opt for axis, a in unet.axes.items()})
         listener.working("target auto: measuring")
         seconds: dict[str, list[float]] = {target: [] for target in targets}
         for number in range(WARM_UP + CALLS):
@@ -89,16 +86,3 @@ def _measured(spec: BuildSpec, targets: list[str], cache_root: Path | None, list
                 if number >= WARM_UP:
                     seconds[target].append(time.perf_counter() - began)
         return {target: statistics.median(found) for target, found in seconds.items()}
-
-
-def example_feeds(bundle: Bundle, name: str) -> dict[str, np.ndarray[Any, Any]]:
-    """Inputs of a component at its most common sizes: seeded noise for floats, ones for integers."""
-    component = bundle.component(name)
-    sizes = {axis: a.range.opt for axis, a in component.axes.items()}
-    rng = np.random.default_rng(0)
-
-    def one(dtype: str, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
-        values = rng.standard_normal(shape) if dtype.startswith("float") else np.ones(shape)
-        return values.astype(DTYPES[dtype])
-
-    return {spec.name: one(spec.dtype, spec.resolve(sizes)) for spec in component.inputs}

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from deploy.auto_target import decide, known_target
+from deploy.auto_target import decide, require_decided
 from deploy.cache import Cache, assemble, default_root, key_of, versions_of
 from deploy.gate import Gate
 from deploy.isolation import is_large, run_isolated
@@ -69,7 +69,7 @@ def plan_build(spec: BuildSpec) -> list[PlannedPass]:
     Raises:
         InputError: the model cannot be read, or the passes do not fit together.
     """
-    known_target(spec)
+    require_decided(spec)
     return plan_all(load_passes(PASSES), open_origin(spec).manifest, spec)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.plan import Pass, Step
-from runtimes.bundle import Bundle, link_or_copy, sha256_of
+from runtimes.bundle import Bundle, link_or_copy, replacing, sha256_of
 from runtimes.errors import BundleError
 from runtimes.manifest import Component, digest_of, from_json, to_json
 
@@ -104,12 +104,8 @@ class Cache:
 
     def store_fact(self, key_parts: Any, value: Mapping[str, Any]) -> None:
         """Keep a small JSON fact."""
-        file = self._fact_file(key_parts)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(prefix=".partial-", dir=file.parent)
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            json.dump(value, stream, allow_nan=False)
-        Path(partial).replace(file)
+        with replacing(self._fact_file(key_parts)) as partial:
+            partial.write_text(json.dumps(value, allow_nan=False), encoding="utf-8")
 
     def _fact_file(self, key_parts: Any) -> Path:
         return self.root / "facts" / f"{digest_of(key_parts)}.json"

@@ -152,10 +152,10 @@ def prune_model(
 def _pruning(prune: float, method: str, widths: str, blocks: str, mask: str, recover: int,
              prompts: Path | None) -> dict[str, Any]:
     """What was given of the options that shrink the network."""
-    from deploy.generate import prompts_in
+    from calibration.prompts import read_prompts
 
     given = {"prune": prune, "prune_method": method, "prune_widths": widths, "prune_blocks": blocks, "mask": mask,
-             "recover": recover, "recover_prompts": tuple(prompts_in(prompts)) if prompts else ()}
+             "recover": recover, "recover_prompts": read_prompts(prompts) if prompts else ()}
     return {name: value for name, value in given.items() if value}
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from deploy import console, presets
 from deploy.observers import peak_rss_bytes
 from deploy.presets import Setting
-from runtimes.bundle import translated_disk_errors
+from runtimes.bundle import replacing
 from runtimes.errors import InputError
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class GenerateRequest:
     output: Path
 
 
-def read_prompts(request: GenerateRequest, *, wanted: bool = True) -> list[str]:
+def prompts_of(request: GenerateRequest, *, wanted: bool = True) -> list[str]:
     """Prompts from the arguments or the file, one a line; empty lines are left out.
 
     Args:
@@ -82,23 +82,9 @@ def read_prompts(request: GenerateRequest, *, wanted: bool = True) -> list[str]:
         return list(request.prompts)
     if request.prompts:
         raise InputError("both a prompt and --prompts are given", where="generate", fix="give one of them")
-    return prompts_in(request.prompts_file)
+    from calibration.prompts import read_prompts
 
-
-def prompts_in(file: Path) -> list[str]:
-    """Prompts of a text file, one a line; empty lines are left out.
-
-    Raises:
-        InputError: an unreadable file, or nothing in it.
-    """
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read prompts: {error}", where=str(file)) from error
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if not lines:
-        raise InputError("no prompt in the file", where=str(file), fix="write one a line")
-    return lines
+    return list(read_prompts(request.prompts_file))
 
 
 def read_latents(file: Path) -> np.ndarray[Any, Any]:
@@ -137,7 +123,7 @@ def generate_files(request: GenerateRequest) -> list[Path]:
 
     began = time.perf_counter()
     bundle = runtimes.Bundle.open(request.bundle)
-    prompts = read_prompts(request, wanted=bool(bundle.manifest.pipeline.text_encoders))
+    prompts = prompts_of(request, wanted=bool(bundle.manifest.pipeline.text_encoders))
     pipeline = runtimes.load(bundle, device=request.device, threads=request.threads, hint=request.hint,
                              pin_threads=request.pin_threads)
     loaded = time.perf_counter()
@@ -221,12 +207,8 @@ def save_array(array: np.ndarray[Any, Any], file: Path) -> None:
     """Write .npy through a temporary sibling."""
     import numpy as np
 
-    with translated_disk_errors(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f".{file.name}.partial")
-        with partial.open("wb") as stream:
-            np.save(stream, array, allow_pickle=False)
-        partial.replace(file)
+    with replacing(file) as partial, partial.open("wb") as stream:
+        np.save(stream, array, allow_pickle=False)
 
 
 def save_images(
@@ -248,11 +230,8 @@ def save_images(
         for i in range(len(images))
     ]
     for number, (image, file) in enumerate(zip(images, names, strict=True)):
-        with translated_disk_errors(file):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            partial = file.with_name(f".{file.name}.partial")
+        with replacing(file) as partial:
             image.save(partial, format="PNG", pnginfo=_chunks(texts[number]) if texts else None)
-            partial.replace(file)
     return names
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from runtimes.bundle import Bundle, link_or_copy
-from runtimes.errors import DeployError, UnavailableError
+from runtimes.errors import DeployError, InputError, UnavailableError
 from runtimes.manifest import Component, FileRecord, Manifest, PassRecord
 
 if TYPE_CHECKING:
@@ -148,6 +148,17 @@ def plan_all(passes: Sequence[Pass], origin: Manifest, spec: BuildSpec) -> list[
         if isinstance(step, Step):
             manifest = step.after
     return planned
+
+
+def require_onnx(before: Manifest, pass_name: str, fix: str) -> None:
+    """Refuse an order in which a pass over graphs meets something else.
+
+    Raises:
+        InputError: naming the first component that is no ONNX graph.
+    """
+    for name, component in before.components.items():
+        if component.format != "onnx":
+            raise InputError(f"{name} is {component.format}, expected onnx", where=f"pass {pass_name}", fix=fix)
 
 
 def structure(manifest: Manifest) -> dict[str, Any]:

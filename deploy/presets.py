@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.cache import default_root
-from runtimes.bundle import translated_disk_errors
+from runtimes.bundle import replacing
 from runtimes.errors import InputError, UnavailableError
 
 QUALITIES = ("draft", "balanced", "high")
@@ -116,11 +116,8 @@ def summary(measured: Sequence[Measured]) -> dict[str, Any]:
 def save(digest: str, measured: Sequence[Measured], root: Path | None = None) -> Path:
     """Keep what was measured of a bundle on this machine; the bundle itself stays as it was built."""
     file = _file(digest, root)
-    with translated_disk_errors(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f".{file.name}.partial")
+    with replacing(file) as partial:
         partial.write_text(json.dumps([asdict(m) for m in measured], indent=2) + "\n", encoding="utf-8")
-        partial.replace(file)
     return file
 
 

@@ -70,7 +70,7 @@ def report_bundles(paths: Sequence[Path], output: Path, bench: Path | None = Non
         UnavailableError: jinja2 is not installed.
     """
     from deploy.report_sections import Section, read_metrics
-    from runtimes.bundle import Bundle, translated_disk_errors
+    from runtimes.bundle import Bundle, replacing
 
     bundles = [Bundle.open(path) for path in paths]
     names = [bundle.path.resolve().name for bundle in bundles]
@@ -82,11 +82,8 @@ def report_bundles(paths: Sequence[Path], output: Path, bench: Path | None = Non
     page = render(sections)
     if output.is_dir():
         raise InputError("it is a folder", where=str(output), fix="name a file: -o report.html")
-    partial = output.with_name(f".{output.name}.partial")
-    with translated_disk_errors(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(output) as partial:
         partial.write_text(page, encoding="utf-8")
-        partial.replace(output)
     missing = [f"{s.name} has no report folder: it was built with --no-verify" for s in sections if not s.metrics]
     return missing + [f"{bench} has no run named {s.name}" for s in sections if bench and s.seconds is None]
 

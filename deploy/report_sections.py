@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from deploy.charts import Axis, Point, Series, chart, legend
+from runtimes.bundle import read_object
 from runtimes.errors import BundleError
 from runtimes.manifest import Manifest
 
@@ -60,17 +60,7 @@ def read_metrics(folder: Path) -> dict[str, Any]:
         BundleError: it is there and cannot be read.
     """
     file = folder / "report" / "metrics.json"
-    return _read_object(file) if file.is_file() else {}
-
-
-def _read_object(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BundleError(f"cannot read it: {error}", where=str(file), fix="build the bundle again") from error
-    if not isinstance(content, dict):
-        raise BundleError("expected a JSON object", where=str(file), fix="build the bundle again")
-    return content
+    return read_object(file) if file.is_file() else {}
 
 
 def pass_rows(manifest: Manifest) -> list[dict[str, Any]]:
@@ -159,7 +149,7 @@ def layer_maps(section: Section) -> list[dict[str, Any]]:
         if summary is None:
             continue
         file = section.path / "components" / name / LAYERS_FILE
-        content = _read_object(file) if file.is_file() else {}
+        content = read_object(file) if file.is_file() else {}
         precisions = content.get("precision_map", {})
         errors = content.get("errors", {})
         found.append({

@@ -21,7 +21,7 @@ import onnxruntime
 from exporters.measure_tensorrt import inputs_of, parse_axis
 from exporters.openvino_from_onnx import convert_openvino
 from runtimes.errors import DeployError
-from runtimes.tensors import DTYPES, TensorSpec
+from runtimes.tensors import TensorSpec, example_feeds
 
 Feeds = dict[str, np.ndarray[Any, Any]]
 
@@ -37,19 +37,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         axes = dict(parse_axis(text) for text in options.axis)
         inputs = inputs_of(options.graph, axes)
         with tempfile.TemporaryDirectory(prefix="measure-openvino-") as folder:
-            _measure(options.graph, inputs, example({n: a.range.opt for n, a in axes.items()}, inputs), Path(folder),
-                     options.calls)
+            feeds = example_feeds(inputs, {n: a.range.opt for n, a in axes.items()})
+            _measure(options.graph, inputs, feeds, Path(folder), options.calls)
     except DeployError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code
     return 0
-
-
-def example(sizes: dict[str, int], inputs: tuple[TensorSpec, ...]) -> Feeds:
-    """Seeded noise for floats, ones for integers."""
-    rng = np.random.default_rng(0)
-    return {spec.name: rng.standard_normal(spec.resolve(sizes)).astype(np.float32) if spec.dtype == "float32"
-            else np.ones(spec.resolve(sizes), DTYPES[spec.dtype]) for spec in inputs}
 
 
 def _measure(graph: Path, inputs: tuple[TensorSpec, ...], feeds: Feeds, folder: Path, calls: int) -> None:

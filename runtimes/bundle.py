@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from runtimes.errors import BundleError, DeployError, InputError, UnavailableError
 from runtimes.manifest import MANIFEST_FILE, Component, FileRecord, Manifest, dumps, parse, safe_path
@@ -151,6 +154,39 @@ def committed(path: Path) -> Iterator[Path]:
             _swap(partial, path)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """Yield a temporary sibling of a file to write; on success rename it into place, on failure remove it.
+
+    Raises:
+        InputError: the folder cannot be written.
+        UnavailableError: the disk is full.
+    """
+    with translated_disk_errors(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_name(f".{file.name}.{os.getpid()}-{threading.get_ident()}.partial")
+        try:
+            yield partial
+            partial.replace(file)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object in a file of a bundle.
+
+    Raises:
+        BundleError: missing, or not a JSON object.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BundleError(f"cannot read it: {error}", where=str(file), fix="build the bundle again") from error
+    if not isinstance(content, dict):
+        raise BundleError("expected a JSON object", where=str(file), fix="build the bundle again")
+    return content
 
 
 def _swap(partial: Path, path: Path) -> None:

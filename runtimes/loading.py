@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from runtimes.bundle import Bundle
-from runtimes.errors import BundleError
+from runtimes.bundle import Bundle, read_object
 from runtimes.manifest import PipelineFacts
 from runtimes.pipeline import Pipeline
 from runtimes.session import Session, SessionOptions, open_session
@@ -65,14 +63,7 @@ def scheduler_config(bundle: Bundle) -> dict[str, Any]:
     Raises:
         BundleError: missing or not a JSON object.
     """
-    file = bundle.file(SCHEDULER_FILE)
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BundleError(f"cannot read it: {error}", where=str(file), fix="build the bundle again") from error
-    if not isinstance(config, dict):
-        raise BundleError("expected a JSON object", where=str(file), fix="build the bundle again")
-    return config
+    return read_object(bundle.file(SCHEDULER_FILE))
 
 
 class BundleSessions(Mapping[str, Session]):

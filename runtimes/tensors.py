@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -64,6 +65,18 @@ class TensorSpec:
     def resolve(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """The concrete shape for given sizes of the named axes."""
         return tuple(sizes[d] if isinstance(d, str) else d for d in self.shape)
+
+
+def example_feeds(specs: Sequence[TensorSpec], sizes: Mapping[str, int]) -> dict[str, np.ndarray[Any, Any]]:
+    """Inputs to measure with, at given sizes of the axes: seeded noise for floats, ones for integers."""
+    rng = np.random.default_rng(0)
+
+    def one(spec: TensorSpec) -> np.ndarray[Any, Any]:
+        shape = spec.resolve(sizes)
+        values = rng.standard_normal(shape) if spec.dtype.startswith("float") else np.ones(shape)
+        return values.astype(DTYPES[spec.dtype])
+
+    return {spec.name: one(spec) for spec in specs}
 
 
 def bind_axes(

@@ -1,4 +1,4 @@
-"""A worker's side of the conversation: one JSON line in, one out. Standard library only: any environment runs it.
+"""A worker's side of the conversation: one JSON line in, one out. Standard library alone: any environment runs it.
 
     {"do": "generate", ...}  ->  {"seconds": 0.8, ...}  or  {"error": "..."}
 """
@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import statistics
 import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
+
+from deploy.observers import peak_rss_bytes
 
 Handler = Callable[..., dict[str, Any]]
 
@@ -50,15 +51,6 @@ def serve(prepare: Callable[[], Mapping[str, Handler]]) -> None:
         request = json.loads(line)
         handler = handlers[request.pop("do")]
         answer(lambda handler=handler, request=request: handler(**request))  # type: ignore[misc]
-
-
-def peak_rss_bytes() -> int:
-    """Highest resident memory of this program; `ru_maxrss` would also count the one that started it."""
-    try:
-        with open("/proc/self/status", encoding="ascii") as status:
-            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:"))
-    except (OSError, StopIteration):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def repeated(call: Callable[[], Any], times: int) -> dict[str, Any]:

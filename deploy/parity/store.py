@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.bundle import translated_disk_errors
+from runtimes.bundle import replacing
 from runtimes.manifest import digest_of
 
 Arrays = dict[str, np.ndarray[Any, Any]]
@@ -62,15 +60,8 @@ class Store:
             self._memory[digest_of(key)] = dict(arrays)
             return
         file = self._file(self._folder, key)
-        with translated_disk_errors(file):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            handle, partial = tempfile.mkstemp(prefix=".partial-", suffix=".npz", dir=file.parent)
-            try:
-                with os.fdopen(handle, "wb") as stream:
-                    np.savez(stream, allow_pickle=False, **arrays)
-                os.replace(partial, file)
-            finally:
-                Path(partial).unlink(missing_ok=True)
+        with replacing(file) as partial, partial.open("wb") as stream:
+            np.savez(stream, allow_pickle=False, **arrays)
 
     @staticmethod
     def _file(folder: Path, key: Any) -> Path:

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from deploy.plan import Pass, Planned, Skip, Step, Unavailable
+from deploy.plan import Pass, Planned, Skip, Step, Unavailable, require_onnx
 from runtimes.bundle import Bundle, link_or_copy, records_below
 from runtimes.errors import InputError
 from runtimes.manifest import Component, Manifest
@@ -35,10 +35,7 @@ class Engine(Pass):
         """Choose the builder, resolve every option and profile."""
         if spec.target not in TARGETS:
             return Skip(f"the target is {spec.target}")
-        for name, component in before.components.items():
-            if component.format != "onnx":
-                raise InputError(f"{name} is {component.format}, expected onnx", where="pass engine",
-                                 fix="engines are compiled from graphs: engine comes last")
+        require_onnx(before, self.name, "engines are compiled from graphs: engine comes last")
         builder = choose_builder(spec.target, gpu_here())
         if isinstance(builder, Unavailable):
             return builder

@@ -7,9 +7,8 @@ from importlib import util
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from deploy.plan import Pass, Planned, Skip, Step, Unavailable
+from deploy.plan import Pass, Planned, Skip, Step, Unavailable, require_onnx
 from runtimes.bundle import Bundle, records_below
-from runtimes.errors import InputError
 from runtimes.manifest import Component, Manifest
 
 if TYPE_CHECKING:
@@ -28,10 +27,7 @@ class OpenVino(Pass):
         """Every component, when the target is openvino."""
         if spec.target != "openvino":
             return Skip(f"the target is {spec.target}")
-        for name, component in before.components.items():
-            if component.format != "onnx":
-                raise InputError(f"{name} is {component.format}, expected onnx", where="pass openvino",
-                                 fix="it comes after everything that works on graphs")
+        require_onnx(before, self.name, "it comes after everything that works on graphs")
         if util.find_spec("openvino") is None:
             return Unavailable("openvino is not installed", "target openvino", "pip install 'ldm-deploy[openvino]'")
         components = {n: replace(c, format="openvino", file=f"components/{n}/model.xml", files={})

@@ -6,9 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from deploy.plan import Pass, Planned, Step
+from deploy.plan import Pass, Planned, Step, require_onnx
 from runtimes.bundle import Bundle, records_below
-from runtimes.errors import InputError
 from runtimes.manifest import Component, Manifest
 
 if TYPE_CHECKING:
@@ -25,10 +24,7 @@ class Optimize(Pass):
 
     def plan(self, before: Manifest, spec: BuildSpec) -> Planned:
         """Every ONNX component; the structure stays, the nodes change."""
-        for name, component in before.components.items():
-            if component.format != "onnx":
-                raise InputError(f"{name} is {component.format}, expected onnx", where="pass optimize",
-                                 fix="optimize comes after export")
+        require_onnx(before, self.name, "optimize comes after export")
         config = {"target": spec.target}
         components = {n: replace(c, files={}) for n, c in before.components.items()}
         step = Step(self.name, self.version, config, {n: (n,) for n in components},

@@ -6,9 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from deploy.plan import Pass, Planned, Skip, Step
+from deploy.plan import Pass, Planned, Skip, Step, require_onnx
 from runtimes.bundle import Bundle, records_below
-from runtimes.errors import InputError
 from runtimes.manifest import Component, Manifest
 
 if TYPE_CHECKING:
@@ -31,10 +30,7 @@ class Precision(Pass):
         beside_integers = spec.precision in ("int8", "auto") and mode == "compute"
         if spec.precision != "fp16" and not beside_integers:
             return Skip(f"the build is {spec.precision}")
-        for name, component in before.components.items():
-            if component.format != "onnx":
-                raise InputError(f"{name} is {component.format}, expected onnx", where="pass precision",
-                                 fix="precision comes after export and before engine")
+        require_onnx(before, self.name, "precision comes after export and before engine")
         config = {"precision": "fp16", "mode": mode, "keep": list(spec.keep)}
         chosen = [n for n, c in before.components.items() if beside_integers or c.precision == "fp32"]
         if not chosen:

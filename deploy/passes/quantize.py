@@ -143,16 +143,14 @@ def measured_gain(before: Bundle, after: Bundle, name: str) -> dict[str, Any]:
     import numpy as np
 
     from runtimes.session import SessionOptions, open_session
-    from runtimes.tensors import DTYPES
+    from runtimes.tensors import example_feeds
 
     component = before.component(name)
     size = after.component(name).bytes / component.bytes
     if after.manifest.target != "onnxruntime":
         return {"bytes_ratio": round(size, 4), "verdict": "smaller" if size < WORTH_SAYING else "neither"}
     sizes = {axis: a.range.opt for axis, a in component.axes.items()}
-    random = np.random.default_rng(0)
-    feeds = {s.name: random.standard_normal(s.resolve(sizes)).astype(DTYPES[s.dtype]) if s.dtype.startswith("float")
-             else np.zeros(s.resolve(sizes), DTYPES[s.dtype]) for s in component.inputs}
+    feeds = example_feeds(component.inputs, sizes)
     sessions = [open_session(b, name, SessionOptions()) for b in (before, after)]
     seconds: list[list[float]] = [[], []]
     for _ in range(TIMED_ROUNDS):

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from exporters.families import parts
 from exporters.families.base import ComponentSpec, Family, Shapes
-from runtimes.manifest import PipelineFacts
 from runtimes.tensors import TensorSpec
 
 if TYPE_CHECKING:
@@ -54,25 +53,17 @@ def _tokens(source: Source) -> int:
     return min(77, int(source.components["bert"].config["max_position_embeddings"]))
 
 
-def _facts(source: Source, vae: ComponentSource, tokens: int, text_encoders: tuple[str, ...]) -> PipelineFacts:
-    factor, (rows, columns) = parts.vae_factor(vae), parts.sample_size(source)
-    return PipelineFacts(
-        latent_channels=vae.config["latent_channels"], vae_scale_factor=factor,
-        scaling_factor=parts.scaling_factor(vae), height=rows * factor, width=columns * factor,
-        tokens=tokens, text_encoders=text_encoders)
-
-
 UNCONDITIONAL = Family(
     name="ldm-unconditional",
     source_components=("unet", VAE),
     tokenizers=(),
     components=_unconditional,
-    facts=lambda source: _facts(source, _check_unconditional(source), 0, ()),
+    facts=lambda source: parts.facts(source, _check_unconditional(source), 0, text_encoders=()),
 )
 TEXT_TO_IMAGE = Family(
     name="ldm-text-to-image",
     source_components=("bert", "unet", VAE),
     tokenizers=("tokenizer",),
     components=_text_to_image,
-    facts=lambda source: _facts(source, _check_text_to_image(source), _tokens(source), ("text_encoder",)),
+    facts=lambda source: parts.facts(source, _check_text_to_image(source), _tokens(source)),
 )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from exporters.families.base import ComponentSpec, Shapes, check_shapes, config_value, pixels_to_latents, scaled
 from runtimes.errors import InputError
+from runtimes.manifest import PipelineFacts
 from runtimes.tensors import Axis, ShapeRange, TensorSpec
 
 if TYPE_CHECKING:
@@ -247,6 +248,14 @@ def vae_factor(vae: ComponentSource) -> int:
 def scaling_factor(vae: ComponentSource) -> float:
     """What latents are multiplied by; absent in configs older than diffusers 0.12."""
     return float(vae.config.get("scaling_factor", 1.0 if vae.class_name == "AutoencoderTiny" else 0.18215))
+
+
+def facts(source: Source, vae: ComponentSource, tokens: int, **more: Any) -> PipelineFacts:
+    """What the sampling loop must know of any pipeline with this autoencoder; `more` are further fields."""
+    factor, (rows, columns) = vae_factor(vae), sample_size(source)
+    return PipelineFacts(latent_channels=vae.config["latent_channels"], vae_scale_factor=factor,
+                         scaling_factor=scaling_factor(vae), height=rows * factor, width=columns * factor,
+                         tokens=tokens, **more)
 
 
 def tokens_of(source: Source, tokenizer: str, positions: int) -> int:

@@ -29,16 +29,7 @@ def _components(source: Source, shapes: Shapes) -> dict[str, ComponentSpec]:
 
 
 def _facts(source: Source) -> PipelineFacts:
-    vae, (rows, columns) = _check(source), parts.sample_size(source)
-    factor = parts.vae_factor(vae)
-    return PipelineFacts(
-        latent_channels=vae.config["latent_channels"],
-        vae_scale_factor=factor,
-        scaling_factor=parts.scaling_factor(vae),
-        height=rows * factor,
-        width=columns * factor,
-        tokens=_tokens(source),
-    )
+    return parts.facts(source, _check(source), _tokens(source))
 
 
 def _check(source: Source) -> ComponentSource:

@@ -44,19 +44,9 @@ def _components(source: Source, shapes: Shapes) -> dict[str, ComponentSpec]:
 
 
 def _facts(source: Source) -> PipelineFacts:
-    vae, (rows, columns) = _check(source), parts.sample_size(source)
-    factor = parts.vae_factor(vae)
-    return PipelineFacts(
-        latent_channels=vae.config["latent_channels"],
-        vae_scale_factor=factor,
-        scaling_factor=parts.scaling_factor(vae),
-        height=rows * factor,
-        width=columns * factor,
-        tokens=_tokens(source),
-        text_encoders=_encoders(source),
-        time_ids=_ids(source),
-        zero_empty_negative=bool(source.options.get("force_zeros_for_empty_prompt", True)),
-    )
+    return parts.facts(
+        source, _check(source), _tokens(source), text_encoders=_encoders(source), time_ids=_ids(source),
+        zero_empty_negative=bool(source.options.get("force_zeros_for_empty_prompt", True)))
 
 
 def _check(source: Source) -> ComponentSource:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import sys
 import tempfile
 import time
@@ -22,6 +21,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from deploy.bench.contest import spread
+from deploy.bench.table import shown
 from deploy.bench.worker import Worker
 from deploy.doctor import machine
 from runtimes.errors import UnavailableError
@@ -146,10 +147,10 @@ def _rounds(workers: dict[str, Worker], options: argparse.Namespace, scratch: Pa
                   + ", ".join(f"{n} {e['rounds'][-1]:.3f} s" for n, e in entries.items()), style="dim")
     for name, entry in entries.items():
         samples = entry["rounds"]
-        entry["seconds"] = _spread(samples)
-        entry["times_faster_than_eager"] = _spread(_quotients(entries[EAGER]["rounds"], samples))
+        entry["seconds"] = spread(samples)
+        entry["times_faster_than_eager"] = spread(_quotients(entries[EAGER]["rounds"], samples))
         if name != OURS and OURS in entries:
-            entry["ours_is_times_faster"] = _spread(_quotients(samples, entries[OURS]["rounds"]))
+            entry["ours_is_times_faster"] = spread(_quotients(samples, entries[OURS]["rounds"]))
     if profiles:
         total = sum(p["total"] for p in profiles)
         parts = {c: sum(p["components"][c] for p in profiles) for c in profiles[0]["components"]}
@@ -181,7 +182,7 @@ def _one_unet_call(workers: dict[str, Worker], options: argparse.Namespace, scra
                 _drop(f"{name}, one U-Net call", error, {}, report)
                 continue
             calls.setdefault(name, []).extend(reply["all"])
-    report["unet_call"] = {name: _spread(seconds) for name, seconds in calls.items()}
+    report["unet_call"] = {name: spread(seconds) for name, seconds in calls.items()}
 
 
 def _request(number: int, options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
@@ -212,10 +213,6 @@ def _quotients(slow: list[float], fast: list[float]) -> list[float]:
     return [a / b for a, b in zip(slow, fast, strict=True)]
 
 
-def _spread(samples: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(samples), "min": min(samples), "max": max(samples)}
-
-
 def _versions() -> dict[str, Any]:
     ours = {name: metadata.version(name) for name in ("torch", "diffusers", "transformers", "onnxruntime", "numpy")}
     return {"project": ours, OPTIMUM: list(OPTIMUM_PINS)}
@@ -231,8 +228,8 @@ def _print(report: dict[str, Any]) -> None:
     for title in ("", "seconds", "× eager", "ours is ×", "PSNR to eager", "first image", "peak RSS"):
         table.add_column(title, justify="left" if not title else "right")
     for name, e in report["contestants"].items():
-        table.add_row(name, _shown(e["seconds"], 3), _shown(e["times_faster_than_eager"], 2),
-                      _shown(e["ours_is_times_faster"], 2) if "ours_is_times_faster" in e else "",
+        table.add_row(name, shown(e["seconds"], 3), shown(e["times_faster_than_eager"], 2),
+                      shown(e["ours_is_times_faster"], 2) if "ours_is_times_faster" in e else "",
                       "" if e["psnr_db"] is None else f"{e['psnr_db']:.1f} dB", f"{e['first_image_seconds']:.1f} s",
                       f"{e['peak_rss_bytes'] / 2**20:.0f} MiB")
     for name in (*report["wrong"], *report["unavailable"]):
@@ -247,13 +244,9 @@ def _print(report: dict[str, Any]) -> None:
         console.print(table)
     table = Table("", "ms (min–max)", title="One U-Net call, batch 2")
     for name, e in report["unet_call"].items():
-        table.add_row(name, _shown({k: v * 1000 for k, v in e.items()}, 1))
+        table.add_row(name, shown({k: v * 1000 for k, v in e.items()}, 1))
     console.print(table)
     console.print(f"written to {RESULTS.relative_to(ROOT)}")
-
-
-def _shown(spread: dict[str, float], digits: int) -> str:
-    return f"{spread['median']:.{digits}f} ({spread['min']:.{digits}f}–{spread['max']:.{digits}f})"
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from runtimes.bundle import Bundle, check_output, committed, link_or_copy, records_below
+from runtimes.bundle import Bundle, check_output, committed, link_or_copy, records_below, replacing
 from runtimes.errors import BundleError, InputError, UnavailableError
 from runtimes.manifest import MANIFEST_FILE, dumps, parse
 from tests.runtimes.fakes import affine_bundle
@@ -209,3 +209,14 @@ def test_kept_files_are_linked_or_copied(folder, tmp_path, monkeypatch):
     link_or_copy(folder / MODEL, tmp_path / "x" / "copied.onnx")
     assert (tmp_path / "x" / "copied.onnx").read_bytes() == (folder / MODEL).read_bytes()
     assert list(records_below(tmp_path / "x", tmp_path)) == ["x/copied.onnx", "x/linked.onnx"]
+
+
+def test_a_file_is_replaced_whole_or_stays_as_it_was(tmp_path: Path):
+    file = tmp_path / "deep" / "figures.json"
+    with replacing(file) as partial:
+        partial.write_text("first")
+    with pytest.raises(ZeroDivisionError), replacing(file) as partial:
+        partial.write_text("second")
+        raise ZeroDivisionError
+    assert file.read_text() == "first"
+    assert list(file.parent.iterdir()) == [file]
