@@ -92,6 +92,9 @@ class Gate:
                 if name in self._figures:
                     parity = component_json(self._figures[name], self._budget)
                     components[name] = replace(components[name], parity=parity)
+                if name in report.figures and components[name].details.get("executed") is False:
+                    details = {k: v for k, v in components[name].details.items() if k != "not_executed"}
+                    components[name] = replace(components[name], details={**details, "executed": True})
         bundle = replace(bundle, manifest=replace(bundle.manifest, components=components))
         if not self._unverified:
             self._executed = bundle

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deploy.observers import peak_rss_bytes
+from deploy.observers import children_peak_rss_bytes, peak_rss_bytes
 from deploy.plan import Pass, Step
 from runtimes import errors
 from runtimes.bundle import Bundle
@@ -31,7 +31,7 @@ REQUEST, ANSWER, LOG = "request.json", "answer.json", "log"
 
 @dataclass(frozen=True)
 class Result:
-    """What a pass made of one component; the memory is that of the process that worked."""
+    """What a pass made of one component; the memory is that of the process that worked, or of one it started."""
 
     component: Component
     peak_rss_bytes: int
@@ -117,7 +117,7 @@ def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
         traceback.print_exc()
         return {"error": _told("DeployError", f"{type(error).__name__}: {str(error).partition(chr(10))[0]:.300}", "",
                                "")}
-    return {"component": to_json(component), "peak_rss_bytes": peak_rss_bytes()}
+    return {"component": to_json(component), "peak_rss_bytes": max(peak_rss_bytes(), children_peak_rss_bytes())}
 
 
 def _told(kind: str, what: str, where: str, fix: str) -> dict[str, str]:

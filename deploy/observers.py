@@ -16,7 +16,7 @@ class Measurement:
 
     Attributes:
         seconds: wall clock.
-        peak_rss_bytes: highest resident memory of this process during the work.
+        peak_rss_bytes: highest resident memory of this process during the work, or of a process that it started.
     """
 
     seconds: float = 0.0
@@ -37,14 +37,21 @@ def peak_rss_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def children_peak_rss_bytes() -> int:
+    """Highest resident memory of any process that this one has waited for so far, theirs included."""
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+
+
 @contextmanager
 def measured() -> Iterator[Measurement]:
     """Measure the block; the result is filled in when it ends."""
     result = Measurement()
     reset_peak()
-    began = time.perf_counter()
+    began, children = time.perf_counter(), children_peak_rss_bytes()
     try:
         yield result
     finally:
         result.seconds = time.perf_counter() - began
         result.peak_rss_bytes = peak_rss_bytes()
+        if (after := children_peak_rss_bytes()) > children:  # the kernel keeps only the highest of all times
+            result.peak_rss_bytes = max(result.peak_rss_bytes, after)

@@ -3,7 +3,8 @@
 Random weights in the published configuration, 512 x 512 pixels, both guidance branches in one call. Each contestant is
 timed in turns with one yardstick, our float32 bundle on ONNX Runtime, in processes of their own: two networks of this
 size are in memory at a time. Outputs are compared with eager PyTorch's. The model and the bundles are made the first
-time (about 20 GB below `~/.cache/ldm-deploy/at-size`) and used again; `--forget` removes them.
+time (about 20 GB below `~/.cache/ldm-deploy/at-size`) and used again; `--forget` removes them. `--engines` builds
+TensorRT engines instead, without a GPU, and prints their bytes, seconds and peak memory.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from deploy.origin import open_origin
 from deploy.passes import PASSES
 from deploy.plan import load_passes, plan_all
 from deploy.spec import BuildSpec, covering, parse_shapes
-from runtimes.bundle import committed, link_or_copy
+from runtimes.bundle import Bundle, committed, link_or_copy
 from tests.deploy.real_size import write_stable_diffusion
 from tests.peers.prepare import ROOT
 
@@ -54,10 +55,14 @@ def main() -> int:
     parser.add_argument("--pixels", type=int, default=512)
     parser.add_argument("--samples", type=int, default=16, help="recorded calls that the INT8 ranges come from")
     parser.add_argument("--only", type=lambda text: text.split(","), help="contestants, comma-separated")
+    parser.add_argument("--engines", action="store_true", help="build engines of each precision instead")
     parser.add_argument("--forget", action="store_true", help="remove the model and the bundles, and stop")
     options = parser.parse_args()
     if options.forget:
         shutil.rmtree(FOLDER, ignore_errors=True)
+        return 0
+    if options.engines:
+        show_engines(options)
         return 0
     commands = contestants(options)
     report: dict[str, Any] = {"machine": machine(), "pixels": options.pixels, "load_before": os.getloadavg()[0],
@@ -82,23 +87,48 @@ def main() -> int:
 
 def contestants(options: argparse.Namespace) -> dict[str, list[str]]:
     """Name -> command of its process; the model and the bundles are made where they are missing."""
+    model = written_model()
+    graph = exported(model)
+    commands = {name: ["bundle", str(built(model, *kind, options.samples).path)] for name, kind in BUNDLES.items()}
+    commands |= {"bare ONNX Runtime": ["bare-onnxruntime", str(graph)], "bare OpenVINO": ["bare-openvino", str(graph)],
+                 "PyTorch eager": ["eager", str(model / "unet")], "torch.compile": ["compile", str(model / "unet")]}
+    worker = [sys.executable, "-W", "ignore", "-m", "tests.peers.worker_unet"]
+    return {name: [*worker, *command, str(options.threads)] for name, command in commands.items()}
+
+
+def written_model() -> Path:
+    """The diffusers folder."""
     model = FOLDER / "model"
     if not model.is_dir():
         log.print("writing the model, 4.3 GB", style="dim")
         with committed(model) as partial:
             write_stable_diffusion(partial)
-    graph = exported(model)
-    commands = {}
-    for name, (target, precision) in BUNDLES.items():
-        log.print(f"building {name}", style="dim")
-        spec = BuildSpec(**{**spec_of(model), "target": target, "precision": precision,
-                            "calibration_samples": options.samples}, verify=False)
-        bundle = run_build(spec, FOLDER / f"{target}-{precision}", cache_root=FOLDER / "cache").bundle
-        commands[name] = ["bundle", str(bundle.path)]
-    commands |= {"bare ONNX Runtime": ["bare-onnxruntime", str(graph)], "bare OpenVINO": ["bare-openvino", str(graph)],
-                 "PyTorch eager": ["eager", str(model / "unet")], "torch.compile": ["compile", str(model / "unet")]}
-    worker = [sys.executable, "-W", "ignore", "-m", "tests.peers.worker_unet"]
-    return {name: [*worker, *command, str(options.threads)] for name, command in commands.items()}
+    return model
+
+
+def built(model: Path, target: str, precision: str, samples: int) -> Bundle:
+    """A bundle, not compared with PyTorch: that is tests/deploy/test_real_size.py's part."""
+    log.print(f"building {target} {precision}", style="dim")
+    spec = BuildSpec(**{**spec_of(model), "target": target, "precision": precision, "calibration_samples": samples},
+                     verify=False)
+    return run_build(spec, FOLDER / f"{target}-{precision}", cache_root=FOLDER / "cache").bundle
+
+
+def show_engines(options: argparse.Namespace) -> None:
+    """Build an engine of the U-Net in each precision and print what it is and cost."""
+    model, first = written_model(), 0
+    table = Table(title="TensorRT engines of SD 1.5's U-Net, no GPU")
+    for title in ("", "MB", "x fp32", "seconds", "peak GB", "capabilities"):
+        table.add_column(title, justify="right" if title else "left")
+    for precision in ("fp32", "fp16", "int8"):
+        bundle = built(model, "tensorrt-rtx", precision, options.samples)
+        cost = next(p for p in bundle.manifest.measured["passes"] if p["name"] == "engine")["components"]["unet"]
+        first = first or cost["bytes"]
+        table.add_row(precision, f"{cost['bytes'] / 1e6:.0f}", f"{cost['bytes'] / first:.2f}", f"{cost['seconds']:.0f}",
+                      f"{cost['peak_rss_bytes'] / 1e9:.1f}",
+                      " ".join(bundle.component("unet").details["compute_capabilities"]))
+        shutil.rmtree(bundle.path)
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
 
 
 def spec_of(model: Path) -> dict[str, Any]:
