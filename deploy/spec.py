@@ -47,7 +47,8 @@ class BuildSpec(PruningOptions):
         step_cache: give the U-Net a second entry, which reuses its deep features (exporters.step_cache).
         profiles: of TensorRT: optimization profiles, each axis -> min:opt:max within `shapes`; one over all of them
             when empty.
-        engine: of TensorRT: options of the builder (exporters.tensorrt_options.EngineOptions, and `static`).
+        engine: of TensorRT: options of the builder (exporters.tensorrt_options.EngineOptions; `static`; `keep_graph`
+            leaves the ONNX graph that was compiled beside the engine).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
