@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,10 +99,23 @@ def record_of(path: Path) -> FileRecord:
     return FileRecord(path.stat().st_size, sha256_of(path))
 
 
-def records_below(folder: Path, root: Path) -> dict[str, FileRecord]:
-    """Records of every file below `folder`, keyed by path relative to `root`, sorted."""
+def records_below(folder: Path, root: Path, known: Mapping[Path, FileRecord] | None = None) -> dict[str, FileRecord]:
+    """Records of every file below `folder`, keyed by path relative to `root`, sorted.
+
+    Args:
+        folder: looked through with its subfolders.
+        root: what the keys are relative to.
+        known: files with their records; a hard link to one of them is not read again.
+    """
+    records = {_identity(path): record for path, record in (known or {}).items()}
     files = sorted(p for p in folder.rglob("*") if p.is_file())
-    return {p.relative_to(root).as_posix(): record_of(p) for p in files}
+    return {p.relative_to(root).as_posix(): records.get(_identity(p)) or record_of(p) for p in files}
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    """Device and inode, which hard links share."""
+    status = path.stat()
+    return status.st_dev, status.st_ino
 
 
 def link_or_copy(source: Path, destination: Path) -> None:
