@@ -10,6 +10,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,8 +50,10 @@ class Bundle:
         except UnicodeDecodeError as error:
             raise BundleError("not UTF-8 text", where=str(manifest_file)) from error
         bundle = cls(folder, parse(text, str(manifest_file)))
-        for name, record in bundle.manifest.all_files().items():
-            bundle._check_file(name, record, check_hashes)
+        records = bundle.manifest.all_files()
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing lets other threads run
+            for _ in pool.map(lambda name: bundle._check_file(name, records[name], check_hashes), records):
+                pass
         return bundle
 
     def file(self, name: str) -> Path:
