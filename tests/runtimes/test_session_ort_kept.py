@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -64,8 +65,8 @@ def test_a_damaged_entry_is_replaced(tmp_path, kept, opened):
 @pytest.mark.parametrize("hindrance", ["disk", "folder"])
 def test_no_room_costs_nothing_but_time(tmp_path, kept, monkeypatch, hindrance):
     if hindrance == "disk":
-        usage = session_ort_kept.shutil.disk_usage(tmp_path)
-        monkeypatch.setattr(session_ort_kept.shutil, "disk_usage", lambda _: usage._replace(free=0))
+        usage = shutil.disk_usage(tmp_path)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=0))
     else:
         kept.parent.mkdir(parents=True)
         kept.write_text("a file where the folder should be")
