@@ -294,12 +294,13 @@ def _commit(spec: BuildSpec, result: Bundle, gate: Gate, key: str, target: Path,
         "source_path": str(Path(spec.model).resolve()) if Path(spec.model).exists() else spec.model,
         "adapters": {name: to_json(getattr(spec, name)) for name in LOCAL_FILES if getattr(spec, name)},
         "gate_seconds": round(gate.seconds, 3),
+        "gate_peak_rss_bytes": gate.peak_rss_bytes,
     }
-    manifest = replace(manifest, verified=spec.verify and manifest.parity is not None, measured=measurements)
+    manifest = replace(manifest, verified=manifest.parity is not None, measured=measurements)
     with committed(target) as folder:
         for name in manifest.all_files():
             link_or_copy(result.path / name, folder / name)
-        if spec.verify:
+        if spec.verify != "no":
             write_report(folder / "report", manifest, gate.pictures)
             report = records_below(folder / "report", folder)
             manifest = replace(manifest, measured={**measurements, "files": to_json(report)})

@@ -1,4 +1,4 @@
-"""A pass over a large component in a process of its own: its memory is given back, and its death is one clear error.
+"""Work on a large component in a process of its own: its memory is given back, and its death is one clear error.
 
 The request and the answer are JSON. Small components run in the process that asks: a new one costs seconds of imports.
 """
@@ -48,13 +48,42 @@ def run_isolated(instance: Pass, step: Step, name: str, source: Bundle, out: Pat
     """`instance.run(step, name, source, out)` in a child process.
 
     Raises:
-        UnavailableError: the process was killed by a signal; says which, and what helps.
-        DeployError: what the pass itself raised, or a process that ended without an answer.
+        DeployError: as `call_isolated`; what the pass itself raised.
     """
     kind = type(instance)
     request = {"pass": f"{kind.__module__}:{kind.__qualname__}", "step": to_json(step), "name": name,
-               "source": str(source.path.resolve()), "manifest": to_json(source.manifest), "out": str(out.resolve())}
+               "source": to_request(source), "out": str(out.resolve())}
     where = f"pass {step.pass_name}, {name}"
+    content, peak = call_isolated("deploy.isolation:run_request", request, where)
+    return Result(from_json(Component, content, where), peak)
+
+
+def to_request(bundle: Bundle) -> dict[str, Any]:
+    """A bundle as JSON, also one whose folder holds no manifest yet."""
+    return {"path": str(bundle.path.resolve()), "manifest": to_json(bundle.manifest)}
+
+
+def from_request(content: Mapping[str, Any]) -> Bundle:
+    """The bundle that `to_request` made JSON of."""
+    return Bundle(Path(content["path"]), from_json(Manifest, content["manifest"], "manifest"))
+
+
+def call_isolated(function: str, request: Mapping[str, Any], where: str) -> tuple[Any, int]:
+    """Call `module:function` with a request in a child process.
+
+    Args:
+        function: takes the request, returns something that JSON can hold.
+        request: as JSON can hold it.
+        where: of an error that names no place itself.
+
+    Returns:
+        what the function returned, and the child's highest resident memory in bytes.
+
+    Raises:
+        UnavailableError: the process was killed by a signal; says which, and what helps.
+        DeployError: what the function itself raised, or a process that ended without an answer.
+    """
+    request = {"function": function, "request": request}
     with tempfile.TemporaryDirectory(prefix="ldm-deploy-") as temporary:
         folder = Path(temporary)
         (folder / REQUEST).write_text(json.dumps(request), encoding="utf-8")
@@ -65,7 +94,7 @@ def run_isolated(instance: Pass, step: Step, name: str, source: Bundle, out: Pat
         content = json.loads(answer.read_text(encoding="utf-8"))
     if "error" in content:
         raise _as_error(content["error"], where)
-    return Result(from_json(Component, content["component"], where), content["peak_rss_bytes"])
+    return content["result"], content["peak_rss_bytes"]
 
 
 def _wait(folder: Path) -> int:
@@ -101,13 +130,22 @@ def _as_error(content: Mapping[str, str], where: str) -> DeployError:
     return kind(content["what"], where=content["where"] or where, fix=content["fix"])
 
 
-def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
-    module, _, attribute = request["pass"].partition(":")
-    instance: Pass = getattr(importlib.import_module(module), attribute)()
+def run_request(request: Mapping[str, Any]) -> Any:
+    """What a child process does for `run_isolated`."""
+    instance: Pass = _named(request["pass"])()
     step: Step = from_json(Step, request["step"], "step")
-    source = Bundle(Path(request["source"]), from_json(Manifest, request["manifest"], "manifest"))
+    component = instance.run(step, request["name"], from_request(request["source"]), Path(request["out"]))
+    return to_json(component)
+
+
+def _named(path: str) -> Any:
+    module, _, attribute = path.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def _answer(content: Mapping[str, Any]) -> dict[str, Any]:
     try:
-        component = instance.run(step, request["name"], source, Path(request["out"]))
+        result = _named(content["function"])(content["request"])
     except DeployError as error:
         return {"error": _told(type(error).__name__, error.what, error.where, error.fix)}
     except MemoryError:
@@ -117,7 +155,7 @@ def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
         traceback.print_exc()
         return {"error": _told("DeployError", f"{type(error).__name__}: {str(error).partition(chr(10))[0]:.300}", "",
                                "")}
-    return {"component": to_json(component), "peak_rss_bytes": max(peak_rss_bytes(), children_peak_rss_bytes())}
+    return {"result": result, "peak_rss_bytes": max(peak_rss_bytes(), children_peak_rss_bytes())}
 
 
 def _told(kind: str, what: str, where: str, fix: str) -> dict[str, str]:

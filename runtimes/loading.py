@@ -33,7 +33,7 @@ def load(bundle_dir: Path | str | Bundle, device: str = "cpu", threads: int = 0,
         UnavailableError: this machine lacks the backend, the device or the memory.
     """
     bundle = bundle_dir if isinstance(bundle_dir, Bundle) else Bundle.open(bundle_dir, check_hashes=check_hashes)
-    sessions = BundleSessions(bundle, SessionOptions(device, threads, hint, pin_threads))
+    sessions = BundleSessions(bundle, SessionOptions(device, threads, hint, pin_threads, keep_graphs=True))
     facts = bundle.manifest.pipeline
     for name in needed(facts):
         sessions[name]

@@ -136,7 +136,8 @@ class Reference:
             for index, run in enumerate(runs):
                 pipeline = assemble_pipeline(recorders, self.bundle)  # a new one: a cache would hide repeated prompts
                 interval = 2 if SHALLOW in sessions else 1  # so that both of the U-Net's entries are called
-                draw(pipeline, replace(_recording_request(run, options), cache_interval=interval))
+                request = _recording_request(run, options)
+                draw(pipeline, replace(request, cache_interval=interval, steps=max(request.steps, interval)))
                 key = {**self._recording_key(runs, options), "kind": "recording", "run": index}
                 for name, recorder in recorders.items():
                     calls = recorder.calls
@@ -157,8 +158,8 @@ def total_bytes(components: Mapping[str, Component]) -> int:
 def _recording_request(run: Run, options: ParityOptions) -> DrawRequest:
     prompts = tuple(options.prompts[i % len(options.prompts)] for i in range(run.images))
     guidance = options.guidance_scale if run.guided else 1.0
-    return DrawRequest(prompts, options.schedulers[0], options.recording_steps, guidance, options.seed, run.height,
-                   run.width, images_at_once=run.images)
+    return DrawRequest(prompts, options.schedulers[0], 1 if run.once else options.recording_steps, guidance,
+                       options.seed, run.height, run.width, images_at_once=run.images)
 
 
 def _pictures(encoder: Component, decoder: Recorder) -> list[Feeds]:
