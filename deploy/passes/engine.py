@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from deploy.passes.quantize import carry_layers
 from deploy.plan import Pass, Planned, Skip, Step, Unavailable, require_onnx
 from runtimes.bundle import Bundle, link_or_copy, records_below
 from runtimes.errors import InputError
@@ -27,7 +28,7 @@ class Engine(Pass):
     """One engine per component. Which builder, which GPUs and what was refused stands in the component's details."""
 
     name: ClassVar[str] = "engine"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     libraries: ClassVar[tuple[str, ...]] = ("tensorrt", "tensorrt-rtx")
     verify: ClassVar[bool] = True
 
@@ -78,6 +79,8 @@ class Engine(Pass):
             for file in before.files:
                 link_or_copy(source.path / file, out / file)
             details["weights"] = before.file
+        else:
+            carry_layers(source, before, out)
         return replace(planned, files=records_below(folder, out), details=details)
 
 
