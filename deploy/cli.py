@@ -68,6 +68,7 @@ def build(
     engine: EngineOptions = [],  # noqa: B006
     step_cache: Annotated[bool, typer.Option("--step-cache", help="a second U-Net graph, for generate "
                                                                   "--cache-interval")] = False,
+    safety_checker: Annotated[bool, typer.Option("--safety-checker", help="export the model's own too")] = False,
     prune: Prune = 0.0,
     prune_method: PruneMethod = "",
     prune_widths: PruneWidths = "",
@@ -89,7 +90,8 @@ def build(
 
     options: dict[str, Any] = {k: v for k, v in (
         ("model", model), ("target", target), ("precision", precision), ("quantization", quantization),
-        ("range_estimator", range_estimator), ("step_cache", step_cache)) if v}
+        ("range_estimator", range_estimator), ("step_cache", step_cache),
+        ("safety_checker", safety_checker)) if v}
     if quantization_methods:
         options["quantization_methods"] = tuple(quantization_methods)
     if calibration_samples is not None:
@@ -194,6 +196,7 @@ def generate(
     = None,
     latents: Annotated[Path | None, typer.Option(help="initial latents, .npy float32 (B, C, H/f, W/f)")] = None,
     save_latents: Annotated[Path | None, typer.Option(help="write the final latents as .npy")] = None,
+    safety: Annotated[str, typer.Option(help="the bundle's safety checker: off, report, or replace by black")] = "off",
     grid: Annotated[int, typer.Option(help="write one sheet with this many columns")] = 0,
     preview: Annotated[Path | None, typer.Option(help="PNG rewritten after each step: what will come of it")] = None,
     metadata: Annotated[bool, typer.Option("--metadata/--no-metadata", help="prompt, seed and bundle hash in the PNG")]
@@ -212,12 +215,10 @@ def generate(
             bundle=bundle, prompts=tuple(prompt), prompts_file=prompts, negative=negative, image=image, mask=mask,
             strength=strength, steps=steps, quality=quality, budget_ms=budget_ms, guidance_scale=guidance,
             guidance_rescale=guidance_rescale, guidance_interval=guidance_interval, part=part, weighting=weighting,
-            long_prompts=long_prompts,
-            cache_interval=cache_interval, seed=seed, count=count,
-            scheduler=scheduler, height=height, width=width, tile=tile, latents=latents,
-            save_latents=save_latents,
-            grid=grid, preview=preview, metadata=metadata, device=device, threads=threads, hint=hint,
-            pin_threads=pin_threads, output=output,
+            long_prompts=long_prompts, cache_interval=cache_interval, seed=seed, count=count, scheduler=scheduler,
+            height=height, width=width, tile=tile, latents=latents,
+            save_latents=save_latents, safety=safety, grid=grid, preview=preview, metadata=metadata,
+            device=device, threads=threads, hint=hint, pin_threads=pin_threads, output=output,
         )
     )
 

@@ -13,6 +13,7 @@ from deploy.observers import peak_rss_bytes
 from deploy.presets import Setting
 from runtimes.bundle import replacing
 from runtimes.errors import InputError
+from runtimes.safety import SAFETY_CHECKER
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,8 +21,10 @@ if TYPE_CHECKING:
     from PIL.PngImagePlugin import PngInfo
 
     from runtimes.denoising import Step
+    from runtimes.pipeline import Pipeline
 
 DEFAULT_STEPS = 25
+SAFETY = ("off", "report", "replace")
 IMAGE_STRENGTH = 0.6
 
 
@@ -54,6 +57,7 @@ class GenerateRequest:
     width: int | None
     latents: Path | None
     save_latents: Path | None
+    safety: str
     grid: int
     preview: Path | None
     metadata: bool
@@ -121,8 +125,12 @@ def generate_files(request: GenerateRequest) -> list[Path]:
     """Draw and write; returns the files written."""
     import runtimes
 
+    if request.safety not in SAFETY:
+        raise InputError(f"unknown {request.safety!r}", where="--safety", fix=f"one of {', '.join(SAFETY)}")
     began = time.perf_counter()
     bundle = runtimes.Bundle.open(request.bundle)
+    if request.safety != "off":
+        bundle.component(SAFETY_CHECKER)  # refused before any work if it has none
     prompts = prompts_of(request, wanted=bool(bundle.manifest.pipeline.text_encoders))
     pipeline = runtimes.load(bundle, device=request.device, threads=request.threads, hint=request.hint,
                              pin_threads=request.pin_threads)
@@ -139,6 +147,8 @@ def generate_files(request: GenerateRequest) -> list[Path]:
 
         result = pipeline(wanted, negative_prompt=request.negative, seed=seeds, height=request.height,
                           width=request.width, on_step=on_step, **options)
+    if request.safety != "off":
+        result = checked(pipeline, result, replace=request.safety == "replace")
     if request.save_latents is not None:
         save_array(progress.latents, request.save_latents)
     texts = descriptions(request, options, bundle.manifest.digest, wanted, seeds) if request.metadata else []
@@ -147,6 +157,22 @@ def generate_files(request: GenerateRequest) -> list[Path]:
     console.show_generated(files, count=len(result), load_seconds=loaded - began, draw_seconds=drawn - loaded,
                            peak_rss_bytes=peak_rss_bytes())
     return files
+
+
+def checked(pipeline: Pipeline, pictures: list[Image], *, replace: bool) -> list[Image]:
+    """Say which pictures the bundle's safety checker flags; black pictures in their place if they are to be replaced.
+
+    Raises:
+        InputError: the bundle has no safety checker.
+    """
+    from PIL import Image as PillowImage
+
+    flagged = pipeline.flagged(pictures)
+    if any(flagged):
+        numbers = ", ".join(str(number) for number, flag in enumerate(flagged, 1) if flag)
+        console.say(f"flagged by the safety checker{' and replaced' if replace else ''}: {numbers} of {len(pictures)}")
+    return [PillowImage.new("RGB", picture.size) if flag and replace else picture
+            for picture, flag in zip(pictures, flagged, strict=True)]
 
 
 def chosen_setting(request: GenerateRequest, digest: str) -> Setting:

@@ -10,6 +10,7 @@ from typing import Any
 from runtimes.bundle import Bundle, read_object
 from runtimes.manifest import PipelineFacts
 from runtimes.pipeline import Pipeline
+from runtimes.safety import PREPROCESSOR_FILE, SAFETY_CHECKER, Preprocessing
 from runtimes.session import Session, SessionOptions, open_session
 from runtimes.tokenizer import ClipTokenizer
 
@@ -37,7 +38,8 @@ def load(bundle_dir: Path | str | Bundle, device: str = "cpu", threads: int = 0,
     facts = bundle.manifest.pipeline
     for name in needed(facts):
         sessions[name]
-    return Pipeline(sessions, facts, scheduler_config(bundle), *load_tokenizers(bundle))
+    preprocessing = load_preprocessing(bundle) if SAFETY_CHECKER in sessions else None
+    return Pipeline(sessions, facts, scheduler_config(bundle), *load_tokenizers(bundle), preprocessing=preprocessing)
 
 
 def needed(facts: PipelineFacts) -> tuple[str, ...]:
@@ -64,6 +66,17 @@ def scheduler_config(bundle: Bundle) -> dict[str, Any]:
         BundleError: missing or not a JSON object.
     """
     return read_object(bundle.file(SCHEDULER_FILE))
+
+
+def load_preprocessing(bundle: Bundle) -> Preprocessing:
+    """How the safety checker's pictures are prepared.
+
+    Raises:
+        BundleError: the file is missing or not a JSON object.
+        InputError: it is not CLIPImageProcessor's config.
+    """
+    file = bundle.file(PREPROCESSOR_FILE)
+    return Preprocessing.from_config(read_object(file), str(file))
 
 
 class BundleSessions(Mapping[str, Session]):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from threading import Event
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,10 +27,14 @@ from runtimes.profile import Profile
 from runtimes.prompt_cache import CacheStats, PromptCache
 from runtimes.prompts import PromptStyle, Tokenize
 from runtimes.request import OUTPUTS, Request, check_request, finite, interval, whole
+from runtimes.safety import SAFETY_CHECKER, Preprocessing, flags
 from runtimes.schedulers import Scheduler, from_config
 from runtimes.session import Session
 from runtimes.start import Start, begin
 from runtimes.tiling import Tiled, Tiling
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 __all__ = ["Pipeline", "Step"]
 Float32 = NDArray[np.float32]
@@ -47,7 +51,7 @@ class Pipeline:
 
     def __init__(
         self, sessions: Mapping[str, Session], facts: PipelineFacts, scheduler_config: Mapping[str, Any],
-        *tokenizers: Tokenize, cache_bytes: int = CACHE_BYTES,
+        *tokenizers: Tokenize, cache_bytes: int = CACHE_BYTES, preprocessing: Preprocessing | None = None,
     ) -> None:
         """Assemble a pipeline over any sessions; `runtimes.load` does it for a bundle.
 
@@ -57,10 +61,11 @@ class Pipeline:
             scheduler_config: as scheduler_config.json holds it.
             tokenizers: prompts -> (B, tokens) int64, one for each of `facts.text_encoders`.
             cache_bytes: bound of the cache of embedded prompts.
+            preprocessing: what the safety checker's pictures go through, where the sessions hold one.
         """
         self.sessions, self.facts = sessions, facts
         self._config, self._tokenizers = dict(scheduler_config), tokenizers
-        self._cache = PromptCache(cache_bytes)
+        self._cache, self._preprocessing = PromptCache(cache_bytes), preprocessing
         self._schedulers: dict[str | None, Scheduler] = {}
         self._colours: Colours | None = None
 
@@ -165,14 +170,14 @@ class Pipeline:
         count: int, extra: Float32 | None, cache_interval: int,
     ) -> Callable[[Float32, float, int], Float32]:
         """The U-Net under the request's prompts, for the whole picture or tile by tile."""
-        tiling, at_once = request.tiling, None
-        if tiling is not None:
-            conditions, at_once = conditions.repeated(tiling.count), 1
-            extra = None if extra is None else tiling.stack(extra)
-        predict = GuidedUnet(sessions["unet"], conditions, guidance, count, extra=extra,
-                             shallow=sessions[SHALLOW] if cache_interval > 1 else None, cache_interval=cache_interval,
-                             images_at_once=at_once)
-        return predict if tiling is None else Tiled(predict, tiling)
+        tiling = request.tiling
+        shallow = sessions[SHALLOW] if cache_interval > 1 else None
+        if tiling is None:
+            return GuidedUnet(sessions["unet"], conditions, guidance, count, extra=extra, shallow=shallow,
+                              cache_interval=cache_interval)
+        predict = GuidedUnet(sessions["unet"], conditions.repeated(tiling.count), guidance, count, shallow=shallow,
+                             cache_interval=cache_interval, images_at_once=1)
+        return Tiled(predict, tiling, predict.whole_steps, extra)
 
     def _finished(
         self, sessions: Mapping[str, Session], sample: Float32, tiling: Tiling | None, output: str,
@@ -202,6 +207,20 @@ class Pipeline:
         if self._colours is None:
             self._colours = fit(self.sessions["vae_decoder"], self.facts)
         return self._colours.show(latents)
+
+    def flagged(self, pictures: Sequence[Image]) -> list[bool]:
+        """Which pictures the model's own safety checker flags. It runs here only, and changes nothing.
+
+        Args:
+            pictures: B Pillow images of any size.
+
+        Raises:
+            InputError: the bundle has no safety checker.
+        """
+        if self._preprocessing is None or SAFETY_CHECKER not in self.sessions:
+            raise InputError("this bundle has no safety checker", where=SAFETY_CHECKER,
+                             fix="build --safety-checker, from a model that has one")
+        return flags(self.sessions[SAFETY_CHECKER], self._preprocessing(pictures)) if pictures else []
 
     def _scheduler(self, name: str | None) -> Scheduler:
         if name not in self._schedulers:

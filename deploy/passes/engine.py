@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from deploy.passes.quantize import carry_layers
 from deploy.plan import Pass, Planned, Skip, Step, Unavailable, require_onnx
 from runtimes.bundle import Bundle, link_or_copy, records_below
 from runtimes.errors import InputError
@@ -79,6 +80,8 @@ class Engine(Pass):
             for file in before.files:
                 link_or_copy(source.path / file, out / file)
             details["weights" if reloads else "graph"] = before.file
+        else:
+            carry_layers(source, before, out)
         return replace(planned, files=records_below(folder, out), details=details)
 
 

@@ -7,6 +7,7 @@ from importlib import util
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from deploy.passes.quantize import carry_layers
 from deploy.plan import Pass, Planned, Skip, Step, Unavailable, require_onnx
 from runtimes.bundle import Bundle, records_below
 from runtimes.manifest import Component, Manifest
@@ -19,7 +20,7 @@ class OpenVino(Pass):
     """OpenVINO's conversion; its own graph optimization runs at load time, for the CPU that is there."""
 
     name: ClassVar[str] = "openvino"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     libraries: ClassVar[tuple[str, ...]] = ("openvino",)
     verify: ClassVar[bool] = True
 
@@ -43,4 +44,5 @@ class OpenVino(Pass):
         before, planned = source.component(name), step.after.components[name]
         folder = out / "components" / name
         report = convert_openvino(source.file(before.file), folder / "model.xml", before.inputs, before.outputs)
+        carry_layers(source, before, out)
         return replace(planned, files=records_below(folder, out), details={**before.details, **report.to_json()})

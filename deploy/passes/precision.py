@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from deploy.passes.quantize import carry_layers
 from deploy.plan import Pass, Planned, Skip, Step, require_onnx
 from runtimes.bundle import Bundle, records_below
 from runtimes.manifest import Component, Manifest
@@ -20,7 +21,7 @@ class Precision(Pass):
     """float32 graphs to float16, with the nodes that need float32 kept in it (exporters.onnx_precision)."""
 
     name: ClassVar[str] = "precision"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     libraries: ClassVar[tuple[str, ...]] = ("onnx", "onnxscript", "onnx-ir", "ml-dtypes")
     verify: ClassVar[bool] = True
 
@@ -50,6 +51,7 @@ class Precision(Pass):
         folder.mkdir(parents=True)
         report = convert_precision(source.file(source.component(name).file), folder / "model.onnx",
                                    step.config["precision"], mode=step.config["mode"], keep=step.config["keep"])
+        carry_layers(source, source.component(name), out)
         details = {**source.component(name).details, "conversion": report.to_json()}
         if step.config["mode"] == "storage" and details.get("ort_graph_optimization") == "disabled":
             details["ort_graph_optimization"] = "basic"  # widens the weights once, at load, instead of in every call

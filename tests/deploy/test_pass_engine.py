@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from deploy.passes.openvino import OpenVino
 from deploy.passes.precision import Precision
 from deploy.plan import Skip, Step, Unavailable
 from deploy.spec import BuildSpec
-from runtimes.bundle import Bundle, sha256_of
+from runtimes.bundle import Bundle, records_below, sha256_of
 from runtimes.errors import InputError
 from runtimes.session import SessionOptions
 from runtimes.session_ort import OrtSession
@@ -177,3 +178,18 @@ def test_openvino_files_are_written(bundle, tmp_path):
     part = OpenVino().run(step, "unet", bundle, tmp_path)
     assert sorted(part.files) == ["components/unet/model.bin", "components/unet/model.xml"]
     assert part.format == "openvino" and part.details["openvino_version"]
+
+
+@pytest.mark.parametrize(("instance", "target", "precision"), [
+    (Engine(), "tensorrt", "fp32"), (Precision(), "tensorrt", "fp16"), (OpenVino(), "openvino", "fp32"),
+])
+def test_the_list_of_quantized_layers_stays_beside_the_graph(bundle, tmp_path, no_gpu, instance, target, precision):
+    copy = shutil.copytree(bundle.path, tmp_path / "copy")
+    (copy / "components/unet/quantization.json").write_text('{"precision_map": {"conv_in": "int8"}}')
+    unet = dataclasses.replace(bundle.component("unet"), files=records_below(copy / "components/unet", copy))
+    components = {**bundle.manifest.components, "unet": unet}
+    quantized = Bundle(copy, dataclasses.replace(bundle.manifest, components=components))
+    part = instance.run(planned(quantized, instance, spec(target, precision)), "unet", quantized, tmp_path / "out")
+    kept = "components/unet/quantization.json"
+    assert part.files[kept] == unet.files[kept]
+    assert (tmp_path / "out" / kept).read_text() == (copy / kept).read_text()

@@ -42,7 +42,8 @@ def build(model: Path, cache: Path, out: Path, *options: str) -> tuple[Bundle, f
           f"peak {opened.manifest.measured['gate_peak_rss_bytes'] / 1e9:.2f} GB")
     for name, component in opened.manifest.components.items():
         parity: Any = component.parity or {"relative_l2": float("nan"), "shapes": []}
-        print(f"{name:14} {component.bytes / 1e9:.2f} GB  relative L2 {parity['relative_l2']:.1e} at {parity['shapes']}")
+        print(f"{name:14} {component.bytes / 1e9:.2f} GB  relative L2 {parity['relative_l2']:.1e} at "
+              f"{parity['shapes']}")
     print(f"build      {seconds:7.1f} s, load average {load:.1f} before and {os.getloadavg()[0]:.1f} after")
     return opened, seconds
 
