@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker, cosine_distance
 from PIL import Image
 from transformers import CLIPConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -41,12 +41,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with quiet():
         checker = StableDiffusionSafetyChecker(CLIPConfig(
             text_config=tower, vision_config={**tower, "image_size": SIDE, "patch_size": 8}, projection_dim=8))
-        for name, parameter in checker.named_parameters():
-            low = 0.1 if name.endswith("_embeds_weights") else -1.0
-            torch.nn.init.uniform_(parameter, low, 1.0)
+        for parameter in checker.parameters():
+            torch.nn.init.uniform_(parameter, -1.0, 1.0)
+        processor = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
+        processor.save_pretrained(folder / "feature_extractor")
+        prepared = torch.from_numpy(processor(pictures(64), return_tensors="np")["pixel_values"].astype(np.float32))
+        with torch.no_grad():
+            embeds = checker.visual_projection(checker.vision_model(prepared)[1])
+            for concepts in ("concept", "special_care"):
+                scores = cosine_distance(embeds, getattr(checker, f"{concepts}_embeds"))
+                getattr(checker, f"{concepts}_embeds_weights").copy_(scores.quantile(0.97, dim=0))
         checker.save_pretrained(folder / "safety_checker")
-        CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}).save_pretrained(
-            folder / "feature_extractor")
     edit_weights(folder / "safety_checker" / "model.safetensors", lambda tensors: {
         key.replace("vision_model.", "vision_model.vision_model."): value for key, value in tensors.items()}
         | {"vision_model.vision_model.embeddings.position_ids": torch.arange(17)[None]})
