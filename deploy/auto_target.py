@@ -71,7 +71,7 @@ def _measured(spec: BuildSpec, targets: list[str], cache_root: Path | None, list
         sessions: dict[str, Session] = {}
         for target in targets:
             listener.working(f"target auto: building for {target}")
-            made = run_build(spec.model_copy(update={"target": target, "verify": False}), folder / target,
+            made = run_build(spec.model_copy(update={"target": target, "verify": "no"}), folder / target,
                              cache_root=cache_root)
             sessions[target] = open_session(made.bundle, "unet", SessionOptions())
         unet = made.bundle.component("unet")

@@ -212,6 +212,7 @@ def _run_pass(instance: Pass, step: Step, before: Bundle, folder: Path, cache: C
     folder.mkdir()
     seconds, peak, reused = 0.0, 0, 0
     parts: dict[str, tuple[Component, Path]] = {}
+    costs: dict[str, dict[str, Any]] = {}
     for name in step.reads:
         listener.working(f"{step.pass_name}: {name}")
         key = key_of(instance, step, name, before)
@@ -222,6 +223,9 @@ def _run_pass(instance: Pass, step: Step, before: Bundle, folder: Path, cache: C
             parts[name] = found or cache.store(key, partial(_run_component, instance, step, name, before, elsewhere))
         seconds += spent.seconds
         peak = max(peak, spent.peak_rss_bytes, *elsewhere)
+        if found is None:
+            costs[name] = {"seconds": round(spent.seconds, 3), "bytes": parts[name][0].bytes,
+                           "peak_rss_bytes": max([spent.peak_rss_bytes, *elsewhere])}
     carried = {n: (c, before.path) for n, c in before.manifest.components.items()
                if n not in step.reads and n in step.after.components}
     assemble(folder, {**carried, **parts})
@@ -231,7 +235,8 @@ def _run_pass(instance: Pass, step: Step, before: Bundle, folder: Path, cache: C
     _check_prediction(step, manifest)
     write_manifest(folder, manifest)
     cost: dict[str, Any] = {"name": step.pass_name, "seconds": round(seconds, 3), "peak_rss_bytes": peak,
-                            "reused": reused, "bytes_in": size_of(before.manifest), "bytes_out": size_of(manifest)}
+                            "reused": reused, "bytes_in": size_of(before.manifest), "bytes_out": size_of(manifest),
+                            "components": costs}
     result = Bundle(folder, manifest)
     if gain := instance.measure(step, before, result):
         cost["gain"] = gain
@@ -289,12 +294,13 @@ def _commit(spec: BuildSpec, result: Bundle, gate: Gate, key: str, target: Path,
         "source_path": str(Path(spec.model).resolve()) if Path(spec.model).exists() else spec.model,
         "adapters": {name: to_json(getattr(spec, name)) for name in LOCAL_FILES if getattr(spec, name)},
         "gate_seconds": round(gate.seconds, 3),
+        "gate_peak_rss_bytes": gate.peak_rss_bytes,
     }
-    manifest = replace(manifest, verified=spec.verify and manifest.parity is not None, measured=measurements)
+    manifest = replace(manifest, verified=manifest.parity is not None, measured=measurements)
     with committed(target) as folder:
         for name in manifest.all_files():
             link_or_copy(result.path / name, folder / name)
-        if spec.verify:
+        if spec.verify != "no":
             write_report(folder / "report", manifest, gate.pictures)
             report = records_below(folder / "report", folder)
             manifest = replace(manifest, measured={**measurements, "files": to_json(report)})

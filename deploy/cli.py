@@ -42,9 +42,9 @@ Mask = Annotated[str, typer.Option(help="weights to zero, no shape changes: text
 Recover = Annotated[int, typer.Option(help="steps of distillation from the original after pruning")]
 RecoverPrompts = Annotated[Path | None, typer.Option(help="file with one prompt a line to distil on")]
 BudgetOptions = Annotated[list[str], typer.Option(help="override an accuracy limit: image_psnr_db=40")]
-VerifyFlag = Annotated[
-    bool, typer.Option("--verify/--no-verify", help="compare with PyTorch and fail on a broken budget")
-]
+Verify = Annotated[str, typer.Option(help="compare with PyTorch: full, quick (4 steps of a picture), components, no; "
+                                          "auto: full where that takes a minute or two, else quick")]
+NoVerify = Annotated[bool, typer.Option("--no-verify", help="the same as --verify no")]
 OutputPng = Annotated[Path, typer.Option("-o", "--output", help="PNG file; several pictures get numbered names")]
 Against = Annotated[str | None, typer.Option(help="the source model; default: where the bundle was built from")]
 ModelArgument = Annotated[str, typer.Argument(help="folder in diffusers layout; default: the model that ships with us")]
@@ -78,7 +78,8 @@ def build(
     recover_prompts: RecoverPrompts = None,
     spec: Annotated[Path | None, typer.Option(help="YAML file with these options; those given here win")] = None,
     budget: BudgetOptions = [],  # noqa: B006
-    verify: VerifyFlag = True,
+    verify: Verify = "",
+    no_verify: NoVerify = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print what would be done, do nothing")] = False,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="default: build/MODEL-TARGET-PRECISION")] = None,
 ) -> None:
@@ -113,8 +114,8 @@ def build(
         options["engine"] = parse_engine(engine)
     if budget:
         options["budget"] = parse_budget(budget)
-    if not verify:
-        options["verify"] = False
+    if verify or no_verify:
+        options["verify"] = "no" if no_verify else verify
     build_spec = make_spec(options, spec)
     if dry_run:
         console.show_plan(plan_build(build_spec), build_spec, output)
@@ -135,7 +136,8 @@ def prune_model(
     recover: Recover = 0,
     recover_prompts: RecoverPrompts = None,
     budget: BudgetOptions = [],  # noqa: B006
-    verify: VerifyFlag = True,
+    verify: Verify = "auto",
+    no_verify: NoVerify = False,
     output: Annotated[Path, typer.Option("-o", "--output", help="folder in diffusers layout")] = Path("pruned"),
 ) -> None:
     """Write a smaller model as a diffusers folder."""
@@ -145,7 +147,7 @@ def prune_model(
 
     options = _pruning(prune, prune_method, prune_widths, prune_blocks, mask, recover, recover_prompts)
     options |= {"model": model} if model else {}
-    options |= {"budget": parse_budget(budget), "verify": verify}
+    options |= {"budget": parse_budget(budget), "verify": "no" if no_verify else verify}
     with console.BuildProgress() as progress:
         component = prune_folder(make_spec(options), output, progress=progress)
     console.show_pruned(component, output)
@@ -247,6 +249,7 @@ def tradeoffs(
 def verify(
     bundle: BundlePath,
     against: Against = None,
+    effort: Annotated[str, typer.Option(help="auto, full, quick or components; as --verify of `build`")] = "auto",
     device: Device = "cpu",
     json: Json = False,
 ) -> None:
@@ -254,7 +257,7 @@ def verify(
     from deploy import console
     from deploy.verify import verify_bundle
 
-    result = verify_bundle(bundle, against, device=device)
+    result = verify_bundle(bundle, against, device=device, effort=effort)
     console.print_json(result.to_json()) if json else console.show_verification(result)
     result.enforce()
     if result.unverified:

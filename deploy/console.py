@@ -114,7 +114,7 @@ def show_plan(planned: Sequence[PlannedPass], spec: BuildSpec, output: Path | No
         else:
             table.add_row(f"[red]{entry.instance.name}[/]", f"[red]unavailable: {escape(entry.planned.what)}[/]", "")
     out.print(table)
-    out.print(f"target {spec.target}, precision {spec.precision}, output {output or 'build/…'}")
+    out.print(f"target {spec.target}, precision {spec.precision}, verify {spec.verify}, output {output or 'build/…'}")
 
 
 def show_pruned(component: Component, folder: Path) -> None:
@@ -221,6 +221,8 @@ def _show_engines(manifest: Manifest) -> None:
 
 def show_parity(parity: Mapping[str, Any]) -> None:
     """The figures of a verification, in the shape of `verify --json`."""
+    if (compared := parity.get("compared")) and compared["level"] != "full":
+        out.print(f"  [yellow]compared: {escape(compared['text'])}[/]")
     images, drift = parity.get("images"), parity.get("trajectory", {}).get("relative_l2")
     if drift:
         first, last = _figure(drift[0], ".1e"), _figure(drift[-1], ".1e")

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deploy.cache import Cache, versions_of
-from deploy.parity.answers import Reference
+from deploy.isolation import ABOVE_BYTES, call_isolated, from_request, to_request
+from deploy.observers import measured
+from deploy.parity.answers import Reference, total_bytes
 from deploy.parity.budgets import PRUNED, budget_for
 from deploy.parity.components import ComponentReport, Figures, check_components
+from deploy.parity.effort import Effort, choose
 from deploy.parity.gate import Verification, component_json, enforce
 from deploy.parity.options import PROMPTS, ParityOptions
-from deploy.parity.pipelines import check_pipeline
+from deploy.parity.pipelines import PipelineReport, check_pipeline
 from deploy.parity.proof import computes_in_16_bits, provable
 from deploy.parity.retrieval import Gallery
 from deploy.reference_model import GALLERY_COLUMNS, GALLERY_FILE, GALLERY_TILE, demo_prompts, subject_names
 from deploy.report import Picture
 from deploy.spec import REFERENCE, BuildSpec
 from runtimes.bundle import Bundle
-from runtimes.manifest import digest_of, to_json
+from runtimes.manifest import digest_of, from_json, to_json
 from runtimes.session import SessionOptions
 
 if TYPE_CHECKING:
@@ -52,23 +55,28 @@ class Gate:
 
     Attributes:
         seconds: spent on comparing, apart from the passes' own time.
+        peak_rss_bytes: the highest resident memory of a process that compared.
         pictures: drawn by reference and bundle, for the report.
     """
 
     def __init__(self, spec: BuildSpec, source_id: str, cache: Cache) -> None:
-        self.seconds = 0.0
+        self.seconds, self.peak_rss_bytes = 0.0, 0
         self.pictures: list[Picture] = []
         self._spec, self._cache, self._source_id = spec, cache, source_id
         self._budget = budget_for(PRUNED if spec.prunes else spec.precision, spec.budget)
-        self._options = options_for(source_id, spec.prompts)
+        self._effort = Effort("full", options_for(source_id, spec.prompts))
         self._reference: Reference | None = None
         self._figures: dict[str, Figures] = {}
         self._executed: Bundle | None = None
         self._unverified: dict[str, str] = {}
 
     def start(self, source: Bundle) -> None:
-        """Take the loaded source model as the reference of everything that follows."""
+        """Take the loaded source model as the reference of everything that follows; choose how much is compared."""
+        if self._spec.verify == "no":
+            return
         self._reference = Reference(source, cache=self._cache.root)
+        self._effort = choose(self._spec.verify, options_for(self._source_id, self._spec.prompts),
+                              source.manifest.components, source.manifest.pipeline)
 
     def after_pass(self, pass_name: str, written: Iterable[str], bundle: Bundle, listener: Listener) -> Bundle:
         """Compare the components that a pass wrote; gives the bundle back with their figures in its manifest.
@@ -76,7 +84,7 @@ class Gate:
         Raises:
             ParityError: naming the pass, component, shape and worst output.
         """
-        if not self._spec.verify or self._reference is None:
+        if self._reference is None:
             return bundle
         components = dict(bundle.manifest.components)
         self._unverified = {}
@@ -92,6 +100,9 @@ class Gate:
                 if name in self._figures:
                     parity = component_json(self._figures[name], self._budget)
                     components[name] = replace(components[name], parity=parity)
+                if name in report.figures and components[name].details.get("executed") is False:
+                    details = {k: v for k, v in components[name].details.items() if k != "not_executed"}
+                    components[name] = replace(components[name], details={**details, "executed": True})
         bundle = replace(bundle, manifest=replace(bundle.manifest, components=components))
         if not self._unverified:
             self._executed = bundle
@@ -103,19 +114,21 @@ class Gate:
         Raises:
             ParityError: naming what is to blame.
         """
-        if not self._spec.verify or self._reference is None or self._executed is None:
+        if self._reference is None or self._executed is None:
             return None
-        listener.working("comparing pictures with PyTorch's")
-        components = ComponentReport(self._figures, {})
-        with self._timed():
-            with provable(self._executed, self._executed.manifest.components, self._cache.root / "work") as bundle:
-                report = check_pipeline(self._reference, bundle, self._budget, self._options,
-                                        components=components, gallery=gallery_for(self._source_id))
-            enforce(report, self._budget, "package")
+        report = PipelineReport({})
+        if self._effort.level != "components":
+            listener.working("comparing pictures with PyTorch's")
+            components = ComponentReport(self._figures, {})
+            with self._timed():
+                with provable(self._executed, self._executed.manifest.components, self._cache.root / "work") as bundle:
+                    report = check_pipeline(self._reference, bundle, self._budget, self._effort.options,
+                                            components=components, gallery=gallery_for(self._source_id))
+                enforce(report, self._budget, "package")
         self.pictures = [Picture(p.prompt, p.scheduler, p.reference, p.candidate, p.psnr_db, p.ssim)
                          for p in report.pairs]
         figures = ComponentReport(self._figures, self._unverified)
-        return Verification(figures, report, self._budget).to_json()
+        return Verification(figures, report, self._budget, self._effort).to_json()
 
     def _check(self, reference: Reference, bundle: Bundle, name: str) -> ComponentReport:
         """Figures of one component, from the cache when the same bytes were compared before."""
@@ -123,23 +136,41 @@ class Gate:
         key = {"kind": "component parity", "source": reference.identity, "component": component.sha256,
                "inputs": to_json(component.inputs), "axes": to_json(component.axes),
                "emulated": computes_in_16_bits(component),
-               "facts": to_json(bundle.manifest.pipeline), "options": digest_of(to_json(self._options)),
+               "facts": to_json(bundle.manifest.pipeline), "options": digest_of(to_json(self._effort.options)),
                "format": component.format, "libraries": versions_of(("onnxruntime", "openvino", "torch"))}
         if (known := self._cache.find_fact(key)) is not None:
             shapes = tuple(tuple(s) for s in known.pop("shapes"))
             figures = Figures(**{**known, "shapes": shapes, "worst_shape": tuple(known["worst_shape"])})
             return ComponentReport({name: figures}, {})
         with provable(bundle, [name], self._cache.root / "work") as proof:
-            report = check_components(reference, proof, self._options, [name])
+            report = self._compare(reference, proof, name)
         figures_found = report.figures.get(name)
         if figures_found is not None and figures_found.compare(self._budget.component_relative_l2):
             self._cache.store_fact(key, asdict(figures_found))
         return report
 
+    def _compare(self, reference: Reference, bundle: Bundle, name: str) -> ComponentReport:
+        """Here or, if the network is large, in a process of its own, whose memory is given back."""
+        network = {name: reference.bundle.manifest.components.get(name, bundle.component(name))}
+        if total_bytes(network) <= ABOVE_BYTES:
+            return check_components(reference, bundle, self._effort.options, [name])
+        request = {"source": to_request(reference.bundle), "candidate": to_request(bundle), "name": name,
+                   "options": to_json(self._effort.options), "cache": str(self._cache.root.resolve())}
+        found, peak = call_isolated("deploy.gate:compare_request", request, f"comparing {name}")
+        self.peak_rss_bytes = max(self.peak_rss_bytes, peak)
+        report: ComponentReport = from_json(ComponentReport, found, name)
+        return report
+
     @contextmanager
     def _timed(self) -> Iterator[None]:
-        began = time.perf_counter()
-        try:
+        with measured() as spent:
             yield
-        finally:
-            self.seconds += time.perf_counter() - began
+        self.seconds += spent.seconds
+        self.peak_rss_bytes = max(self.peak_rss_bytes, spent.peak_rss_bytes)
+
+
+def compare_request(request: Mapping[str, Any]) -> Any:
+    """What a child process does for a `Gate`: one component against the reference, whose answers are kept on disk."""
+    options: ParityOptions = from_json(ParityOptions, request["options"], "options")
+    reference = Reference(from_request(request["source"]), cache=Path(request["cache"]))
+    return to_json(check_components(reference, from_request(request["candidate"]), options, [request["name"]]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,11 +19,16 @@ class Measurement:
 
     Attributes:
         seconds: wall clock.
-        peak_rss_bytes: highest resident memory of this process during the work.
+        peak_rss_bytes: highest resident memory of this process during the work, or of a process that it started.
     """
 
     seconds: float = 0.0
     peak_rss_bytes: int = 0
+
+
+def children_peak_rss_bytes() -> int:
+    """Highest resident memory of any process that this one has waited for so far, theirs included."""
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
 
 
 @contextmanager
@@ -30,9 +36,11 @@ def measured() -> Iterator[Measurement]:
     """Measure the block; the result is filled in when it ends."""
     result = Measurement()
     reset_peak()
-    began = time.perf_counter()
+    began, children = time.perf_counter(), children_peak_rss_bytes()
     try:
         yield result
     finally:
         result.seconds = time.perf_counter() - began
         result.peak_rss_bytes = peak_rss_bytes()
+        if (after := children_peak_rss_bytes()) > children:  # the kernel keeps only the highest of all times
+            result.peak_rss_bytes = max(result.peak_rss_bytes, after)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 from deploy.sources import source_folder
@@ -13,7 +14,7 @@ from exporters.families.step_cache import shallow_weights, with_step_cache
 from exporters.source import ComponentSource, open_source
 from runtimes.bundle import Bundle, record_of, records_below
 from runtimes.guidance import SHALLOW
-from runtimes.manifest import SCHEMA, Component, Manifest, Source
+from runtimes.manifest import SCHEMA, Component, FileRecord, Manifest, Source
 from runtimes.safety import PREPROCESSOR_FILE, SAFETY_CHECKER
 
 ORIGIN_FORMAT = "diffusers"
@@ -38,7 +39,9 @@ def open_origin(spec: BuildSpec) -> Bundle:
         source = source.with_component(SAFETY_CHECKER)
         specs = with_safety_checker(specs, source)
     hashes = {name: record_of(file) for name, file in source.weight_files().items()}
-    components = {name: _component(source.components[s.source_component], s, folder) for name, s in specs.items()}
+    known = {file: hashes[name] for name, file in source.weight_files().items()}
+    components = {name: _component(source.components[s.source_component], s, folder, known)
+                  for name, s in specs.items()}
     files = {}
     for tokenizer in source.tokenizers.values():
         files.update(records_below(tokenizer, folder))
@@ -63,9 +66,10 @@ def open_origin(spec: BuildSpec) -> Bundle:
     return Bundle(folder, manifest)
 
 
-def _component(source: ComponentSource, spec: ComponentSpec, folder: Path) -> Component:
+def _component(source: ComponentSource, spec: ComponentSpec, folder: Path,
+               known: Mapping[Path, FileRecord]) -> Component:
     names = [source.folder / "config.json", *([source.index] if source.index else []), *source.weights]
-    files = {p.relative_to(folder).as_posix(): record_of(p) for p in names}
+    files = {p.relative_to(folder).as_posix(): known.get(p) or record_of(p) for p in names}
     headers = source.headers()
     own = shallow_weights(source.config) if spec.name == SHALLOW else VAE_HALVES.get(spec.name, ("",))
     sizes = {key: (kind, math.prod(shape)) for key, (kind, shape) in headers.items() if key.startswith(own)}

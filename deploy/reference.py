@@ -44,7 +44,7 @@ class TorchSession(Session):
                               fix="give the source model, a diffusers folder")
         folder = bundle.file(component.file).parent
         try:
-            network = load_module(folder, library, component.class_name)
+            network = load_module(folder, library, component.class_name, check=False)  # the pass `load` did
             self._module: Any = torch_component(name, network, [output.name for output in component.outputs])
         except (MemoryError, RuntimeError) as error:
             raise _translated(error, name) from error

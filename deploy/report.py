@@ -132,6 +132,7 @@ def _laid_out(section: Section, picture_bytes: int) -> Mapping[str, Any]:
     return {"name": section.name, "manifest": manifest, "parity": parity, "size": section.size,
             "seconds": section.seconds, "reported": bool(section.metrics), "passes": pass_rows(manifest),
             "unverified": grouped(section.parity.get("unverified", [])), "drift": drift_chart(section.parity),
+            "compared": section.parity.get("compared", {}).get("text", ""),
             "layers": layer_maps(section),
             "conversions": conversions(manifest), "pictures": pictures, "picture_count": count, "command": command,
             "spec": spec}

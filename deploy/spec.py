@@ -20,6 +20,7 @@ ENGINE_TARGETS = ("tensorrt", "tensorrt-rtx")
 Precision = Literal["fp32", "fp16", "int8", "auto"]
 Quantization = Literal["hybrid", "static", "dynamic", "weight-only"]
 QuantizationMethod = Literal["split-skips", "smoothquant", "bias-correction"]
+Verify = Literal["auto", "full", "quick", "components", "no"]
 RangeEstimator = Literal["minmax", "percentile", "mse", "entropy"]
 
 
@@ -35,7 +36,8 @@ class BuildSpec(PruningOptions):
         embedding: textual inversion files, FILE or FILE:TOKEN.
         vae: folder of an autoencoder that takes the place of the model's own.
         opset: ONNX opset of the exported graphs.
-        verify: run the parity gate; without it the bundle is marked as not verified.
+        verify: how much the parity gate compares (deploy.parity.effort); after "no" the bundle is marked as not
+            verified. YAML reads a bare `no` as false, so true and false are taken for "auto" and "no".
         budget: overrides of the precision's accuracy budget, by name.
         prompts: what the image-level comparison draws; the model's own set when empty.
         keep: patterns of node names or op types that stay in float32 when precision is lowered.
@@ -48,7 +50,8 @@ class BuildSpec(PruningOptions):
         safety_checker: export the model's own safety checker too (exporters.families.safety_checker).
         profiles: of TensorRT: optimization profiles, each axis -> min:opt:max within `shapes`; one over all of them
             when empty.
-        engine: of TensorRT: options of the builder (exporters.tensorrt_options.EngineOptions, and `static`).
+        engine: of TensorRT: options of the builder (exporters.tensorrt_options.EngineOptions; `static`; `keep_graph`
+            leaves the ONNX graph that was compiled beside the engine).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
@@ -61,7 +64,7 @@ class BuildSpec(PruningOptions):
     embedding: tuple[str, ...] = ()
     vae: str = ""
     opset: int = Field(default=20, ge=20, le=24)
-    verify: bool = True
+    verify: Verify = "auto"
     budget: dict[str, float] = Field(default_factory=dict)
     prompts: tuple[str, ...] = ()
     keep: tuple[str, ...] = ()
@@ -96,6 +99,11 @@ class BuildSpec(PruningOptions):
         if isinstance(value, str):
             return str(Path(value).absolute()) if value else value
         return tuple(str(Path(option).absolute()) for option in value)
+
+    @field_validator("verify", mode="before")
+    @classmethod
+    def _from_yaml(cls, value: Any) -> Any:
+        return {True: "auto", False: "no"}[value] if isinstance(value, bool) else value
 
     @field_validator("profiles", mode="before")
     @classmethod

@@ -10,6 +10,7 @@ from deploy.gate import gallery_for, options_for
 from deploy.origin import open_origin
 from deploy.parity.answers import Reference
 from deploy.parity.budgets import PRUNED, budget_for
+from deploy.parity.effort import LEVELS, choose
 from deploy.parity.gate import Verification, verify
 from deploy.sources import model_folder
 from deploy.spec import LOCAL_FILES, REFERENCE, BuildSpec
@@ -19,7 +20,7 @@ from runtimes.errors import InputError
 __all__ = ["Verification", "verify_bundle"]
 
 
-def verify_bundle(path: Path, against: str | None = None, *, device: str = "cpu",
+def verify_bundle(path: Path, against: str | None = None, *, device: str = "cpu", effort: str = "auto",
                   cache_root: Path | None = None) -> Verification:
     """Compare a bundle with its source at component, trajectory and image level.
 
@@ -27,12 +28,15 @@ def verify_bundle(path: Path, against: str | None = None, *, device: str = "cpu"
         path: the bundle.
         against: the source model; by default the one the bundle says it was built from.
         device: where the bundle runs.
+        effort: how much is compared, of `deploy.parity.effort.LEVELS` all but "no".
         cache_root: keeps the reference's answers; default `~/.cache/ldm-deploy`.
 
     Raises:
         BundleError: the bundle is broken.
-        InputError: the source model is not there, or not the one the bundle was built from.
+        InputError: the source model is not there, or not the one the bundle was built from; an unknown effort.
     """
+    if effort not in LEVELS or effort == "no":
+        raise InputError(f"unknown effort {effort!r}", where="--effort", fix="auto, full, quick or components")
     bundle = Bundle.open(path)
     manifest = bundle.manifest
     adapters = manifest.measured.get("adapters", {})
@@ -48,8 +52,10 @@ def verify_bundle(path: Path, against: str | None = None, *, device: str = "cpu"
         reference = Reference(source, cache=cache.root)
         prompts = tuple(manifest.spec.get("prompts", ()))
         allowed = PRUNED if any(record.name == "prune" for record in manifest.passes) else manifest.precision
-        return verify(reference, bundle, budget_for(allowed, manifest.spec.get("budget")),
-                      options_for(manifest.source.id, prompts, device), gallery_for(manifest.source.id))
+        chosen = choose(effort, options_for(manifest.source.id, prompts, device), source.manifest.components,
+                        source.manifest.pipeline)
+        return verify(reference, bundle, budget_for(allowed, manifest.spec.get("budget")), chosen,
+                      gallery_for(manifest.source.id))
 
 
 def source_of(bundle: Bundle) -> str:

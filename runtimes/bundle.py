@@ -9,7 +9,8 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,8 +50,10 @@ class Bundle:
         except UnicodeDecodeError as error:
             raise BundleError("not UTF-8 text", where=str(manifest_file)) from error
         bundle = cls(folder, parse(text, str(manifest_file)))
-        for name, record in bundle.manifest.all_files().items():
-            bundle._check_file(name, record, check_hashes)
+        records = bundle.manifest.all_files()
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing lets other threads run
+            for _ in pool.map(lambda name: bundle._check_file(name, records[name], check_hashes), records):
+                pass
         return bundle
 
     def file(self, name: str) -> Path:
@@ -99,10 +102,23 @@ def record_of(path: Path) -> FileRecord:
     return FileRecord(path.stat().st_size, sha256_of(path))
 
 
-def records_below(folder: Path, root: Path) -> dict[str, FileRecord]:
-    """Records of every file below `folder`, keyed by path relative to `root`, sorted."""
+def records_below(folder: Path, root: Path, known: Mapping[Path, FileRecord] | None = None) -> dict[str, FileRecord]:
+    """Records of every file below `folder`, keyed by path relative to `root`, sorted.
+
+    Args:
+        folder: looked through with its subfolders.
+        root: what the keys are relative to.
+        known: files with their records; a hard link to one of them is not read again.
+    """
+    records = {_identity(path): record for path, record in (known or {}).items()}
     files = sorted(p for p in folder.rglob("*") if p.is_file())
-    return {p.relative_to(root).as_posix(): record_of(p) for p in files}
+    return {p.relative_to(root).as_posix(): records.get(_identity(p)) or record_of(p) for p in files}
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    """Device and inode, which hard links share."""
+    status = path.stat()
+    return status.st_dev, status.st_ino
 
 
 def link_or_copy(source: Path, destination: Path) -> None:

@@ -37,7 +37,7 @@ def load(bundle_dir: Path | str | Bundle, device: str = "cpu", threads: int = 0,
         UnavailableError: this machine lacks the backend, the device or the memory.
     """
     bundle = bundle_dir if isinstance(bundle_dir, Bundle) else Bundle.open(bundle_dir, check_hashes=check_hashes)
-    options = SessionOptions(device, threads, hint, pin_threads)
+    options = SessionOptions(device, threads, hint, pin_threads, keep_graphs=True)
     budget = None if memory_budget is None else MemoryBudget(memory_budget, memory_model(bundle, options))
     sessions = BundleSessions(bundle, options)
     facts = bundle.manifest.pipeline

@@ -243,7 +243,7 @@ def main() -> None:
 
     path, device, threads, hint = sys.argv[1:5]
     bundle = Bundle.open(path, check_hashes=False)
-    sessions = BundleSessions(bundle, SessionOptions(device, int(threads), hint))
+    sessions = BundleSessions(bundle, SessionOptions(device, int(threads), hint, keep_graphs=True))
     loaded = {name: sessions[name] for name in needed(bundle.manifest.pipeline)}
     for module in ("PIL.Image", "runtimes.pipeline"):  # what a process that draws has in memory besides
         importlib.import_module(module)

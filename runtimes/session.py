@@ -34,12 +34,14 @@ class SessionOptions:
         threads: CPU threads inside one operator; 0 lets the backend use all cores.
         hint: of OpenVINO: "latency" gives one call every core, "throughput" runs several calls at once.
         pin_threads: keep each CPU thread on a core of its own.
+        keep_graphs: of ONNX Runtime on the CPU: keep large graphs as it optimized them, for the next load.
     """
 
     device: str = "cpu"
     threads: int = 0
     hint: str = "latency"
     pin_threads: bool = False
+    keep_graphs: bool = False
 
 
 class Session(ABC):

@@ -14,6 +14,7 @@ import numpy as np
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as failures
 
+from runtimes import session_ort_kept
 from runtimes.bundle import Bundle
 from runtimes.errors import BundleError, DeployError, InputError, OutOfMemoryError, UnavailableError
 from runtimes.manifest import Component
@@ -64,10 +65,17 @@ class OrtSession(Session):
         super().__init__(name, component)
         provider = available_provider(options.device)
         self._outputs = [spec.name for spec in component.outputs]
+        graph, providers = bundle.file(component.file), [(provider, provider_options(options.device, component))]
+
+        def open_graph(file: Path, settings: ort.SessionOptions) -> ort.InferenceSession:
+            return ort.InferenceSession(str(file), settings, providers=providers)
+
         with _translated(name):
-            self._session = ort.InferenceSession(
-                str(bundle.file(component.file)), session_options(component, options),
-                providers=[(provider, provider_options(options.device, component))])
+            if options.keep_graphs and options.device == "cpu" and component.bytes > session_ort_kept.ABOVE_BYTES:
+                self._session = session_ort_kept.open_kept(
+                    graph, component, lambda: session_options(component, options), open_graph, cache_place() / "cpu")
+            else:
+                self._session = open_graph(graph, session_options(component, options))
         if provider not in self._session.get_providers():
             raise UnavailableError(f"ONNX Runtime could not start {provider} and would have used the CPU", where=name,
                                    fix=PACKAGES.get(options.device, ""))
@@ -202,10 +210,14 @@ def profile_shapes(component: Component) -> dict[str, str]:
     return shapes
 
 
+def cache_place() -> Path:
+    """Where what ORT makes while loading is kept: bundles are read-only."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ldm-deploy" / "onnxruntime"
+
+
 def cache_folder() -> Path:
-    """Where engines that ORT compiles at load time are kept: bundles are read-only."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = base / "ldm-deploy" / "onnxruntime"
+    """`cache_place`, made if it is not there."""
+    folder = cache_place()
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

@@ -140,7 +140,9 @@ class Reference:
             for index, run in enumerate(runs):
                 pipeline = assemble_pipeline(recorders, self.bundle)  # a new one: a cache would hide repeated prompts
                 interval = 2 if SHALLOW in sessions else 1  # so that both of the U-Net's entries are called
-                drawn = draw(pipeline, replace(_recording_request(run, options), cache_interval=interval))
+                request = _recording_request(run, options)
+                request = replace(request, cache_interval=interval, steps=max(request.steps, interval))
+                drawn = draw(pipeline, request)
                 key = {**self._recording_key(runs, options), "kind": "recording", "run": index}
                 for name in recorders:
                     self._store.put({**key, "name": name}, pack(self._fed(name, recorders, drawn.images), "feeds"))
@@ -166,8 +168,8 @@ def total_bytes(components: Mapping[str, Component]) -> int:
 def _recording_request(run: Run, options: ParityOptions) -> DrawRequest:
     prompts = tuple(options.prompts[i % len(options.prompts)] for i in range(run.images))
     guidance = options.guidance_scale if run.guided else 1.0
-    return DrawRequest(prompts, options.schedulers[0], options.recording_steps, guidance, options.seed, run.height,
-                   run.width, images_at_once=run.images)
+    return DrawRequest(prompts, options.schedulers[0], 1 if run.once else options.recording_steps, guidance,
+                       options.seed, run.height, run.width, images_at_once=run.images)
 
 
 def _pictures(encoder: Component, decoder: Recorder) -> list[Feeds]:

@@ -9,8 +9,8 @@ from typing import Any
 from deploy.parity.answers import Reference
 from deploy.parity.budgets import Budget
 from deploy.parity.components import ComponentReport, Figures, check_components
+from deploy.parity.effort import Effort
 from deploy.parity.metrics import Comparison, worst
-from deploy.parity.options import ParityOptions
 from deploy.parity.pipelines import PipelineReport, check_pipeline
 from deploy.parity.retrieval import Gallery
 from runtimes.bundle import Bundle
@@ -79,11 +79,12 @@ def _loosen(key: str, comparison: Comparison) -> str:
 
 @dataclass(frozen=True)
 class Verification:
-    """Both levels of one bundle against one budget."""
+    """Both levels of one bundle against one budget, and how much was compared."""
 
     components: ComponentReport
     pipeline: PipelineReport
     budget: Budget
+    effort: Effort
 
     @property
     def unverified(self) -> list[str]:
@@ -131,6 +132,7 @@ class Verification:
                 zip(("reference", "bundle"), pipeline.retrieval, strict=True)),
             "scheduler": {"relative_l2": _number(pipeline.schedule_error)},
             "unverified": self.unverified,
+            "compared": self.effort.to_json(),
             "budget": asdict(self.budget),
             "broken": [str(c) for c in pipeline.comparisons(self.budget) if not c],
             "culprit": pipeline.culprit or None,
@@ -154,16 +156,19 @@ def component_json(figures: Figures, budget: Budget) -> dict[str, Any]:
 
 
 def verify(
-    reference: Reference, candidate: Bundle, budget: Budget, options: ParityOptions, gallery: Gallery | None = None
+    reference: Reference, candidate: Bundle, budget: Budget, effort: Effort, gallery: Gallery | None = None
 ) -> Verification:
-    """Compare a bundle with its source model at every level.
+    """Compare a bundle with its source model, at every level unless the effort is "components".
 
     Raises:
         InputError: prompts, schedulers or sizes that the reference refuses too.
     """
+    options = effort.options
     components = check_components(reference, candidate, options)
-    pipeline = check_pipeline(reference, candidate, budget, options, components=components, gallery=gallery)
-    return Verification(components, pipeline, budget)
+    pipeline = PipelineReport({})
+    if effort.level != "components":
+        pipeline = check_pipeline(reference, candidate, budget, options, components=components, gallery=gallery)
+    return Verification(components, pipeline, budget, effort)
 
 
 def _images(pipeline: PipelineReport) -> dict[str, Any]:

@@ -29,6 +29,7 @@ class ParityOptions:
         retrieval_scheduler: key of `SCHEDULERS` for them.
         allow_scheduler_change: a build may replace the noise schedule on purpose (a distilled model's).
         session: device and threads of the candidate.
+        small: compare components next to their smallest sizes, the common one once: for networks of minutes a call.
         keep_bytes: networks stay loaded together if all of a bundle's are smaller than this; above it one at a time.
     """
 
@@ -44,4 +45,5 @@ class ParityOptions:
     retrieval_scheduler: str = "ddim"
     allow_scheduler_change: bool = False
     session: SessionOptions = field(default_factory=SessionOptions)
+    small: bool = False
     keep_bytes: int = 1 << 30

@@ -7,7 +7,7 @@ are recorded from the same run; each component then gets its own batch and seque
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from runtimes.errors import InputError
 from runtimes.manifest import Component, PipelineFacts
@@ -27,6 +27,7 @@ class Run:
         height, width: pixels.
         guided: whether both guidance branches run, which doubles the batch of the denoising network.
         sizes: component -> axis -> size that the recorded inputs are fitted to.
+        once: one denoising step will do.
     """
 
     images: int
@@ -34,6 +35,7 @@ class Run:
     width: int
     guided: bool
     sizes: Mapping[str, Mapping[str, int]]
+    once: bool = False
 
 
 def spatial_spec(component: Component) -> TensorSpec | None:
@@ -56,7 +58,8 @@ def batch_range(component: Component) -> ShapeRange:
     return range_of(component, component.inputs[0].shape[0])[0]
 
 
-def plan_runs(components: Mapping[str, Component], facts: PipelineFacts, denoiser: str = "unet") -> tuple[Run, ...]:
+def plan_runs(components: Mapping[str, Component], facts: PipelineFacts, denoiser: str = "unet", *,
+              small: bool = False) -> tuple[Run, ...]:
     """Runs that give every component at least three distinct shapes, as far as its axes leave a choice.
 
     The first is the most common size, the second the smallest, the others not square, with an odd batch, and of sizes
@@ -66,18 +69,20 @@ def plan_runs(components: Mapping[str, Component], facts: PipelineFacts, denoise
         components: of the candidate: its ranges are the promise that is checked.
         facts: of the pipeline.
         denoiser: the component whose batch guidance doubles.
+        small: for networks that take minutes a call: the most common size once, the others next to the smallest.
 
     Raises:
         InputError: the components' ranges have no latent size in common.
     """
-    rows, columns = (_latent_sizes(components, facts, dimension) for dimension in (2, 3))
+    rows, columns = (replace(_latent_sizes(components, facts, dimension), small=small) for dimension in (2, 3))
     runs: list[Run] = []
     for number in range(MAX_RUNS):
         height = rows.pick(number)
         spatial = height, columns.pick(number, avoid=height)
         sizes = {name: _sizes(c, name, number, spatial, facts) for name, c in components.items()}
         if all(run.sizes != sizes for run in runs):
-            runs.append(_run(components, sizes, spatial, facts, denoiser))
+            run = _run(components, sizes, spatial, facts, denoiser)
+            runs.append(replace(run, once=small and number == 0))
         if all(len({tuple(run.sizes[name].items()) for run in runs}) >= SHAPES for name in components):
             break
     return tuple(runs)
@@ -85,10 +90,11 @@ def plan_runs(components: Mapping[str, Component], facts: PipelineFacts, denoise
 
 @dataclass(frozen=True)
 class _Choice:
-    """Sizes that an axis may have, ascending, and the most common one."""
+    """Sizes that an axis may have, ascending, and the most common one; `small` prefers those next to the smallest."""
 
     allowed: tuple[int, ...]
     opt: int
+    small: bool = False
 
     def pick(self, number: int, *, avoid: int = 0, odd: bool = False) -> int:
         """The size for the run of that number: opt, min, then sizes that are neither nor max, nearest to opt first.
@@ -107,9 +113,27 @@ class _Choice:
         def rank(size: int) -> tuple[bool, bool, bool, bool]:
             return size == avoid, size in (smallest, self.opt), odd and size % 2 == 0, size == largest
 
-        ordered = sorted(self.allowed, key=lambda size: (rank(size), abs(size - self.opt)))
+        middle = smallest if self.small else self.opt
+        ordered = sorted(self.allowed, key=lambda size: (rank(size), abs(size - middle)))
         best = [size for size in ordered if rank(size) == rank(ordered[0])]
         return best[(number - 2) % len(best)]
+
+    def half(self, size: int) -> int:
+        """The largest that is at most half of `size`, or the smallest."""
+        return max((a for a in self.allowed if 2 * a <= size), default=self.allowed[0])
+
+
+def halved_sizes(components: Mapping[str, Component], facts: PipelineFacts) -> list[tuple[int, int]]:
+    """Latent rows and columns of the most common picture, then of ever smaller ones, each about half as high and wide.
+
+    Raises:
+        InputError: the components' ranges have no latent size in common.
+    """
+    rows, columns = (_latent_sizes(components, facts, dimension) for dimension in (2, 3))
+    sizes = [(rows.opt, columns.opt)]
+    while (smaller := (rows.half(sizes[-1][0]), columns.half(sizes[-1][1]))) != sizes[-1]:
+        sizes.append(smaller)
+    return sizes
 
 
 def _choice(span: ShapeRange, multiple: int) -> _Choice:

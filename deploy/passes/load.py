@@ -52,7 +52,8 @@ class Load(Pass):
         folder = out / "components" / part
         link_component(open_source(source.path).with_component(part).components[part], folder)
         check_weights(folder, planned.details["library"], planned.class_name)
-        return replace(planned, files=records_below(folder, out))
+        known = {source.path / file: record for file, record in source.component(name).files.items()}
+        return replace(planned, files=records_below(folder, out, known))
 
     def write_files(self, step: Step, source: Bundle, out: Path) -> dict[str, FileRecord]:
         """Tokenizers in the one form the runtime reads, and the scheduler's config."""

@@ -26,7 +26,7 @@ class Prune(Pass):
     """Blocks first, then channels, then masks. The original stays in the bundle while `recover` learns from it."""
 
     name: ClassVar[str] = "prune"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     libraries: ClassVar[tuple[str, ...]] = ("torch", "diffusers", "torch-pruning")
     verify: ClassVar[bool] = True
 

@@ -1,6 +1,7 @@
-"""Stable Diffusion 1.5 with its published configs and random weights, written straight to safetensors: 4.3 GB.
+"""Stable Diffusion 1.5 and XL with their published configs and random weights, written straight to safetensors.
 
-    python -m tests.deploy.real_size /tmp/sd15
+    python -m tests.deploy.real_size sd15 /tmp/sd15            # 4.3 GB
+    python -m tests.deploy.real_size sdxl /tmp/sdxl float16    # 6.9 GB, as published
 """
 
 from __future__ import annotations
@@ -42,22 +43,51 @@ INDEX = {
     "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
     "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
 }
+XL_UNET = UNET | {
+    "sample_size": 128, "block_out_channels": [320, 640, 1280], "cross_attention_dim": 2048,
+    "attention_head_dim": [5, 10, 20], "transformer_layers_per_block": [1, 2, 10], "use_linear_projection": True,
+    "down_block_types": ["DownBlock2D", *["CrossAttnDownBlock2D"] * 2], "addition_embed_type": "text_time",
+    "up_block_types": [*["CrossAttnUpBlock2D"] * 2, "UpBlock2D"], "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+XL_TEXT_ENCODER_2 = TEXT_ENCODER | {
+    "architectures": ["CLIPTextModelWithProjection"], "hidden_size": 1280, "intermediate_size": 5120,
+    "num_hidden_layers": 32, "num_attention_heads": 20, "hidden_act": "gelu", "projection_dim": 1280,
+}
+XL_SCHEDULER = SCHEDULER | {
+    "_class_name": "EulerDiscreteScheduler", "prediction_type": "epsilon", "timestep_spacing": "leading",
+    "interpolation_type": "linear", "use_karras_sigmas": False,
+}
+XL_INDEX = INDEX | {
+    "_class_name": "StableDiffusionXLPipeline", "scheduler": ["diffusers", "EulerDiscreteScheduler"],
+    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"], "tokenizer_2": ["transformers", "CLIPTokenizer"],
+    "force_zeros_for_empty_prompt": True,
+}
+# model_index.json, scheduler, and each network's config
+MODELS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, dict[str, Any]]]] = {
+    "sd15": (INDEX, SCHEDULER, {"unet": UNET, "vae": VAE, "text_encoder": TEXT_ENCODER}),
+    "sdxl": (XL_INDEX, XL_SCHEDULER, {
+        "unet": XL_UNET, "vae": VAE | {"sample_size": 1024, "scaling_factor": 0.13025}, "text_encoder": TEXT_ENCODER,
+        "text_encoder_2": XL_TEXT_ENCODER_2}),
+}
+_FILES = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 
 
-def write_stable_diffusion(folder: Path, dtype: str = "float32") -> Path:
-    """The whole pipeline; the tokenizer is the reference model's, whose ids are a part of CLIP's range."""
-    for name, config, file in (("unet", UNET, "diffusion_pytorch_model"), ("vae", VAE, "diffusion_pytorch_model"),
-                               ("text_encoder", TEXT_ENCODER, "model")):
-        library, class_name = INDEX[name]
-        (folder / name).mkdir(parents=True)
-        (folder / name / "config.json").write_text(json.dumps(config))
-        write_random(folder / name / f"{file}.safetensors", shapes_of(library, class_name, config), dtype)
+def write_model(name: str, folder: Path, dtype: str = "float32") -> Path:
+    """The whole pipeline; the tokenizers are the reference model's, whose ids are a part of CLIP's range."""
+    index, scheduler, configs = MODELS[name]
+    for part, config in configs.items():
+        library, class_name = index[part]
+        (folder / part).mkdir(parents=True)
+        (folder / part / "config.json").write_text(json.dumps(config))
+        write_random(folder / part / f"{_FILES[library]}.safetensors", shapes_of(library, class_name, config), dtype)
     (folder / "scheduler").mkdir()
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
-    shutil.copytree(WEIGHTS / "tokenizer", folder / "tokenizer")
-    config = json.loads((folder / "tokenizer" / "tokenizer_config.json").read_text())
-    (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps({**config, "model_max_length": TOKENS}))
-    (folder / "model_index.json").write_text(json.dumps(INDEX))
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+    for tokenizer in (part for part in index if part.startswith("tokenizer")):
+        shutil.copytree(WEIGHTS / "tokenizer", folder / tokenizer)
+        file = folder / tokenizer / "tokenizer_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "model_max_length": TOKENS}))
+    (folder / "model_index.json").write_text(json.dumps(index))
     return folder
 
 
@@ -93,4 +123,4 @@ def write_random(file: Path, shapes: dict[str, tuple[int, ...]], dtype: str) -> 
 
 
 if __name__ == "__main__":
-    write_stable_diffusion(Path(sys.argv[1]), *sys.argv[2:])
+    write_model(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:])

@@ -55,7 +55,7 @@ def test_the_second_build_does_no_work(reference_bundle: Path, build_cache: Path
 
 
 def test_two_builds_have_the_same_digest_and_bytes(tiny_model: Path, tmp_path: Path):
-    spec = BuildSpec(model=str(tiny_model), verify=False)
+    spec = BuildSpec(model=str(tiny_model), verify="no")
     one, two = (run_build(spec, tmp_path / n / "b", cache_root=tmp_path / n / "cache").bundle for n in ("1", "2"))
     assert one.manifest.digest == two.manifest.digest
     assert not one.manifest.verified

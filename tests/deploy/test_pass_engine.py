@@ -132,6 +132,14 @@ def test_an_engine_is_built_without_a_gpu(bundle, tmp_path, no_gpu):
     assert (part.inputs, part.axes) == (bundle.component("unet").inputs, bundle.component("unet").axes)
 
 
+def test_the_compiled_graph_stays_beside_the_engine_where_it_is_asked_for(bundle, tmp_path, no_gpu):
+    step = planned(bundle, Engine(), spec(engine={"capabilities": "SM89", "keep_graph": True}))
+    part = Engine().run(step, "unet", bundle, tmp_path)
+    graph = part.details["graph"]
+    assert set(part.files) == {part.file, graph}
+    assert sha256_of(tmp_path / graph) == part.details["graph_sha256"]
+
+
 @pytest.mark.parametrize(("target", "mode"), [("tensorrt", "compute"), ("onnxruntime", "storage")])
 def test_precision_computes_in_16_bits_on_gpus_and_stores_in_them_on_cpus(bundle, tmp_path, target, mode):
     step = planned(bundle, Precision(), spec(target, "fp16"))

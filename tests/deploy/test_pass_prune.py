@@ -98,7 +98,7 @@ def test_importance_along_the_trajectory_and_sensitive_widths_need_only_prompts(
 
     monkeypatch.setattr(importance, "TIMESTEPS", 3)
     monkeypatch.setattr(network, "SCAN_BATCHES", 2)
-    spec = BuildSpec(model=str(tiny_model), prune=0.3, prune_widths="sensitivity", verify=False)
+    spec = BuildSpec(model=str(tiny_model), prune=0.3, prune_widths="sensitivity", verify="no")
     component = prune_folder(spec, tmp_path / "pruned")
     details = component.details["pruning"]["channels"]
     assert details["method"] == "taylor" and sum(details["kept"]) < sum(details["before"])

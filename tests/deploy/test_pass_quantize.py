@@ -133,7 +133,7 @@ def test_the_manifest_says_what_each_layer_became_and_what_it_bought(int8_bundle
 def test_another_recipe_uses_the_recording_again(int8_bundle: Bundle, build_cache: Path, tmp_path: Path):
     before = {p: p.stat().st_mtime_ns for p in (build_cache / "calibration").rglob("shard-*.npz")}
     spec = BuildSpec(precision="int8", calibration_samples=24, quantization="static", range_estimator="minmax",
-                     verify=False)
+                     verify="no")
     static = run_build(spec, tmp_path / "static", cache_root=build_cache).bundle
     layers = static.manifest.components["unet"].details["quantization"]["layers"]
     assert layers == {"w8a8": 159}
@@ -143,7 +143,7 @@ def test_another_recipe_uses_the_recording_again(int8_bundle: Bundle, build_cach
 def test_a_kept_layer_is_float_in_the_bundle_and_an_unknown_one_names_the_nearest(
     tiny_model: Path, build_cache: Path, tmp_path: Path
 ):
-    options = {"model": str(tiny_model), "precision": "int8", "quantization": "weight-only", "verify": False}
+    options = {"model": str(tiny_model), "precision": "int8", "quantization": "weight-only", "verify": "no"}
     kept = run_build(make_spec({**options, "keep": ("mid_block.*",)}), tmp_path / "b", cache_root=build_cache).bundle
     names = {t.name for t in onnx.load(kept.path / "components/unet/model.onnx").graph.initializer}
     assert "mid_block.resnets.0.conv1.weight" in names

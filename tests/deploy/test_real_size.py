@@ -1,6 +1,6 @@
-"""Stable Diffusion 1.5 at its real size: seconds, peak memory, load time, and parity component by component.
+"""Published models at their real size: seconds, peak memory, parity, load time. Minutes each, and tens of gigabytes.
 
-    .venv/bin/python -m pytest tests/deploy/test_real_size.py -m large -s
+    .venv/bin/python -m pytest tests/deploy/test_real_size.py -m large -s [-k sd15 | -k sdxl]
 """
 
 from __future__ import annotations
@@ -11,71 +11,94 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from deploy.observers import measured
-from deploy.parity.options import ParityOptions
 from runtimes.bundle import Bundle
-from runtimes.session import SessionOptions
-from tests.deploy.real_size import write_stable_diffusion
+from tests.deploy.real_size import write_model
 
 pytestmark = pytest.mark.large
 UNET_BYTES = 3_438_000_000
-SHAPES = "batch=1:1:1,height=64:64:512,width=64:64:512"
-OPTIONS = ParityOptions(prompts=("a red apple",), recording_steps=1)
+SHAPES = "batch=1:1:1,height=64:512:512,width=64:512:512"
+XL_SHAPES = "batch=1:1:1,height=256:1024:1024,width=256:1024:1024"
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_stable_diffusion(tmp_path_factory.mktemp("real") / "sd15")
+def sd15(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model("sd15", tmp_path_factory.mktemp("real") / "sd15")
 
 
-@pytest.fixture(scope="module")
-def bundle(model: Path, build_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundle]:
-    """Built by the command, in a process whose cost is printed; 4.3 GB that go when the tests are done."""
-    out = tmp_path_factory.mktemp("bundle") / "sd15"
-    began = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "deploy", "build", model, "--no-verify", "--shapes", SHAPES, "-o", out],
-                   check=True, env={**os.environ, "LDM_DEPLOY_CACHE": str(build_cache)})
+def build(model: Path, cache: Path, out: Path, *options: str) -> tuple[Bundle, float]:
+    """Build by the command, in a process whose costs are printed; gives the bundle and the wall clock."""
+    began, load = time.perf_counter(), os.getloadavg()[0]
+    subprocess.run([sys.executable, "-m", "deploy", "build", model, *options, "-o", out],
+                   check=True, env={**os.environ, "LDM_DEPLOY_CACHE": str(cache)})
+    seconds = time.perf_counter() - began
     opened = Bundle.open(out)
     for cost in opened.manifest.measured["passes"]:
         print(f"{cost['name']:10} {cost['seconds']:7.1f} s  peak {cost['peak_rss_bytes'] / 1e9:.2f} GB")
-    print(f"build      {time.perf_counter() - began:7.1f} s")
-    yield opened
+    print(f"parity     {opened.manifest.measured['gate_seconds']:7.1f} s  "
+          f"peak {opened.manifest.measured['gate_peak_rss_bytes'] / 1e9:.2f} GB")
+    for name, component in opened.manifest.components.items():
+        parity: Any = component.parity or {"relative_l2": float("nan"), "shapes": []}
+        print(f"{name:14} {component.bytes / 1e9:.2f} GB  relative L2 {parity['relative_l2']:.1e} at "
+              f"{parity['shapes']}")
+    print(f"build      {seconds:7.1f} s, load average {load:.1f} before and {os.getloadavg()[0]:.1f} after")
+    return opened, seconds
 
 
-def test_memory_stays_below_one_and_a_half_unets(bundle: Bundle) -> None:
-    peak = max(cost["peak_rss_bytes"] for cost in bundle.manifest.measured["passes"])
-    assert peak <= 1.5 * UNET_BYTES
+def peak(bundle: Bundle) -> int:
+    """Highest resident memory of any process of a build, comparison included."""
+    measured = bundle.manifest.measured
+    return max(measured["gate_peak_rss_bytes"], *(cost["peak_rss_bytes"] for cost in measured["passes"]))
 
 
-def test_every_component_equals_pytorch(bundle: Bundle, model: Path, build_cache: Path, tmp_path: Path) -> None:
-    from deploy.builder import Silent, load_source
-    from deploy.cache import Cache
-    from deploy.origin import open_origin
-    from deploy.parity.answers import Reference
-    from deploy.parity.components import check_components
-    from deploy.spec import BuildSpec, covering, parse_shapes
-
-    spec = BuildSpec(model=str(model), shapes=covering(parse_shapes([SHAPES])))
-    source = load_source(open_origin(spec), spec, Cache(build_cache), tmp_path, Silent())
-    with measured() as spent:
-        report = check_components(Reference(source, cache=tmp_path), bundle, OPTIONS)
-    for name, figures in report.figures.items():
-        print(f"{name:13} relative L2 {figures.relative_l2:.1e} at {len(figures.shapes)} shapes")
-    print(f"parity {spent.seconds:.1f} s, peak {spent.peak_rss_bytes / 1e9:.2f} GB")
-    assert not report.unverified
-    assert set(report.figures) == {"text_encoder", "unet", "vae_encoder", "vae_decoder"}
-    assert max(figures.relative_l2 for figures in report.figures.values()) <= 1e-4
+@pytest.fixture(scope="module")
+def bundle(sd15: Path, build_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Bundle, float]]:
+    """Stable Diffusion 1.5 in float32."""
+    yield build(sd15, build_cache, tmp_path_factory.mktemp("bundle") / "sd15", "--shapes", SHAPES)
 
 
-def test_cold_start(bundle: Bundle) -> None:
-    """Every network loaded, as the first call of a pipeline needs them."""
-    from runtimes.session import open_session
+def test_sd15_is_built_and_proven_in_minutes_and_one_and_a_half_unets(bundle: tuple[Bundle, float]) -> None:
+    built, seconds = bundle
+    assert peak(built) <= 1.5 * UNET_BYTES
+    assert seconds <= 8 * 60 or os.getloadavg()[0] > 2.5  # says nothing on a machine with other work
+    parity = built.manifest.parity
+    assert parity is not None and parity["ok"] and set(parity["components"]) == set(built.manifest.components)
+    assert parity["compared"]["level"] == "quick" and parity["images"]["count"] == 1
+    assert max(figures["relative_l2"] for figures in parity["components"].values()) <= 1e-4
 
-    began = time.perf_counter()
-    sessions = [open_session(bundle, name, SessionOptions()) for name in bundle.manifest.components]
-    seconds = time.perf_counter() - began
-    print(f"load {seconds:.1f} s")
-    assert len(sessions) == 4 and seconds <= 20
+
+def test_sd15_in_float16_is_half_the_files(
+    bundle: tuple[Bundle, float], sd15: Path, build_cache: Path, tmp_path: Path
+) -> None:
+    half, _ = build(sd15, build_cache, tmp_path / "half", "--shapes", SHAPES, "--precision", "fp16")
+    for name, component in half.manifest.components.items():
+        assert component.bytes <= 0.52 * bundle[0].component(name).bytes, name
+    assert half.manifest.parity is not None and half.manifest.parity["ok"]
+
+
+def test_sd15_loads_in_seconds(bundle: tuple[Bundle, float], tmp_path: Path) -> None:
+    """In a new process each, as a user starts it; the first load keeps what the second one finds."""
+    code = ("import sys, time; began = time.perf_counter(); import runtimes; pipeline = runtimes.load(sys.argv[1]); "
+            "print(time.perf_counter() - began, time.process_time())")
+    seconds = []
+    for which in ("first", "second"):
+        run = subprocess.run([sys.executable, "-c", code, bundle[0].path], check=True, text=True, capture_output=True,
+                             env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)})
+        wall, cpu = map(float, run.stdout.split())
+        print(f"{which} load {wall:.1f} s, {cpu:.1f} s of CPU time, hashes checked")
+        seconds.append(cpu)
+    assert seconds[1] <= 5
+
+
+def test_sdxl_is_exported_in_float16_on_a_small_machine(build_cache: Path, tmp_path: Path) -> None:
+    """7 GB in, 7 GB out, 2.6 billion weights; the float32 graphs between the passes need 30 GB of disk."""
+    model = write_model("sdxl", tmp_path / "sdxl", "float16")
+    built, seconds = build(model, build_cache, tmp_path / "bundle", "--shapes", XL_SHAPES, "--precision", "fp16",
+                           "--no-verify")
+    assert peak(built) <= 8e9
+    assert seconds <= 20 * 60 or os.getloadavg()[0] > 2.5
+    assert built.component("unet").parameters == 2_567_463_684
+    assert sum(component.bytes for component in built.manifest.components.values()) < 7.2e9

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker, cosine_distance
 from PIL import Image
 from transformers import CLIPConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -21,40 +21,37 @@ from deploy.spec import BuildSpec
 from exporters.modules import filled, load_module
 from exporters.quiet import quiet
 from runtimes.errors import InputError
-from runtimes.pipeline import Pipeline
 from runtimes.safety import CONCEPT_SCORES, SPECIAL_SCORES, Preprocessing, flags
 from runtimes.session import Arrays, Session
 from runtimes.tensors import ShapeRange
 from tests.deploy.conftest import Cli, assert_refused
 from tests.exporters.pipelines import edit_json, edit_weights
 from tests.parity.pipelines import write_model
-from tests.runtimes.fakes import DDIM, FACTS, fake_sessions, tokenize, write_pipeline_bundle
 
 SIDE = 32
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model with a random safety checker that flags half of `pictures(64)`, weights named as of 2022."""
+    """A tiny model with a random safety checker whose thresholds lie among the scores, weights named as of 2022."""
     folder = write_model(tmp_path_factory.mktemp("model") / "safe")
     tower = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
              "projection_dim": 8}
     torch.manual_seed(3)
-    with quiet(), torch.no_grad():
+    with quiet():
         checker = StableDiffusionSafetyChecker(CLIPConfig(
             text_config=tower, vision_config={**tower, "image_size": SIDE, "patch_size": 8}, projection_dim=8))
         for parameter in checker.parameters():
             torch.nn.init.uniform_(parameter, -1.0, 1.0)
         processor = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
-        prepared = processor(pictures(64), return_tensors="pt")["pixel_values"].float()
-        normalize = torch.nn.functional.normalize
-        embeds = normalize(checker.visual_projection(checker.vision_model(prepared)[1]))
-        cosines = embeds @ normalize(checker.concept_embeds).T
-        for weights in (checker.concept_embeds_weights, checker.special_care_embeds_weights):
-            weights.fill_(2.0)
-        checker.concept_embeds_weights[0] = cosines[:, 0].median()
-        checker.save_pretrained(folder / "safety_checker")
         processor.save_pretrained(folder / "feature_extractor")
+        prepared = torch.from_numpy(processor(pictures(64), return_tensors="np")["pixel_values"].astype(np.float32))
+        with torch.no_grad():
+            embeds = checker.visual_projection(checker.vision_model(prepared)[1])
+            for concepts in ("concept", "special_care"):
+                scores = cosine_distance(embeds, getattr(checker, f"{concepts}_embeds"))
+                getattr(checker, f"{concepts}_embeds_weights").copy_(scores.quantile(0.97, dim=0))
+        checker.save_pretrained(folder / "safety_checker")
     edit_weights(folder / "safety_checker" / "model.safetensors", lambda tensors: {
         key.replace("vision_model.", "vision_model.vision_model."): value for key, value in tensors.items()}
         | {"vision_model.vision_model.embeddings.position_ids": torch.arange(17)[None]})
@@ -73,7 +70,7 @@ def bundle(model: Path, tmp_path_factory: pytest.TempPathFactory, build_cache: P
 def pictures(count: int) -> list[Image.Image]:
     random = np.random.default_rng(1)
     sizes = [(40, 64), (64, 40), (33, 33), (200, 90)]
-    return [Image.fromarray(random.integers(0, random.integers(9, 256, 3), (*sizes[i % 4], 3), np.uint8))
+    return [Image.fromarray(random.integers(0, 256, (*sizes[i % 4], 3), np.uint8)).resize(sizes[i % 4][::-1])
             for i in range(count)]
 
 
@@ -140,13 +137,13 @@ def test_generate_reports_and_replaces_only_when_asked(cli: Cli, bundle: Path, m
     assert files[0].read_bytes() == unasked[0] and not np.asarray(Image.open(files[1])).any()
 
 
-def test_models_and_bundles_without_one_are_refused(cli: Cli, tiny_model: Path, tmp_path: Path) -> None:
+def test_models_and_bundles_without_one_are_refused(cli: Cli, model: Path, tiny_model: Path, reference_bundle: Path,
+                                                    tmp_path: Path) -> None:
     assert_refused(cli("build", tiny_model, "--safety-checker"), "no safety_checker", "model_index.json")
-    without = write_pipeline_bundle(tmp_path / "without", 20).path
-    assert_refused(cli("generate", without, "x", "--safety", "report"), "has no safety_checker")
-    assert_refused(cli("generate", without, "x", "--safety", "strict"), "off, report, replace")
+    assert_refused(cli("generate", reference_bundle, "x", "--safety", "report"), "safety_checker")
+    assert_refused(cli("generate", reference_bundle, "x", "--safety", "strict"), "off, report, replace")
     with pytest.raises(InputError, match="no safety checker"):
-        Pipeline(fake_sessions(), FACTS, DDIM, tokenize).flagged([])
+        runtimes.load(reference_bundle).flagged([])
 
 
 @pytest.mark.parametrize(("change", "word"), [

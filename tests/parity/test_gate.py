@@ -11,6 +11,7 @@ from PIL import Image
 
 from deploy.parity.answers import Reference
 from deploy.parity.budgets import budget_for
+from deploy.parity.effort import Effort
 from deploy.parity.gate import check_components, check_pipeline, enforce, verify
 from deploy.parity.retrieval import Gallery
 from runtimes.bundle import Bundle
@@ -29,7 +30,7 @@ def equal(source, reference):
     """The source against itself."""
     from tests.parity.conftest import OPTIONS
 
-    return verify(reference, source, FP32, OPTIONS)
+    return verify(reference, source, FP32, Effort("full", OPTIONS))
 
 
 def refused(reference, candidate, options, names=None) -> ParityError:
@@ -138,7 +139,7 @@ def test_decoder_alone_is_blamed_when_only_the_pictures_differ(source, reference
 
 def test_corrupted_scheduler_coefficient_names_the_scheduler(source, reference, options, copied):
     candidate = changed(source, copied, lambda f: edit_json(f / "scheduler/scheduler_config.json", beta_end=0.0121))
-    result = verify(reference, candidate, FP32, options)
+    result = verify(reference, candidate, FP32, Effort("full", options))
     enforce(result.components, FP32, "package")  # every network is fine
     with pytest.raises(ParityError) as error:
         result.enforce("package")
@@ -212,7 +213,7 @@ def test_a_nan_at_a_single_noise_level_never_passes(source, reference, options, 
     endless = replace(FP32, component_relative_l2=1e300)
     with pytest.raises(ParityError, match="no tolerance passes"):
         enforce(report, endless, "quantize")
-    result = verify(reference, candidate, endless, options)
+    result = verify(reference, candidate, endless, Effort("full", options))
     assert result.broken
     found = result.to_json()
     assert found["components"]["unet"]["relative_l2"] is None and found["components"]["unet"]["nonfinite"] > 0
@@ -250,7 +251,7 @@ def test_a_format_without_a_runtime_here_is_unverified_never_passed(source, refe
     unknown = replace(source.component("unet"), format="engine-of-tomorrow")
     components = {**source.manifest.components, "unet": unknown}
     candidate = Bundle(source.path, replace(source.manifest, components=components))
-    result = verify(reference, candidate, FP32, options)
+    result = verify(reference, candidate, FP32, Effort("full", options))
     result.enforce()  # nothing is broken
     found = result.to_json()
     assert not found["ok"] and "unet" not in found["components"]
@@ -268,7 +269,7 @@ def test_a_missing_device_is_unverified(source, reference, options, monkeypatch)
 
     monkeypatch.setattr(components, "open_candidate", unavailable)
     monkeypatch.setattr(pipelines, "open_candidate", unavailable)
-    result = verify(reference, source, FP32, replace(options, session=SessionOptions("cuda")))
+    result = verify(reference, source, FP32, Effort("full", replace(options, session=SessionOptions("cuda"))))
     assert not result.ok and not result.broken
     assert result.unverified[0] == "text_encoder: text_encoder: no NVIDIA driver"
     assert len(result.unverified) == 5
@@ -287,10 +288,10 @@ def test_a_second_verify_asks_the_reference_for_nothing(source, options, tmp_pat
         return reference_sessions(bundle, capacity=capacity)
 
     fewer = replace(options, schedulers=("ddim",))
-    first = verify(Reference(source, cache=tmp_path, opener=opener), source, FP32, fewer)
+    first = verify(Reference(source, cache=tmp_path, opener=opener), source, FP32, Effort("full", fewer))
     assert opened
     again = Reference(source, cache=tmp_path, opener=lambda *_: pytest.fail("the reference ran again"))
-    assert verify(again, source, FP32, fewer).to_json() == first.to_json()
+    assert verify(again, source, FP32, Effort("full", fewer)).to_json() == first.to_json()
 
 
 def test_other_weights_or_settings_are_other_cache_entries(source, reference, options, copied):
@@ -321,7 +322,7 @@ def test_large_networks_are_held_one_at_a_time(source, options, monkeypatch):
     monkeypatch.setattr(TorchSession, "__init__", counting_init)
     monkeypatch.setattr(TorchSession, "close", counting_close)
     frugal = replace(options, prompts=("a cat",), schedulers=("ddim",), steps=2, recording_steps=2, keep_bytes=0)
-    assert verify(Reference(source, keep_bytes=0), source, FP32, frugal).ok
+    assert verify(Reference(source, keep_bytes=0), source, FP32, Effort("full", frugal)).ok
     assert most == 1 and not alive
 
 
@@ -350,7 +351,8 @@ def test_retrieval_of_a_reference_that_finds_nothing_is_unverified_not_passed(so
     sheet[:, :32], sheet[:, 32:64], sheet[:, 64:] = (0, 255, 0), (0, 0, 0), 128  # every drawing is nearest to grey
     Image.fromarray(sheet).save(tmp_path / "gallery.png")
     gallery = Gallery.load(tmp_path / "gallery.png", ("a cat", "a dog", "a bus"), columns=3)
-    result = verify(reference, source, FP32, replace(options, retrieval_prompts=("a cat", "a dog")), gallery)
+    asked = replace(options, retrieval_prompts=("a cat", "a dog"))
+    result = verify(reference, source, FP32, Effort("full", asked), gallery)
     assert result.pipeline.retrieval == (0.0, 0.0)
     assert not result.broken and not result.ok
     assert result.unverified[0].startswith("retrieval: the reference itself draws only 0.0%")

@@ -115,7 +115,7 @@ def main() -> int:
 
 def prepare(options: argparse.Namespace, scratch: Path) -> Context:
     """The float32 bundle, built where the cache lacks it, and the recording."""
-    bundle = run_build(BuildSpec(verify=False), scratch / "fp32").bundle
+    bundle = run_build(BuildSpec(verify="no"), scratch / "fp32").bundle
     spec = BuildSpec(precision="int8", calibration_samples=options.samples)
     recording = record_calibration(bundle, plan_calibration(bundle.manifest, spec))
     return Context(bundle, derived("unet"), recording, scratch / "rows", options)
@@ -157,7 +157,7 @@ def half(context: Context, row: str) -> Graphs:
 
 def searched(context: Context, row: str) -> Graphs:
     """`--precision auto`."""
-    bundle = run_build(BuildSpec(precision="auto", calibration_samples=context.options.samples, verify=False),
+    bundle = run_build(BuildSpec(precision="auto", calibration_samples=context.options.samples, verify="no"),
                        context.folder / "auto-bundle").bundle
     return {"onnxruntime": bundle.file(bundle.component("unet").file)}
 

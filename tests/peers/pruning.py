@@ -62,7 +62,7 @@ def rows(options: argparse.Namespace) -> dict[str, BuildSpec]:
     """A build for every ratio, without recovery and with it; the gate would stop most of the first kind."""
     specs = {}
     for ratio in options.ratios:
-        pruned = {"prune": ratio, "prune_method": options.method, "prune_widths": options.widths, "verify": False}
+        pruned = {"prune": ratio, "prune_method": options.method, "prune_widths": options.widths, "verify": "no"}
         specs[f"prune {ratio:.0%}"] = BuildSpec(**pruned)
         if options.recover:
             specs[f"prune {ratio:.0%} recovered"] = BuildSpec(**pruned, recover=options.recover)
