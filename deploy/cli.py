@@ -192,6 +192,8 @@ def generate(
     scheduler: Annotated[str | None, typer.Option(help="ddim, euler, euler-ancestral, dpm++, unipc, lcm, pndm")] = None,
     height: Annotated[int | None, typer.Option(help="pixels")] = None,
     width: Annotated[int | None, typer.Option(help="pixels")] = None,
+    aspect: Annotated[str, typer.Option(help="width:height, as 16:9; the bundle's nearest size")] = "",
+    memory_budget: Annotated[str, typer.Option(help="as 2GB: as many pictures at once as fit")] = "",
     tile: Annotated[int | None, typer.Option(help="draw in overlapping tiles of so many pixels, for large pictures")]
     = None,
     latents: Annotated[Path | None, typer.Option(help="initial latents, .npy float32 (B, C, H/f, W/f)")] = None,
@@ -216,7 +218,7 @@ def generate(
             strength=strength, steps=steps, quality=quality, budget_ms=budget_ms, guidance_scale=guidance,
             guidance_rescale=guidance_rescale, guidance_interval=guidance_interval, part=part, weighting=weighting,
             long_prompts=long_prompts, cache_interval=cache_interval, seed=seed, count=count, scheduler=scheduler,
-            height=height, width=width, tile=tile, latents=latents,
+            height=height, width=width, aspect=aspect, memory_budget=memory_budget, tile=tile, latents=latents,
             save_latents=save_latents, safety=safety, grid=grid, preview=preview, metadata=metadata,
             device=device, threads=threads, hint=hint, pin_threads=pin_threads, output=output,
         )

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 from deploy import console, presets
 from deploy.observers import peak_rss_bytes
 from deploy.presets import Setting
+from runtimes.aspects import parse_aspect
 from runtimes.bundle import replacing
 from runtimes.errors import InputError
+from runtimes.memory import parse_bytes
 from runtimes.safety import SAFETY_CHECKER
 
 if TYPE_CHECKING:
@@ -49,6 +51,8 @@ class GenerateRequest:
     weighting: bool
     long_prompts: bool
     cache_interval: int | None
+    aspect: str
+    memory_budget: str
     tile: int | None
     seed: int
     count: int
@@ -132,8 +136,10 @@ def generate_files(request: GenerateRequest) -> list[Path]:
     if request.safety != "off":
         bundle.component(SAFETY_CHECKER)  # refused before any work if it has none
     prompts = prompts_of(request, wanted=bool(bundle.manifest.pipeline.text_encoders))
+    budget = parse_bytes(request.memory_budget) if request.memory_budget else None
     pipeline = runtimes.load(bundle, device=request.device, threads=request.threads, hint=request.hint,
-                             pin_threads=request.pin_threads)
+                             pin_threads=request.pin_threads, memory_budget=budget)
+    height, width = size_of(request, pipeline)
     loaded = time.perf_counter()
     wanted = [p for p in prompts for _ in range(request.count)]
     seeds = list(range(request.seed, request.seed + len(wanted)))
@@ -145,8 +151,8 @@ def generate_files(request: GenerateRequest) -> list[Path]:
                 save_preview(pipeline.preview(step.estimate), bundle.manifest.pipeline.vae_scale_factor,
                              request.preview)
 
-        result = pipeline(wanted, negative_prompt=request.negative, seed=seeds, height=request.height,
-                          width=request.width, on_step=on_step, **options)
+        result = pipeline(wanted, negative_prompt=request.negative, seed=seeds, height=height, width=width,
+                          on_step=on_step, **options)
     if request.safety != "off":
         result = checked(pipeline, result, replace=request.safety == "replace")
     if request.save_latents is not None:
@@ -173,6 +179,19 @@ def checked(pipeline: Pipeline, pictures: list[Image], *, replace: bool) -> list
         console.say(f"flagged by the safety checker{' and replaced' if replace else ''}: {numbers} of {len(pictures)}")
     return [PillowImage.new("RGB", picture.size) if flag and replace else picture
             for picture, flag in zip(pictures, flagged, strict=True)]
+
+
+def size_of(request: GenerateRequest, pipeline: Pipeline) -> tuple[int | None, int | None]:
+    """Height and width as given, or as --aspect stands for them.
+
+    Raises:
+        InputError: both are given, or it is no aspect ratio.
+    """
+    if not request.aspect:
+        return request.height, request.width
+    if request.height is not None or request.width is not None:
+        raise InputError("both --aspect and --height or --width are given", where="generate", fix="give one of them")
+    return pipeline.size_of(parse_aspect(request.aspect))
 
 
 def chosen_setting(request: GenerateRequest, digest: str) -> Setting:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+
+from runtimes.memory import peak_rss_bytes, reset_peak
+
+__all__ = ["Measurement", "measured", "peak_rss_bytes", "reset_peak"]
 
 
 @dataclass
@@ -21,20 +24,6 @@ class Measurement:
 
     seconds: float = 0.0
     peak_rss_bytes: int = 0
-
-
-def reset_peak() -> None:
-    """Forget earlier memory peaks; where the kernel does not allow it, peaks stay cumulative (an over-estimate)."""
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_rss_bytes() -> int:
-    """Highest resident memory since the last reset."""
-    with suppress(OSError, ValueError, IndexError):
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def children_peak_rss_bytes() -> int:

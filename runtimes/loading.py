@@ -9,6 +9,7 @@ from typing import Any
 
 from runtimes.bundle import Bundle, read_object
 from runtimes.manifest import PipelineFacts
+from runtimes.memory import MemoryBudget, memory_model
 from runtimes.pipeline import Pipeline
 from runtimes.safety import PREPROCESSOR_FILE, SAFETY_CHECKER, Preprocessing
 from runtimes.session import Session, SessionOptions, open_session
@@ -18,7 +19,7 @@ SCHEDULER_FILE = "scheduler/scheduler_config.json"
 
 
 def load(bundle_dir: Path | str | Bundle, device: str = "cpu", threads: int = 0, check_hashes: bool = True, *,
-         hint: str = "latency", pin_threads: bool = False) -> Pipeline:
+         hint: str = "latency", pin_threads: bool = False, memory_budget: int | None = None) -> Pipeline:
     """Load a bundle.
 
     Args:
@@ -28,18 +29,23 @@ def load(bundle_dir: Path | str | Bundle, device: str = "cpu", threads: int = 0,
         check_hashes: compare every file with its sha256 first; otherwise only presence and size.
         hint: of OpenVINO: "latency" gives one call every core, "throughput" runs several calls at once.
         pin_threads: keep each CPU thread on a core of its own.
+        memory_budget: bytes that this process may take while it draws from text: as many images share a call as fit.
+            What calls take is measured once on each machine; see `runtimes.memory`.
 
     Raises:
         BundleError: not a bundle, or one that is broken, changed or from another schema.
         UnavailableError: this machine lacks the backend, the device or the memory.
     """
     bundle = bundle_dir if isinstance(bundle_dir, Bundle) else Bundle.open(bundle_dir, check_hashes=check_hashes)
-    sessions = BundleSessions(bundle, SessionOptions(device, threads, hint, pin_threads, keep_graphs=True))
+    options = SessionOptions(device, threads, hint, pin_threads, keep_graphs=True)
+    budget = None if memory_budget is None else MemoryBudget(memory_budget, memory_model(bundle, options))
+    sessions = BundleSessions(bundle, options)
     facts = bundle.manifest.pipeline
     for name in needed(facts):
         sessions[name]
-    preprocessing = load_preprocessing(bundle) if SAFETY_CHECKER in sessions else None
-    return Pipeline(sessions, facts, scheduler_config(bundle), *load_tokenizers(bundle), preprocessing=preprocessing)
+    preprocessing = load_preprocessing(bundle) if SAFETY_CHECKER in bundle.manifest.components else None
+    return Pipeline(sessions, facts, scheduler_config(bundle), *load_tokenizers(bundle), preprocessing=preprocessing,
+                    memory=budget)
 
 
 def needed(facts: PipelineFacts) -> tuple[str, ...]:
@@ -93,6 +99,9 @@ class BundleSessions(Mapping[str, Session]):
                 if name not in self._loaded:
                     self._loaded[name] = open_session(self._bundle, name, self._options)
         return self._loaded[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._bundle.manifest.components
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._bundle.manifest.components)

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtimes import decode
+from runtimes.aspects import nearest_size
 from runtimes.conditions import Conditions, SizeConditions, gather
 from runtimes.denoising import OnStep, Step, denoise
 from runtimes.errors import BundleError, InputError
@@ -21,12 +22,13 @@ from runtimes.guidance import SHALLOW, Guidance, GuidedUnet
 from runtimes.handover import WHOLE, begin_part, checked_part
 from runtimes.images import ImageLike, to_pil
 from runtimes.manifest import PipelineFacts
+from runtimes.memory import MemoryBudget
 from runtimes.noise import NoiseStreams
 from runtimes.preview import Colours, fit
 from runtimes.profile import Profile
 from runtimes.prompt_cache import CacheStats, PromptCache
 from runtimes.prompts import PromptStyle, Tokenize
-from runtimes.request import OUTPUTS, Request, check_request, finite, interval, whole
+from runtimes.request import OUTPUTS, Request, check_request, finite, interval, pixel_limits, whole
 from runtimes.safety import SAFETY_CHECKER, Preprocessing, flags
 from runtimes.schedulers import Scheduler, from_config
 from runtimes.session import Session
@@ -52,6 +54,7 @@ class Pipeline:
     def __init__(
         self, sessions: Mapping[str, Session], facts: PipelineFacts, scheduler_config: Mapping[str, Any],
         *tokenizers: Tokenize, cache_bytes: int = CACHE_BYTES, preprocessing: Preprocessing | None = None,
+        memory: MemoryBudget | None = None,
     ) -> None:
         """Assemble a pipeline over any sessions; `runtimes.load` does it for a bundle.
 
@@ -62,10 +65,11 @@ class Pipeline:
             tokenizers: prompts -> (B, tokens) int64, one for each of `facts.text_encoders`.
             cache_bytes: bound of the cache of embedded prompts.
             preprocessing: what the safety checker's pictures go through, where the sessions hold one.
+            memory: how many images share a call; as many as the networks take if None.
         """
         self.sessions, self.facts = sessions, facts
         self._config, self._tokenizers = dict(scheduler_config), tokenizers
-        self._cache, self._preprocessing = PromptCache(cache_bytes), preprocessing
+        self._cache, self._preprocessing, self._memory = PromptCache(cache_bytes), preprocessing, memory
         self._schedulers: dict[str | None, Scheduler] = {}
         self._colours: Colours | None = None
 
@@ -149,6 +153,7 @@ class Pipeline:
             sessions, self.facts, prompt=prompt, negative_prompt=negative_prompt, images_per_prompt=images_per_prompt,
             guided=guidance.scale > 1, seed=seed, height=height, width=width, image=image, mask=mask, strength=share,
             latents=latents, tile=tile)
+        at_once = self._images_at_once(request)
         style = PromptStyle(weighting, long_prompts)
         with np.errstate(over="ignore", invalid="ignore"):  # every result is checked to be finite
             conditions = gather(sessions, self.facts, self._tokenizers, self._cache, style, request,
@@ -158,29 +163,30 @@ class Pipeline:
                 begun = Start(request.latents)
             else:
                 begun = begin(sessions, self.facts.scaling_factor, request, run, noise)
-            predict = self._predictor(sessions, request, conditions, guidance, count, begun.extra, cache_interval)
+            predict = self._predictor(sessions, request, conditions, guidance, count, begun.extra, cache_interval,
+                                      at_once)
             sample = denoise(predict, run, begun, noise, on_step, cancel, count=count)
-            result = self._finished(sessions, sample, request.tiling, output)
+            result = self._finished(sessions, sample, request.tiling, output, at_once)
         if profile is not None:
             profile.total_seconds += perf_counter() - start
         return result
 
     def _predictor(
         self, sessions: Mapping[str, Session], request: Request, conditions: Conditions, guidance: Guidance,
-        count: int, extra: Float32 | None, cache_interval: int,
+        count: int, extra: Float32 | None, cache_interval: int, at_once: int | None,
     ) -> Callable[[Float32, float, int], Float32]:
         """The U-Net under the request's prompts, for the whole picture or tile by tile."""
         tiling = request.tiling
         shallow = sessions[SHALLOW] if cache_interval > 1 else None
         if tiling is None:
             return GuidedUnet(sessions["unet"], conditions, guidance, count, extra=extra, shallow=shallow,
-                              cache_interval=cache_interval)
+                              cache_interval=cache_interval, images_at_once=at_once)
         predict = GuidedUnet(sessions["unet"], conditions.repeated(tiling.count), guidance, count, shallow=shallow,
                              cache_interval=cache_interval, images_at_once=1)
         return Tiled(predict, tiling, predict.whole_steps, extra)
 
     def _finished(
-        self, sessions: Mapping[str, Session], sample: Float32, tiling: Tiling | None, output: str,
+        self, sessions: Mapping[str, Session], sample: Float32, tiling: Tiling | None, output: str, at_once: int | None,
     ) -> Any:
         """Denoised latents in the form that was asked for."""
         if output == "latents":
@@ -190,8 +196,26 @@ class Pipeline:
             pixels = decode.decode_tiled(decoder, sample, factor, tiling, self.facts.vae_scale_factor)
             return pixels if output == "numpy" else to_pil(decode.to_uint8(pixels))
         if output == "numpy":
-            return decode.decode(decoder, sample, factor)
-        return to_pil(decode.decode_uint8(decoder, sample, factor))
+            return decode.decode(decoder, sample, factor, at_once)
+        return to_pil(decode.decode_uint8(decoder, sample, factor, at_once))
+
+    def _images_at_once(self, request: Request) -> int | None:
+        if self._memory is None:
+            return None
+        _, rows, columns = request.latent_shape
+        area = rows * columns if request.tiling is None else request.tiling.area
+        count = len(request.seeds)
+        return self._memory.images_at_once(count if request.tiling is None else 1, 2 if request.negatives else 1, area,
+                                           count * request.height * request.width)
+
+    def size_of(self, aspect: float) -> tuple[int, int]:
+        """Height and width in pixels nearest to an aspect ratio, at about the pixels of the model's own size.
+
+        Args:
+            aspect: width over height.
+        """
+        sides = [pixel_limits(self.facts, self.sessions, name) for name in ("height", "width")]
+        return nearest_size(aspect, self.facts.height * self.facts.width, *sides)
 
     def preview(self, latents: Float32) -> NDArray[np.uint8]:
         """A small picture of latents, for `Step.estimate`: one pixel for each latent, without the decoder.

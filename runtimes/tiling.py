@@ -24,6 +24,7 @@ class Tiling:
 
     Attributes:
         count: number of tiles.
+        area: latents of one tile.
     """
 
     def __init__(self, shape: tuple[int, int], tile: tuple[int, int]) -> None:
@@ -36,7 +37,7 @@ class Tiling:
         self._shape, self._tile = shape, tile
         self._rows, self._columns = _places(shape[0], tile[0]), _places(shape[1], tile[1])
         self._places = [(y, x) for y in self._rows for x in self._columns]
-        self.count = len(self._places)
+        self.count, self.area = len(self._places), tile[0] * tile[1]
 
     def shifted(self, i: int) -> Tiling:
         """As many tiles that lie elsewhere: of each row, or of each column where i is odd, those between the first and
