@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -50,9 +52,27 @@ class Precision(Pass):
         folder = out / "components" / name
         folder.mkdir(parents=True)
         report = convert_precision(source.file(source.component(name).file), folder / "model.onnx",
-                                   step.config["precision"], mode=step.config["mode"], keep=step.config["keep"])
+                                   step.config["precision"], mode=step.config["mode"],
+                                   keep=patterns_for(name, source, step.config["keep"]))
         carry_layers(source, source.component(name), out)
         details = {**source.component(name).details, "conversion": report.to_json()}
         if step.config["mode"] == "storage" and details.get("ort_graph_optimization") == "disabled":
             details["ort_graph_optimization"] = "basic"  # widens the weights once, at load, instead of in every call
         return replace(planned, files=records_below(folder, out), details=details)
+
+
+def patterns_for(name: str, source: Bundle, keep: Sequence[str]) -> list[str]:
+    """The patterns that fit something in one component; each must fit in some component.
+
+    Raises:
+        InputError: one fits nowhere; names close matches.
+    """
+    if not keep:
+        return []
+    from calibration.layers import check_patterns
+    from exporters.onnx_precision_rules import names_in
+
+    names = {part: names_in(source.file(c.file)) for part, c in source.manifest.components.items()}
+    if "quantize" not in {record.name for record in source.manifest.passes}:  # which checked them, and renamed weights
+        check_patterns(keep, names)
+    return [pattern for pattern in keep if any(fnmatchcase(text, pattern) for text in names[name])]

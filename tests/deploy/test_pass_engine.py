@@ -14,9 +14,10 @@ from deploy.parity.proof import computes_in_16_bits, provable
 from deploy.passes import engine as engine_pass
 from deploy.passes.engine import Engine, choose_builder, component_profiles
 from deploy.passes.openvino import OpenVino
-from deploy.passes.precision import Precision
+from deploy.passes.precision import Precision, patterns_for
 from deploy.plan import Skip, Step, Unavailable
 from deploy.spec import BuildSpec
+from exporters.onnx_precision_rules import names_in
 from runtimes.bundle import Bundle, records_below, sha256_of
 from runtimes.errors import InputError
 from runtimes.session import SessionOptions
@@ -193,3 +194,14 @@ def test_the_list_of_quantized_layers_stays_beside_the_graph(bundle, tmp_path, n
     kept = "components/unet/quantization.json"
     assert part.files[kept] == unet.files[kept]
     assert (tmp_path / "out" / kept).read_text() == (copy / kept).read_text()
+
+
+def test_a_pattern_to_keep_need_fit_in_one_component_alone(bundle, tmp_path):
+    names = {part: names_in(bundle.file(c.file)) for part, c in bundle.manifest.components.items()}
+    own = next(n for n in names["unet"] if n not in names["text_encoder"])
+    assert patterns_for("unet", bundle, [own]) == [own]
+    assert patterns_for("text_encoder", bundle, [own]) == []
+    step = planned(bundle, Precision(), spec("tensorrt", "fp16", keep=(own,)))
+    assert Precision().run(step, "text_encoder", bundle, tmp_path).precision == "fp16"
+    with pytest.raises(InputError, match="'nothing_like_it' fits no layer"):
+        patterns_for("unet", bundle, ["nothing_like_it"])
