@@ -177,6 +177,8 @@ def run_passes(spec: BuildSpec, origin: Bundle, planned: list[PlannedPass], cach
             except ParityError as error:
                 _add_explanation(error, entry.instance, step, before, bundle)
                 raise
+            if entry.instance.changes_network:
+                gate.rebase(bundle)
         elif entry.instance.defines_source:
             gate.start(bundle)
         listener.finished(f"{step.pass_name}: {step.summary} ({cost['seconds']:.1f} s"

@@ -89,7 +89,8 @@ def contestants(options: argparse.Namespace) -> dict[str, list[str]]:
     """Name -> command of its process; the model and the bundles are made where they are missing."""
     model = written_model()
     graph = exported(model)
-    commands = {name: ["bundle", str(built(model, *kind, options.samples).path)] for name, kind in BUNDLES.items()}
+    commands = {name: ["bundle", str(built(model, *kind, options.samples).path)] for name, kind in BUNDLES.items()
+                if not options.only or name in (*options.only, YARDSTICK)}
     commands |= {"bare ONNX Runtime": ["bare-onnxruntime", str(graph)], "bare OpenVINO": ["bare-openvino", str(graph)],
                  "PyTorch eager": ["eager", str(model / "unet")], "torch.compile": ["compile", str(model / "unet")]}
     worker = [sys.executable, "-W", "ignore", "-m", "tests.peers.worker_unet"]
