@@ -2,6 +2,7 @@
 
     python -m tests.deploy.real_size sd15 /tmp/sd15            # 4.3 GB
     python -m tests.deploy.real_size sdxl /tmp/sdxl float16    # 6.9 GB, as published
+    python -m tests.deploy.real_size calibrate '{"bundle": "BUNDLE", "samples": 512}'
 """
 
 from __future__ import annotations
@@ -122,5 +123,36 @@ def write_random(file: Path, shapes: dict[str, tuple[int, ...]], dtype: str) -> 
             stream.write(values.astype(dtype).tobytes())
 
 
-if __name__ == "__main__":
+def calibrate(bundle_folder: str, samples: int) -> dict[str, int]:
+    """Record so many calls of the U-Net at the smallest size and find its ranges: highest resident bytes of each."""
+    from dataclasses import replace
+
+    from calibration.layers import assign, find_layers
+    from calibration.ranges import Scheme
+    from deploy.observers import measured
+    from deploy.quantization import find_ranges, plan_calibration, record_calibration
+    from deploy.spec import BuildSpec
+    from runtimes.bundle import Bundle
+
+    opened = Bundle.open(bundle_folder, check_hashes=False)
+    facts = opened.manifest.pipeline
+    height, width = (facts.vae_scale_factor * opened.component("unet").axes[a].range.min for a in ("height", "width"))
+    small = replace(opened, manifest=replace(opened.manifest, pipeline=replace(facts, height=height, width=width)))
+    with measured() as recording_cost:
+        recording = record_calibration(small, plan_calibration(small.manifest, BuildSpec(calibration_samples=samples)))
+    graph = small.file(small.component("unet").file)
+    with measured() as ranges_cost:
+        import onnx_ir as ir
+
+        found, _ = find_ranges(graph, assign(find_layers(ir.load(graph)), "hybrid", ()), {"estimator": "mse"}, Scheme(),
+                               "unet", recording)
+    assert found
+    return {"model": sum(component.bytes for component in opened.manifest.components.values()),
+            "recording": recording_cost.peak_rss_bytes, "ranges": ranges_cost.peak_rss_bytes}
+
+
+if __name__ == "__main__" and sys.argv[1] == "calibrate":
+    asked = json.loads(sys.argv[2])
+    print(json.dumps(calibrate(asked["bundle"], asked["samples"])))
+elif __name__ == "__main__":
     write_model(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:])

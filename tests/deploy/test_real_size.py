@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -41,17 +42,35 @@ def build(model: Path, cache: Path, out: Path, *options: str) -> tuple[Bundle, f
     print(f"parity     {opened.manifest.measured['gate_seconds']:7.1f} s  "
           f"peak {opened.manifest.measured['gate_peak_rss_bytes'] / 1e9:.2f} GB")
     for name, component in opened.manifest.components.items():
-        parity: Any = component.parity or {"relative_l2": float("nan"), "shapes": []}
-        print(f"{name:14} {component.bytes / 1e9:.2f} GB  relative L2 {parity['relative_l2']:.1e} at "
-              f"{parity['shapes']}")
+        parity: Any = component.parity or {"relative_l2": float("nan"), "shapes": ()}
+        print(f"{name:14} {component.bytes / 1e9:.2f} GB  relative L2 {parity['relative_l2']:.1e}", parity["shapes"])
     print(f"build      {seconds:7.1f} s, load average {load:.1f} before and {os.getloadavg()[0]:.1f} after")
     return opened, seconds
+
+
+def measured_run(*command: Any) -> tuple[float, int]:
+    """Seconds and the highest resident memory in bytes of a command that must succeed."""
+    began = time.perf_counter()
+    child = subprocess.Popen([sys.executable, *map(str, command)])
+    _, status, usage = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    assert child.returncode == 0
+    return time.perf_counter() - began, usage.ru_maxrss * 1024
 
 
 def peak(bundle: Bundle) -> int:
     """Highest resident memory of any process of a build, comparison included."""
     measured = bundle.manifest.measured
     return max(measured["gate_peak_rss_bytes"], *(cost["peak_rss_bytes"] for cost in measured["passes"]))
+
+
+def calibrated(bundle: Bundle, samples: int, cache: Path) -> dict[str, int]:
+    """Highest resident bytes while calibrating, in a process of its own that keeps what it records below `cache`."""
+    request = json.dumps({"bundle": str(bundle.path), "samples": samples})
+    run = subprocess.run([sys.executable, "-m", "tests.deploy.real_size", "calibrate", request], check=True, text=True,
+                         stdout=subprocess.PIPE, env={**os.environ, "LDM_DEPLOY_CACHE": str(cache)})
+    peaks: dict[str, int] = json.loads(run.stdout.splitlines()[-1])
+    return peaks
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +110,28 @@ def test_sd15_loads_in_seconds(bundle: tuple[Bundle, float], tmp_path: Path) -> 
         print(f"{which} load {wall:.1f} s, {cpu:.1f} s of CPU time, hashes checked")
         seconds.append(cpu)
     assert seconds[1] <= 5
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
+def test_sd15_draws_512_pixels_below_8_gigabytes(
+    target: str, sd15: Path, build_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stored in float16, four steps with guidance. A call beside its peers: `python -m tests.peers.unet_at_size`."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "kept"))
+    half, _ = build(sd15, build_cache, tmp_path / target, "--shapes", SHAPES, "--precision", "fp16", "--target", target,
+                    "--no-verify")
+    seconds, memory = measured_run("-m", "deploy", "generate", half.path, "a red apple", "--steps", "4", "-o",
+                                   tmp_path / "apple.png")
+    print(f"{target}: 512x512, 4 steps in {seconds:.1f} s, loading included, peak {memory / 1e9:.2f} GB")
+    assert memory < 8e9
+
+
+def test_calibration_memory_does_not_grow_with_the_samples(bundle: tuple[Bundle, float], tmp_path: Path) -> None:
+    """512 recorded calls of the U-Net and the ranges from them, at 64 x 64 pixels; some 20 minutes."""
+    peaks = calibrated(bundle[0], 512, tmp_path)
+    print(f"model {peaks['model'] / 1e9:.2f} GB, recording {peaks['recording'] / 1e9:.2f} GB, "
+          f"ranges {peaks['ranges'] / 1e9:.2f} GB")
+    assert max(peaks["recording"], peaks["ranges"]) <= peaks["model"] + 1e9
 
 
 def test_sdxl_is_exported_in_float16_on_a_small_machine(build_cache: Path, tmp_path: Path) -> None:

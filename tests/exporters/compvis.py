@@ -13,10 +13,16 @@ _RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.
            "time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection"}
 _ENDS = {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
          "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"}
+_ENDS |= {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}
+_OPEN_CLIP = {"embeddings.position_embedding.weight": "positional_embedding",
+              "embeddings.token_embedding.weight": "token_embedding.weight", "final_layer_norm.": "ln_final.",
+              "encoder.layers.": "transformer.resblocks.", "layer_norm1": "ln_1", "layer_norm2": "ln_2",
+              ".fc1.": ".c_fc.", ".fc2.": ".c_proj.", ".self_attn.": ".attn."}
 _VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 
 
-def write_single_file(pipeline: Path, file: Path) -> Path:
+def write_single_file(pipeline: Path, file: Path, kind: str = "sd1") -> Path:
+    """`kind`: "sd1" (CLIP), "sd2" (OpenCLIP), "xl" (both)."""
     from safetensors.torch import load, save_file
 
     def read(name: str, weights: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -33,8 +39,15 @@ def write_single_file(pipeline: Path, file: Path) -> Path:
         new = _vae_key(key, len(config["block_out_channels"]))
         is_linear = ".attn_1." in new and new.endswith("weight") and ".norm." not in new
         tensors["first_stage_model." + new] = value[..., None, None] if is_linear else value
-    for key, value in read("text_encoder", "model.safetensors")[1].items():
-        tensors["cond_stage_model.transformer.text_model." + key.removeprefix("text_model.")] = value
+    first = read("text_encoder", "model.safetensors")[1]
+    if kind == "sd2":
+        tensors |= _open_clip(first, "cond_stage_model.model.")
+    else:
+        place = "conditioner.embedders.0" if kind == "xl" else "cond_stage_model"
+        for key, value in first.items():
+            tensors[f"{place}.transformer.text_model.{key.removeprefix('text_model.')}"] = value
+    if kind == "xl":
+        tensors |= _open_clip(read("text_encoder_2", "model.safetensors")[1], "conditioner.embedders.1.model.")
     save_file({k: v.contiguous() for k, v in tensors.items()}, file)
     return file
 
@@ -71,6 +84,28 @@ def _unet_key(key: str, names: dict[str, str]) -> str:
                 rest = f"{_RESNET[part]}.{kind}"
             return old + rest
     raise KeyError(key)
+
+
+def _open_clip(weights: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """OpenCLIP's names; query, key and value of a layer are one matrix there."""
+    import torch
+
+    found: dict[str, Any] = {}
+    for key, value in weights.items():
+        new = key.removeprefix("text_model.")
+        if new == "text_projection.weight":
+            found[prefix + "text_projection"] = value.T
+            continue
+        for ours, theirs in _OPEN_CLIP.items():
+            new = new.replace(ours, theirs)
+        head, _, kind = new.rpartition(".")
+        if head.endswith((".k_proj", ".v_proj")):
+            continue
+        if head.endswith(".q_proj"):
+            parts = [weights[key.replace("q_proj", f"{part}_proj")] for part in "qkv"]
+            new, value = f"{head.removesuffix('.q_proj')}.in_proj_{kind}", torch.cat(parts)
+        found[prefix + new] = value
+    return found
 
 
 def _vae_key(key: str, levels: int) -> str:

@@ -11,6 +11,7 @@ import pytest
 from exporters.source import open_source
 from runtimes.errors import InputError
 from tests.exporters.compvis import write_single_file
+from tests.exporters.family_pipelines import write_pipeline_of
 from tests.exporters.pipelines import edit_json, edit_weights
 
 
@@ -27,21 +28,43 @@ def configs(pipeline: Path) -> Path:
     return pipeline
 
 
-def test_gives_back_the_pipeline_it_was_made_of(
-    checkpoint: Path, configs: Path, pristine: Path, tmp_path: Path
-) -> None:
+def assert_same(folder: Path, original: Path) -> None:
+    """Every network has the weights of the original, bit for bit."""
     import torch
 
     from exporters.modules import load_module
-    from exporters.single_file import convert_single_file
 
-    source = open_source(convert_single_file(checkpoint, configs, tmp_path / "out"))
-    assert source.pipeline_class == "StableDiffusionPipeline"
-    for name, component in source.components.items():
+    for name, component in open_source(folder).components.items():
         found = load_module(component.folder, component.library, component.class_name).state_dict()
-        wanted = load_module(pristine / name, component.library, component.class_name).state_dict()
+        wanted = load_module(original / name, component.library, component.class_name).state_dict()
         assert found.keys() == wanted.keys()
         assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+
+def test_gives_back_the_pipeline_it_was_made_of(
+    checkpoint: Path, configs: Path, pristine: Path, tmp_path: Path
+) -> None:
+    from exporters.single_file import convert_single_file
+
+    out = convert_single_file(checkpoint, configs, tmp_path / "out")
+    assert open_source(out).pipeline_class == "StableDiffusionPipeline"
+    assert_same(out, pristine)
+
+
+@pytest.mark.parametrize(("kind", "family", "networks"), [
+    ("sd2", "stable-diffusion", {"text_encoder", "unet", "vae"}),
+    ("xl", "stable-diffusion-xl", {"text_encoder", "text_encoder_2", "unet", "vae"}),
+])
+def test_the_layouts_of_stable_diffusion_2_and_xl(kind: str, family: str, networks: set[str], tmp_path: Path) -> None:
+    from exporters.single_file import convert_single_file
+
+    original = write_pipeline_of(kind, tmp_path / "original")
+    checkpoint = write_single_file(original, tmp_path / "model.safetensors", kind)
+    configs = Path(shutil.copytree(original, tmp_path / "configs", ignore=shutil.ignore_patterns("*.safetensors")))
+    out = convert_single_file(checkpoint, configs, tmp_path / "out")
+    source = open_source(out)
+    assert source.family.name == family and set(source.components) == networks
+    assert_same(out, original)
 
 
 def other_channels(configs: Path, checkpoint: Path) -> None:

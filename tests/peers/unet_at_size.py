@@ -33,7 +33,7 @@ from deploy.passes import PASSES
 from deploy.plan import load_passes, plan_all
 from deploy.spec import BuildSpec, covering, parse_shapes
 from runtimes.bundle import Bundle, committed, link_or_copy
-from tests.deploy.real_size import write_stable_diffusion
+from tests.deploy.real_size import write_model
 from tests.peers.prepare import ROOT
 
 FOLDER = default_root() / "at-size"
@@ -102,7 +102,7 @@ def written_model() -> Path:
     if not model.is_dir():
         log.print("writing the model, 4.3 GB", style="dim")
         with committed(model) as partial:
-            write_stable_diffusion(partial)
+            write_model("sd15", partial)
     return model
 
 
@@ -110,7 +110,7 @@ def built(model: Path, target: str, precision: str, samples: int) -> Bundle:
     """A bundle, not compared with PyTorch: that is tests/deploy/test_real_size.py's part."""
     log.print(f"building {target} {precision}", style="dim")
     spec = BuildSpec(**{**spec_of(model), "target": target, "precision": precision, "calibration_samples": samples},
-                     verify=False)
+                     verify="no")
     return run_build(spec, FOLDER / f"{target}-{precision}", cache_root=FOLDER / "cache").bundle
 
 
@@ -141,7 +141,7 @@ def exported(model: Path) -> Path:
     folder = FOLDER / "exported"
     if not folder.is_dir():
         log.print("exporting the U-Net", style="dim")
-        spec, cache = BuildSpec(**spec_of(model), verify=False), Cache(FOLDER / "cache")
+        spec, cache = BuildSpec(**spec_of(model), verify="no"), Cache(FOLDER / "cache")
         origin = open_origin(spec)
         planned = plan_all(load_passes({name: PASSES[name] for name in ("load", "export")}), origin.manifest, spec)
         with workspace(cache.root) as work, committed(folder) as partial:
