@@ -54,7 +54,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--pixels", type=int, default=512)
     parser.add_argument("--samples", type=int, default=16, help="recorded calls that the INT8 ranges come from")
-    parser.add_argument("--only", type=lambda text: text.split(","), help="contestants, comma-separated")
+    parser.add_argument("--only", type=lambda text: text.split(","), help="contestants, or precisions, comma-separated")
     parser.add_argument("--engines", action="store_true", help="build engines of each precision instead")
     parser.add_argument("--forget", action="store_true", help="remove the model and the bundles, and stop")
     options = parser.parse_args()
@@ -121,7 +121,7 @@ def show_engines(options: argparse.Namespace) -> None:
     table = Table(title="TensorRT engines of SD 1.5's U-Net, no GPU")
     for title in ("", "MB", "x fp32", "seconds", "peak GB", "capabilities"):
         table.add_column(title, justify="right" if title else "left")
-    for precision in ("fp32", "fp16", "int8"):
+    for precision in options.only or ("fp32", "fp16", "int8"):
         bundle = built(model, "tensorrt-rtx", precision, options.samples)
         cost = next(p for p in bundle.manifest.measured["passes"] if p["name"] == "engine")["components"]["unet"]
         first = first or cost["bytes"]
