@@ -161,7 +161,7 @@ def committed_feeds(pixels: int) -> Iterator[Path]:
     folder.mkdir(parents=True)
     try:
         np.savez(folder / "feeds.npz", sample=random.standard_normal((2, 4, side, side), np.float32),
-                 timestep=np.full(2, 500, np.int64),
+                 timestep=np.full(2, 500, np.float32),
                  encoder_hidden_states=random.standard_normal((2, 77, width), np.float32))
         yield folder / "feeds.npz"
     finally:
