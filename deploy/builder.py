@@ -224,10 +224,10 @@ def _run_pass(instance: Pass, step: Step, before: Bundle, folder: Path, cache: C
             elsewhere: list[int] = []
             parts[name] = found or cache.store(key, partial(_run_component, instance, step, name, before, elsewhere))
         seconds += spent.seconds
-        peak = max(peak, spent.peak_rss_bytes, *elsewhere)
+        used = max([spent.peak_rss_bytes, *elsewhere])
+        peak = max(peak, used)
         if found is None:
-            costs[name] = {"seconds": round(spent.seconds, 3), "bytes": parts[name][0].bytes,
-                           "peak_rss_bytes": max([spent.peak_rss_bytes, *elsewhere])}
+            costs[name] = {"seconds": round(spent.seconds, 3), "bytes": parts[name][0].bytes, "peak_rss_bytes": used}
     carried = {n: (c, before.path) for n, c in before.manifest.components.items()
                if n not in step.reads and n in step.after.components}
     assemble(folder, {**carried, **parts})

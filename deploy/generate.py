@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deploy import console, presets
-from deploy.observers import peak_rss_bytes
 from deploy.presets import Setting
 from runtimes.aspects import parse_aspect
 from runtimes.bundle import replacing
 from runtimes.errors import InputError
 from runtimes.memory import parse_bytes
+from runtimes.resident import peak_rss_bytes
 from runtimes.safety import SAFETY_CHECKER
 
 if TYPE_CHECKING:

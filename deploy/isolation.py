@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deploy.observers import children_peak_rss_bytes, peak_rss_bytes
 from deploy.plan import Pass, Step
 from runtimes import errors
 from runtimes.bundle import Bundle
 from runtimes.child import die_with_parent, last_words, run_child
 from runtimes.errors import DeployError, UnavailableError
 from runtimes.manifest import Component, Manifest, from_json, to_json
+from runtimes.resident import children_peak_rss_bytes, peak_rss_bytes
 
 ABOVE_BYTES = 256 << 20
 REQUEST, ANSWER, LOG = "request.json", "answer.json", "log"

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from runtimes.memory import peak_rss_bytes, reset_peak
-
-__all__ = ["Measurement", "measured", "peak_rss_bytes", "reset_peak"]
+from runtimes.resident import children_peak_rss_bytes, peak_rss_bytes, reset_peak
 
 
 @dataclass
@@ -24,11 +21,6 @@ class Measurement:
 
     seconds: float = 0.0
     peak_rss_bytes: int = 0
-
-
-def children_peak_rss_bytes() -> int:
-    """Highest resident memory of any process that this one has waited for so far, theirs included."""
-    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
 
 
 @contextmanager

@@ -146,7 +146,7 @@ def _empty(folder: Path, library: str, class_name: str, config: dict[str, Any]) 
 
 def _target(key: str, wanted: Mapping[str, Tensor]) -> str | None:
     """The model's name of a weight of the file, or None."""
-    candidates = [*_old_and_new(key)]
+    candidates = list(_old_and_new(key))
     candidates += [key.replace(old, new) for old, new in _OLD_ATTENTION.items() if old in key]
     return next((name for name in candidates if name in wanted), None)
 

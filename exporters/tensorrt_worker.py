@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from runtimes.child import die_with_parent
+from runtimes.resident import peak_rss_bytes
 
 # Freeing a network whose build failed crashes TensorRT-RTX 1.7.1; the process ends right after, without clean-up.
 _NEVER_FREED: list[Any] = []
@@ -116,7 +117,7 @@ def _attempt(trt: Any, recorder: Any, request: dict[str, Any], capabilities: lis
         return answer
     if cache_file is not None:
         _replace(cache_file, bytes(config.get_timing_cache().serialize()))
-    return {**answer, "seconds": round(time.perf_counter() - began, 3), "peak_rss_bytes": _peak_rss_bytes(),
+    return {**answer, "seconds": round(time.perf_counter() - began, 3), "peak_rss_bytes": peak_rss_bytes(),
             "layers": _layers(network)}
 
 
@@ -211,14 +212,6 @@ def _layers(network: Any) -> dict[str, int]:
         name = str(output.dtype).rpartition(".")[2] if output is not None else "NONE"
         counts[name] = counts.get(name, 0) + 1
     return dict(sorted(counts.items()))
-
-
-def _peak_rss_bytes() -> int:
-    """VmHWM, not ru_maxrss: the latter starts at what the parent used when it forked."""
-    try:
-        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
-    except (OSError, IndexError, ValueError):
-        return 0
 
 
 def _replace(file: Path, content: bytes) -> None:

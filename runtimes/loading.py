@@ -9,7 +9,6 @@ from typing import Any
 
 from runtimes.bundle import Bundle, read_object
 from runtimes.manifest import PipelineFacts
-from runtimes.memory import MemoryBudget, memory_model
 from runtimes.pipeline import Pipeline
 from runtimes.safety import PREPROCESSOR_FILE, SAFETY_CHECKER, Preprocessing
 from runtimes.session import Session, SessionOptions, open_session
@@ -38,7 +37,11 @@ def load(bundle_dir: Path | str | Bundle, device: str = "cpu", threads: int = 0,
     """
     bundle = bundle_dir if isinstance(bundle_dir, Bundle) else Bundle.open(bundle_dir, check_hashes=check_hashes)
     options = SessionOptions(device, threads, hint, pin_threads, keep_graphs=True)
-    budget = None if memory_budget is None else MemoryBudget(memory_budget, memory_model(bundle, options))
+    budget = None
+    if memory_budget is not None:
+        from runtimes.memory import MemoryBudget, memory_model
+
+        budget = MemoryBudget(memory_budget, memory_model(bundle, options))
     sessions = BundleSessions(bundle, options)
     facts = bundle.manifest.pipeline
     for name in needed(facts):

@@ -13,7 +13,6 @@ import json
 import math
 import os
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -29,6 +28,8 @@ from runtimes.batching import row_range
 from runtimes.bundle import Bundle, read_object, replacing
 from runtimes.errors import BundleError, InputError, UnavailableError
 from runtimes.manifest import digest_of
+from runtimes.places import cache_home
+from runtimes.resident import peak_rss_bytes, reset_peak
 from runtimes.session import Session, SessionOptions
 from runtimes.tensors import example_feeds
 
@@ -117,7 +118,7 @@ def memory_model(bundle: Bundle, options: SessionOptions) -> MemoryModel:
         raise InputError(f"a memory budget counts this process's memory, not that of {options.device}",
                          where="memory budget", fix="leave it out; where memory runs out, batches become smaller")
     key = digest_of([VERSION, bundle.manifest.digest, asdict(options), os.cpu_count(), platform.platform()])
-    file = _cache_root() / "memory" / f"{key}.json"
+    file = Path(os.environ.get("LDM_DEPLOY_CACHE") or cache_home()) / "memory" / f"{key}.json"
     with suppress(BundleError):
         return MemoryModel(**read_object(file))
     command = [sys.executable, "-m", "runtimes.memory", str(bundle.path.resolve()), options.device,
@@ -147,20 +148,6 @@ def fit(measured: Mapping[str, Any]) -> MemoryModel:
         told = told if len(told) > 1 else points[-2:]
         costs[name] = _fitted(np.array([_features(rows, area) for rows, area, _ in told]), told[:, 2])
     return MemoryModel(measured["base"], costs)
-
-
-def reset_peak() -> None:
-    """Forget earlier memory peaks; where the kernel does not allow it, peaks stay cumulative (an over-estimate)."""
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_rss_bytes() -> int:
-    """Highest resident memory since the last reset."""
-    with suppress(OSError, ValueError, IndexError):
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def measure(sessions: Mapping[str, Session]) -> dict[str, Any]:
@@ -230,11 +217,6 @@ def _ladder(session: Session) -> list[tuple[int, int, int]]:
         if math.prod(call) >= 1.5 * math.prod(ladder[-1]):
             ladder.append(call)
     return ladder
-
-
-def _cache_root() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("LDM_DEPLOY_CACHE") or Path(base) / "ldm-deploy")
 
 
 def main() -> None:

@@ -22,7 +22,6 @@ from runtimes.guidance import SHALLOW, Guidance, GuidedUnet
 from runtimes.handover import WHOLE, begin_part, checked_part
 from runtimes.images import ImageLike, to_pil
 from runtimes.manifest import PipelineFacts
-from runtimes.memory import MemoryBudget
 from runtimes.noise import NoiseStreams
 from runtimes.preview import Colours, fit
 from runtimes.profile import Profile
@@ -37,6 +36,8 @@ from runtimes.tiling import Tiled, Tiling
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from runtimes.memory import MemoryBudget
 
 __all__ = ["Pipeline", "Step"]
 Float32 = NDArray[np.float32]

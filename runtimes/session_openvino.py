@@ -14,6 +14,7 @@ import numpy as np
 from runtimes.bundle import Bundle
 from runtimes.errors import BundleError, DeployError, InputError, OutOfMemoryError, UnavailableError
 from runtimes.manifest import Component
+from runtimes.places import cache_home
 from runtimes.session import Arrays, Session, SessionOptions
 from runtimes.tensors import DTYPES
 
@@ -152,8 +153,7 @@ def properties(component: Component, options: SessionOptions) -> dict[str, Any]:
 
 def cache_folder() -> Path | None:
     """Where compiled models are kept, keyed by OpenVINO itself; None where nothing can be written."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = base / "ldm-deploy" / "openvino"
+    folder = cache_home() / "openvino"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:

@@ -18,6 +18,7 @@ from runtimes import session_ort_kept
 from runtimes.bundle import Bundle
 from runtimes.errors import BundleError, DeployError, InputError, OutOfMemoryError, UnavailableError
 from runtimes.manifest import Component
+from runtimes.places import cache_home
 from runtimes.session import Arrays, Session, SessionOptions
 from runtimes.tensors import DTYPES
 
@@ -185,7 +186,8 @@ def provider_options(device: str, component: Component) -> dict[str, str]:
             "use_tf32": "0" if component.precision == "fp32" else "1",  # TF32 keeps 10 bits: outside fp32's budget
         }
     if device == "tensorrt":
-        cache = cache_folder()
+        cache = cache_place()
+        cache.mkdir(parents=True, exist_ok=True)
         return {
             "trt_engine_cache_enable": "1",
             "trt_engine_cache_path": str(cache),
@@ -211,15 +213,8 @@ def profile_shapes(component: Component) -> dict[str, str]:
 
 
 def cache_place() -> Path:
-    """Where what ORT makes while loading is kept: bundles are read-only."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ldm-deploy" / "onnxruntime"
-
-
-def cache_folder() -> Path:
-    """`cache_place`, made if it is not there."""
-    folder = cache_place()
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    """Where what ORT makes while loading is kept."""
+    return cache_home() / "onnxruntime"
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import numpy as np
 
 from runtimes.bundle import Bundle
 from runtimes.errors import BundleError, DeployError, UnavailableError
+from runtimes.places import cache_home
 from runtimes.session import Arrays, Session, SessionOptions
 from runtimes.tensorrt_device import CudaDevice, Device
 from runtimes.tensorrt_plan import (
@@ -225,8 +226,7 @@ def load_module(builder: str, where: str) -> Any:
 
 
 def cache_folder() -> Path:
-    """Where TensorRT-RTX's compiled kernels are kept: bundles are read-only."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = base / "ldm-deploy" / "tensorrt-rtx"
+    """Where TensorRT-RTX's compiled kernels are kept."""
+    folder = cache_home() / "tensorrt-rtx"
     folder.mkdir(parents=True, exist_ok=True)
     return folder

@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from deploy.observers import peak_rss_bytes
+from runtimes.resident import peak_rss_bytes
 
 Handler = Callable[..., dict[str, Any]]
 

@@ -69,10 +69,15 @@ def patterns_for(name: str, source: Bundle, keep: Sequence[str]) -> list[str]:
     """
     if not keep:
         return []
+    import onnx_ir as ir
+
     from calibration.layers import check_patterns
     from exporters.onnx_precision_rules import names_in
 
-    names = {part: names_in(source.file(c.file)) for part, c in source.manifest.components.items()}
+    def names_of(part: str) -> list[str]:
+        return names_in(ir.load(source.file(source.component(part).file)).graph)
+
     if "quantize" not in {record.name for record in source.manifest.passes}:  # which checked them, and renamed weights
-        check_patterns(keep, names)
-    return [pattern for pattern in keep if any(fnmatchcase(text, pattern) for text in names[name])]
+        check_patterns(keep, {part: names_of(part) for part in source.manifest.components})
+    own = names_of(name)
+    return [pattern for pattern in keep if any(fnmatchcase(text, pattern) for text in own)]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from deploy.passes.quantize import carry_layers
 from deploy.plan import Pass, Planned, Skip, Step
-from runtimes.bundle import Bundle, link_or_copy, record_of, records_below
+from runtimes.bundle import Bundle, link_or_copy, records_below
 from runtimes.guidance import SHALLOW
 from runtimes.manifest import Component, Manifest
 
@@ -62,8 +62,7 @@ class Share(Pass):
             (out / whole.file).unlink()
         report = share_weights(source.file(before.file), store, out / planned.file)
         carry_layers(source, before, out)
-        files = {p.relative_to(out).as_posix(): record_of(p) for p in sorted(out.rglob("*")) if p.is_file()}
-        return replace(planned, files=files, details={
+        return replace(planned, files=records_below(out, out), details={
             **before.details, "shared_weights": {"with": WHOLE, "file": step.config["weights"], **asdict(report)}})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -42,6 +43,16 @@ def cli(
         return Result(int(stop.value.code or 0), streams.out, streams.err)
 
     return run
+
+
+@pytest.fixture
+def copy(reference_bundle: Path, tmp_path: Path) -> Path:
+    """A copy of the reference bundle that a test may change."""
+    folder = tmp_path / "copy"
+    shutil.copytree(reference_bundle, folder)
+    for file in folder.rglob("*"):
+        file.chmod(0o755 if file.is_dir() else 0o644)
+    return folder
 
 
 def assert_refused(result: Result, *words: str, code: int = 2) -> None:

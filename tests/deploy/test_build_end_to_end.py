@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -95,16 +94,6 @@ def test_a_killed_build_resumes_at_the_component_it_was_in(tiny_model: Path, tmp
     assert {p: p.stat().st_mtime_ns for p in first} == first, "what was finished is reused"
     assert Bundle.open(out).manifest.components.keys() == {"text_encoder", "unet", "vae_decoder", "vae_encoder"}
     assert list(out.parent.iterdir()) == [out]
-
-
-@pytest.fixture
-def copy(reference_bundle: Path, tmp_path: Path) -> Path:
-    """A copy of the reference bundle that a test may change."""
-    folder = tmp_path / "copy"
-    shutil.copytree(reference_bundle, folder)
-    for file in folder.rglob("*"):
-        file.chmod(0o755 if file.is_dir() else 0o644)
-    return folder
 
 
 def sign(folder: Path) -> None:

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import util
 from pathlib import Path
@@ -30,8 +29,8 @@ from calibration.layers import find_layers
 from calibration.observe import compare, plain_session, probed
 from calibration.ranges import Scheme
 from calibration.recorder import Recording
+from deploy.bench.contest import spread
 from deploy.builder import run_build
-from deploy.doctor import machine
 from deploy.gate import gallery_for, options_for
 from deploy.parity.answers import Reference
 from deploy.parity.pipelines import check_pipeline
@@ -44,9 +43,9 @@ from runtimes.bundle import Bundle
 from runtimes.errors import UnavailableError
 from runtimes.loading import BundleSessions
 from runtimes.session import SessionOptions
-from tests.peers.prepare import ROOT, derived
+from tests.peers.prepare import derived
+from tests.peers.results import new_report, save, show
 
-RESULTS = ROOT / "build" / "peers"
 BASE = "fp32"
 RATIOS = (0.15, 0.3, 0.5)
 log = Console(stderr=True)
@@ -94,7 +93,7 @@ def main() -> int:
     options = parser.parse_args()
     rows = ABLATION if options.ablation else ROWS
     rows = {name: make for name, make in rows.items() if not options.only or name in (*options.only, BASE)}
-    report: dict[str, Any] = {"machine": machine(), "load_before": os.getloadavg()[0], "rows": {}, "unavailable": {}}
+    report = new_report()
     with tempfile.TemporaryDirectory(prefix="ldm-compression-") as scratch:
         context = prepare(options, Path(scratch))
         for name, make in rows.items():
@@ -110,11 +109,8 @@ def main() -> int:
         for runtime in ("onnxruntime", "openvino"):
             for name, ratio in latencies(context, runtime).items():
                 report["rows"][name][f"{runtime}_seconds_ratio"] = ratio
-    report["load_after"] = os.getloadavg()[0]
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    file = RESULTS / ("ablation.json" if options.ablation else "compression.json")
-    file.write_text(json.dumps(report, indent=2) + "\n")
-    print(json.dumps(report, indent=2)) if options.json else show(report, file)
+    file = save(report, "ablation" if options.ablation else "compression")
+    print(json.dumps(report, indent=2)) if options.json else show(report, table_of(report), file, 160)
     return 0
 
 
@@ -307,8 +303,7 @@ def latencies(context: Context, runtime: str) -> dict[str, dict[str, float]]:
             rounds[name].append((time.perf_counter() - began) / 4)
     ratios = {name: [a / b for a, b in zip(seconds[1:], rounds[BASE][1:], strict=True)]
               for name, seconds in rounds.items()}
-    return {name: {"median": statistics.median(r), "min": min(r), "max": max(r),
-                   "seconds": statistics.median(rounds[name][1:])} for name, r in ratios.items()}
+    return {name: {**spread(r), "seconds": statistics.median(rounds[name][1:])} for name, r in ratios.items()}
 
 
 def caller(graph: Path, runtime: str, threads: int, feeds: dict[str, Any]) -> Callable[[], Any]:
@@ -323,12 +318,8 @@ def caller(graph: Path, runtime: str, threads: int, feeds: dict[str, Any]) -> Ca
     return lambda: request.infer(feeds)
 
 
-def show(report: dict[str, Any], file: Path) -> None:
-    """Print the table."""
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    host = report["machine"]
-    console.print(f"{host['processor']}, {host['cores']} cores; load {report['load_before']:.1f} before, "
-                  f"{report['load_after']:.1f} after")
+def table_of(report: Mapping[str, Any]) -> Table:
+    """A line for each row."""
     table = Table(title="U-Net of the reference model")
     titles = ("", "MB", "× bytes", "MMACs", "× ORT", "× OpenVINO", "one call L2", "final latents L2", "PSNR worst",
               "mean", "SSIM", "retrieval")
@@ -341,10 +332,7 @@ def show(report: dict[str, Any], file: Path) -> None:
             f"{ort['median']:.2f}" if ort else "", f"{openvino['median']:.2f}" if openvino else "",
             f"{row['one_call_relative_l2']:.4f}", f"{row['final_latent_relative_l2']:.4f}", f"{row['psnr_db']:.1f}",
             f"{row['psnr_db_mean']:.1f}", f"{row['ssim']:.3f}", f"{row['retrieval']:.1%}")
-    console.print(table)
-    for name, why in report["unavailable"].items():
-        console.print(f"{name}: {why}", markup=False)
-    console.print(f"written to {file}")
+    return table
 
 
 if __name__ == "__main__":

@@ -11,9 +11,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from runtimes.errors import UnavailableError
+
+if TYPE_CHECKING:
+    from deploy.spec import BuildSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "deploy" / "reference_model" / "weights"
@@ -83,35 +86,35 @@ def _bundle() -> Path:
 
 
 def _unet() -> Path:
-    """The graph that our export pass writes, before any optimization."""
-    from deploy.builder import load_source
+    from deploy.spec import BuildSpec
+
+    return exported_unet(BuildSpec(), PEERS / f"exported-{model_digest()}", PEERS / "cache")
+
+
+def exported_unet(spec: BuildSpec, folder: Path, cache_root: Path) -> Path:
+    """The U-Net's graph as our export pass writes it, before any optimization; made where it is missing.
+
+    Args:
+        spec: of a build; nothing of it after the export matters.
+        folder: receives the graph.
+        cache_root: keeps the loaded source.
+    """
+    from deploy.builder import Silent, load_source, workspace
     from deploy.cache import Cache
     from deploy.origin import open_origin
     from deploy.passes.export import Export
-    from deploy.spec import BuildSpec
 
-    folder = PEERS / f"exported-{model_digest()}"
     graph = folder / "components" / "unet" / "model.onnx"
     if not graph.is_file():
-        spec, silent = BuildSpec(), _Silent()
-        work = folder.with_suffix(".work")
-        shutil.rmtree(work, ignore_errors=True)
-        shutil.rmtree(folder, ignore_errors=True)
-        work.mkdir()
-        folder.mkdir()
-        source = load_source(open_origin(spec), spec, Cache(PEERS / "cache"), work, silent)
-        step: Any = Export().plan(source.manifest, spec)
-        Export().run(step, "unet", source, folder)
-        shutil.rmtree(work, ignore_errors=True)
+        partial, cache = folder.with_suffix(".partial"), Cache(cache_root)
+        for left in (partial, folder):
+            shutil.rmtree(left, ignore_errors=True)
+        with workspace(cache.root) as work:
+            source = load_source(open_origin(spec), spec, cache, work, Silent())
+            step: Any = Export().plan(source.manifest, spec)
+            Export().run(step, "unet", source, partial)
+        partial.rename(folder)
     return graph
-
-
-class _Silent:
-    def working(self, text: str) -> None:
-        pass
-
-    def finished(self, text: str) -> None:
-        pass
 
 
 def _old_layout() -> Path:

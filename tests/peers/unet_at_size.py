@@ -10,12 +10,10 @@ TensorRT engines instead, without a GPU, and prints their bytes, seconds and pea
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
-import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,17 +22,17 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from deploy.bench.contest import spread
+from deploy.bench.table import shown
 from deploy.bench.worker import Worker, WorkerError
-from deploy.builder import Silent, run_build, run_passes, workspace
-from deploy.cache import Cache, default_root
-from deploy.doctor import machine
-from deploy.origin import open_origin
-from deploy.passes import PASSES
-from deploy.plan import load_passes, plan_all
+from deploy.builder import run_build
+from deploy.cache import default_root
+from deploy.parity.metrics import relative_l2
 from deploy.spec import BuildSpec, covering, parse_shapes
-from runtimes.bundle import Bundle, committed, link_or_copy
+from runtimes.bundle import Bundle, committed
 from tests.deploy.real_size import write_model
-from tests.peers.prepare import ROOT
+from tests.peers.prepare import exported_unet
+from tests.peers.results import new_report, save, show
 
 FOLDER = default_root() / "at-size"
 # Calibration draws at the most common size: small here, since ranges of random weights tell nothing anyway.
@@ -65,8 +63,7 @@ def main() -> int:
         show_engines(options)
         return 0
     commands = contestants(options)
-    report: dict[str, Any] = {"machine": machine(), "pixels": options.pixels, "load_before": os.getloadavg()[0],
-                              "rows": {}, "unavailable": {}}
+    report = new_report(pixels=options.pixels)
     with committed_feeds(options.pixels) as feeds:
         for name, command in commands.items():
             if options.only and name not in options.only:
@@ -77,18 +74,15 @@ def main() -> int:
             except WorkerError as error:
                 report["unavailable"][name] = str(error)
         report["relative_l2"] = errors(feeds.parent)
-    report["load_after"] = os.getloadavg()[0]
-    file = ROOT / "build" / "peers" / "unet_at_size.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(report, indent=2) + "\n")
-    show(report, file)
+    show(report, table_of(report), save(report, "unet_at_size"), 140)
     return 0
 
 
 def contestants(options: argparse.Namespace) -> dict[str, list[str]]:
     """Name -> command of its process; the model and the bundles are made where they are missing."""
     model = written_model()
-    graph = exported(model)
+    log.print("exporting the U-Net", style="dim")
+    graph = exported_unet(BuildSpec(**spec_of(model)), FOLDER / "exported", FOLDER / "cache")
     commands = {name: ["bundle", str(built(model, *kind, options.samples).path)] for name, kind in BUNDLES.items()
                 if not options.only or name in (*options.only, YARDSTICK)}
     commands |= {"bare ONNX Runtime": ["bare-onnxruntime", str(graph)], "bare OpenVINO": ["bare-openvino", str(graph)],
@@ -137,21 +131,6 @@ def spec_of(model: Path) -> dict[str, Any]:
     return {"model": str(model), "shapes": covering(parse_shapes([SHAPES]))}
 
 
-def exported(model: Path) -> Path:
-    """The U-Net's graph as `export` writes it."""
-    folder = FOLDER / "exported"
-    if not folder.is_dir():
-        log.print("exporting the U-Net", style="dim")
-        spec, cache = BuildSpec(**spec_of(model), verify="no"), Cache(FOLDER / "cache")
-        origin = open_origin(spec)
-        planned = plan_all(load_passes({name: PASSES[name] for name in ("load", "export")}), origin.manifest, spec)
-        with workspace(cache.root) as work, committed(folder) as partial:
-            bundle, _ = run_passes(spec, origin, planned, cache, work, Silent())
-            for name in bundle.component("unet").files:
-                link_or_copy(bundle.path / name, partial / Path(name).name)
-    return folder / "model.onnx"
-
-
 @contextmanager
 def committed_feeds(pixels: int) -> Iterator[Path]:
     """Inputs of one call with both guidance branches, (2, 4, H, W), in a folder that goes afterwards."""
@@ -188,9 +167,8 @@ def paired(name: str, command: list[str], yardstick: list[str], feeds: Path, opt
             other.close()
     finally:
         base.close()
-    seconds, ratios = zip(*rounds[1:], strict=True)
-    return {"seconds": statistics.median(seconds), "ratio": statistics.median(ratios), "ratio_min": min(ratios),
-            "ratio_max": max(ratios), "load_seconds": other.ready["prepare_seconds"], "peak_rss_bytes": peak}
+    seconds, ratios = (spread(values) for values in zip(*rounds[1:], strict=True))
+    return {"seconds": seconds, "ratio": ratios, "load_seconds": other.ready["prepare_seconds"], "peak_rss_bytes": peak}
 
 
 def errors(folder: Path) -> dict[str, float]:
@@ -199,29 +177,23 @@ def errors(folder: Path) -> dict[str, float]:
     truth = outputs.get("PyTorch eager")
     if truth is None:
         return {}
-    return {name: float(np.linalg.norm(output - truth) / np.linalg.norm(truth)) for name, output in outputs.items()}
+    return {name: relative_l2(truth, output) for name, output in outputs.items()}
 
 
-def show(report: dict[str, Any], file: Path) -> None:
-    """Print the table."""
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    host = report["machine"]
-    console.print(f"{host['processor']}, {host['cores']} cores; load {report['load_before']:.1f} before, "
-                  f"{report['load_after']:.1f} after")
+def table_of(report: Mapping[str, Any]) -> Table:
+    """A line for each contestant."""
     table = Table(title=f"U-Net of SD 1.5's size, {report['pixels']} px, both guidance branches")
-    for title in ("", "one call, s", f"x {YARDSTICK}", "spread", "x eager", "load, s", "peak GB", "relative L2"):
+    for title in ("", "one call, s", f"x {YARDSTICK}", "x eager", "load, s", "peak GB", "relative L2"):
         table.add_column(title, justify="right" if title else "left")
-    eager = report["rows"].get("PyTorch eager", {}).get("ratio")
+    eager = report["rows"].get("PyTorch eager", {}).get("ratio", {}).get("median")
     for name, row in report["rows"].items():
         error = report["relative_l2"].get(name)
-        table.add_row(name, f"{row['seconds']:.2f}", f"{row['ratio']:.2f}",
-                      f"{row['ratio_min']:.2f}-{row['ratio_max']:.2f}", f"{row['ratio'] / eager:.2f}" if eager else "",
-                      f"{row['load_seconds']:.1f}", f"{row['peak_rss_bytes'] / 1e9:.2f}",
+        ratio = row["ratio"]
+        table.add_row(name, shown(row["seconds"], 2), shown(ratio, 2),
+                      f"{ratio['median'] / eager:.2f}" if eager else "", f"{row['load_seconds']:.1f}",
+                      f"{row['peak_rss_bytes'] / 1e9:.2f}",
                       f"{error:.1e}" if error is not None else "")
-    console.print(table)
-    for name, why in report["unavailable"].items():
-        console.print(f"{name}: {why}", markup=False)
-    console.print(f"written to {file}")
+    return table
 
 
 if __name__ == "__main__":

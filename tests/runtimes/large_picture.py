@@ -16,7 +16,7 @@ PROMPTS = ("flowers and leaves", "a red apple", "clouds", "pebbles on a beach", 
 def main() -> None:
     """Draw one after the other, save (COUNT, H, W, 3) float32 in 0..1, print peak RSS as JSON."""
     import runtimes
-    from deploy.observers import peak_rss_bytes
+    from runtimes.resident import peak_rss_bytes
 
     bundle, side, tile, steps, count, out = sys.argv[1], *map(int, sys.argv[2:6]), sys.argv[6]
     pipeline = runtimes.load(bundle, threads=1, check_hashes=False)

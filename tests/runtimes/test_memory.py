@@ -97,7 +97,7 @@ def test_a_process_stays_below_its_budget_and_is_measured_once(reference_bundle,
     monkeypatch.setenv("LDM_DEPLOY_CACHE", str(tmp_path))
     model = memory_model(runtimes.Bundle.open(reference_bundle), SessionOptions(threads=1, keep_graphs=True))
     budget = int(model.peak_bytes([{"unet": 8, "vae_decoder": 4}], 256) + 0.5 * MB) + 24 * 8 * 128 * 128
-    code = ("import sys, json, runtimes; from runtimes.memory import peak_rss_bytes\n"
+    code = ("import sys, json, runtimes; from runtimes.resident import peak_rss_bytes\n"
             "seen = []\n"
             "pipeline = runtimes.load(sys.argv[1], threads=1, memory_budget=int(sys.argv[2]))\n"
             "decoder = pipeline.sessions['vae_decoder']; run = decoder.run\n"
