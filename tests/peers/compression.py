@@ -3,7 +3,7 @@
 Every row replaces the U-Net alone, so that what is lost is the U-Net's. Accuracy is against the float32 graph; latency
 is the quotient of one call by float32's in the same runtime, from interleaved rounds. NNCF and OpenVINO are measured
 where they are installed. `--ablation` prints what each choice of the hybrid recipe buys instead. Recoveries train the
-first time, 25 minutes each on two idle cores, and come from the build cache afterwards; `--recover 0` leaves them out.
+first time, for as long as a build says, and come from the build cache afterwards; `--recover 0` leaves them out.
 """
 
 from __future__ import annotations
