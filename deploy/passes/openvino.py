@@ -39,8 +39,10 @@ class OpenVino(Pass):
     def run(self, step: Step, name: str, source: Bundle, out: Path) -> Component:
         """Convert one graph."""
         from exporters.openvino_from_onnx import convert_openvino
+        from runtimes.lora_inputs import with_inputs
 
         before, planned = source.component(name), step.after.components[name]
         folder = out / "components" / name
-        report = convert_openvino(source.file(before.file), folder / "model.xml", before.inputs, before.outputs)
+        report = convert_openvino(source.file(before.file), folder / "model.xml", with_inputs(before).inputs,
+                                  before.outputs)
         return replace(planned, files=records_below(folder, out), details={**before.details, **report.to_json()})
