@@ -85,21 +85,12 @@ def quantize(source: Path, destination: Path, assignment: Mapping[str, str], ran
 def rewrite(model: ir.Model, assignment: Mapping[str, str], ranges: Mapping[str, Range], scheme: Scheme,
             ) -> dict[str, int]:
     """Place Q/DQ in a model; gives precision -> number of weights."""
-    writer = _Writer(model, ranges, scheme)
+    writer = Writer(model, ranges, scheme)
     nodes = {node.name: node for node in model.graph}
     parameters: Counter[str] = Counter()
     for layer in find_layers(model):
-        precision = assignment[layer.node]
-        parameters[precision] += layer.parameters
-        node = nodes[layer.node]
-        if precision == DYNAMIC:
-            writer.dynamic(node, layer)
-        elif precision != FLOAT:
-            if precision == STATIC:
-                writer.input(node)
-            writer.weight(node, layer)
-            if precision == STATIC and scheme.quantize_outputs and layer.op_type == "Conv":
-                writer.output(node)
+        parameters[assignment[layer.node]] += layer.parameters
+        writer.place(nodes[layer.node], layer, assignment[layer.node])
     for name, value in list(model.graph.initializers.items()):
         if not value.uses() and not value.is_graph_output():
             del model.graph.initializers[name]
@@ -177,14 +168,31 @@ def to_integers(weight: NDArray[Any], scale: NDArray[np.float32], axis: int, lim
     return integers
 
 
-class _Writer:
-    """Places nodes in one model; activations and weights that several layers read are quantized once."""
+class Writer:
+    """Places nodes in one model; activations and weights that several layers read are quantized once.
+
+    Args:
+        model: changed in place.
+        ranges: of every tensor that `place` will quantize.
+        scheme: integers of the target.
+    """
 
     def __init__(self, model: ir.Model, ranges: Mapping[str, Range], scheme: Scheme) -> None:
         self._model, self._ranges, self._scheme = model, ranges, scheme
         self._activations: dict[ir.Value, ir.Value] = {}
         self._weights: dict[str, ir.Value] = {}
         self._dynamic: dict[ir.Value, tuple[ir.Value, ir.Value, ir.Value]] = {}
+
+    def place(self, node: ir.Node, layer: Layer, precision: str) -> None:
+        """Give one node with the weights of a layer its precision."""
+        if precision == DYNAMIC:
+            self.dynamic(node, layer)
+        elif precision != FLOAT:
+            if precision == STATIC:
+                self.input(node)
+            self.weight(node, layer)
+            if precision == STATIC and self._scheme.quantize_outputs and layer.op_type == "Conv":
+                self.output(node)
 
     def input(self, node: ir.Node) -> None:
         """Quantize what a layer reads."""

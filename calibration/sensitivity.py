@@ -1,4 +1,4 @@
-"""What the integers of each layer cost the output, and in which order layers give precision back for it."""
+"""In which order layers give precision back for accuracy, how many must, and at which of them an error begins."""
 
 from __future__ import annotations
 
@@ -12,51 +12,16 @@ import numpy as np
 import onnx_ir as ir
 
 from calibration.layers import FLOAT, STATIC, WEIGHT, Layer, find_layers
-from calibration.observe import Calls, Feeds, beside, plain_session, probed, relative_l2
-from calibration.quantize import rewrite
+from calibration.noise import LayerNoise, predict_noise
+from calibration.observe import Calls, Feeds, plain_session, probed, relative_l2
+from calibration.quantize import rewrite, save
 from calibration.ranges import Range, Scheme
 
-LOW_PRECISIONS = (STATIC, WEIGHT)
-# An activation that goes back to float32 costs no bytes but time: counted as this share of its float32 weights.
+# An activation that goes back to float32 costs no bytes but time: all of them cost as much as this share of the bytes.
 ACTIVATION_COST = 0.25
-Errors = Mapping[str, Mapping[str, float]]
-
-
-def layer_errors(graph: Path, ranges: Mapping[str, Range], scheme: Scheme, calls: Calls, *, threads: int = 0,
-                 tell: Callable[[int, int], None] = lambda done, of: None) -> dict[str, dict[str, float]]:
-    """Relative L2 of the outputs with one layer below float32 and all others in it: node -> precision -> error.
-
-    Args:
-        graph: float32.
-        ranges: of every layer's input, and of its output where the scheme quantizes it.
-        scheme: integers of the target.
-        calls: recorded inputs, few: every layer sees all of them for each precision.
-        tell: told how many of how many layers are done.
-    """
-    feeds = [dict(call) for call in calls()]
-    session = plain_session(graph, threads)
-    names = [output.name for output in session.get_outputs()]
-    expected = [session.run(names, call) for call in feeds]
-    del session
-    layers = find_layers(ir.load(graph))
-    errors: dict[str, dict[str, float]] = {}
-    with tempfile.TemporaryDirectory(prefix="ldm-sensitivity-") as scratch:
-        for number, layer in enumerate(layers):
-            errors[layer.node] = {}
-            for precision in LOW_PRECISIONS:
-                model = ir.load(graph)
-                assignment = {other.node: precision if other is layer else FLOAT for other in layers}
-                rewrite(model, assignment, ranges, scheme)
-                session = plain_session(beside(model, graph, Path(scratch)), threads)
-                errors[layer.node][precision] = _error(session, names, feeds, expected)
-            tell(number + 1, len(layers))
-    return errors
-
-
-def _error(session: Any, names: list[str], feeds: Sequence[Feeds], expected: Sequence[Sequence[Any]]) -> float:
-    found = [[relative_l2(a, b) for a, b in zip(outputs, session.run(names, call), strict=True)]
-             for call, outputs in zip(feeds, expected, strict=True)]
-    return float(np.sqrt(np.mean(np.square(found))))
+# Relief gives back at most so much: `work`, and `growth`.
+MOST_WORK, MOST_BYTES = 0.35, 0.02
+RELIEVED = 0.5  # share of the error that may be left
 
 
 @dataclass(frozen=True)
@@ -67,39 +32,127 @@ class Promotion:
         node: of the layer.
         precision: that it gets.
         gain: squared relative error of the output that goes away.
-        cost_bytes: what the model grows by, time counted as bytes.
+        work: share of the layers' time that goes back to float32, taken to lie half in their multiply-accumulates and
+            half in their number: a layer in float32 between integers also converts.
+        growth: bytes, as a share of all layers' in float32.
     """
 
     node: str
     precision: str
     gain: float
-    cost_bytes: float
+    work: float
+    growth: float
+
+    @property
+    def worth(self) -> float:
+        """Gain for what it costs, time counted as bytes."""
+        return self.gain / max(ACTIVATION_COST * self.work + self.growth, 1e-30)
 
 
-def promotions(layers: Sequence[Layer], errors: Errors) -> list[Promotion]:
-    """Every step from integers towards float32, the most error per cost first.
+def promotions(layers: Sequence[Layer], noise: Mapping[str, LayerNoise], start: Mapping[str, str]) -> list[Promotion]:
+    """Every step from where each layer starts towards float32, the most error per cost first.
 
     Errors of layers add up in squares, nearly: each is small against the output and independent of the others. A
     layer's second step never comes before its first: where it gains more per cost, both are taken as one.
     """
     found: list[Promotion] = []
+    all_macs = max(sum(noise[layer.node].macs for layer in layers), 1)
+    all_parameters = sum(layer.parameters for layer in layers)
     for layer in layers:
-        static, weight = (errors[layer.node][precision] ** 2 for precision in LOW_PRECISIONS)
-        time, stored = ACTIVATION_COST * 4 * layer.parameters, 3.0 * layer.parameters
-        first, second = max(static - weight, 0.0), weight
-        if first / time >= second / stored:
-            found += [Promotion(layer.node, WEIGHT, first, time), Promotion(layer.node, FLOAT, second, stored)]
+        errors = {precision: error**2 for precision, error in noise[layer.node].errors.items()}
+        stored = Promotion(layer.node, FLOAT, errors.get(WEIGHT, 0.0), 0.0, 0.75 * layer.parameters / all_parameters)
+        if start[layer.node] == WEIGHT:
+            found.append(stored)
+        if start[layer.node] != STATIC:
+            continue
+        work = (noise[layer.node].macs / all_macs + 1 / len(layers)) / 2
+        first = Promotion(layer.node, WEIGHT, max(errors[STATIC] - errors[WEIGHT], 0.0), work, 0.0)
+        if first.worth >= stored.worth:
+            found += [first, stored]
         else:
-            found.append(Promotion(layer.node, FLOAT, max(static, weight), time + stored))
-    return sorted(found, key=lambda p: (-p.gain / p.cost_bytes, p.node))
+            found.append(Promotion(layer.node, FLOAT, max(errors.values()), work, stored.growth))
+    return sorted(found, key=lambda p: (-p.worth, p.node))
 
 
-def assignment_after(layers: Sequence[Layer], path: Sequence[Promotion], count: int, keep: Sequence[str] = (),
-                     ) -> dict[str, str]:
-    """Precision of every layer after the first `count` promotions of the path; nodes in `keep` are float32."""
-    assignment = {layer.node: STATIC for layer in layers}
-    assignment.update({p.node: p.precision for p in path[:count]})
-    return {**assignment, **dict.fromkeys(keep, FLOAT)}
+def assignment_after(path: Sequence[Promotion], count: int, start: Mapping[str, str]) -> dict[str, str]:
+    """Precision of every layer after the first `count` promotions of the path."""
+    return {**start, **{p.node: p.precision for p in path[:count]}}
+
+
+def affordable(path: Sequence[Promotion]) -> list[Promotion]:
+    """The promotions that `relieve` may take: what would go beyond its limits is passed over."""
+    chosen: list[Promotion] = []
+    work = growth = 0.0
+    refused: set[str] = set()
+    for promotion in path:
+        fits = work + promotion.work <= MOST_WORK and growth + promotion.growth <= MOST_BYTES
+        if not fits or promotion.node in refused:
+            refused.add(promotion.node)  # no second step without the first
+            continue
+        work, growth = work + promotion.work, growth + promotion.growth
+        chosen.append(promotion)
+    return chosen
+
+
+@dataclass(frozen=True)
+class Relief:
+    """An assignment that loses less.
+
+    Attributes:
+        assignment: precision of every layer.
+        promoted: node -> precision, of the layers that are in a higher one than at first.
+        errors: measured relative L2 of the outputs, root mean square over the calls, before and after.
+        trials: graphs that were measured.
+    """
+
+    assignment: dict[str, str]
+    promoted: dict[str, str]
+    errors: tuple[float, float]
+    trials: int
+
+
+def relieve(graph: Path, start: Mapping[str, str], ranges: Mapping[str, Range], scheme: Scheme, calls: Calls, *,
+            share: float = RELIEVED, threads: int = 0) -> Relief:
+    """Take the layers that add most of the output's error out of the integers, as few as leave `share` of it.
+
+    Which go first is predicted (`noise.predict_noise`, one graph), how many must is measured by halving: about
+    log2(layers) + 2 graphs, each run on the calls. What is left where the limits bind is more than `share`.
+
+    Args:
+        graph: float32.
+        start: precision of every layer.
+        ranges: of `quantize.tensors_to_observe`.
+        scheme: integers of the target.
+        calls: recorded inputs, few.
+    """
+    layers = find_layers(ir.load(graph))
+    path = affordable(promotions(layers, predict_noise(graph, start, ranges, scheme, calls, threads=threads), start))
+    feeds = [dict(call) for call in calls()]
+    expected = _outputs(graph, feeds, threads)
+    errors: dict[int, float] = {}
+
+    def error_after(count: int) -> float:
+        if count not in errors:
+            model = ir.load(graph)
+            rewrite(model, assignment_after(path, count, start), ranges, scheme)
+            with tempfile.TemporaryDirectory(prefix="ldm-relief-") as scratch:
+                save(model, Path(scratch) / graph.name)
+                found = _outputs(Path(scratch) / graph.name, feeds, threads)
+            pairs = [(a, b) for one, other in zip(expected, found, strict=True)
+                     for a, b in zip(one, other, strict=True)]
+            errors[count] = float(np.sqrt(np.mean([relative_l2(a, b) ** 2 for a, b in pairs])))
+        return errors[count]
+
+    count = fewest(len(path), lambda n: error_after(n) <= share * error_after(0))
+    taken = len(path) if count is None else count
+    promoted = {p.node: p.precision for p in path[:taken]}
+    return Relief(assignment_after(path, taken, start), promoted, (error_after(0), error_after(taken)), len(errors))
+
+
+def _outputs(file: Path, feeds: Sequence[Feeds], threads: int) -> list[list[Any]]:
+    session = plain_session(file, threads)
+    names = [output.name for output in session.get_outputs()]
+    return [session.run(names, call) for call in feeds]
 
 
 def fewest(steps: int, holds: Callable[[int], bool]) -> int | None:

@@ -177,6 +177,8 @@ def run_passes(spec: BuildSpec, origin: Bundle, planned: list[PlannedPass], cach
             except ParityError as error:
                 _add_explanation(error, entry.instance, step, before, bundle)
                 raise
+            if entry.instance.changes_network:
+                gate.rebase(bundle)
         elif entry.instance.defines_source:
             gate.start(bundle)
         listener.finished(f"{step.pass_name}: {step.summary} ({cost['seconds']:.1f} s"
@@ -212,6 +214,7 @@ def _run_pass(instance: Pass, step: Step, before: Bundle, folder: Path, cache: C
     folder.mkdir()
     seconds, peak, reused = 0.0, 0, 0
     parts: dict[str, tuple[Component, Path]] = {}
+    costs: dict[str, dict[str, Any]] = {}
     for name in step.reads:
         listener.working(f"{step.pass_name}: {name}")
         key = key_of(instance, step, name, before)
@@ -222,6 +225,9 @@ def _run_pass(instance: Pass, step: Step, before: Bundle, folder: Path, cache: C
             parts[name] = found or cache.store(key, partial(_run_component, instance, step, name, before, elsewhere))
         seconds += spent.seconds
         peak = max(peak, spent.peak_rss_bytes, *elsewhere)
+        if found is None:
+            costs[name] = {"seconds": round(spent.seconds, 3), "bytes": parts[name][0].bytes,
+                           "peak_rss_bytes": max([spent.peak_rss_bytes, *elsewhere])}
     carried = {n: (c, before.path) for n, c in before.manifest.components.items()
                if n not in step.reads and n in step.after.components}
     assemble(folder, {**carried, **parts})
@@ -231,7 +237,8 @@ def _run_pass(instance: Pass, step: Step, before: Bundle, folder: Path, cache: C
     _check_prediction(step, manifest)
     write_manifest(folder, manifest)
     cost: dict[str, Any] = {"name": step.pass_name, "seconds": round(seconds, 3), "peak_rss_bytes": peak,
-                            "reused": reused, "bytes_in": size_of(before.manifest), "bytes_out": size_of(manifest)}
+                            "reused": reused, "bytes_in": size_of(before.manifest), "bytes_out": size_of(manifest),
+                            "components": costs}
     result = Bundle(folder, manifest)
     if gain := instance.measure(step, before, result):
         cost["gain"] = gain

@@ -41,10 +41,11 @@ class Series:
 
 @dataclass(frozen=True)
 class Axis:
-    """A label, and whether the scale is logarithmic, for values above 0."""
+    """A label, whether the scale is logarithmic, for values above 0, and the most that a value can be."""
 
     label: str
     log: bool = False
+    most: float = math.inf
 
 
 def chart(series: Sequence[Series], x: Axis, y: Axis, *, joined: bool = True) -> str:
@@ -59,7 +60,7 @@ def chart(series: Sequence[Series], x: Axis, y: Axis, *, joined: bool = True) ->
     points = [p for s in shown for p in s.points]
     if not points:
         return ""
-    across, down = _Scale([p.x for p in points], x.log), _Scale([p.y for p in points], y.log)
+    across, down = _Scale([p.x for p in points], x), _Scale([p.y for p in points], y)
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(y.label)} over {escape(x.label)}">']
     for value, text in across.ticks():
         at = _across(across, value)
@@ -106,8 +107,9 @@ def _drawable(point: Point, x: Axis, y: Axis) -> bool:
 class _Scale:
     """Values to 0..1, with room at both ends."""
 
-    def __init__(self, values: Sequence[float], log: bool) -> None:
-        self._log = log
+    def __init__(self, values: Sequence[float], axis: Axis) -> None:
+        log = self._log = axis.log
+        self._most = axis.most
         found = [math.log10(v) if log else v for v in values]
         low, high = min(found), max(found)
         if log:
@@ -130,7 +132,8 @@ class _Scale:
         power = 10 ** math.floor(math.log10(rough))
         step = next(power * m for m in (1, 2, 5, 10) if power * m >= rough)
         first = math.ceil(self._low / step)
-        return [(n * step, f"{n * step:.4g}") for n in range(first, math.floor(self._high / step) + 1)]
+        last = math.floor(min(self._high, self._most) / step)
+        return [(n * step, f"{n * step:.4g}") for n in range(first, last + 1)]
 
 
 def _across(scale: _Scale, value: float) -> float:

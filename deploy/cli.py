@@ -70,6 +70,7 @@ def build(
     engine: EngineOptions = [],  # noqa: B006
     step_cache: Annotated[bool, typer.Option("--step-cache", help="a second U-Net graph, for generate "
                                                                   "--cache-interval")] = False,
+    safety_checker: Annotated[bool, typer.Option("--safety-checker", help="export the model's own too")] = False,
     prune: Prune = 0.0,
     prune_method: PruneMethod = "",
     prune_widths: PruneWidths = "",
@@ -91,7 +92,8 @@ def build(
 
     options: dict[str, Any] = {k: v for k, v in (
         ("model", model), ("target", target), ("precision", precision), ("quantization", quantization),
-        ("range_estimator", range_estimator), ("step_cache", step_cache), ("lora_mode", lora_mode)) if v}
+        ("range_estimator", range_estimator), ("step_cache", step_cache), ("lora_mode", lora_mode),
+        ("safety_checker", safety_checker)) if v}
     if quantization_methods:
         options["quantization_methods"] = tuple(quantization_methods)
     if calibration_samples is not None:
@@ -192,10 +194,13 @@ def generate(
     scheduler: Annotated[str | None, typer.Option(help="ddim, euler, euler-ancestral, dpm++, unipc, lcm, pndm")] = None,
     height: Annotated[int | None, typer.Option(help="pixels")] = None,
     width: Annotated[int | None, typer.Option(help="pixels")] = None,
+    aspect: Annotated[str, typer.Option(help="width:height, as 16:9; the bundle's nearest size")] = "",
+    memory_budget: Annotated[str, typer.Option(help="as 2GB: as many pictures at once as fit")] = "",
     tile: Annotated[int | None, typer.Option(help="draw in overlapping tiles of so many pixels, for large pictures")]
     = None,
     latents: Annotated[Path | None, typer.Option(help="initial latents, .npy float32 (B, C, H/f, W/f)")] = None,
     save_latents: Annotated[Path | None, typer.Option(help="write the final latents as .npy")] = None,
+    safety: Annotated[str, typer.Option(help="the bundle's safety checker: off, report, or replace by black")] = "off",
     grid: Annotated[int, typer.Option(help="write one sheet with this many columns")] = 0,
     preview: Annotated[Path | None, typer.Option(help="PNG rewritten after each step: what will come of it")] = None,
     metadata: Annotated[bool, typer.Option("--metadata/--no-metadata", help="prompt, seed and bundle hash in the PNG")]
@@ -215,12 +220,10 @@ def generate(
             bundle=bundle, prompts=tuple(prompt), prompts_file=prompts, negative=negative, image=image, mask=mask,
             strength=strength, steps=steps, quality=quality, budget_ms=budget_ms, guidance_scale=guidance,
             guidance_rescale=guidance_rescale, guidance_interval=guidance_interval, part=part, weighting=weighting,
-            long_prompts=long_prompts,
-            cache_interval=cache_interval, seed=seed, count=count,
-            scheduler=scheduler, height=height, width=width, tile=tile, latents=latents,
-            save_latents=save_latents,
-            grid=grid, preview=preview, metadata=metadata, device=device, threads=threads, hint=hint,
-            pin_threads=pin_threads, lora=tuple(lora), output=output,
+            long_prompts=long_prompts, cache_interval=cache_interval, seed=seed, count=count, scheduler=scheduler,
+            height=height, width=width, aspect=aspect, memory_budget=memory_budget, tile=tile, latents=latents,
+            save_latents=save_latents, safety=safety, grid=grid, preview=preview, metadata=metadata,
+            device=device, threads=threads, hint=hint, pin_threads=pin_threads, lora=tuple(lora), output=output,
         )
     )
 

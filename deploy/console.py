@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
 from rich.markup import escape
@@ -140,6 +140,24 @@ def show_outcome(outcome: Outcome) -> None:
         out.print(f"report: {report}")
 
 
+class _Part(NamedTuple):
+    name: str
+    component: Component
+
+
+def _sizes(manifest: Manifest) -> str:
+    """The sides that a bundle makes, and the size of each usual aspect ratio."""
+    from runtimes.aspects import BUCKETS, nearest_size, parse_aspect
+    from runtimes.request import pixel_limits
+
+    facts, parts = manifest.pipeline, {name: _Part(name, c) for name, c in manifest.components.items()}
+    height, width = (pixel_limits(facts, parts, name) for name in ("height", "width"))
+    sides = " and ".join(f"{name} {span.min} to {span.max} in steps of {multiple}"
+                         for name, (span, multiple) in (("height", height), ("width", width)))
+    found = {name: nearest_size(parse_aspect(name), facts.height * facts.width, height, width) for name in BUCKETS}
+    return f"pixels: {sides}; --aspect {', '.join(f'{name} {w}x{h}' for name, (h, w) in found.items())}"
+
+
 def show_bundle(bundle: Bundle) -> None:
     """Components, passes, parity."""
     manifest = bundle.manifest
@@ -153,6 +171,7 @@ def show_bundle(bundle: Bundle) -> None:
         table.add_row(name, c.format, c.precision, f"{c.parameters / 1e6:.2f} M", megabytes(c.bytes), parity)
     out.print(table)
     _show_engines(manifest)
+    out.print(_sizes(manifest))
     for name, c in sorted(manifest.components.items()):
         flow = f"{', '.join(_tensor(t) for t in c.inputs)} -> {', '.join(_tensor(t) for t in c.outputs)}"
         out.print(f"  {name}: {escape(flow)}")

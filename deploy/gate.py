@@ -66,6 +66,7 @@ class Gate:
         self._budget = budget_for(PRUNED if spec.prunes else spec.precision, spec.budget)
         self._effort = Effort("full", options_for(source_id, spec.prompts))
         self._reference: Reference | None = None
+        self._network: Reference | None = None  # what components are compared with
         self._figures: dict[str, Figures] = {}
         self._executed: Bundle | None = None
         self._unverified: dict[str, str] = {}
@@ -74,9 +75,20 @@ class Gate:
         """Take the loaded source model as the reference of everything that follows; choose how much is compared."""
         if self._spec.verify == "no":
             return
-        self._reference = Reference(source, cache=self._cache.root)
+        self._reference = self._network = Reference(source, cache=self._cache.root)
         self._effort = choose(self._spec.verify, options_for(self._source_id, self._spec.prompts),
                               source.manifest.components, source.manifest.pipeline)
+
+    def rebase(self, bundle: Bundle) -> None:
+        """Compare components with these from now on: a network that was made another on purpose has been judged by the
+        budget for that, and a budget so wide would hide what a later pass breaks. Pictures stay the source's.
+        """
+        if self._reference is None:
+            return
+        self._network = Reference(bundle, cache=self._cache.root)
+        within = budget_for(self._spec.precision, self._spec.budget).component_relative_l2
+        self._budget = replace(self._budget, component_relative_l2=within)
+        self._figures = {}
 
     def after_pass(self, pass_name: str, written: Iterable[str], bundle: Bundle, listener: Listener) -> Bundle:
         """Compare the components that a pass wrote; gives the bundle back with their figures in its manifest.
@@ -84,14 +96,14 @@ class Gate:
         Raises:
             ParityError: naming the pass, component, shape and worst output.
         """
-        if self._reference is None:
+        if self._network is None:
             return bundle
         components = dict(bundle.manifest.components)
         self._unverified = {}
         with self._timed():
             for name in written:
                 listener.working(f"{pass_name}: comparing {name} with PyTorch")
-                report = self._check(self._reference, bundle, name)
+                report = self._check(self._network, bundle, name)
                 enforce(report, self._budget, pass_name)
                 self._unverified.update(report.unverified)
                 self._figures.update(report.figures)
@@ -100,6 +112,9 @@ class Gate:
                 if name in self._figures:
                     parity = component_json(self._figures[name], self._budget)
                     components[name] = replace(components[name], parity=parity)
+                if name in report.figures and components[name].details.get("executed") is False:
+                    details = {k: v for k, v in components[name].details.items() if k != "not_executed"}
+                    components[name] = replace(components[name], details={**details, "executed": True})
         bundle = replace(bundle, manifest=replace(bundle.manifest, components=components))
         if not self._unverified:
             self._executed = bundle

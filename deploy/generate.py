@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING, Any
 from deploy import console, presets
 from deploy.observers import peak_rss_bytes
 from deploy.presets import Setting
+from runtimes.aspects import parse_aspect
 from runtimes.bundle import replacing
 from runtimes.errors import InputError
+from runtimes.memory import parse_bytes
+from runtimes.safety import SAFETY_CHECKER
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,8 +23,10 @@ if TYPE_CHECKING:
     from PIL.PngImagePlugin import PngInfo
 
     from runtimes.denoising import Step
+    from runtimes.pipeline import Pipeline
 
 DEFAULT_STEPS = 25
+SAFETY = ("off", "report", "replace")
 IMAGE_STRENGTH = 0.6
 
 
@@ -46,6 +51,8 @@ class GenerateRequest:
     weighting: bool
     long_prompts: bool
     cache_interval: int | None
+    aspect: str
+    memory_budget: str
     tile: int | None
     seed: int
     count: int
@@ -54,6 +61,7 @@ class GenerateRequest:
     width: int | None
     latents: Path | None
     save_latents: Path | None
+    safety: str
     grid: int
     preview: Path | None
     metadata: bool
@@ -122,11 +130,18 @@ def generate_files(request: GenerateRequest) -> list[Path]:
     """Draw and write; returns the files written."""
     import runtimes
 
+    if request.safety not in SAFETY:
+        raise InputError(f"unknown {request.safety!r}", where="--safety", fix=f"one of {', '.join(SAFETY)}")
     began = time.perf_counter()
     bundle = runtimes.Bundle.open(request.bundle)
+    if request.safety != "off":
+        bundle.component(SAFETY_CHECKER)  # refused before any work if it has none
     prompts = prompts_of(request, wanted=bool(bundle.manifest.pipeline.text_encoders))
+    budget = parse_bytes(request.memory_budget) if request.memory_budget else None
     pipeline = runtimes.load(bundle, device=request.device, threads=request.threads, hint=request.hint,
-                             pin_threads=request.pin_threads, lora=request.lora)
+                             pin_threads=request.pin_threads, memory_budget=budget,
+                             lora=request.lora)
+    height, width = size_of(request, pipeline)
     loaded = time.perf_counter()
     wanted = [p for p in prompts for _ in range(request.count)]
     seeds = list(range(request.seed, request.seed + len(wanted)))
@@ -138,8 +153,10 @@ def generate_files(request: GenerateRequest) -> list[Path]:
                 save_preview(pipeline.preview(step.estimate), bundle.manifest.pipeline.vae_scale_factor,
                              request.preview)
 
-        result = pipeline(wanted, negative_prompt=request.negative, seed=seeds, height=request.height,
-                          width=request.width, on_step=on_step, **options)
+        result = pipeline(wanted, negative_prompt=request.negative, seed=seeds, height=height, width=width,
+                          on_step=on_step, **options)
+    if request.safety != "off":
+        result = checked(pipeline, result, replace=request.safety == "replace")
     if request.save_latents is not None:
         save_array(progress.latents, request.save_latents)
     texts = descriptions(request, options, bundle.manifest.digest, wanted, seeds) if request.metadata else []
@@ -148,6 +165,35 @@ def generate_files(request: GenerateRequest) -> list[Path]:
     console.show_generated(files, count=len(result), load_seconds=loaded - began, draw_seconds=drawn - loaded,
                            peak_rss_bytes=peak_rss_bytes())
     return files
+
+
+def checked(pipeline: Pipeline, pictures: list[Image], *, replace: bool) -> list[Image]:
+    """Say which pictures the bundle's safety checker flags; black pictures in their place if they are to be replaced.
+
+    Raises:
+        InputError: the bundle has no safety checker.
+    """
+    from PIL import Image as PillowImage
+
+    flagged = pipeline.flagged(pictures)
+    if any(flagged):
+        numbers = ", ".join(str(number) for number, flag in enumerate(flagged, 1) if flag)
+        console.say(f"flagged by the safety checker{' and replaced' if replace else ''}: {numbers} of {len(pictures)}")
+    return [PillowImage.new("RGB", picture.size) if flag and replace else picture
+            for picture, flag in zip(pictures, flagged, strict=True)]
+
+
+def size_of(request: GenerateRequest, pipeline: Pipeline) -> tuple[int | None, int | None]:
+    """Height and width as given, or as --aspect stands for them.
+
+    Raises:
+        InputError: both are given, or it is no aspect ratio.
+    """
+    if not request.aspect:
+        return request.height, request.width
+    if request.height is not None or request.width is not None:
+        raise InputError("both --aspect and --height or --width are given", where="generate", fix="give one of them")
+    return pipeline.size_of(parse_aspect(request.aspect))
 
 
 def chosen_setting(request: GenerateRequest, digest: str) -> Setting:

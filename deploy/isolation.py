@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import signal
-import subprocess
 import sys
 import tempfile
 import traceback
@@ -18,10 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deploy.observers import peak_rss_bytes
+from deploy.observers import children_peak_rss_bytes, peak_rss_bytes
 from deploy.plan import Pass, Step
 from runtimes import errors
 from runtimes.bundle import Bundle
+from runtimes.child import die_with_parent, last_words, run_child
 from runtimes.errors import DeployError, UnavailableError
 from runtimes.manifest import Component, Manifest, from_json, to_json
 
@@ -31,7 +30,7 @@ REQUEST, ANSWER, LOG = "request.json", "answer.json", "log"
 
 @dataclass(frozen=True)
 class Result:
-    """What a pass made of one component; the memory is that of the process that worked."""
+    """What a pass made of one component; the memory is that of the process that worked, or of one it started."""
 
     component: Component
     peak_rss_bytes: int
@@ -87,7 +86,7 @@ def call_isolated(function: str, request: Mapping[str, Any], where: str) -> tupl
     with tempfile.TemporaryDirectory(prefix="ldm-deploy-") as temporary:
         folder = Path(temporary)
         (folder / REQUEST).write_text(json.dumps(request), encoding="utf-8")
-        code = _wait(folder)
+        code = run_child("deploy.isolation", folder, folder / LOG)
         answer = folder / ANSWER
         if code != 0 or not answer.is_file():
             raise _died(code, folder / LOG, where)
@@ -97,30 +96,16 @@ def call_isolated(function: str, request: Mapping[str, Any], where: str) -> tupl
     return content["result"], content["peak_rss_bytes"]
 
 
-def _wait(folder: Path) -> int:
-    paths = os.pathsep.join(p or os.getcwd() for p in sys.path)
-    with (folder / LOG).open("wb") as log:
-        child = subprocess.Popen([sys.executable, "-m", "deploy.isolation", str(folder)], stdin=subprocess.DEVNULL,
-                                 stdout=log, stderr=log, env={**os.environ, "PYTHONPATH": paths})
-        try:
-            return child.wait()
-        except BaseException:  # Ctrl-C: nothing goes on in the background
-            child.kill()
-            child.wait()
-            raise
-
-
 def _died(code: int, log: Path, where: str) -> DeployError:
-    tail = (log.read_text(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
     if code >= 0:
-        return DeployError(f"the process ended with code {code}: {tail:.300}", where=where)
+        return DeployError(f"the process ended with code {code}: {last_words(log)}", where=where)
     killed = signal.Signals(-code).name
     if -code == signal.SIGKILL:
         return UnavailableError(
             "the process was killed by the system, most likely because memory ran out (SIGKILL)", where=where,
             fix="close other programs, give smaller --shapes, or build on a machine with more memory; "
                 "finished components are kept, and the same command goes on from here")
-    return UnavailableError(f"the process was ended by {killed}: {tail:.300}", where=where,
+    return UnavailableError(f"the process was ended by {killed}: {last_words(log)}", where=where,
                             fix="run the same command again: it goes on from here; if it happens again, report it "
                                 "with the model's configs")
 
@@ -155,7 +140,7 @@ def _answer(content: Mapping[str, Any]) -> dict[str, Any]:
         traceback.print_exc()
         return {"error": _told("DeployError", f"{type(error).__name__}: {str(error).partition(chr(10))[0]:.300}", "",
                                "")}
-    return {"result": result, "peak_rss_bytes": peak_rss_bytes()}
+    return {"result": result, "peak_rss_bytes": max(peak_rss_bytes(), children_peak_rss_bytes())}
 
 
 def _told(kind: str, what: str, where: str, fix: str) -> dict[str, str]:
@@ -163,6 +148,7 @@ def _told(kind: str, what: str, where: str, fix: str) -> dict[str, str]:
 
 
 def _main(folder: Path) -> None:
+    die_with_parent()
     request = json.loads((folder / REQUEST).read_text(encoding="utf-8"))
     partial = folder / f"{ANSWER}.partial"
     partial.write_text(json.dumps(_answer(request)), encoding="utf-8")

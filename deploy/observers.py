@@ -5,9 +5,12 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+
+from runtimes.memory import peak_rss_bytes, reset_peak
+
+__all__ = ["Measurement", "measured", "peak_rss_bytes", "reset_peak"]
 
 
 @dataclass
@@ -16,25 +19,16 @@ class Measurement:
 
     Attributes:
         seconds: wall clock.
-        peak_rss_bytes: highest resident memory of this process during the work.
+        peak_rss_bytes: highest resident memory of this process during the work, or of a process that it started.
     """
 
     seconds: float = 0.0
     peak_rss_bytes: int = 0
 
 
-def reset_peak() -> None:
-    """Forget earlier memory peaks; where the kernel does not allow it, peaks stay cumulative (an over-estimate)."""
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_rss_bytes() -> int:
-    """Highest resident memory since the last reset."""
-    with suppress(OSError, ValueError, IndexError):
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def children_peak_rss_bytes() -> int:
+    """Highest resident memory of any process that this one has waited for so far, theirs included."""
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
 
 
 @contextmanager
@@ -42,9 +36,11 @@ def measured() -> Iterator[Measurement]:
     """Measure the block; the result is filled in when it ends."""
     result = Measurement()
     reset_peak()
-    began = time.perf_counter()
+    began, children = time.perf_counter(), children_peak_rss_bytes()
     try:
         yield result
     finally:
         result.seconds = time.perf_counter() - began
         result.peak_rss_bytes = peak_rss_bytes()
+        if (after := children_peak_rss_bytes()) > children:  # the kernel keeps only the highest of all times
+            result.peak_rss_bytes = max(result.peak_rss_bytes, after)

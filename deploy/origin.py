@@ -9,11 +9,13 @@ from pathlib import Path
 from deploy.sources import source_folder
 from deploy.spec import REFERENCE, BuildSpec
 from exporters.families import ComponentSpec
+from exporters.families.safety_checker import with_safety_checker
 from exporters.families.step_cache import shallow_weights, with_step_cache
 from exporters.source import ComponentSource, open_source
 from runtimes.bundle import Bundle, record_of, records_below
 from runtimes.guidance import SHALLOW
 from runtimes.manifest import SCHEMA, Component, FileRecord, Manifest, Source
+from runtimes.safety import PREPROCESSOR_FILE, SAFETY_CHECKER
 
 ORIGIN_FORMAT = "diffusers"
 # An autoencoder holds both halves; a parameter is counted for the component that uses it.
@@ -33,6 +35,9 @@ def open_origin(spec: BuildSpec) -> Bundle:
     if spec.step_cache:
         unet = source.components["unet"]
         specs = with_step_cache(specs, unet.config, str(unet.folder))
+    if spec.safety_checker:
+        source = source.with_component(SAFETY_CHECKER)
+        specs = with_safety_checker(specs, source)
     hashes = {name: record_of(file) for name, file in source.weight_files().items()}
     known = {file: hashes[name] for name, file in source.weight_files().items()}
     components = {name: _component(source.components[s.source_component], s, folder, known)
@@ -41,6 +46,8 @@ def open_origin(spec: BuildSpec) -> Bundle:
     for tokenizer in source.tokenizers.values():
         files.update(records_below(tokenizer, folder))
     files.update(records_below(folder / "scheduler", folder))
+    if spec.safety_checker:
+        files[PREPROCESSOR_FILE] = record_of(folder / PREPROCESSOR_FILE)
     manifest = Manifest(
         schema=SCHEMA,
         family=source.family.name,

@@ -83,6 +83,7 @@ class Pass(ABC):
         libraries: distributions whose versions enter the cache key.
         verify: whether the parity gate runs after it (a pass that only moves files needs none).
         defines_source: whether what it leaves is the model that parity is measured against.
+        changes_network: whether it means to leave another network, which later passes must then keep.
     """
 
     name: ClassVar[str]
@@ -90,6 +91,7 @@ class Pass(ABC):
     libraries: ClassVar[tuple[str, ...]]
     verify: ClassVar[bool]
     defines_source: ClassVar[bool] = False
+    changes_network: ClassVar[bool] = False
 
     @abstractmethod
     def plan(self, before: Manifest, spec: BuildSpec) -> Planned:

@@ -8,10 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtimes import decode
-from runtimes.batching import input_spec
 from runtimes.bundle import Bundle
 from runtimes.conditions import Conditions, SizeConditions, gather
-from runtimes.errors import InputError
 from runtimes.guidance import Guidance, GuidedUnet
 from runtimes.loading import load_tokenizers, scheduler_config
 from runtimes.prompt_cache import PromptCache
@@ -20,6 +18,7 @@ from runtimes.request import check_request
 from runtimes.schedulers.ddim import Ddim
 from runtimes.schedulers.prediction import to_epsilon
 from runtimes.session import Session
+from runtimes.start import inpaints
 
 Float32 = NDArray[np.float32]
 LEVELS = 6  # noise levels that predictions are asked at
@@ -37,7 +36,7 @@ class Probe:
         """Read tokenizers and noise schedule of a bundle.
 
         Raises:
-            InputError: a U-Net that paints under a mask.
+            InputError: a U-Net that takes channels that are unknown.
         """
         self.facts = bundle.manifest.pipeline
         self._sessions = sessions
@@ -46,10 +45,13 @@ class Probe:
         self._schedule = Ddim.from_config(scheduler_config(bundle))
         count = self._schedule.num_train_timesteps
         self.levels = tuple((2 * i + 1) * count // (2 * LEVELS) for i in range(LEVELS))
-        channels = input_spec(sessions["unet"], "sample").shape[1]
-        if channels != self.facts.latent_channels:
-            raise InputError(f"the U-Net takes {channels} channels, which text to image does not have", where="unet",
-                             fix="models that paint under a mask cannot be diagnosed")
+        self._extra = self._over_grey() if inpaints(sessions["unet"], self.facts.latent_channels) else None
+
+    def _over_grey(self) -> Float32:
+        """What a U-Net for inpainting is told where everything is painted anew: (1, 1 + C, H/f, W/f) float32."""
+        height, width = self.facts.height, self.facts.width
+        grey = self.encode(np.zeros((1, 3, height, width), np.float32))
+        return np.concatenate([np.ones_like(grey[:, :1]), grey], axis=1)
 
     def encode(self, pixels: Float32) -> Float32:
         """Mean latents of pictures, scaled as the U-Net is given them.
@@ -92,7 +94,8 @@ class Probe:
         alpha, sigma = self._schedule.levels(timestep)
         noise = np.random.default_rng([seed, timestep]).standard_normal(latents.shape, np.float32)
         sample = np.float32(alpha) * latents + np.float32(sigma) * noise
-        unet = GuidedUnet(self._sessions["unet"], self.conditions(prompts), Guidance(1.0), 1)
+        extra = None if self._extra is None else np.repeat(self._extra, len(sample), axis=0)
+        unet = GuidedUnet(self._sessions["unet"], self.conditions(prompts), Guidance(1.0), 1, extra=extra)
         output = unet(sample, float(timestep), 0)
         return noise, to_epsilon(self._schedule.prediction_type, output, sample, alpha, sigma)
 

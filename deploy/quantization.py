@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from deploy.spec import BuildSpec
 
 DEFAULT_PROMPTS = 64
-SENSITIVITY_CALLS = 6  # for every layer and precision: they are what a search spends its time on
+NOISE_CALLS = 6  # that say which layers add most of the error, and how much is left
 
 
 def plan_calibration(before: Manifest, spec: BuildSpec) -> dict[str, Any]:
@@ -92,6 +92,8 @@ def quantize_component(graph: Path, destination: Path, recipe: str, config: Mapp
             ranges, layers = find_ranges(graph, assignment, config, scheme, name, recording)
             summary |= {"estimator": config["estimator"], "recording": recording.identity,
                         "methods": config["methods"], "ranges_sha256": digest_of(layers["ranges"])}
+            if recipe == "hybrid":
+                assignment, summary["relief"] = relieved(graph, assignment, ranges, scheme, name, recording)
             if "bias-correction" in config["methods"]:
                 means = channel_means(graph, assignment, lambda: recording.calls(name))
         report = quantize(graph, destination, assignment, ranges, scheme, means).to_json()
@@ -99,6 +101,18 @@ def quantize_component(graph: Path, destination: Path, recipe: str, config: Mapp
     if recording is not None:
         lost = compare(original, destination, lambda: recording.calls(name))
     return {"summary": {**summary, **report}, "layers": layers, "relative_l2": lost}
+
+
+def relieved(graph: Path, assignment: dict[str, str], ranges: Mapping[str, tuple[float, float]], scheme: Scheme,
+             name: str, recording: Recording) -> tuple[dict[str, str], dict[str, Any]]:
+    """The assignment without the layers that add most of the output's error, and what that was worth, as JSON."""
+    from calibration.sensitivity import relieve
+
+    calls = recording.spread(name, NOISE_CALLS)
+    relief = relieve(graph, assignment, ranges, scheme, lambda: calls)
+    before, after = relief.errors
+    return relief.assignment, {"promoted": relief.promoted, "trials": relief.trials,
+                               "relative_l2": [float(f"{before:.4g}"), float(f"{after:.4g}")]}
 
 
 def find_ranges(graph: Path, assignment: Mapping[str, str], config: Mapping[str, Any], scheme: Scheme, name: str,
@@ -131,9 +145,9 @@ def search_unet(source: Bundle, destination: Path, config: Mapping[str, Any], sc
                 ) -> dict[str, Any]:
     """Find the cheapest assignment of precisions to the U-Net's layers that keeps the image-level budget.
 
-    Every layer begins in integers. What each costs the output is measured alone (`calibration.sensitivity`); layers
-    then go back to float32, the most error for the least bytes and time first, and halving finds how many must. Each
-    trial draws what the gate will draw, with the other components quantized as well. The hybrid recipe is a trial too.
+    Every layer begins in integers. What each costs the output is predicted (`calibration.noise`); layers then go back
+    to float32, the most error for the least bytes and time first, and halving finds how many must. Each trial draws
+    what the gate will draw, with the other components quantized as well. The hybrid recipe is a trial too.
 
     Returns:
         as `quantize_component` does; the layers' file also holds the errors and the Pareto front.
@@ -143,7 +157,8 @@ def search_unet(source: Bundle, destination: Path, config: Mapping[str, Any], sc
     """
     import onnx_ir as ir
 
-    from calibration.layers import assign, find_layers, matching
+    from calibration.layers import assign, find_layers
+    from calibration.noise import predict_noise
     from calibration.quantize import quantize
     from calibration.sensitivity import assignment_after, promotions
     from deploy.parity.budgets import Budget
@@ -151,10 +166,11 @@ def search_unet(source: Bundle, destination: Path, config: Mapping[str, Any], sc
 
     graph = source.file(source.component("unet").file)
     layers = find_layers(ir.load(graph))
-    kept = matching(layers, config["keep"])
-    ranges, observed = find_ranges(graph, assign(layers, "static"), config, scheme, "unet", recording)
-    errors = sensitivity(graph, ranges, scheme, recording)
-    path = [p for p in promotions(layers, errors) if p.node not in kept]
+    start = assign(layers, "static", config["keep"])
+    ranges, observed = find_ranges(graph, start, config, scheme, "unet", recording)
+    calls = recording.spread("unet", NOISE_CALLS)
+    noise = predict_noise(graph, start, ranges, scheme, lambda: calls)
+    path = promotions(layers, noise, start)
     reports: dict[Path, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="ldm-search-") as scratch:
         def build(name: str, assignment: Mapping[str, str]) -> Path:
@@ -171,12 +187,12 @@ def search_unet(source: Bundle, destination: Path, config: Mapping[str, Any], sc
             quantize_component(source.file(source.component(other).file), low[other], recipe, config, scheme, other,
                                recording if recipe in ("hybrid", "static") else None)
         trials = Trials(source, low, Budget(**config["search"]["budget"]), tuple(config["search"]["prompts"]))
-        hybrid = assign(layers, "hybrid", config["keep"])
+        hybrid, _ = relieved(graph, assign(layers, "hybrid", config["keep"]), ranges, scheme, "unet", recording)
         assignments = {"hybrid": hybrid}
 
         def promoted(count: int) -> Path:
             name = f"{count} promotions"
-            assignments[name] = assignment_after(layers, path, count, kept)
+            assignments[name] = assignment_after(path, count, start)
             return build(str(count), assignments[name])
 
         best, name = search(trials, build("hybrid", hybrid), promoted, len(path))
@@ -186,24 +202,7 @@ def search_unet(source: Bundle, destination: Path, config: Mapping[str, Any], sc
     return {"summary": {"recipe": "auto", "scheme": asdict(scheme), "estimator": config["estimator"],
                         "recording": recording.identity, "ranges_sha256": digest_of(observed["ranges"]),
                         "chosen": name, "trials": len(trials.done), **report},
-            "layers": {**observed, "precision_map": dict(sorted(assignments[name].items())), "errors": errors,
-                       "front": trials.front()}, "relative_l2": 0.0}
+            "layers": {**observed, "precision_map": dict(sorted(assignments[name].items())),
+                       "errors": {node: dict(entry.errors) for node, entry in noise.items()}, "front": trials.front()},
+            "relative_l2": 0.0}
 
-
-def sensitivity(graph: Path, ranges: Mapping[str, tuple[float, float]], scheme: Scheme, recording: Recording,
-                ) -> dict[str, dict[str, float]]:
-    """Error of the output for each layer and precision, measured once for the same graph and ranges."""
-    from calibration.sensitivity import layer_errors
-    from deploy.cache import Cache, default_root, versions_of
-    from runtimes.bundle import sha256_of
-
-    cache = Cache(default_root())
-    key = {"kind": "sensitivity", "version": 2, "graph": sha256_of(graph), "scheme": asdict(scheme),
-           "ranges": {k: list(v) for k, v in ranges.items()}, "recording": recording.identity,
-           "calls": SENSITIVITY_CALLS, "libraries": versions_of(("onnxruntime",))}
-    found = cache.find_fact(key)
-    if found is None:
-        chosen = recording.spread("unet", SENSITIVITY_CALLS)
-        found = layer_errors(graph, ranges, scheme, lambda: chosen)
-        cache.store_fact(key, found)
-    return found

@@ -212,14 +212,16 @@ def pareto_charts(sections: Sequence[Section]) -> list[dict[str, str]]:
     """Size, and seconds where `bench` measured them, against accuracy; empty for a single bundle."""
     if len(sections) < 2:
         return []
-    accuracies: list[tuple[str, Measure]] = [
-        ("worst PSNR, dB", lambda s: s.parity.get("images", {}).get("psnr_db")),
-        ("prompt retrieval, %", lambda s: 100 * s.parity["retrieval"]["bundle"] if s.parity.get("retrieval") else None)]
+    accuracies: list[tuple[Axis, Measure]] = [
+        (Axis("worst PSNR, dB"), lambda s: s.parity.get("images", {}).get("psnr_db")),
+        (Axis("prompt retrieval, %", most=100),
+         lambda s: 100 * s.parity["retrieval"]["bundle"] if s.parity.get("retrieval") else None)]
     costs: list[tuple[str, Measure]] = [("size, MB", lambda s: s.size / 1e6),
                                         ("seconds a drawing", lambda s: s.seconds)]
     found = []
     for cost_label, cost in costs:
-        for label, accuracy in accuracies:
+        for axis, accuracy in accuracies:
+            label = axis.label
             known = [(s, cost(s), accuracy(s)) for s in sections]
             values = [(s, c, a) for s, c, a in known if c is not None and a is not None]
             if len(values) < 2:
@@ -229,7 +231,7 @@ def pareto_charts(sections: Sequence[Section]) -> list[dict[str, str]]:
                                                   f"{a:.4g} {label.rpartition(', ')[2]}", i in best),))
                       for i, (s, c, a) in enumerate(values)]
             found.append({"title": f"{label} over {cost_label}", "svg": legend(series) + chart(
-                series, Axis(cost_label), Axis(label), joined=False)})
+                series, Axis(cost_label), axis, joined=False)})
     return found
 
 

@@ -49,9 +49,11 @@ class BuildSpec(PruningOptions):
         calibration_samples: U-Net calls that are recorded.
         range_estimator: how a range follows from what was seen (calibration.ranges).
         step_cache: give the U-Net a second entry, which reuses its deep features (exporters.step_cache).
+        safety_checker: export the model's own safety checker too (exporters.families.safety_checker).
         profiles: of TensorRT: optimization profiles, each axis -> min:opt:max within `shapes`; one over all of them
             when empty.
-        engine: of TensorRT: options of the builder (exporters.tensorrt_options.EngineOptions, and `static`).
+        engine: of TensorRT: options of the builder (exporters.tensorrt_options.EngineOptions; `static`; `keep_graph`
+            leaves the ONNX graph that was compiled beside the engine).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
@@ -75,6 +77,7 @@ class BuildSpec(PruningOptions):
     calibration_samples: int = Field(default=128, ge=1)
     range_estimator: RangeEstimator = "mse"
     step_cache: bool = False
+    safety_checker: bool = False
     profiles: tuple[dict[str, ShapeRange], ...] = ()
     engine: dict[str, Any] = Field(default_factory=dict)
 

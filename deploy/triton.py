@@ -16,6 +16,7 @@ from typing import Any
 
 from runtimes.bundle import Bundle, committed, link_or_copy
 from runtimes.errors import InputError, UnavailableError
+from runtimes.guidance import SHALLOW
 from runtimes.manifest import MANIFEST_FILE, Component, dumps
 from runtimes.tensors import TensorSpec
 
@@ -66,16 +67,18 @@ def export_triton(bundle: Bundle, out: Path, options: TritonOptions | None = Non
     options = options or TritonOptions()
     if options.instances < 1 or options.queue_microseconds < 0:
         raise InputError("instances must be at least 1 and the delay at least 0", where="export-triton")
-    for name, component in bundle.manifest.components.items():
+    # The repository's pipeline computes every step whole.
+    components = {n: c for n, c in bundle.manifest.components.items() if n != SHALLOW}
+    for name, component in components.items():
         check_servable(name, component)
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / MARKER).is_file())):
         raise InputError("the output exists and is no model repository of ours; it is left as it was", where=str(out),
                          fix="choose another -o or remove it yourself")
-    names = {name: options.prefix + name for name in bundle.manifest.components}
+    names = {name: options.prefix + name for name in components}
     staging = out.with_name(f".{out.name}.triton")
     shutil.rmtree(staging, ignore_errors=True)
     with committed(staging) as folder:
-        for name, component in bundle.manifest.components.items():
+        for name, component in components.items():
             _write_component(bundle, component, folder / names[name], names[name], options)
         _write_pipeline(bundle, folder / options.pipeline, names, options)
         (folder / MARKER).write_text(json.dumps({"bundle": bundle.manifest.digest}), encoding="utf-8")

@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from safetensors.numpy import save_file
 
 from runtimes.lora import Factors, read_factors
 
@@ -55,3 +57,13 @@ def matrices_of(module: torch.nn.Module) -> dict[str, tuple[int, ...]]:
 def levels_of(module: torch.nn.Module) -> Any:
     """The network's layers_per_block, 2 if it has none."""
     return getattr(module.config, "layers_per_block", 2)
+
+
+def write_factors(factors: Mapping[str, Factors], component: str, file: Path) -> None:
+    """Write them as a LoRA in PEFT's format; the folder is made."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for module, found in factors.items():
+        tensors[f"{component}.{module}.lora_A.weight"] = np.ascontiguousarray(found.down)
+        tensors[f"{component}.{module}.lora_B.weight"] = np.ascontiguousarray(found.up)
+    save_file(tensors, file)

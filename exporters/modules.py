@@ -22,10 +22,13 @@ from runtimes.weights import read_header
 
 # What diffusers < 0.13 called the parts of an attention block of the VAE.
 _OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
-# transformers < 5, and all published checkpoints, put the text encoder's weights below this name.
+# transformers < 5, and all published checkpoints, put the text encoder's weights below this name,
 _OLD_PREFIX = "text_model."
+# and a vision encoder's below its own name once more.
+_OLD_VISION, _VISION = "vision_model.vision_model.", "vision_model."
 # Networks that their library does not export at its top level.
-_ELSEWHERE = {"LDMBertModel": "diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion"}
+_ELSEWHERE = {"LDMBertModel": "diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion",
+              "StableDiffusionSafetyChecker": "diffusers.pipelines.stable_diffusion.safety_checker"}
 _SHOWN = 3
 
 
@@ -144,14 +147,19 @@ def _empty(folder: Path, library: str, class_name: str, config: dict[str, Any]) 
 
 def _target(key: str, wanted: Mapping[str, Tensor]) -> str | None:
     """The model's name of a weight of the file, or None."""
-    candidates = [key, key.removeprefix(_OLD_PREFIX), _OLD_PREFIX + key]
+    candidates = [*_old_and_new(key)]
     candidates += [key.replace(old, new) for old, new in _OLD_ATTENTION.items() if old in key]
     return next((name for name in candidates if name in wanted), None)
 
 
 def _is_recomputed(key: str, recomputed: set[str]) -> bool:
     """True for buffers that old files hold and the model computes itself (`embeddings.position_ids`)."""
-    return bool({key, key.removeprefix(_OLD_PREFIX), _OLD_PREFIX + key} & recomputed)
+    return not recomputed.isdisjoint(_old_and_new(key))
+
+
+def _old_and_new(key: str) -> tuple[str, ...]:
+    """What a weight may be called by releases of transformers."""
+    return key, key.removeprefix(_OLD_PREFIX), _OLD_PREFIX + key, key.replace(_OLD_VISION, _VISION)
 
 
 def _finite(tensor: Tensor) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -130,7 +131,7 @@ def _by_pattern(graph: ir.Graph, keep: Sequence[str]) -> dict[ir.Node, str]:
         if not hits:
             names = sorted({name for node in graph for name in _names(node)})
             near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4)
-            raise InputError(f"the pattern {pattern!r} fits no node and no weight", where="precision keep",
+            raise InputError(f"the pattern {pattern!r} fits no node, operator or weight", where="precision keep",
                              fix=f"close names: {', '.join(near)}" if near else "look at the graph's node names")
         found.update({node: f"asked for ({pattern})" for node in hits})
     return found
@@ -138,7 +139,12 @@ def _by_pattern(graph: ir.Graph, keep: Sequence[str]) -> dict[ir.Node, str]:
 
 def _names(node: ir.Node) -> list[str]:
     weights = [v.name for v in node.inputs if v is not None and v.const_value is not None and v.name]
-    return [*([node.name] if node.name else []), *weights]
+    return [*([node.name] if node.name else []), node.op_type, *weights]
+
+
+def names_in(graph: Path) -> list[str]:
+    """Everything in an ONNX file that a pattern may name: nodes, their operators, their weights."""
+    return sorted({name for node in ir.load(graph).graph for name in _names(node)})
 
 
 def _producers(node: ir.Node, types: Types) -> Iterable[ir.Node]:

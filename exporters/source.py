@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,18 @@ class Source:
         """
         file = self.tokenizers[name] / "tokenizer_config.json"
         return read_json(file) if file.is_file() else {}
+
+    def with_component(self, name: str) -> Source:
+        """The same with one more network of model_index.json, which its family does without.
+
+        Raises:
+            InputError: the pipeline has none of that name, or its files are missing or unusable.
+        """
+        entry = read_json(self.path / MODEL_INDEX).get(name)
+        if not isinstance(entry, list) or not _names_a_class(entry) or not (self.path / name).is_dir():
+            raise InputError(f"the pipeline has no {name}", where=str(self.path / MODEL_INDEX),
+                             fix=f"copy the whole pipeline again, or build without its {name.replace('_', ' ')}")
+        return replace(self, components={**self.components, name: _component(self.path, name, entry)})
 
     def weight_files(self) -> dict[str, Path]:
         """Every weight file by its path relative to the pipeline."""

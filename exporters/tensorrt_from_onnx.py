@@ -10,11 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +21,7 @@ from typing import Any
 
 from exporters.tensorrt_options import EngineOptions, Profile
 from runtimes.bundle import sha256_of, translated_disk_errors
+from runtimes.child import last_words, run_child
 from runtimes.errors import DeployError, InputError, UnavailableError
 from runtimes.tensorrt_plan import MODULES, PACKAGES, check_header
 
@@ -147,28 +145,18 @@ def run_worker(request: Mapping[str, Any], folder: Path, name: str) -> dict[str,
     """
     file, log = folder / "request.json", folder / "log"
     file.write_text(json.dumps(request))
-    paths = os.pathsep.join(p or os.getcwd() for p in sys.path)
-    with log.open("wb") as stream:
-        child = subprocess.Popen([sys.executable, "-m", "exporters.tensorrt_worker", str(file)], stdout=stream,
-                                 stderr=stream, stdin=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": paths})
-        try:
-            code = child.wait()
-        except BaseException:  # Ctrl-C: no builder goes on in the background
-            child.kill()
-            child.wait()
-            raise
+    code = run_child("exporters.tensorrt_worker", file, log)
     answer = file.with_suffix(".answer")
     if code == 0 and answer.is_file():
         content: dict[str, Any] = json.loads(answer.read_text())
         return content
-    tail = log.read_text(errors="replace").strip().splitlines()[-1:] or ["no message"]
     if code < 0:
         killed = signal.Signals(-code).name
         fix = ("memory ran out, most likely: build with --precision fp16, smaller --shapes, or on a machine with more "
                "memory" if code == -signal.SIGKILL else "report it, with the graph, to NVIDIA")
-        raise UnavailableError(f"the process that builds the engine was ended by {killed}: {tail[0]}", where=name,
-                               fix=fix)
-    raise DeployError(f"the process that builds the engine ended with code {code}: {tail[0]:.300}", where=name)
+        raise UnavailableError(f"the process that builds the engine was ended by {killed}: {last_words(log)}",
+                               where=name, fix=fix)
+    raise DeployError(f"the process that builds the engine ended with code {code}: {last_words(log)}", where=name)
 
 
 def _raise_for(answer: Mapping[str, Any], name: str, source: Path) -> None:

@@ -8,15 +8,15 @@ and 11 and with `tensorrt_rtx`, whose modules share their interface. Answers wit
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import json
 import os
-import signal
 import sys
 import time
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from runtimes.child import die_with_parent
 
 # Freeing a network whose build failed crashes TensorRT-RTX 1.7.1; the process ends right after, without clean-up.
 _NEVER_FREED: list[Any] = []
@@ -26,18 +26,11 @@ _LEVELS = {"ampere-plus": "AMPERE_PLUS", "same-compute-capability": "SAME_COMPUT
 def main() -> None:
     """Read the request, build, write the answer beside it."""
     request_file = Path(sys.argv[1])
-    _die_with_parent()
+    die_with_parent()
     request = json.loads(request_file.read_text())
     answer = build(request)
     request_file.with_suffix(".answer").write_text(json.dumps(answer))
     os._exit(0)
-
-
-def _die_with_parent() -> None:
-    """A builder whose parent was killed must not go on for minutes (Linux only)."""
-    if sys.platform == "linux":
-        set_death_signal = 1
-        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
 
 
 def build(request: dict[str, Any]) -> dict[str, Any]:

@@ -131,6 +131,25 @@ def decoder(model: Any, outputs: tuple[str, ...] = ()) -> nn.Module:
     return VqDecoder(model) if hasattr(model, "quantize") else VaeDecoder(model)
 
 
+class SafetyChecker(nn.Module):
+    """clip_input (B, 3, H, W) float32 -> special_scores (B, 3), concept_scores (B, 17): cosines less their thresholds.
+
+    What StableDiffusionSafetyChecker.forward decides from them is `runtimes.safety.flags`.
+    """
+
+    def __init__(self, model: Any, outputs: tuple[str, ...] = ()) -> None:
+        """Wrap the network."""
+        super().__init__()
+        self.model = model
+
+    def forward(self, clip_input: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores of each picture; above zero the concept is in it."""
+        model, normalize = self.model, nn.functional.normalize
+        embeds = normalize(model.visual_projection(model.vision_model(clip_input)[1]))
+        return (embeds @ normalize(model.special_care_embeds).T - model.special_care_embeds_weights,
+                embeds @ normalize(model.concept_embeds).T - model.concept_embeds_weights)
+
+
 WRAPPERS: dict[str, Callable[[Any, tuple[str, ...]], nn.Module]] = {
     "text_encoder": TextEncoder,
     "text_encoder_2": TextEncoder,
@@ -138,4 +157,5 @@ WRAPPERS: dict[str, Callable[[Any, tuple[str, ...]], nn.Module]] = {
     "unet_shallow": lambda model, outputs: ShallowUNet(model),
     "vae_encoder": VaeEncoder,
     "vae_decoder": decoder,
+    "safety_checker": SafetyChecker,
 }

@@ -4,19 +4,34 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from runtimes.errors import BundleError, OutOfMemoryError
+from runtimes.manifest import Component
 from runtimes.session import Arrays, Session
 from runtimes.tensors import DTYPES, ShapeRange, TensorSpec
 
 UNLIMITED = 1 << 30
 
 
-def input_spec(session: Session, name: str) -> TensorSpec:
+class Described(Protocol):
+    """A session, or what a manifest says of one."""
+
+    @property
+    def name(self) -> str:
+        """Of the component."""
+        ...
+
+    @property
+    def component(self) -> Component:
+        """Its record."""
+        ...
+
+
+def input_spec(session: Described, name: str) -> TensorSpec:
     """The spec of one input.
 
     Raises:

@@ -15,13 +15,14 @@ from runtimes.tiling import Tiling
 Float32 = NDArray[np.float32]
 
 
-def decode(decoder: Session, latents: Float32, scaling_factor: float) -> Float32:
+def decode(decoder: Session, latents: Float32, scaling_factor: float, at_once: int | None = None) -> Float32:
     """Latents to pixels.
 
     Args:
         decoder: latent_sample -> sample in -1..1.
         latents: (B, C, H/f, W/f) float32 as denoised.
         scaling_factor: what the latents were multiplied by.
+        at_once: at most so many images share a call; as many as the decoder takes if None.
 
     Returns:
         (B, H, W, 3) float32 in 0..1.
@@ -29,18 +30,20 @@ def decode(decoder: Session, latents: Float32, scaling_factor: float) -> Float32
     Raises:
         ParityError: the decoder's output is not finite.
     """
-    return np.concatenate(list(_decoded(decoder, latents, scaling_factor)))
+    return np.concatenate(list(_decoded(decoder, latents, scaling_factor, at_once)))
 
 
 def decode_tiled(decoder: Session, latents: Float32, scaling_factor: float, tiling: Tiling, factor: int) -> Float32:
-    """As `decode`, tile by tile and blended; `factor` is pixels per latent."""
-    tiles = (decode(decoder, tile, scaling_factor).transpose(0, 3, 1, 2) for tile in tiling.cut(latents))
+    """As `decode`, tile by tile and blended, one image in a call; `factor` is pixels per latent."""
+    tiles = (decode(decoder, tile, scaling_factor, 1).transpose(0, 3, 1, 2) for tile in tiling.cut(latents))
     return tiling.join(tiles, factor).transpose(0, 2, 3, 1)
 
 
-def decode_uint8(decoder: Session, latents: Float32, scaling_factor: float) -> NDArray[np.uint8]:
+def decode_uint8(
+    decoder: Session, latents: Float32, scaling_factor: float, at_once: int | None = None
+) -> NDArray[np.uint8]:
     """As `decode`, rounded to (B, H, W, 3) uint8 chunk by chunk."""
-    return np.concatenate([to_uint8(chunk) for chunk in _decoded(decoder, latents, scaling_factor)])
+    return np.concatenate([to_uint8(chunk) for chunk in _decoded(decoder, latents, scaling_factor, at_once)])
 
 
 def to_uint8(pixels: Float32) -> NDArray[np.uint8]:
@@ -75,8 +78,9 @@ def encode(
     return mean, np.exp(0.5 * np.clip(logvar, -30.0, 20.0))
 
 
-def _decoded(decoder: Session, latents: Float32, scaling_factor: float) -> Iterator[Float32]:
-    for part in slices(len(latents), row_range(decoder).max):
+def _decoded(decoder: Session, latents: Float32, scaling_factor: float, at_once: int | None) -> Iterator[Float32]:
+    most = row_range(decoder).max
+    for part in slices(len(latents), min(most, at_once or most)):
         sample = run_rows(decoder, {"latent_sample": latents[part] / np.float32(scaling_factor)}, "sample")
         if not np.isfinite(sample).all():
             raise ParityError("the decoded image is not finite", where=decoder.name,

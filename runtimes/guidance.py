@@ -102,31 +102,45 @@ class GuidedUnet:
         self._conditions, self._extra = conditions, extra
         self._interval, self._at_once = 1 if shallow is None else cache_interval, images_at_once
         self._layouts: dict[bool, list[_Part]] = {}
-        self._age, self._was_guided = 0, False
+        self._whole = self._plan_whole_steps()
 
     def __call__(self, sample: Float32, timestep: float, i: int) -> Float32:
         """Predict: (B, C, H/f, W/f) float32 at step i in, the same out."""
-        guided = self._conditions.uncond is not None and self._guidance.active(i, self._steps)
+        guided, whole = self._guided(i), self._whole[i]
         if guided not in self._layouts:
             self._layouts[guided] = self._lay_out(guided)
-        self._age = 0 if i == 0 or guided != self._was_guided else (self._age + 1) % self._interval
-        self._was_guided = guided
         parts = self._layouts[guided]
         if len(parts) == 1:
-            return self._predict(sample, timestep, parts[0], guided)
-        result = np.empty_like(sample)
-        for part in parts:
-            result[part.rows] = self._predict(sample[part.rows], timestep, part, guided)
+            return self._predict(sample, timestep, parts[0], guided, whole)
+        predictions = [self._predict(sample[part.rows], timestep, part, guided, whole) for part in parts]
+        result = np.empty((len(sample), *predictions[0].shape[1:]), np.float32)
+        for part, prediction in zip(parts, predictions, strict=True):
+            result[part.rows] = prediction
         return result
 
-    def _predict(self, sample: Float32, timestep: float, part: _Part, guided: bool) -> Float32:
+    def whole_steps(self, i: int) -> int:
+        """How many of the steps before i and of i itself compute everything."""
+        return sum(self._whole[: i + 1])
+
+    def _guided(self, i: int) -> bool:
+        return self._conditions.uncond is not None and self._guidance.active(i, self._steps)
+
+    def _plan_whole_steps(self) -> list[bool]:
+        """For each step, whether it computes the deep feature."""
+        ages: list[int] = []
+        for i in range(self._steps):
+            goes_on = i > 0 and self._guided(i) == self._guided(i - 1)
+            ages.append((ages[-1] + 1) % self._interval if goes_on else 0)
+        return [age == 0 for age in ages]
+
+    def _predict(self, sample: Float32, timestep: float, part: _Part, guided: bool, whole: bool) -> Float32:
         if part.extra is not None:
             sample = np.concatenate([sample, part.extra], axis=1)
         if guided:
             sample = np.concatenate([sample, sample])
         feeds = {"sample": sample, "timestep": np.full(len(sample), timestep, np.float32),
                  "encoder_hidden_states": part.hidden, **part.added}
-        output: Float32 = part.run(feeds, whole=self._age == 0)
+        output: Float32 = part.run(feeds, whole=whole)
         if output.dtype != np.float32:
             output = output.astype(np.float32)
         if not guided:

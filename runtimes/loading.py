@@ -10,7 +10,9 @@ from typing import Any
 from runtimes.bundle import Bundle, read_object
 from runtimes.lora_inputs import check_options
 from runtimes.manifest import PipelineFacts
+from runtimes.memory import MemoryBudget, memory_model
 from runtimes.pipeline import Pipeline
+from runtimes.safety import PREPROCESSOR_FILE, SAFETY_CHECKER, Preprocessing
 from runtimes.session import Session, SessionOptions, open_session
 from runtimes.tokenizer import ClipTokenizer
 
@@ -18,7 +20,8 @@ SCHEDULER_FILE = "scheduler/scheduler_config.json"
 
 
 def load(bundle_dir: Path | str | Bundle, device: str = "cpu", threads: int = 0, check_hashes: bool = True, *,
-         hint: str = "latency", pin_threads: bool = False, lora: Sequence[str] = ()) -> Pipeline:
+         hint: str = "latency", pin_threads: bool = False, memory_budget: int | None = None,
+         lora: Sequence[str] = ()) -> Pipeline:
     """Load a bundle.
 
     Args:
@@ -28,6 +31,8 @@ def load(bundle_dir: Path | str | Bundle, device: str = "cpu", threads: int = 0,
         check_hashes: compare every file with its sha256 first; otherwise only presence and size.
         hint: of OpenVINO: "latency" gives one call every core, "throughput" runs several calls at once.
         pin_threads: keep each CPU thread on a core of its own.
+        memory_budget: bytes that this process may take while it draws from text: as many images share a call as fit.
+            What calls take is measured once on each machine; see `runtimes.memory`.
         lora: of a bundle built with `--lora-mode swap`: `FILE[:SCALE]` each instead of its own, or "none" alone.
 
     Raises:
@@ -38,11 +43,14 @@ def load(bundle_dir: Path | str | Bundle, device: str = "cpu", threads: int = 0,
     bundle = bundle_dir if isinstance(bundle_dir, Bundle) else Bundle.open(bundle_dir, check_hashes=check_hashes)
     check_options(bundle, lora)
     options = SessionOptions(device, threads, hint, pin_threads, tuple(lora), keep_graphs=True)
+    budget = None if memory_budget is None else MemoryBudget(memory_budget, memory_model(bundle, options))
     sessions = BundleSessions(bundle, options)
     facts = bundle.manifest.pipeline
     for name in needed(facts):
         sessions[name]
-    return Pipeline(sessions, facts, scheduler_config(bundle), *load_tokenizers(bundle))
+    preprocessing = load_preprocessing(bundle) if SAFETY_CHECKER in bundle.manifest.components else None
+    return Pipeline(sessions, facts, scheduler_config(bundle), *load_tokenizers(bundle), preprocessing=preprocessing,
+                    memory=budget)
 
 
 def needed(facts: PipelineFacts) -> tuple[str, ...]:
@@ -71,6 +79,17 @@ def scheduler_config(bundle: Bundle) -> dict[str, Any]:
     return read_object(bundle.file(SCHEDULER_FILE))
 
 
+def load_preprocessing(bundle: Bundle) -> Preprocessing:
+    """How the safety checker's pictures are prepared.
+
+    Raises:
+        BundleError: the file is missing or not a JSON object.
+        InputError: it is not CLIPImageProcessor's config.
+    """
+    file = bundle.file(PREPROCESSOR_FILE)
+    return Preprocessing.from_config(read_object(file), str(file))
+
+
 class BundleSessions(Mapping[str, Session]):
     """The components of a bundle, each loaded when first asked for, once for all threads."""
 
@@ -85,6 +104,9 @@ class BundleSessions(Mapping[str, Session]):
                 if name not in self._loaded:
                     self._loaded[name] = open_session(self._bundle, name, self._options)
         return self._loaded[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._bundle.manifest.components
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._bundle.manifest.components)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -114,13 +113,3 @@ def check_options(bundle: Bundle, options: Sequence[str]) -> None:
         if other := [name for name in components_of(file) if name not in takes]:
             raise InputError(f"it changes the {other[0]}, this bundle takes LoRAs for {', '.join(takes)} alone",
                              where=str(file), fix="build with a LoRA that changes the same parts, --lora-mode swap")
-
-
-def write_own(factors: Mapping[str, Factors], name: str, file: Path) -> None:
-    """Write `own_file`; needs the safetensors package, which builds have."""
-    from safetensors.numpy import save_file
-
-    file.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {f"{name}.{module}.lora_A.weight": np.ascontiguousarray(found.down) for module, found in factors.items()}
-    tensors |= {f"{name}.{module}.lora_B.weight": np.ascontiguousarray(found.up) for module, found in factors.items()}
-    save_file(tensors, file)

@@ -58,8 +58,9 @@ class Component:
 
     @property
     def bytes(self) -> int:
-        """Size of all files together."""
-        return sum(record.bytes for record in self.files.values())
+        """Size of all files together; weights that lie with another component count there."""
+        elsewhere = self.details.get("shared_weights", {}).get("file")
+        return sum(record.bytes for name, record in self.files.items() if name != elsewhere)
 
     @property
     def sha256(self) -> str:

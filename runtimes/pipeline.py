@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from threading import Event
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from runtimes import decode
+from runtimes.aspects import nearest_size
 from runtimes.conditions import Conditions, SizeConditions, gather
 from runtimes.denoising import OnStep, Step, denoise
 from runtimes.errors import BundleError, InputError
@@ -21,16 +22,21 @@ from runtimes.guidance import SHALLOW, Guidance, GuidedUnet
 from runtimes.handover import WHOLE, begin_part, checked_part
 from runtimes.images import ImageLike, to_pil
 from runtimes.manifest import PipelineFacts
+from runtimes.memory import MemoryBudget
 from runtimes.noise import NoiseStreams
 from runtimes.preview import Colours, fit
 from runtimes.profile import Profile
 from runtimes.prompt_cache import CacheStats, PromptCache
 from runtimes.prompts import PromptStyle, Tokenize
-from runtimes.request import OUTPUTS, Request, check_request, finite, interval, whole
+from runtimes.request import OUTPUTS, Request, check_request, finite, interval, pixel_limits, whole
+from runtimes.safety import SAFETY_CHECKER, Preprocessing, flags
 from runtimes.schedulers import Scheduler, from_config
 from runtimes.session import Session
 from runtimes.start import Start, begin
 from runtimes.tiling import Tiled, Tiling
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 __all__ = ["Pipeline", "Step"]
 Float32 = NDArray[np.float32]
@@ -47,7 +53,8 @@ class Pipeline:
 
     def __init__(
         self, sessions: Mapping[str, Session], facts: PipelineFacts, scheduler_config: Mapping[str, Any],
-        *tokenizers: Tokenize, cache_bytes: int = CACHE_BYTES,
+        *tokenizers: Tokenize, cache_bytes: int = CACHE_BYTES, preprocessing: Preprocessing | None = None,
+        memory: MemoryBudget | None = None,
     ) -> None:
         """Assemble a pipeline over any sessions; `runtimes.load` does it for a bundle.
 
@@ -57,10 +64,12 @@ class Pipeline:
             scheduler_config: as scheduler_config.json holds it.
             tokenizers: prompts -> (B, tokens) int64, one for each of `facts.text_encoders`.
             cache_bytes: bound of the cache of embedded prompts.
+            preprocessing: what the safety checker's pictures go through, where the sessions hold one.
+            memory: how many images share a call; as many as the networks take if None.
         """
         self.sessions, self.facts = sessions, facts
         self._config, self._tokenizers = dict(scheduler_config), tokenizers
-        self._cache = PromptCache(cache_bytes)
+        self._cache, self._preprocessing, self._memory = PromptCache(cache_bytes), preprocessing, memory
         self._schedulers: dict[str | None, Scheduler] = {}
         self._colours: Colours | None = None
 
@@ -144,6 +153,7 @@ class Pipeline:
             sessions, self.facts, prompt=prompt, negative_prompt=negative_prompt, images_per_prompt=images_per_prompt,
             guided=guidance.scale > 1, seed=seed, height=height, width=width, image=image, mask=mask, strength=share,
             latents=latents, tile=tile)
+        at_once = self._images_at_once(request)
         style = PromptStyle(weighting, long_prompts)
         with np.errstate(over="ignore", invalid="ignore"):  # every result is checked to be finite
             conditions = gather(sessions, self.facts, self._tokenizers, self._cache, style, request,
@@ -153,29 +163,30 @@ class Pipeline:
                 begun = Start(request.latents)
             else:
                 begun = begin(sessions, self.facts.scaling_factor, request, run, noise)
-            predict = self._predictor(sessions, request, conditions, guidance, count, begun.extra, cache_interval)
+            predict = self._predictor(sessions, request, conditions, guidance, count, begun.extra, cache_interval,
+                                      at_once)
             sample = denoise(predict, run, begun, noise, on_step, cancel, count=count)
-            result = self._finished(sessions, sample, request.tiling, output)
+            result = self._finished(sessions, sample, request.tiling, output, at_once)
         if profile is not None:
             profile.total_seconds += perf_counter() - start
         return result
 
     def _predictor(
         self, sessions: Mapping[str, Session], request: Request, conditions: Conditions, guidance: Guidance,
-        count: int, extra: Float32 | None, cache_interval: int,
+        count: int, extra: Float32 | None, cache_interval: int, at_once: int | None,
     ) -> Callable[[Float32, float, int], Float32]:
         """The U-Net under the request's prompts, for the whole picture or tile by tile."""
-        tiling, at_once = request.tiling, None
-        if tiling is not None:
-            conditions, at_once = conditions.repeated(tiling.count), 1
-            extra = None if extra is None else tiling.stack(extra)
-        predict = GuidedUnet(sessions["unet"], conditions, guidance, count, extra=extra,
-                             shallow=sessions[SHALLOW] if cache_interval > 1 else None, cache_interval=cache_interval,
-                             images_at_once=at_once)
-        return predict if tiling is None else Tiled(predict, tiling)
+        tiling = request.tiling
+        shallow = sessions[SHALLOW] if cache_interval > 1 else None
+        if tiling is None:
+            return GuidedUnet(sessions["unet"], conditions, guidance, count, extra=extra, shallow=shallow,
+                              cache_interval=cache_interval, images_at_once=at_once)
+        predict = GuidedUnet(sessions["unet"], conditions.repeated(tiling.count), guidance, count, shallow=shallow,
+                             cache_interval=cache_interval, images_at_once=1)
+        return Tiled(predict, tiling, predict.whole_steps, extra)
 
     def _finished(
-        self, sessions: Mapping[str, Session], sample: Float32, tiling: Tiling | None, output: str,
+        self, sessions: Mapping[str, Session], sample: Float32, tiling: Tiling | None, output: str, at_once: int | None,
     ) -> Any:
         """Denoised latents in the form that was asked for."""
         if output == "latents":
@@ -185,8 +196,26 @@ class Pipeline:
             pixels = decode.decode_tiled(decoder, sample, factor, tiling, self.facts.vae_scale_factor)
             return pixels if output == "numpy" else to_pil(decode.to_uint8(pixels))
         if output == "numpy":
-            return decode.decode(decoder, sample, factor)
-        return to_pil(decode.decode_uint8(decoder, sample, factor))
+            return decode.decode(decoder, sample, factor, at_once)
+        return to_pil(decode.decode_uint8(decoder, sample, factor, at_once))
+
+    def _images_at_once(self, request: Request) -> int | None:
+        if self._memory is None:
+            return None
+        _, rows, columns = request.latent_shape
+        area = rows * columns if request.tiling is None else request.tiling.area
+        count = len(request.seeds)
+        return self._memory.images_at_once(count if request.tiling is None else 1, 2 if request.negatives else 1, area,
+                                           count * request.height * request.width)
+
+    def size_of(self, aspect: float) -> tuple[int, int]:
+        """Height and width in pixels nearest to an aspect ratio, at about the pixels of the model's own size.
+
+        Args:
+            aspect: width over height.
+        """
+        sides = [pixel_limits(self.facts, self.sessions, name) for name in ("height", "width")]
+        return nearest_size(aspect, self.facts.height * self.facts.width, *sides)
 
     def preview(self, latents: Float32) -> NDArray[np.uint8]:
         """A small picture of latents, for `Step.estimate`: one pixel for each latent, without the decoder.
@@ -202,6 +231,20 @@ class Pipeline:
         if self._colours is None:
             self._colours = fit(self.sessions["vae_decoder"], self.facts)
         return self._colours.show(latents)
+
+    def flagged(self, pictures: Sequence[Image]) -> list[bool]:
+        """Which pictures the model's own safety checker flags. It runs here only, and changes nothing.
+
+        Args:
+            pictures: B Pillow images of any size.
+
+        Raises:
+            InputError: the bundle has no safety checker.
+        """
+        if self._preprocessing is None or SAFETY_CHECKER not in self.sessions:
+            raise InputError("this bundle has no safety checker", where=SAFETY_CHECKER,
+                             fix="build --safety-checker, from a model that has one")
+        return flags(self.sessions[SAFETY_CHECKER], self._preprocessing(pictures)) if pictures else []
 
     def _scheduler(self, name: str | None) -> Scheduler:
         if name not in self._schedulers:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtimes.batching import input_spec
+from runtimes.batching import Described, input_spec
 from runtimes.errors import InputError
 from runtimes.images import ImageLike, open_image, to_mask, to_pixels
 from runtimes.manifest import PipelineFacts
@@ -141,7 +141,7 @@ def check_size(facts: PipelineFacts, sessions: Mapping[str, Session], name: str,
     return pixels
 
 
-def pixel_limits(facts: PipelineFacts, sessions: Mapping[str, Session], name: str) -> tuple[ShapeRange, int]:
+def pixel_limits(facts: PipelineFacts, sessions: Mapping[str, Described], name: str) -> tuple[ShapeRange, int]:
     """The range of a height or width in pixels, and what it must be a multiple of: the U-Net's and decoder's alike."""
     position = {"height": 2, "width": 3}[name]
     least, most, multiple = 1, 1 << 20, 1

@@ -64,21 +64,26 @@ def begin(
     Raises:
         InputError: the U-Net takes channels that are not those of latents, a mask and a masked picture.
     """
-    inpaints = _inpaints(sessions["unet"], request.latent_shape[0])
+    paints = inpaints(sessions["unet"], request.latent_shape[0])
     original: Float32 | None = None
-    if request.pictures is not None and (request.strength < 1 or not inpaints):
+    if request.pictures is not None and (request.strength < 1 or not paints):
         original = _encoded(sessions, scaling_factor, request.pictures, request.picture_of, request, noise)
     fresh = noise.draw(request.latent_shape) if request.latents is None else request.latents
     pure = original is None or (request.masks is not None and request.strength == 1)
     sample = fresh * np.float32(run.init_noise_sigma) if pure or original is None else run.add_noise(original, fresh)
-    if inpaints:
+    if paints:
         return Start(sample, extra=_conditions(sessions, scaling_factor, request, noise))
     if request.masks is None or original is None:
         return Start(sample)
     return Start(sample, kept=Kept(original, fresh, _small(request)))
 
 
-def _inpaints(unet: Session, channels: int) -> bool:
+def inpaints(unet: Session, channels: int) -> bool:
+    """Whether a U-Net takes mask and masked picture besides latents of so many channels.
+
+    Raises:
+        InputError: it takes something else.
+    """
     found = input_spec(unet, "sample").shape[1]
     if found not in (channels, 2 * channels + 1):
         raise InputError(f"the U-Net takes {found} channels, the latents have {channels}", where="unet",

@@ -18,9 +18,13 @@ from deploy.parity.samples import Feeds, Sample, cast, fit, pack, unpack
 from deploy.parity.shapes import Run
 from deploy.parity.store import Store
 from runtimes.bundle import Bundle
+from runtimes.decode import to_uint8
 from runtimes.errors import InputError
 from runtimes.guidance import SHALLOW
+from runtimes.images import to_pil
+from runtimes.loading import load_preprocessing
 from runtimes.manifest import Component, to_json
+from runtimes.safety import CLIP_INPUT, SAFETY_CHECKER
 from runtimes.session import Session
 
 VERSION = 1  # raised whenever the same key would mean other arrays
@@ -137,17 +141,23 @@ class Reference:
                 pipeline = assemble_pipeline(recorders, self.bundle)  # a new one: a cache would hide repeated prompts
                 interval = 2 if SHALLOW in sessions else 1  # so that both of the U-Net's entries are called
                 request = _recording_request(run, options)
-                draw(pipeline, replace(request, cache_interval=interval, steps=max(request.steps, interval)))
+                request = replace(request, cache_interval=interval, steps=max(request.steps, interval))
+                drawn = draw(pipeline, request)
                 key = {**self._recording_key(runs, options), "kind": "recording", "run": index}
-                for name, recorder in recorders.items():
-                    calls = recorder.calls
-                    if not calls and name == ENCODER and DECODER in recorders:
-                        calls = _pictures(recorder.component, recorders[DECODER])
-                    self._store.put({**key, "name": name}, pack(calls, "feeds"))
+                for name in recorders:
+                    self._store.put({**key, "name": name}, pack(self._fed(name, recorders, drawn.images), "feeds"))
                 for recorder in recorders.values():
                     recorder.clear()
         finally:
             _close_all(sessions)
+
+    def _fed(self, name: str, recorders: Mapping[str, Recorder], images: np.ndarray[Any, Any]) -> list[Feeds]:
+        """A component's calls; of those that text to image never calls, what they would be fed with its pictures."""
+        if name == SAFETY_CHECKER:
+            return [{CLIP_INPUT: load_preprocessing(self.bundle)(to_pil(to_uint8(images)))}]
+        if name == ENCODER and not recorders[name].calls and DECODER in recorders:
+            return _pictures(recorders[name].component, recorders[DECODER])
+        return recorders[name].calls
 
 
 def total_bytes(components: Mapping[str, Component]) -> int:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from runtimes.errors import InputError
 from runtimes.manifest import Component, PipelineFacts
+from runtimes.safety import CLIP_INPUT
 from runtimes.tensors import Axis, ShapeRange, TensorSpec
 
 SHAPES = 3  # that every component is compared at, where its axes leave a choice
@@ -38,8 +39,8 @@ class Run:
 
 
 def spatial_spec(component: Component) -> TensorSpec | None:
-    """The input that is a picture or latents, (B, C, H, W); a text encoder has none."""
-    return next((spec for spec in component.inputs if len(spec.shape) == 4), None)
+    """The input that is a picture or latents, (B, C, H, W), of the pipeline's own size; a text encoder has none."""
+    return next((spec for spec in component.inputs if len(spec.shape) == 4 and spec.name != CLIP_INPUT), None)
 
 
 def range_of(component: Component, dimension: int | str) -> tuple[ShapeRange, int]:

@@ -11,4 +11,5 @@ PASSES: dict[str, str] = {
     "precision": "deploy.passes.precision:Precision",
     "engine": "deploy.passes.engine:Engine",
     "openvino": "deploy.passes.openvino:OpenVino",
+    "share": "deploy.passes.share:Share",
 }

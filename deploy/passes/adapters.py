@@ -13,7 +13,7 @@ from runtimes.bundle import Bundle, link_or_copy, record_of, records_below
 from runtimes.errors import InputError
 from runtimes.guidance import SHALLOW
 from runtimes.lora import Factors, read_factors
-from runtimes.lora_inputs import DETAILS, own_file, side_by_side, write_own
+from runtimes.lora_inputs import DETAILS, own_file, side_by_side
 from runtimes.manifest import Component, FileRecord, Manifest
 
 if TYPE_CHECKING:
@@ -135,14 +135,14 @@ class Adapters(Pass):
         """The LoRAs of each component as one, to be fed to its graph."""
         if step.config["lora_mode"] != SWAP:
             return {}
-        from exporters.lora import levels_of, matrices_of
+        from exporters.lora import levels_of, matrices_of, write_factors
         from exporters.modules import empty_module
 
         for name in step.reads:
             before = source.component(name)
             module, _ = empty_module(source.file(before.file).parent, before.details["library"], before.class_name)
             if factors := _factors(step, name, matrices_of(module), levels_of(module)):
-                write_own(factors, name, out / own_file(name))
+                write_factors(factors, name, out / own_file(name))
         return records_below(out / own_file("").partition("/")[0], out)
 
 

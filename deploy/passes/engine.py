@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from deploy.passes.quantize import carry_layers
 from deploy.plan import Pass, Planned, Skip, Step, Unavailable, require_onnx
 from runtimes.bundle import Bundle, link_or_copy, records_below
 from runtimes.errors import InputError
@@ -27,7 +28,7 @@ class Engine(Pass):
     """One engine per component. Which builder, which GPUs and what was refused stands in the component's details."""
 
     name: ClassVar[str] = "engine"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     libraries: ClassVar[tuple[str, ...]] = ("tensorrt", "tensorrt-rtx")
     verify: ClassVar[bool] = True
 
@@ -42,10 +43,10 @@ class Engine(Pass):
         from exporters.tensorrt_options import EngineOptions
 
         wanted = dict(spec.engine)
-        static = bool(wanted.pop("static", False))
+        static, keep_graph = bool(wanted.pop("static", False)), bool(wanted.pop("keep_graph", False))
         options = EngineOptions.from_mapping(wanted, builder)
         config = {"options": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(options).items()},
-                  "static": static, "gpu": gpu_here() if builder == "tensorrt" else "",
+                  "static": static, "keep_graph": keep_graph, "gpu": gpu_here() if builder == "tensorrt" else "",
                   "profiles": [{a: [r.min, r.opt, r.max] for a, r in p.items()} for p in spec.profiles]}
         for name, component in before.components.items():
             component_profiles(component, before, config, name)  # refuses impossible profiles before any work
@@ -74,10 +75,13 @@ class Engine(Pass):
                    "compiled_component_sha256": before.sha256, "executed": False, "not_executed": NOT_EXECUTED}
         if (quantizers := find_quantizers(source.file(before.file))).inputs:
             details["quantizers"] = quantizers.to_json()
-        if options.stripped or options.refittable:
+        reloads = options.stripped or options.refittable
+        if reloads or step.config["keep_graph"]:
             for file in before.files:
                 link_or_copy(source.path / file, out / file)
-            details["weights"] = before.file
+            details["weights" if reloads else "graph"] = before.file
+        else:
+            carry_layers(source, before, out)
         return replace(planned, files=records_below(folder, out), details=details)
 
 

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, ClassVar
 
 from deploy.origin import ORIGIN_FORMAT
 from deploy.plan import Pass, Planned, Step
-from runtimes.bundle import Bundle, records_below
+from runtimes.bundle import Bundle, link_or_copy, records_below
 from runtimes.errors import InputError
 from runtimes.manifest import Component, FileRecord, Manifest
+from runtimes.safety import PREPROCESSOR_FILE, SAFETY_CHECKER
 
 if TYPE_CHECKING:
     from deploy.spec import BuildSpec
@@ -49,7 +50,7 @@ class Load(Pass):
         planned = step.after.components[name]
         part = planned.details["source_component"]
         folder = out / "components" / part
-        link_component(open_source(source.path).components[part], folder)
+        link_component(open_source(source.path).with_component(part).components[part], folder)
         check_weights(folder, planned.details["library"], planned.class_name)
         known = {source.path / file: record for file, record in source.component(name).files.items()}
         return replace(planned, files=records_below(folder, out, known))
@@ -70,4 +71,7 @@ class Load(Pass):
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         (out / "scheduler" / "scheduler_config.json").write_text(text, encoding="utf-8")
         written = [*origin.tokenizers, "scheduler"]
+        if SAFETY_CHECKER in step.after.components:
+            link_or_copy(source.path / PREPROCESSOR_FILE, out / PREPROCESSOR_FILE)
+            written.append(Path(PREPROCESSOR_FILE).parent.name)
         return {n: r for folder in written for n, r in records_below(out / folder, out).items()}

@@ -7,8 +7,10 @@ from importlib import util
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from deploy.passes.quantize import carry_layers
 from deploy.plan import Pass, Planned, Skip, Step, Unavailable, require_onnx
-from runtimes.bundle import Bundle, records_below
+from runtimes.bundle import Bundle, link_or_copy, records_below
+from runtimes.guidance import SHALLOW
 from runtimes.manifest import Component, Manifest
 
 if TYPE_CHECKING:
@@ -19,7 +21,7 @@ class OpenVino(Pass):
     """OpenVINO's conversion; its own graph optimization runs at load time, for the CPU that is there."""
 
     name: ClassVar[str] = "openvino"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     libraries: ClassVar[tuple[str, ...]] = ("openvino",)
     verify: ClassVar[bool] = True
 
@@ -30,19 +32,26 @@ class OpenVino(Pass):
         require_onnx(before, self.name, "it comes after everything that works on graphs")
         if util.find_spec("openvino") is None:
             return Unavailable("openvino is not installed", "target openvino", "pip install 'ldm-deploy[openvino]'")
-        components = {n: replace(c, format="openvino", file=f"components/{n}/model.xml", files={})
+        components = {n: replace(c, format="openvino", files={},
+                                 file=c.file if n == SHALLOW else f"components/{n}/model.xml")
                       for n, c in before.components.items()}
         step = Step(self.name, self.version, {}, {n: (n,) for n in components},
                     replace(before, components=components), "OpenVINO's own files")
         return step.recorded()
 
     def run(self, step: Step, name: str, source: Bundle, out: Path) -> Component:
-        """Convert one graph."""
+        """Convert one graph. The U-Net's second one stays ONNX, which OpenVINO reads too: `share` makes it read the
+        first one's weights."""
         from exporters.openvino_from_onnx import convert_openvino
         from runtimes.lora_inputs import with_inputs
 
         before, planned = source.component(name), step.after.components[name]
         folder = out / "components" / name
+        if name == SHALLOW:
+            for file in before.files:
+                link_or_copy(source.path / file, out / file)
+            return replace(planned, files=before.files, details=before.details)
         report = convert_openvino(source.file(before.file), folder / "model.xml", with_inputs(before).inputs,
                                   before.outputs)
+        carry_layers(source, before, out)
         return replace(planned, files=records_below(folder, out), details={**before.details, **report.to_json()})

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from deploy.passes.quantize import carry_layers
 from deploy.plan import Pass, Planned, Skip, Step, require_onnx
 from runtimes.bundle import Bundle, records_below
 from runtimes.manifest import Component, Manifest
@@ -20,7 +23,7 @@ class Precision(Pass):
     """float32 graphs to float16, with the nodes that need float32 kept in it (exporters.onnx_precision)."""
 
     name: ClassVar[str] = "precision"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     libraries: ClassVar[tuple[str, ...]] = ("onnx", "onnxscript", "onnx-ir", "ml-dtypes")
     verify: ClassVar[bool] = True
 
@@ -49,8 +52,27 @@ class Precision(Pass):
         folder = out / "components" / name
         folder.mkdir(parents=True)
         report = convert_precision(source.file(source.component(name).file), folder / "model.onnx",
-                                   step.config["precision"], mode=step.config["mode"], keep=step.config["keep"])
+                                   step.config["precision"], mode=step.config["mode"],
+                                   keep=patterns_for(name, source, step.config["keep"]))
+        carry_layers(source, source.component(name), out)
         details = {**source.component(name).details, "conversion": report.to_json()}
         if step.config["mode"] == "storage" and details.get("ort_graph_optimization") == "disabled":
             details["ort_graph_optimization"] = "basic"  # widens the weights once, at load, instead of in every call
         return replace(planned, files=records_below(folder, out), details=details)
+
+
+def patterns_for(name: str, source: Bundle, keep: Sequence[str]) -> list[str]:
+    """The patterns that fit something in one component; each must fit in some component.
+
+    Raises:
+        InputError: one fits nowhere; names close matches.
+    """
+    if not keep:
+        return []
+    from calibration.layers import check_patterns
+    from exporters.onnx_precision_rules import names_in
+
+    names = {part: names_in(source.file(c.file)) for part, c in source.manifest.components.items()}
+    if "quantize" not in {record.name for record in source.manifest.passes}:  # which checked them, and renamed weights
+        check_patterns(keep, names)
+    return [pattern for pattern in keep if any(fnmatchcase(text, pattern) for text in names[name])]

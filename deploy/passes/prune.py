@@ -26,9 +26,10 @@ class Prune(Pass):
     """Blocks first, then channels, then masks. The original stays in the bundle while `recover` learns from it."""
 
     name: ClassVar[str] = "prune"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     libraries: ClassVar[tuple[str, ...]] = ("torch", "diffusers", "torch-pruning")
     verify: ClassVar[bool] = True
+    changes_network: ClassVar[bool] = True
 
     def plan(self, before: Manifest, spec: BuildSpec) -> Planned:
         """The U-Net, when the spec asks for any pruning."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from deploy.plan import Pass, Planned, Skip, Step
-from runtimes.bundle import Bundle, records_below
+from runtimes.bundle import Bundle, link_or_copy, records_below
 from runtimes.errors import InputError
 from runtimes.manifest import Component, Manifest
 
@@ -37,7 +37,7 @@ class Quantize(Pass):
     """float32 graphs to INT8 by the recipe of each component; runs before 16 bits, which take what is left."""
 
     name: ClassVar[str] = "quantize"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     libraries: ClassVar[tuple[str, ...]] = ("numpy", "onnx-ir", "onnxruntime")
     verify: ClassVar[bool] = True
 
@@ -124,6 +124,13 @@ class Quantize(Pass):
     def measure(self, step: Step, before: Bundle, after: Bundle) -> dict[str, Any]:
         """What it bought on this machine: bytes and time of a call against float32, from interleaved calls."""
         return {name: measured_gain(before, after, name) for name in step.reads}
+
+
+def carry_layers(source: Bundle, component: Component, out: Path) -> None:
+    """Keep the list of layers beside what a later pass makes of a quantized graph; the report shows it."""
+    for file in component.files:
+        if Path(file).name == DETAILS_FILE:
+            link_or_copy(source.path / file, out / file)
 
 
 def recipe_of(component: str, quantization: str) -> str:

@@ -23,6 +23,7 @@ class Recover(Pass):
     version: ClassVar[int] = 1
     libraries: ClassVar[tuple[str, ...]] = ("torch", "diffusers")
     verify: ClassVar[bool] = True
+    changes_network: ClassVar[bool] = True
 
     def plan(self, before: Manifest, spec: BuildSpec) -> Planned:
         """The pruned U-Net, when the spec gives it steps to learn in."""

@@ -30,8 +30,10 @@ class Recipe:
 
     Attributes:
         steps: optimizer steps.
-        learning_rate: highest; warms up linearly, then falls to zero along a half cosine.
+        learning_rate: warms up linearly, stays, and falls to zero over the last steps (warm-up, stable, decay:
+            arXiv:2404.06395, section 4): the error of a constant rate hardly moves, its decay is what brings it down.
         warmup: steps of it.
+        decay: share of the steps over which the rate falls.
         accumulate: batches per optimizer step: their gradients are averaged.
         feature_weight: of the feature loss against the prediction loss.
         guided_weight: of the error of the guided prediction, which is what the sampler uses.
@@ -42,6 +44,7 @@ class Recipe:
     steps: int
     learning_rate: float = 5e-4
     warmup: int = 100
+    decay: float = 0.3
     accumulate: int = 1
     feature_weight: float = 0.05
     guided_weight: float = 0.2
@@ -52,8 +55,7 @@ class Recipe:
         """Learning rate of one step."""
         if step < self.warmup:
             return self.learning_rate * (step + 1) / self.warmup
-        done = (step - self.warmup) / max(self.steps - self.warmup, 1)
-        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+        return self.learning_rate * min((self.steps - step) / (self.decay * self.steps), 1.0)
 
 
 class Recovery:

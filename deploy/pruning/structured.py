@@ -16,6 +16,7 @@ from exporters.modules import torch_component
 from runtimes.errors import DeployError
 
 Scorer = Callable[[Any], Tensor]
+RANK_TOLERANCE = 1e-3
 HALVES = {"AutoencoderKL": ("vae_encoder", "vae_decoder"), UNET: ("unet",)}
 
 
@@ -103,7 +104,9 @@ def _refit_timesteps(smaller: Any, network: Any, kept: int) -> None:
     """Make the first layer of the time embedding read the fewer sinusoids that the narrower config gives it.
 
     `Timesteps` has as many sinusoids as level 0 has channels, over other frequencies when they are fewer; the least
-    squares over all 1000 timesteps gives the weights that bring the layer's outputs closest to the old ones.
+    squares over all 1000 timesteps gives the weights that bring the layer's outputs closest to the old ones. The slow
+    sinusoids hardly differ from a constant: below RANK_TOLERANCE of the largest singular value, weights of millions
+    would gain a hundredth and neither fit into float16 nor train.
     """
     from diffusers.models.embeddings import Timesteps
 
@@ -116,7 +119,8 @@ def _refit_timesteps(smaller: Any, network: Any, kept: int) -> None:
     wanted = torch.cat([old(steps).double(), ones], 1) @ torch.cat([layer.weight, layer.bias[:, None]], 1).double().T
     inputs = torch.cat([new(steps).double(), ones], 1)
     with torch.no_grad():
-        solution = torch.linalg.lstsq(inputs, wanted, driver="gelsd").solution.float().T
+        fitted = torch.linalg.lstsq(inputs, wanted, rcond=RANK_TOLERANCE, driver="gelsd")
+        solution = fitted.solution.float().T
         layer.weight = nn.Parameter(solution[:, :kept].contiguous())
         layer.bias = nn.Parameter(solution[:, kept].contiguous())
 

@@ -1,4 +1,4 @@
-"""Errors of single layers, the order in which they go back to float32, the halving search, where an error begins."""
+"""What single layers cost, the order in which they go back to float32, the halving search, where an error begins."""
 
 from __future__ import annotations
 
@@ -11,11 +11,20 @@ import onnx_ir as ir
 import pytest
 
 from calibration.layers import FLOAT, STATIC, WEIGHT, Layer, assign, find_layers
+from calibration.noise import LayerNoise, predict_noise
 from calibration.observe import compare, observe
 from calibration.quantize import quantize, tensors_to_observe
 from calibration.ranges import Scheme, estimate
-from calibration.sensitivity import assignment_after, error_origins, fewest, layer_errors, promotions
-from tests.calibration.graphs import calls, write_graph
+from calibration.sensitivity import (
+    Promotion,
+    affordable,
+    assignment_after,
+    error_origins,
+    fewest,
+    promotions,
+    relieve,
+)
+from tests.calibration.graphs import CHANNELS, SIZE, calls, write_graph
 
 SCHEME = Scheme(quantize_outputs=True)
 
@@ -39,19 +48,46 @@ def ranges_of(graph: Path) -> dict[str, tuple[float, float]]:
     return estimate(observe(graph, tensors, calls, histograms=False), "minmax", SCHEME)
 
 
+STARTED = {"conv_in/Conv": STATIC, "mid/Conv": STATIC, "to_q/MatMul": STATIC, "out/Gemm": STATIC}
+
+
+def measured_alone(graph: Path, node: str, precision: str, folder: Path) -> float:
+    """Relative L2 of the output with one layer below float32, by running that very graph."""
+    alone = {layer.node: precision if layer.node == node else FLOAT for layer in find_layers(ir.load(graph))}
+    quantize(graph, folder / "one.onnx", alone, ranges_of(graph), SCHEME)
+    return compare(graph, folder / "one.onnx", lambda: calls(1))
+
+
 def test_the_layer_with_an_outlier_is_the_most_sensitive_and_weights_alone_cost_less(graph):
-    errors = layer_errors(graph, ranges_of(graph), SCHEME, lambda: calls(2))
-    assert max(errors, key=lambda node: errors[node][WEIGHT]) == "mid/Conv"
-    assert all(0 < e[WEIGHT] <= 1.5 * e[STATIC] for e in errors.values())
+    noise = predict_noise(graph, STARTED, ranges_of(graph), SCHEME, lambda: calls(2))
+    assert max(noise, key=lambda node: noise[node].errors[WEIGHT]) == "mid/Conv"
+    assert all(0 < n.errors[WEIGHT] <= 1.5 * n.errors[STATIC] for n in noise.values())
 
 
-def test_one_layers_error_is_that_of_the_graph_with_this_layer_quantized(graph, tmp_path):
-    ranges = ranges_of(graph)
-    errors = layer_errors(graph, ranges, SCHEME, lambda: calls(1))
-    alone = {layer.node: WEIGHT if layer.node == "to_q/MatMul" else FLOAT for layer in find_layers(ir.load(graph))}
-    quantize(graph, tmp_path / "one.onnx", alone, ranges, SCHEME)
-    error = compare(graph, tmp_path / "one.onnx", lambda: calls(1))
-    assert error == pytest.approx(errors["to_q/MatMul"][WEIGHT], rel=1e-3)
+def test_what_is_predicted_is_what_each_layer_costs_when_it_is_measured_alone(graph, tmp_path):
+    noise = predict_noise(graph, STARTED, ranges_of(graph), SCHEME, lambda: calls(1))
+    for precision in (STATIC, WEIGHT):
+        last = measured_alone(graph, "out/Gemm", precision, tmp_path)
+        assert noise["out/Gemm"].errors[precision] == pytest.approx(last, rel=1e-3)
+        for node in ("mid/Conv", "to_q/MatMul"):
+            assert 0.3 < noise[node].errors[precision] / measured_alone(graph, node, precision, tmp_path) < 3
+
+
+def test_only_what_is_below_float32_is_looked_at_and_work_counts_multiplications(graph):
+    start = {**STARTED, "conv_in/Conv": FLOAT, "to_q/MatMul": WEIGHT}
+    ranges = {name: ends for name, ends in ranges_of(graph).items() if name in ("c", "d", "g")}
+    noise = predict_noise(graph, start, ranges, SCHEME, lambda: calls(1))
+    assert [sorted(noise[node].errors) for node in start] == [[], ["w8", "w8a8"], ["w8"], ["w8", "w8a8"]]
+    assert noise["conv_in/Conv"].macs == 2 * SIZE * SIZE * CHANNELS * 4 * 9
+
+
+def test_the_fewest_layers_that_halve_the_error_leave_the_integers(graph):
+    start = {**STARTED, "conv_in/Conv": FLOAT}
+    relief = relieve(graph, start, ranges_of(graph), SCHEME, lambda: calls(2))
+    assert "mid/Conv" not in relief.promoted  # nearly all of the work: beyond the limit
+    before, after = relief.errors
+    assert after < before
+    assert set(relief.promoted) == {n for n in start if relief.assignment[n] != start[n]}
 
 
 def test_the_first_layer_at_which_an_error_appears_is_named_first(graph, tmp_path):
@@ -68,19 +104,30 @@ def layer(node: str, parameters: int) -> Layer:
 
 
 LAYERS = [layer("small", 100), layer("large", 10_000), layer("exact", 5000)]
-ERRORS = {"small": {STATIC: 0.1, WEIGHT: 0.01}, "large": {STATIC: 0.1, WEIGHT: 0.09},
-          "exact": {STATIC: 0.0, WEIGHT: 0.0}}
+NOISE = {"small": LayerNoise({STATIC: 0.1, WEIGHT: 0.01}, 100), "exact": LayerNoise({STATIC: 0.0, WEIGHT: 0.0}, 5000),
+         "large": LayerNoise({STATIC: 0.1, WEIGHT: 0.09}, 10_000)}
+START = dict.fromkeys(NOISE, STATIC)
 
 
 def test_the_most_error_for_the_least_cost_goes_first_and_nothing_goes_back_twice():
-    path = promotions(LAYERS, ERRORS)
-    assert (path[0].node, path[0].precision) == ("small", WEIGHT)
-    for node in ("small", "large", "exact"):
-        steps = [p.precision for p in path if p.node == node]
-        assert steps in ([WEIGHT, FLOAT], [FLOAT])
-    assert assignment_after(LAYERS, path, 0) == dict.fromkeys(ERRORS, STATIC)
-    assert assignment_after(LAYERS, path, len(path)) == dict.fromkeys(ERRORS, FLOAT)
-    assert assignment_after(LAYERS, path, 0, ["large"])["large"] == FLOAT
+    path = promotions(LAYERS, NOISE, START)
+    assert path[0].node == "small"
+    for node in NOISE:
+        assert [p.precision for p in path if p.node == node] in ([WEIGHT, FLOAT], [FLOAT])
+    assert assignment_after(path, 0, START) == START
+    assert assignment_after(path, len(path), START) == dict.fromkeys(NOISE, FLOAT)
+    assert {p.node for p in promotions(LAYERS, NOISE, {**START, "large": FLOAT})} == {"small", "exact"}
+    stored = promotions(LAYERS, NOISE, {**START, "large": WEIGHT})
+    assert [p.precision for p in stored if p.node == "large"] == [FLOAT]
+
+
+def test_relief_passes_over_what_costs_too_much_time_or_too_many_bytes():
+    def step(node: str, precision: str, work: float, growth: float) -> Promotion:
+        return Promotion(node, precision, 1.0, work, growth)
+
+    path = [step("a", WEIGHT, 0.3, 0), step("b", WEIGHT, 0.1, 0), step("b", FLOAT, 0, 0.001),
+            step("c", WEIGHT, 0.05, 0), step("a", FLOAT, 0, 0.03), step("c", FLOAT, 0, 0.01)]
+    assert [(p.node, p.precision) for p in affordable(path)] == [("a", WEIGHT), ("c", WEIGHT), ("c", FLOAT)]
 
 
 @pytest.mark.parametrize("threshold", [0, 1, 7, 63, 100])

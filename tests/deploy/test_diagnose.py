@@ -169,3 +169,27 @@ def test_what_is_neither_bundle_nor_model_is_refused(cli: Cli, reference_bundle:
     assert_refused(cli("diagnose", "nowhere"), "nowhere", "no such folder")
     Path("broken.png").write_bytes(b"no picture")
     assert_refused(cli("diagnose", reference_bundle, "--image", "broken.png"), "broken.png")
+
+
+def test_a_unet_for_inpainting_is_diagnosed_as_one_that_paints_everything_anew(reference_bundle: Path, copy: Bundle):
+    """It ignores mask and masked picture, so every figure is that of the U-Net it was made from."""
+    import onnx
+    from onnx import helper, numpy_helper
+
+    unet, channels = copy.component("unet"), copy.manifest.pipeline.latent_channels
+    model = onnx.load(copy.file(unet.file))
+    for node in model.graph.node:
+        node.input[:] = ["latents_alone" if name == "sample" else name for name in node.input]
+    bounds = {"first": 0, "last": channels, "axis": 1}
+    model.graph.initializer.extend(numpy_helper.from_array(np.array([n]), name) for name, n in bounds.items())
+    model.graph.node.insert(0, helper.make_node("Slice", ["sample", *bounds], ["latents_alone"], "slice"))
+    sample = next(value for value in model.graph.input if value.name == "sample")
+    sample.type.tensor_type.shape.dim[1].dim_value = 2 * channels + 1
+    onnx.save(model, copy.file(unet.file))
+    spec = unet.inputs[0]
+    inputs = (dataclasses.replace(spec, shape=(spec.shape[0], 2 * channels + 1, *spec.shape[2:])), *unet.inputs[1:])
+    components = {**copy.manifest.components, "unet": dataclasses.replace(unet, inputs=inputs)}
+    paints = reseal(Bundle(copy.path, dataclasses.replace(copy.manifest, components=components)))
+    found, plain = (diagnose_pipeline(str(folder), DiagnoseOptions(steps=STEPS)).to_json()
+                    for folder in (paints, reference_bundle))
+    assert found["ok"] and found == plain

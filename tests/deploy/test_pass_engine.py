@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,11 @@ from deploy.parity.proof import computes_in_16_bits, provable
 from deploy.passes import engine as engine_pass
 from deploy.passes.engine import Engine, choose_builder, component_profiles
 from deploy.passes.openvino import OpenVino
-from deploy.passes.precision import Precision
+from deploy.passes.precision import Precision, patterns_for
 from deploy.plan import Skip, Step, Unavailable
 from deploy.spec import BuildSpec
-from runtimes.bundle import Bundle, sha256_of
+from exporters.onnx_precision_rules import names_in
+from runtimes.bundle import Bundle, records_below, sha256_of
 from runtimes.errors import InputError
 from runtimes.session import SessionOptions
 from runtimes.session_ort import OrtSession
@@ -131,6 +133,14 @@ def test_an_engine_is_built_without_a_gpu(bundle, tmp_path, no_gpu):
     assert (part.inputs, part.axes) == (bundle.component("unet").inputs, bundle.component("unet").axes)
 
 
+def test_the_compiled_graph_stays_beside_the_engine_where_it_is_asked_for(bundle, tmp_path, no_gpu):
+    step = planned(bundle, Engine(), spec(engine={"capabilities": "SM89", "keep_graph": True}))
+    part = Engine().run(step, "unet", bundle, tmp_path)
+    graph = part.details["graph"]
+    assert set(part.files) == {part.file, graph}
+    assert sha256_of(tmp_path / graph) == part.details["graph_sha256"]
+
+
 @pytest.mark.parametrize(("target", "mode"), [("tensorrt", "compute"), ("onnxruntime", "storage")])
 def test_precision_computes_in_16_bits_on_gpus_and_stores_in_them_on_cpus(bundle, tmp_path, target, mode):
     step = planned(bundle, Precision(), spec(target, "fp16"))
@@ -169,3 +179,29 @@ def test_openvino_files_are_written(bundle, tmp_path):
     part = OpenVino().run(step, "unet", bundle, tmp_path)
     assert sorted(part.files) == ["components/unet/model.bin", "components/unet/model.xml"]
     assert part.format == "openvino" and part.details["openvino_version"]
+
+
+@pytest.mark.parametrize(("instance", "target", "precision"), [
+    (Engine(), "tensorrt", "fp32"), (Precision(), "tensorrt", "fp16"), (OpenVino(), "openvino", "fp32"),
+])
+def test_the_list_of_quantized_layers_stays_beside_the_graph(bundle, tmp_path, no_gpu, instance, target, precision):
+    copy = shutil.copytree(bundle.path, tmp_path / "copy")
+    (copy / "components/unet/quantization.json").write_text('{"precision_map": {"conv_in": "int8"}}')
+    unet = dataclasses.replace(bundle.component("unet"), files=records_below(copy / "components/unet", copy))
+    components = {**bundle.manifest.components, "unet": unet}
+    quantized = Bundle(copy, dataclasses.replace(bundle.manifest, components=components))
+    part = instance.run(planned(quantized, instance, spec(target, precision)), "unet", quantized, tmp_path / "out")
+    kept = "components/unet/quantization.json"
+    assert part.files[kept] == unet.files[kept]
+    assert (tmp_path / "out" / kept).read_text() == (copy / kept).read_text()
+
+
+def test_a_pattern_to_keep_need_fit_in_one_component_alone(bundle, tmp_path):
+    names = {part: names_in(bundle.file(c.file)) for part, c in bundle.manifest.components.items()}
+    own = next(n for n in names["unet"] if n not in names["text_encoder"])
+    assert patterns_for("unet", bundle, [own]) == [own]
+    assert patterns_for("text_encoder", bundle, [own]) == []
+    step = planned(bundle, Precision(), spec("tensorrt", "fp16", keep=(own,)))
+    assert Precision().run(step, "text_encoder", bundle, tmp_path).precision == "fp16"
+    with pytest.raises(InputError, match="'nothing_like_it' fits no layer"):
+        patterns_for("unet", bundle, ["nothing_like_it"])

@@ -6,15 +6,21 @@ import dataclasses
 from importlib import util
 from pathlib import Path
 
+import onnx
 import pytest
+from onnx import numpy_helper
 
 from deploy.builder import run_build
+from deploy.parity.budgets import BUDGETS, PRUNED, Budget
+from deploy.passes.export import Export
 from deploy.passes.prune import TEACHER, Prune
 from deploy.passes.recover import Recover
 from deploy.plan import Skip, Step, Unavailable
 from deploy.prune_folder import prune_folder
 from deploy.spec import BuildSpec
+from runtimes.bundle import Bundle, records_below
 from runtimes.errors import InputError, ParityError
+from runtimes.manifest import Component
 from tests.deploy.conftest import Cli, assert_nothing_left, assert_refused
 from tests.parity.pipelines import source_bundle, write_model
 
@@ -78,7 +84,9 @@ def test_a_pruned_and_recovered_model_is_built_smaller_with_the_same_inputs_and_
     assert TEACHER not in manifest.components and not list((tmp_path / "b").rglob("*teacher*"))
     assert unet.parameters < 0.8 * _parameters(tiny_model)
     assert [s.name for s in unet.inputs] == ["sample", "timestep", "encoder_hidden_states"]
-    assert unet.parity is not None and unet.parity["relative_l2"] > 1e-3, "compared with the original, not with itself"
+    lost = {p["name"]: p["relative_l2"]["unet"] for p in manifest.measured["passes"] if "relative_l2" in p}
+    assert lost["recover"] > 1e-3, "compared with the original, not with itself"
+    assert lost["export"] < 1e-4, "compared with the recovered network"
     assert run_build(spec, tmp_path / "b").up_to_date
 
 
@@ -148,3 +156,33 @@ def _parameters(model: Path) -> int:
     from exporters.source import open_source
 
     return open_source(model).components["unet"].parameters
+
+
+def test_a_weight_that_export_breaks_stops_the_build_of_a_pruned_model(tiny_model: Path, tmp_path: Path, monkeypatch):
+    """The budget of pruning is wide; what follows is compared with the pruned network, by its own."""
+    run = Export.run
+
+    def broken(self: Export, step: Step, name: str, source: Bundle, out: Path) -> Component:
+        component = run(self, step, name, source, out)
+        if name == "unet":
+            file = out / component.file
+            model = onnx.load(file)
+            weight = next(w for w in model.graph.initializer if w.name.endswith("conv_in.weight"))
+            weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * 1.01, weight.name))
+            onnx.save(model, file)
+            component = dataclasses.replace(component, files=records_below(file.parent, out))
+        return component
+
+    spec = BuildSpec(model=str(tiny_model), prune_blocks="small", budget={
+        k: v for k, v in LENIENT.items() if k != "component_relative_l2"})
+    monkeypatch.setattr("deploy.parity.budgets.BUDGETS", {**BUDGETS, PRUNED: Budget(9.0, 9.0, 0.0, 0.0, 100.0)})
+    whole = run_build(spec, tmp_path / "whole", cache_root=tmp_path / "cache").bundle.manifest
+    figures = {p["name"]: p["relative_l2"]["unet"] for p in whole.measured["passes"]
+               if "unet" in p.get("relative_l2", {})}
+    assert figures["prune"] > 0.01 and figures["export"] < 1e-4, "each pass is compared with what it was given"
+    assert (whole.components["unet"].parity or {})["relative_l2"] == figures["optimize"]
+    monkeypatch.setattr(Export, "run", broken)
+    with pytest.raises(ParityError, match="relative_l2") as refused:
+        run_build(spec, tmp_path / "b", cache_root=tmp_path / "other")
+    assert "export" in str(refused.value) and "unet" in str(refused.value)
+    assert not (tmp_path / "b").exists()

@@ -126,6 +126,16 @@ def test_the_time_embedding_reads_fewer_sinusoids_and_says_the_same():
 
 
 @needs_torch_pruning
+def test_the_time_embedding_keeps_weights_of_its_own_size():
+    """Sinusoids that hardly differ from a constant once gave it weights of four million: infinite in float16."""
+    network = unet(levels=(CROSS, CROSS), widths=(64, 96))
+    smaller = pruned(network, 0.3)
+    for name, weight in smaller.time_embedding.linear_1.named_parameters():
+        before = network.time_embedding.linear_1.get_parameter(name)
+        assert weight.abs().max() < 100 * before.abs().max(), name
+
+
+@needs_torch_pruning
 def test_an_autoencoder_is_pruned_in_both_halves_and_loads(tmp_path):
     from deploy.pruning.importance import scorer_of
     from deploy.pruning.structured import prune_network

@@ -112,7 +112,7 @@ GPU = EngineOptions(builder="tensorrt")
 
 
 @pytest.mark.parametrize(("mode", "kind", "message"), [
-    ("kill", UnavailableError, r"ended by SIGKILL: no message \(memory ran out, most likely: build with --prec"),
+    ("kill", UnavailableError, r"ended by SIGKILL: it said nothing \(memory ran out, most likely: build with --prec"),
     ("crash", UnavailableError, r"ended by SIGABRT: assertion failed in kernel_gen.cpp"),
     ("exit", DeployError, r"ended with code 3: something went wrong"),
     ("driver", UnavailableError, r"no usable NVIDIA driver.*--target tensorrt-rtx"),

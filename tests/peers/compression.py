@@ -2,7 +2,8 @@
 
 Every row replaces the U-Net alone, so that what is lost is the U-Net's. Accuracy is against the float32 graph; latency
 is the quotient of one call by float32's in the same runtime, from interleaved rounds. NNCF and OpenVINO are measured
-where they are installed. `--ablation` prints what each choice of the hybrid recipe buys instead.
+where they are installed. `--ablation` prints what each choice of the hybrid recipe buys instead. Recoveries train the
+first time, 25 minutes each on two idle cores, and come from the build cache afterwards; `--recover 0` leaves them out.
 """
 
 from __future__ import annotations
@@ -40,12 +41,14 @@ from deploy.reference_model import subject_names
 from deploy.search import ANYTHING, candidate_bundle
 from deploy.spec import BuildSpec
 from runtimes.bundle import Bundle
+from runtimes.errors import UnavailableError
 from runtimes.loading import BundleSessions
 from runtimes.session import SessionOptions
 from tests.peers.prepare import ROOT, derived
 
 RESULTS = ROOT / "build" / "peers"
 BASE = "fp32"
+RATIOS = (0.15, 0.3, 0.5)
 log = Console(stderr=True)
 
 
@@ -59,6 +62,7 @@ class Context:
     folder: Path
     options: argparse.Namespace
     unets: dict[str, dict[str, Path]] = field(default_factory=dict)
+    macs_shares: dict[str, float] = field(default_factory=dict)  # of rows whose network is another
 
     @property
     def optimized(self) -> Path:
@@ -84,6 +88,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--recover", type=int, default=3200, help="steps of distillation after pruning")
     parser.add_argument("--only", type=lambda text: text.split(","), help="rows, comma-separated")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
@@ -101,7 +106,7 @@ def main() -> int:
         judge = Judge(context)
         for name, graphs in context.unets.items():
             log.print(f"drawing with {name}", style="dim")
-            report["rows"][name] = judge.row(graphs)
+            report["rows"][name] = judge.row(name, graphs)
         for runtime in ("onnxruntime", "openvino"):
             for name, ratio in latencies(context, runtime).items():
                 report["rows"][name][f"{runtime}_seconds_ratio"] = ratio
@@ -162,6 +167,26 @@ def searched(context: Context, row: str) -> Graphs:
     return {"onnxruntime": bundle.file(bundle.component("unet").file)}
 
 
+def pruned(ratio: float, *, recovered: bool = False, **more: Any) -> Make:
+    """`--prune`, built for both runtimes; with `--recover` and a precision where they are asked for."""
+
+    def make(context: Context, row: str) -> Graphs:
+        steps = context.options.recover if recovered else 0
+        if recovered and not steps:
+            raise UnavailableError("left out by --recover 0")
+        made = {}
+        for runtime in ("onnxruntime", "openvino"):
+            spec = BuildSpec(**{"target": runtime, "prune": ratio, "recover": steps, "verify": "no",
+                                "calibration_samples": context.options.samples, **more})
+            folder = context.file(row, runtime).parent / "bundle"
+            component = (bundle := run_build(spec, folder).bundle).component("unet")
+            made[runtime] = bundle.file(component.file)
+            context.macs_shares[row] = component.details["macs"] / context.bundle.component("unet").details["macs"]
+        return made
+
+    return make
+
+
 def nncf_default(context: Context, row: str) -> Graphs:
     """NNCF's post-training quantization as `nncf.quantize` does it unasked; it cannot read our fused operators."""
     import nncf
@@ -198,6 +223,9 @@ ROWS: dict[str, Make] = {
     "static": ours("static"),
     "hybrid": ours("hybrid"),
     "auto": searched,
+    **{f"prune {ratio:.0%}": pruned(ratio) for ratio in RATIOS},
+    **{f"prune {ratio:.0%} recovered": pruned(ratio, recovered=True) for ratio in RATIOS},
+    "prune 30% recovered + hybrid": pruned(0.3, recovered=True, precision="int8"),
     "NNCF default PTQ": nncf_default,
     "ORT default static PTQ": ort_static,
 }
@@ -230,7 +258,7 @@ class Judge:
             context.bundle, opener=lambda b, _: BundleSessions(b, SessionOptions(threads=context.options.threads)))
         self.macs = macs(context.optimized, next(context.recording.calls("unet")))
 
-    def row(self, graphs: Graphs) -> dict[str, Any]:
+    def row(self, name: str, graphs: Graphs) -> dict[str, Any]:
         """Size and accuracy of one row."""
         graph = graphs["onnxruntime"]
         with candidate_bundle(self.context.bundle, {"unet": graph}) as bundle:
@@ -239,7 +267,8 @@ class Judge:
         calls = self.context.recording.spread("unet", 16)
         return {
             "bytes": graph.stat().st_size, "bytes_ratio": graph.stat().st_size / self.context.optimized.stat().st_size,
-            "macs": self.macs, "one_call_relative_l2": compare(self.context.optimized, graph, lambda: calls),
+            "macs": self.macs * self.context.macs_shares.get(name, 1),
+            "one_call_relative_l2": compare(self.context.optimized, graph, lambda: calls),
             "final_latent_relative_l2": figures.get("trajectory_relative_l2"),
             "psnr_db": figures.get("image_psnr_db"),
             "psnr_db_mean": statistics.fmean(p.psnr_db for p in report.pairs), "ssim": figures.get("image_ssim"),

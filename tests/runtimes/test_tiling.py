@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from runtimes.conditions import Conditions
 from runtimes.errors import InputError
+from runtimes.guidance import Guidance, GuidedUnet
 from runtimes.pipeline import Pipeline
 from runtimes.tiling import Tiling
 from tests.runtimes.fakes import CHANNELS, DDIM, FACTOR, FACTS, calls_of, fake_sessions, tokenize
@@ -39,6 +41,29 @@ def test_neighbours_share_at_least_half(shape, tile):
         places = sorted({start[axis] for start in starts})
         assert places[0] == 0 and places[-1] == shape[axis] - tile[axis]
         assert all(b - a <= tile[axis] / 2 for a, b in pairwise(places))
+
+
+@pytest.mark.parametrize(("shape", "tile"), SHAPES)
+def test_tiles_lie_elsewhere_at_every_step_and_still_cover_the_whole(shape, tile):
+    whole = np.random.default_rng(0).standard_normal((1, 2, *shape)).astype(np.float32)
+    rows = np.broadcast_to(np.arange(shape[0], dtype=np.float32)[:, None], (1, 1, *shape))
+    tiling, starts = Tiling(shape, tile), set()
+    for i in range(12):
+        shifted = tiling.shifted(i)
+        tiles = list(shifted.cut(whole))
+        assert len(tiles) == tiling.count and {t.shape[2:] for t in tiles} == {tile}
+        np.testing.assert_allclose(shifted.join(tiles), whole, rtol=1e-5, atol=1e-5)
+        starts |= {int(t[0, 0, 0, 0]) for t in shifted.cut(rows)}
+    if shape == (64, 64):
+        assert starts >= set(range(2, 54)) | {0, 56}  # no row but those at the picture's edge is left out
+
+
+def test_tiles_stay_where_they_were_while_deep_features_are_reused():
+    """The deep feature of a tile belongs to its place."""
+    conditions = Conditions([np.zeros((2, 3), np.float32)], [np.ones((2, 3), np.float32)])
+    unet = GuidedUnet(fake_sessions()["unet"], conditions, Guidance(5.0, interval=(0.25, 0.75)), 8,
+                      shallow=fake_sessions()["unet"], cache_interval=3)
+    assert [unet.whole_steps(i) for i in range(8)] == [1, 1, 2, 2, 2, 3, 4, 4]
 
 
 def test_tiles_that_disagree_blend_without_a_step():

@@ -1,0 +1,257 @@
+"""How much memory a bundle's calls take on this machine: measured in a process of its own, and a model fitted to that.
+
+    peak = base + sum over U-Net and decoder of (c + b * rows * area + q * rows * area^2)
+
+rows of one call, area in latents; q is what attention costs where a backend holds its matrices. As a command,
+`python -m runtimes.memory BUNDLE DEVICE THREADS HINT` prints what it measured as JSON.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runtimes.batching import row_range
+from runtimes.bundle import Bundle, read_object, replacing
+from runtimes.errors import BundleError, InputError, UnavailableError
+from runtimes.manifest import digest_of
+from runtimes.session import Session, SessionOptions
+from runtimes.tensors import example_feeds
+
+VERSION = 1  # raised whenever the same key would mean other figures
+MEASURED = ("unet", "vae_decoder")
+MOST_ROWS = 16
+ENOUGH_BYTES, ENOUGH_SECONDS = 32_000_000, 20.0
+NOISE_BYTES = 1_000_000
+MARGIN = 1.1  # of what is drawn with, above what is loaded: the least error seen in repeated runs is a few percent
+PICTURE_BYTES = 2 * 3 * 4  # for each pixel: float32 RGB, once more while it is converted
+UNITS = {"": 1, "B": 1, "KB": 1000, "MB": 1000**2, "GB": 1000**3, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+
+
+@dataclass(frozen=True)
+class MemoryModel:
+    """Peak resident memory of a process that draws.
+
+    Attributes:
+        base_bytes: with everything loaded and nothing drawn.
+        costs: component -> c, b and q of the formula above, in bytes.
+    """
+
+    base_bytes: float
+    costs: Mapping[str, Sequence[float]]
+
+    def peak_bytes(self, calls: Sequence[Mapping[str, int]], area: int) -> float:
+        """What calls of so many rows of each component, at so many latents a row, take together."""
+        return self.base_bytes + MARGIN * sum(
+            max(float(np.dot(self.costs[name], _features(count, area))), 0.0)
+            for rows in calls for name, count in rows.items())
+
+
+@dataclass(frozen=True)
+class MemoryBudget:
+    """How many images share a call, so that the process stays below so many bytes."""
+
+    bytes: int
+    model: MemoryModel
+
+    def images_at_once(self, count: int, copies: int, area: int, pixels: int) -> int:
+        """The most of `count` images that fit.
+
+        Args:
+            count: images of the request.
+            copies: U-Net rows for each, 2 under guidance.
+            area: latents of one row.
+            pixels: of all images together.
+
+        Raises:
+            InputError: not even one fits.
+        """
+        for images in range(count, 0, -1):
+            parts = -(-count // images)
+            # A backend keeps memory for every shape it has met, and calls may differ by one image.
+            needed = PICTURE_BYTES * pixels + self.model.peak_bytes(
+                [{"unet": copies * n, "vae_decoder": n} for n in {count // parts, -(-count // parts)}], area)
+            if needed <= self.bytes:
+                return images
+        raise InputError(f"one picture at a time needs about {needed / 1e6:.0f} MB, the budget is "
+                         f"{self.bytes / 1e6:.0f} MB", where="memory budget",
+                         fix="draw in smaller tiles, a smaller picture, or raise the budget")
+
+
+def parse_bytes(text: str) -> int:
+    """Read 800MB, 2.5GB or 2GiB.
+
+    Raises:
+        InputError: none of these.
+    """
+    number = text.strip().rstrip("BbGgIiKkMm")
+    with suppress(ValueError, KeyError, OverflowError):
+        size = int(float(number) * UNITS[text.strip()[len(number):].upper()])
+        if size > 0:
+            return size
+    raise InputError(f"{text!r} is not a size", where="memory budget", fix="write 800MB or 2.5GB")
+
+
+def memory_model(bundle: Bundle, options: SessionOptions) -> MemoryModel:
+    """The model of a bundle on this machine: kept from an earlier call, or measured now by a few calls elsewhere.
+
+    Raises:
+        InputError: another device than the CPU, whose memory is not this process's.
+        UnavailableError: the measurement failed.
+    """
+    if options.device.lower() != "cpu":
+        raise InputError(f"a memory budget counts this process's memory, not that of {options.device}",
+                         where="memory budget", fix="leave it out; where memory runs out, batches become smaller")
+    key = digest_of([VERSION, bundle.manifest.digest, asdict(options), os.cpu_count(), platform.platform()])
+    file = _cache_root() / "memory" / f"{key}.json"
+    with suppress(BundleError):
+        return MemoryModel(**read_object(file))
+    command = [sys.executable, "-m", "runtimes.memory", str(bundle.path.resolve()), options.device,
+               str(options.threads), options.hint]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if result.returncode:
+        raise UnavailableError(f"its memory could not be measured: {(result.stderr.strip().splitlines() or [''])[-1]}",
+                               where=str(bundle.path), fix="draw without a memory budget")
+    model = fit(json.loads(result.stdout))
+    with replacing(file) as partial:
+        partial.write_text(json.dumps(asdict(model)), encoding="utf-8")
+    return model
+
+
+def fit(measured: Mapping[str, Any]) -> MemoryModel:
+    """Least squares for each component; more rows or latents never cost less.
+
+    Args:
+        measured: `base` in bytes, and of each component a list of [rows, area, growth in bytes].
+    """
+    costs = {}
+    for name in MEASURED:
+        points = np.array(measured[name], np.float64)
+        # The smallest calls fit into what loading has freed: they say nothing of what more costs.
+        told = points[points[:, 2] > points[0, 2] + NOISE_BYTES] if len(points) > 1 else points
+        told = told if len(told) > 1 else points[-2:]
+        costs[name] = _fitted(np.array([_features(rows, area) for rows, area, _ in told]), told[:, 2])
+    return MemoryModel(measured["base"], costs)
+
+
+def reset_peak() -> None:
+    """Forget earlier memory peaks; where the kernel does not allow it, peaks stay cumulative (an over-estimate)."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_rss_bytes() -> int:
+    """Highest resident memory since the last reset."""
+    with suppress(OSError, ValueError, IndexError):
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def measure(sessions: Mapping[str, Session]) -> dict[str, Any]:
+    """Growth of the peak by calls of growing size; what `fit` takes. The sessions are loaded and have not run.
+
+    A component's calls grow until what they add to the first stands out, or take too long.
+    """
+    result: dict[str, Any] = {"base": _peak_now()}
+    enough = max(ENOUGH_BYTES, result["base"] / 5)
+    for name in MEASURED:
+        before, began, result[name] = _peak_now(), time.perf_counter(), []
+        for rows, height, width in _ladder(sessions[name]):
+            component = sessions[name].component
+            sizes = {axis: a.range.opt for axis, a in component.axes.items()}
+            sample = component.inputs[0].shape
+            sizes |= dict(zip(map(str, (sample[0], *sample[2:])), (rows, height, width), strict=True))
+            feeds = example_feeds(component.inputs, sizes)
+            reset_peak()
+            for _ in range(2):  # ONNX Runtime plans a shape's memory in its first call and takes it in the second
+                sessions[name].run(feeds)
+            result[name].append([rows, height * width, peak_rss_bytes() - before])
+            added = result[name][-1][2] - result[name][0][2]
+            if added >= enough or time.perf_counter() - began >= ENOUGH_SECONDS:
+                break
+    return result
+
+
+def _peak_now() -> int:
+    reset_peak()
+    return peak_rss_bytes()
+
+
+def _features(rows: float, area: float) -> tuple[float, float, float]:
+    return 1.0, rows * area, rows * area * area
+
+
+def _fitted(features: np.ndarray[Any, Any], wanted: np.ndarray[Any, Any]) -> list[float]:
+    """c, b and q: the best fit whose b and q are not below zero, by both of them, by either, or by c alone."""
+    scale = features.max(axis=0)
+    best, least = [float(wanted.max()), 0.0, 0.0], float(np.sum((wanted - wanted.max()) ** 2))
+    for columns in ((0, 1), (0, 2), (0, 1, 2)):
+        chosen = (features / scale)[:, columns]
+        found = np.linalg.lstsq(chosen, wanted, rcond=None)[0]
+        error = float(np.sum((chosen @ found - wanted) ** 2))
+        # q is for growth that a straight line does not explain: its guesses reach far beyond what was measured.
+        if len(columns) <= len(wanted) and (found[1:] >= 0).all() and error < least * (0.5 if 2 in columns else 1):
+            least, best = error, [0.0, 0.0, 0.0]
+            for column, value in zip(columns, found, strict=True):
+                best[column] = float(value / scale[column])
+    return best
+
+
+def _ladder(session: Session) -> list[tuple[int, int, int]]:
+    """Rows, height and width of the calls to measure, each at least half as large again as the one before."""
+    shape, axes, rows = session.component.inputs[0].shape, session.component.axes, row_range(session)
+
+    def sides(dimension: int | str) -> tuple[int, ...]:
+        if isinstance(dimension, int):
+            return dimension, dimension, dimension
+        return axes[dimension].range.min, axes[dimension].range.opt, axes[dimension].range.max
+
+    counts = [n for n in range(rows.min, min(rows.max, MOST_ROWS) + 1) if n == rows.min or n & (n - 1) == 0]
+    calls = sorted(((n, h, w) for n in counts for h, w in zip(sides(shape[2]), sides(shape[3]), strict=True)),
+                   key=math.prod)
+    ladder = calls[:1]
+    for call in calls:
+        if math.prod(call) >= 1.5 * math.prod(ladder[-1]):
+            ladder.append(call)
+    return ladder
+
+
+def _cache_root() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("LDM_DEPLOY_CACHE") or Path(base) / "ldm-deploy")
+
+
+def main() -> None:
+    """Load a bundle and print what its calls take."""
+    from runtimes.loading import BundleSessions, needed
+
+    path, device, threads, hint = sys.argv[1:5]
+    bundle = Bundle.open(path, check_hashes=False)
+    sessions = BundleSessions(bundle, SessionOptions(device, int(threads), hint, keep_graphs=True))
+    loaded = {name: sessions[name] for name in needed(bundle.manifest.pipeline)}
+    for module in ("PIL.Image", "runtimes.pipeline"):  # what a process that draws has in memory besides
+        importlib.import_module(module)
+    for name in bundle.manifest.pipeline.text_encoders:
+        component = loaded[name].component
+        loaded[name].run(example_feeds(component.inputs, {n: axis.range.opt for n, axis in component.axes.items()}))
+    sys.stdout.write(json.dumps(measure(loaded)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,228 @@
+"""`python -m tests.peers.unet_at_size`: a U-Net of Stable Diffusion 1.5's size on every CPU runtime, one run.
+
+Random weights in the published configuration, 512 x 512 pixels, both guidance branches in one call. Each contestant is
+timed in turns with one yardstick, our float32 bundle on ONNX Runtime, in processes of their own: two networks of this
+size are in memory at a time. Outputs are compared with eager PyTorch's. The model and the bundles are made the first
+time (about 20 GB below `~/.cache/ldm-deploy/at-size`) and used again; `--forget` removes them. `--engines` builds
+TensorRT engines instead, without a GPU, and prints their bytes, seconds and peak memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from deploy.bench.worker import Worker, WorkerError
+from deploy.builder import Silent, run_build, run_passes, workspace
+from deploy.cache import Cache, default_root
+from deploy.doctor import machine
+from deploy.origin import open_origin
+from deploy.passes import PASSES
+from deploy.plan import load_passes, plan_all
+from deploy.spec import BuildSpec, covering, parse_shapes
+from runtimes.bundle import Bundle, committed, link_or_copy
+from tests.deploy.real_size import write_model
+from tests.peers.prepare import ROOT
+
+FOLDER = default_root() / "at-size"
+# Calibration draws at the most common size: small here, since ranges of random weights tell nothing anyway.
+SHAPES = "batch=1:1:1,height=64:64:512,width=64:64:512"
+YARDSTICK = "ONNX Runtime fp32"
+BUNDLES = {
+    YARDSTICK: ("onnxruntime", "fp32"), "ONNX Runtime INT8": ("onnxruntime", "int8"),
+    "OpenVINO fp32": ("openvino", "fp32"), "OpenVINO INT8": ("openvino", "int8"),
+}
+log = Console(stderr=True)
+
+
+def main() -> int:
+    """Make what is missing, time every contestant against the yardstick, print the table, write the results file."""
+    parser = argparse.ArgumentParser(prog="python -m tests.peers.unet_at_size", description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--pixels", type=int, default=512)
+    parser.add_argument("--samples", type=int, default=16, help="recorded calls that the INT8 ranges come from")
+    parser.add_argument("--only", type=lambda text: text.split(","), help="contestants, or precisions, comma-separated")
+    parser.add_argument("--engines", action="store_true", help="build engines of each precision instead")
+    parser.add_argument("--forget", action="store_true", help="remove the model and the bundles, and stop")
+    options = parser.parse_args()
+    if options.forget:
+        shutil.rmtree(FOLDER, ignore_errors=True)
+        return 0
+    if options.engines:
+        show_engines(options)
+        return 0
+    commands = contestants(options)
+    report: dict[str, Any] = {"machine": machine(), "pixels": options.pixels, "load_before": os.getloadavg()[0],
+                              "rows": {}, "unavailable": {}}
+    with committed_feeds(options.pixels) as feeds:
+        for name, command in commands.items():
+            if options.only and name not in options.only:
+                continue
+            log.print(f"timing {name}", style="dim")
+            try:
+                report["rows"][name] = paired(name, command, commands[YARDSTICK], feeds, options)
+            except WorkerError as error:
+                report["unavailable"][name] = str(error)
+        report["relative_l2"] = errors(feeds.parent)
+    report["load_after"] = os.getloadavg()[0]
+    file = ROOT / "build" / "peers" / "unet_at_size.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(report, indent=2) + "\n")
+    show(report, file)
+    return 0
+
+
+def contestants(options: argparse.Namespace) -> dict[str, list[str]]:
+    """Name -> command of its process; the model and the bundles are made where they are missing."""
+    model = written_model()
+    graph = exported(model)
+    commands = {name: ["bundle", str(built(model, *kind, options.samples).path)] for name, kind in BUNDLES.items()
+                if not options.only or name in (*options.only, YARDSTICK)}
+    commands |= {"bare ONNX Runtime": ["bare-onnxruntime", str(graph)], "bare OpenVINO": ["bare-openvino", str(graph)],
+                 "PyTorch eager": ["eager", str(model / "unet")], "torch.compile": ["compile", str(model / "unet")]}
+    worker = [sys.executable, "-W", "ignore", "-m", "tests.peers.worker_unet"]
+    return {name: [*worker, *command, str(options.threads)] for name, command in commands.items()}
+
+
+def written_model() -> Path:
+    """The diffusers folder."""
+    model = FOLDER / "model"
+    if not model.is_dir():
+        log.print("writing the model, 4.3 GB", style="dim")
+        with committed(model) as partial:
+            write_model("sd15", partial)
+    return model
+
+
+def built(model: Path, target: str, precision: str, samples: int) -> Bundle:
+    """A bundle, not compared with PyTorch: that is tests/deploy/test_real_size.py's part."""
+    log.print(f"building {target} {precision}", style="dim")
+    spec = BuildSpec(**{**spec_of(model), "target": target, "precision": precision, "calibration_samples": samples},
+                     verify="no")
+    return run_build(spec, FOLDER / f"{target}-{precision}", cache_root=FOLDER / "cache").bundle
+
+
+def show_engines(options: argparse.Namespace) -> None:
+    """Build an engine of the U-Net in each precision and print what it is and cost."""
+    model, first = written_model(), 0
+    table = Table(title="TensorRT engines of SD 1.5's U-Net, no GPU")
+    for title in ("", "MB", "x fp32", "seconds", "peak GB", "capabilities"):
+        table.add_column(title, justify="right" if title else "left")
+    for precision in options.only or ("fp32", "fp16", "int8"):
+        bundle = built(model, "tensorrt-rtx", precision, options.samples)
+        cost = next(p for p in bundle.manifest.measured["passes"] if p["name"] == "engine")["components"]["unet"]
+        first = first or cost["bytes"]
+        table.add_row(precision, f"{cost['bytes'] / 1e6:.0f}", f"{cost['bytes'] / first:.2f}", f"{cost['seconds']:.0f}",
+                      f"{cost['peak_rss_bytes'] / 1e9:.1f}",
+                      " ".join(bundle.component("unet").details["compute_capabilities"]))
+        shutil.rmtree(bundle.path)
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+
+
+def spec_of(model: Path) -> dict[str, Any]:
+    """What every build has in common."""
+    return {"model": str(model), "shapes": covering(parse_shapes([SHAPES]))}
+
+
+def exported(model: Path) -> Path:
+    """The U-Net's graph as `export` writes it."""
+    folder = FOLDER / "exported"
+    if not folder.is_dir():
+        log.print("exporting the U-Net", style="dim")
+        spec, cache = BuildSpec(**spec_of(model), verify="no"), Cache(FOLDER / "cache")
+        origin = open_origin(spec)
+        planned = plan_all(load_passes({name: PASSES[name] for name in ("load", "export")}), origin.manifest, spec)
+        with workspace(cache.root) as work, committed(folder) as partial:
+            bundle, _ = run_passes(spec, origin, planned, cache, work, Silent())
+            for name in bundle.component("unet").files:
+                link_or_copy(bundle.path / name, partial / Path(name).name)
+    return folder / "model.onnx"
+
+
+@contextmanager
+def committed_feeds(pixels: int) -> Iterator[Path]:
+    """Inputs of one call with both guidance branches, (2, 4, H, W), in a folder that goes afterwards."""
+    random, side, width = np.random.default_rng(0), pixels // 8, 768
+    folder = FOLDER / "calls"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        np.savez(folder / "feeds.npz", sample=random.standard_normal((2, 4, side, side), np.float32),
+                 timestep=np.full(2, 500, np.float32),
+                 encoder_hidden_states=random.standard_normal((2, 77, width), np.float32))
+        yield folder / "feeds.npz"
+    finally:
+        shutil.rmtree(folder)
+
+
+def paired(name: str, command: list[str], yardstick: list[str], feeds: Path, options: argparse.Namespace,
+           ) -> dict[str, Any]:
+    """Seconds of one call and its quotient by the yardstick's, in turns; the first round does not count.
+
+    Raises:
+        WorkerError: one of the two did not run.
+    """
+    base = Worker(YARDSTICK, yardstick, options.threads)
+    try:
+        other = Worker(name, command, options.threads) if name != YARDSTICK else base
+        rounds, peak = [], 0
+        for number in range(options.rounds + 1):
+            ours = base.ask("once", feeds=str(feeds))["seconds"]
+            reply = other.ask("once", feeds=str(feeds), save="" if number else str(feeds.parent / f"{name}.npy"))
+            rounds.append((reply["seconds"], reply["seconds"] / ours))
+            peak = reply["peak_rss_bytes"]
+        if other is not base:
+            other.close()
+    finally:
+        base.close()
+    seconds, ratios = zip(*rounds[1:], strict=True)
+    return {"seconds": statistics.median(seconds), "ratio": statistics.median(ratios), "ratio_min": min(ratios),
+            "ratio_max": max(ratios), "load_seconds": other.ready["prepare_seconds"], "peak_rss_bytes": peak}
+
+
+def errors(folder: Path) -> dict[str, float]:
+    """Name -> relative L2 of its output against eager PyTorch's, where that ran."""
+    outputs = {file.stem: np.load(file) for file in folder.glob("*.npy")}
+    truth = outputs.get("PyTorch eager")
+    if truth is None:
+        return {}
+    return {name: float(np.linalg.norm(output - truth) / np.linalg.norm(truth)) for name, output in outputs.items()}
+
+
+def show(report: dict[str, Any], file: Path) -> None:
+    """Print the table."""
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    host = report["machine"]
+    console.print(f"{host['processor']}, {host['cores']} cores; load {report['load_before']:.1f} before, "
+                  f"{report['load_after']:.1f} after")
+    table = Table(title=f"U-Net of SD 1.5's size, {report['pixels']} px, both guidance branches")
+    for title in ("", "one call, s", f"x {YARDSTICK}", "spread", "x eager", "load, s", "peak GB", "relative L2"):
+        table.add_column(title, justify="right" if title else "left")
+    eager = report["rows"].get("PyTorch eager", {}).get("ratio")
+    for name, row in report["rows"].items():
+        error = report["relative_l2"].get(name)
+        table.add_row(name, f"{row['seconds']:.2f}", f"{row['ratio']:.2f}",
+                      f"{row['ratio_min']:.2f}-{row['ratio_max']:.2f}", f"{row['ratio'] / eager:.2f}" if eager else "",
+                      f"{row['load_seconds']:.1f}", f"{row['peak_rss_bytes'] / 1e9:.2f}",
+                      f"{error:.1e}" if error is not None else "")
+    console.print(table)
+    for name, why in report["unavailable"].items():
+        console.print(f"{name}: {why}", markup=False)
+    console.print(f"written to {file}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
