@@ -79,7 +79,7 @@ def test_the_student_comes_nearer_to_its_teacher(tmp_path):
     network = recovery.run(lambda step, error: errors.append(error))
     assert len(errors) == 40
     after = relative_error(network, judged)
-    assert after < 0.7 * before, (before, after)
+    assert after < 0.75 * before, (before, after)
     assert not any(p.requires_grad for p in network.parameters())
 
 

@@ -42,7 +42,9 @@ def test_the_exit_code_and_the_last_words_are_told(folder: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's death signal is Linux's")
 @pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGINT])
 def test_a_child_does_not_outlive_a_parent_that_is_ended(folder: Path, by: signal.Signals) -> None:
-    code = (f"import pathlib, runtimes.child\nfolder = pathlib.Path({str(folder)!r})\n"
+    # A shell in the background leaves SIGINT ignored.
+    code = ("import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+            f"import pathlib, runtimes.child\nfolder = pathlib.Path({str(folder)!r})\n"
             "runtimes.child.run_child('a_child', folder / 'waits', folder / 'log')")
     parent = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL,
                               env={**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), os.getcwd()])})

@@ -95,7 +95,7 @@ def test_only_this_processs_memory_can_be_budgeted(reference_bundle):
 def test_a_process_stays_below_its_budget_and_is_measured_once(reference_bundle, tmp_path, monkeypatch):
     """Eight pictures of four times the pixels in two calls."""
     monkeypatch.setenv("LDM_DEPLOY_CACHE", str(tmp_path))
-    model = memory_model(runtimes.Bundle.open(reference_bundle), SessionOptions(threads=1))
+    model = memory_model(runtimes.Bundle.open(reference_bundle), SessionOptions(threads=1, keep_graphs=True))
     budget = int(model.peak_bytes([{"unet": 8, "vae_decoder": 4}], 256) + 0.5 * MB) + 24 * 8 * 128 * 128
     code = ("import sys, json, runtimes; from runtimes.memory import peak_rss_bytes\n"
             "seen = []\n"
