@@ -33,6 +33,7 @@ Methods = Annotated[list[str], typer.Option(help="split-skips, smoothquant, bias
 CalibrationPrompts = Annotated[Path | None, typer.Option(help="prompts that ranges are found with, one a line")]
 CalibrationSamples = Annotated[int | None, typer.Option(help="U-Net calls that ranges are found from")]
 RangeEstimator = Annotated[str, typer.Option(help="minmax, percentile, mse or entropy")]
+Lora = Annotated[list[str], typer.Option(help="LoRA, FILE or FILE:SCALE; may come again")]
 EngineOptions = Annotated[list[str], typer.Option(help="TensorRT builder: capabilities=SM86+SM89, static=true, …")]
 Prune = Annotated[float, typer.Option(help="share of the denoising network's channels to remove: 0.3")]
 PruneMethod = Annotated[str, typer.Option(help="what a channel's importance is: taylor, l1 or l2")]
@@ -56,7 +57,8 @@ def build(
     target: Target = "",
     precision: Annotated[str, typer.Option(help="fp32, fp16, int8 or auto")] = "",
     shapes: Shapes = [],  # noqa: B006
-    lora: Annotated[list[str], typer.Option(help="LoRA to merge, FILE or FILE:SCALE; may come again")] = [],  # noqa: B006
+    lora: Lora = [],  # noqa: B006
+    lora_mode: Annotated[str, typer.Option(help="merge, or swap: for `generate --lora` to put others in place")] = "",
     embedding: Annotated[list[str], typer.Option(help="textual inversion, FILE or FILE:TOKEN; may come again")] = [],  # noqa: B006
     vae: Annotated[str, typer.Option(help="folder of an autoencoder in place of the model's own")] = "",
     keep: Keep = [],  # noqa: B006
@@ -90,7 +92,7 @@ def build(
 
     options: dict[str, Any] = {k: v for k, v in (
         ("model", model), ("target", target), ("precision", precision), ("quantization", quantization),
-        ("range_estimator", range_estimator), ("step_cache", step_cache),
+        ("range_estimator", range_estimator), ("step_cache", step_cache), ("lora_mode", lora_mode),
         ("safety_checker", safety_checker)) if v}
     if quantization_methods:
         options["quantization_methods"] = tuple(quantization_methods)
@@ -203,6 +205,7 @@ def generate(
     preview: Annotated[Path | None, typer.Option(help="PNG rewritten after each step: what will come of it")] = None,
     metadata: Annotated[bool, typer.Option("--metadata/--no-metadata", help="prompt, seed and bundle hash in the PNG")]
     = True,
+    lora: Lora = [],  # noqa: B006
     device: Device = "cpu",
     threads: Threads = 0,
     hint: Hint = "latency",
@@ -220,7 +223,7 @@ def generate(
             long_prompts=long_prompts, cache_interval=cache_interval, seed=seed, count=count, scheduler=scheduler,
             height=height, width=width, aspect=aspect, memory_budget=memory_budget, tile=tile, latents=latents,
             save_latents=save_latents, safety=safety, grid=grid, preview=preview, metadata=metadata,
-            device=device, threads=threads, hint=hint, pin_threads=pin_threads, output=output,
+            device=device, threads=threads, hint=hint, pin_threads=pin_threads, lora=tuple(lora), output=output,
         )
     )
 

@@ -69,6 +69,7 @@ class GenerateRequest:
     threads: int
     hint: str
     pin_threads: bool
+    lora: tuple[str, ...]
     output: Path
 
 
@@ -138,7 +139,8 @@ def generate_files(request: GenerateRequest) -> list[Path]:
     prompts = prompts_of(request, wanted=bool(bundle.manifest.pipeline.text_encoders))
     budget = parse_bytes(request.memory_budget) if request.memory_budget else None
     pipeline = runtimes.load(bundle, device=request.device, threads=request.threads, hint=request.hint,
-                             pin_threads=request.pin_threads, memory_budget=budget)
+                             pin_threads=request.pin_threads, memory_budget=budget,
+                             lora=request.lora)
     height, width = size_of(request, pipeline)
     loaded = time.perf_counter()
     wanted = [p for p in prompts for _ in range(request.count)]
@@ -234,7 +236,8 @@ def descriptions(
     request: GenerateRequest, options: Mapping[str, Any], digest: str, prompts: list[str], seeds: list[int]
 ) -> list[dict[str, str]]:
     """What each picture's PNG says about how it was made; what is not said was left to its default."""
-    common = {"negative_prompt": request.negative, "bundle": digest, "software": "ldm-deploy"}
+    common = {"negative_prompt": request.negative, "bundle": digest, "software": "ldm-deploy",
+              "lora": ", ".join(Path(option).name for option in request.lora)}
     common |= {name: str(options[name] or "") for name in ("steps", "scheduler", "guidance_scale") if name in options}
     return [{"prompt": prompt, "seed": str(seed), **{k: v for k, v in common.items() if v}}
             for prompt, seed in zip(prompts, seeds, strict=True)]

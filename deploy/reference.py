@@ -11,9 +11,11 @@ import numpy as np
 import torch
 
 from deploy.parity.pool import SessionPool
+from exporters.lora import merge
 from exporters.modules import load_module, torch_component
 from runtimes.bundle import Bundle
 from runtimes.errors import BundleError, UnavailableError
+from runtimes.lora_inputs import own_file
 from runtimes.manifest import Component
 from runtimes.session import Arrays, Session
 
@@ -45,6 +47,8 @@ class TorchSession(Session):
         folder = bundle.file(component.file).parent
         try:
             network = load_module(folder, library, component.class_name, check=False)  # the pass `load` did
+            if "lora" in component.details:  # an input of the graphs; here it is merged
+                merge(network, name, bundle.file(own_file(name)), 1.0)
             self._module: Any = torch_component(name, network, [output.name for output in component.outputs])
         except (MemoryError, RuntimeError) as error:
             raise _translated(error, name) from error

@@ -129,6 +129,8 @@ def _laid_out(section: Section, picture_bytes: int) -> Mapping[str, Any]:
     command, spec = reproduction(manifest)
     pictures, count = picture_rows(section, picture_bytes)
     parity = {"images": None, "retrieval": None, **section.parity}
+    if not (parity["images"] or {}).get("count"):
+        parity["images"] = None  # components alone were compared
     return {"name": section.name, "manifest": manifest, "parity": parity, "size": section.size,
             "seconds": section.seconds, "reported": bool(section.metrics), "passes": pass_rows(manifest),
             "unverified": grouped(section.parity.get("unverified", [])), "drift": drift_chart(section.parity),

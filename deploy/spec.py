@@ -33,6 +33,8 @@ class BuildSpec(PruningOptions):
         precision: by default what the target is made for: float16 for TensorRT, float32 elsewhere.
         shapes: axis -> min:opt:max; batch in images, height and width in pixels, sequence in tokens.
         lora: LoRA files, FILE or FILE:SCALE, merged into the weights in this order.
+        lora_mode: "swap" leaves the weights alone and makes the LoRAs inputs of the graphs, so that `generate --lora`
+            can put others of the same modules in their place.
         embedding: textual inversion files, FILE or FILE:TOKEN.
         vae: folder of an autoencoder that takes the place of the model's own.
         opset: ONNX opset of the exported graphs.
@@ -61,6 +63,7 @@ class BuildSpec(PruningOptions):
     precision: Precision = "fp32"
     shapes: dict[str, ShapeRange] = Field(default_factory=dict)
     lora: tuple[str, ...] = ()
+    lora_mode: Literal["merge", "swap"] = "merge"
     embedding: tuple[str, ...] = ()
     vae: str = ""
     opset: int = Field(default=20, ge=20, le=24)
@@ -90,6 +93,16 @@ class BuildSpec(PruningOptions):
         for name in ("profiles", "engine"):
             if getattr(self, name) and self.target not in ENGINE_TARGETS:
                 raise ValueError(f"{name} needs --target {' or '.join(ENGINE_TARGETS)}")
+        return self
+
+    @model_validator(mode="after")
+    def _swaps(self) -> BuildSpec:
+        if self.lora_mode == "swap":
+            if not self.lora:
+                raise ValueError("swap needs --lora: its modules are those that another LoRA may change")
+            if self.target in (*ENGINE_TARGETS, "auto") or self.precision in ("int8", "auto") or self.prunes or (
+                    self.step_cache):
+                raise ValueError("swap is for onnxruntime and openvino, fp32 and fp16, without pruning or step cache")
         return self
 
     @field_validator("lora", "embedding", "vae", mode="after")

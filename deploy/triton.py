@@ -100,6 +100,9 @@ def check_servable(name: str, component: Component) -> None:
     if component.format == "tensorrt" and component.details.get("builder") != "tensorrt":
         raise InputError("Triton's TensorRT backend does not load engines of TensorRT for RTX", where=name,
                          fix="build for --target onnxruntime, or for --target tensorrt on the server's GPU")
+    if "lora" in component.details:
+        raise InputError("its LoRA is an input, which nothing there feeds", where=name,
+                         fix="build with --lora-mode merge")
     for spec in (*component.inputs, *component.outputs):
         if not spec.shape or spec.shape[0] != "batch":
             raise InputError(f"{spec.name} has no batch as its first axis, so Triton cannot batch it", where=name)

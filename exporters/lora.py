@@ -1,87 +1,19 @@
-"""LoRA files (Hu et al., arXiv 2106.09685) in the formats of diffusers, PEFT and kohya: what a key changes; merging.
+"""LoRAs in PyTorch networks: merged into the weights. What the files hold: `runtimes.lora`.
 
-    W' = W + scale * alpha / rank * up @ down
-
-Imports torch inside the functions that merge.
+Imports torch; import it inside the function that needs it.
 """
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from exporters.source import read_header
-from runtimes.errors import InputError
+import numpy as np
+import torch
+from safetensors.numpy import save_file
 
-if TYPE_CHECKING:
-    import torch
-
-# suffix of a key -> what it is, in every format that the published files have
-_SUFFIXES = {
-    ".lora_A.weight": "down", ".lora_B.weight": "up",  # PEFT
-    ".lora_A.default.weight": "down", ".lora_B.default.weight": "up",
-    ".lora.down.weight": "down", ".lora.up.weight": "up",  # diffusers 0.17 to 0.25
-    ".lora_linear_layer.down.weight": "down", ".lora_linear_layer.up.weight": "up",
-    "_lora.down.weight": "down", "_lora.up.weight": "up",  # diffusers up to 0.16: attn1.processor.to_q_lora.down
-    ".lora_down.weight": "down", ".lora_up.weight": "up",  # kohya
-    ".alpha": "alpha",
-}
-_PREFIXES = {"lora_unet_": "unet", "lora_te_": "text_encoder", "lora_te1_": "text_encoder",
-             "lora_te2_": "text_encoder_2", "unet.": "unet", "text_encoder.": "text_encoder",
-             "text_encoder_2.": "text_encoder_2"}
-_METADATA = "lora_adapter_metadata"  # where diffusers keeps PEFT's config, as JSON
-
-
-@dataclass(frozen=True)
-class LoraKey:
-    """What one key of a file is.
-
-    Attributes:
-        component: of the pipeline.
-        place: path of the changed module, in the file's spelling.
-        part: "down", "up" or "alpha".
-    """
-
-    component: str
-    place: str
-    part: str
-
-
-def read_keys(file: Path) -> dict[str, LoraKey]:
-    """Every key of a LoRA file, from its header alone.
-
-    Raises:
-        InputError: not a safetensors file, or a key of no known format, which is named.
-    """
-    if file.suffix != ".safetensors":
-        raise InputError("a LoRA must be a .safetensors file; pickles can run code when they are read: refused",
-                         where=str(file), fix="convert it where you trust it")
-    if not file.is_file():
-        raise InputError("no such file", where=str(file), fix="give a LoRA file")
-    found = {}
-    for key in read_header(file):
-        suffix = next((s for s in _SUFFIXES if key.endswith(s)), None)
-        prefix = next((p for p in _PREFIXES if key.startswith(p)), None)
-        if suffix is None or prefix is None:
-            raise InputError(f"{key} is not a key of a LoRA that can be merged", where=str(file),
-                             fix="use a LoRA in diffusers', PEFT's or kohya's format (no DoRA, LoHa or LoKr)")
-        found[key] = LoraKey(_PREFIXES[prefix], key[len(prefix) : -len(suffix)], _SUFFIXES[suffix])
-    if not found:
-        raise InputError("it holds no weights", where=str(file))
-    return found
-
-
-def components_of(file: Path) -> tuple[str, ...]:
-    """Components that a LoRA file changes.
-
-    Raises:
-        InputError: as `read_keys`.
-    """
-    return tuple(sorted({key.component for key in read_keys(file).values()}))
+from runtimes.lora import Factors, read_factors
 
 
 def merge(module: torch.nn.Module, component: str, file: Path, scale: float) -> int:
@@ -99,112 +31,39 @@ def merge(module: torch.nn.Module, component: str, file: Path, scale: float) -> 
     Raises:
         InputError: a key that fits nothing in the network, by name or by shape; the first one is named.
     """
-    import torch
-    from safetensors import safe_open
+    factors = read_factors(file, component, scale, matrices_of(module), levels_of(module))
+    add_factors(module, factors, str(file))
+    return len(factors)
 
-    mine = {key: found for key, found in read_keys(file).items() if found.component == component}
-    names = _module_names(module)
-    levels = getattr(module.config, "layers_per_block", 2)
-    groups: dict[str, dict[str, Any]] = {}
-    with safe_open(file, framework="pt") as tensors:
-        stated = _stated_scales(tensors.metadata() or {}, component)
-        for key in sorted(mine):
-            name = _named(mine[key].place, names, levels)
-            if name is None:
-                raise InputError(f"{key} fits nothing in the {component}", where=str(file),
-                                 fix="use a LoRA that was trained for this architecture")
-            groups.setdefault(name, {"key": key})[mine[key].part] = tensors.get_tensor(key).float()
-    for name, group in groups.items():
-        down, up = group.get("down"), group.get("up")
-        if down is None or up is None:
-            raise InputError(f"{group['key']} lacks its other half", where=str(file), fix="get the file again")
+
+def add_factors(module: torch.nn.Module, factors: Mapping[str, Factors], where: str) -> None:
+    """Add what `runtimes.lora.read_factors` found to a network's weights.
+
+    Raises:
+        InputError: one does not fit its weight.
+    """
+    for name, found in factors.items():
         layer: Any = module.get_submodule(name)
-        delta = _delta(down, up, layer.weight.shape)
-        if delta is None or not bool(torch.isfinite(delta).all()):
-            kind = "holds NaN or infinity" if delta is not None else (
-                f"is {tuple(up.shape)} x {tuple(down.shape)}, which does not fit {tuple(layer.weight.shape)}")
-            raise InputError(f"{group['key']} {kind}", where=str(file),
-                             fix="use a LoRA that was trained for this architecture")
-        alpha = float(group["alpha"]) / down.shape[0] if "alpha" in group else stated(name)
-        weight = layer.weight.data + (scale * alpha) * delta
-        layer.weight = torch.nn.Parameter(weight, requires_grad=False)
-    return len(groups)
+        delta = torch.from_numpy(found.delta(tuple(layer.weight.shape), where))
+        layer.weight = torch.nn.Parameter(layer.weight.data + delta, requires_grad=False)
 
 
-def _delta(down: torch.Tensor, up: torch.Tensor, shape: torch.Size) -> torch.Tensor | None:
-    """up @ down in the shape of the weight: (out, in), or a convolution's (out, in, h, w)."""
-    if up.shape[1] != down.shape[0] or any(size != 1 for size in up.shape[2:]):
-        return None
-    delta = up.flatten(1) @ down.flatten(1)
-    wanted = shape[0], shape[1:].numel()
-    return delta.reshape(shape) if tuple(delta.shape) == wanted else None
+def matrices_of(module: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    """Every module that has a matrix or a convolution -> the shape of its weight."""
+    return {name: tuple(layer.weight.shape) for name, layer in module.named_modules()
+            if getattr(getattr(layer, "weight", None), "ndim", 0) >= 2}
 
 
-def _module_names(module: torch.nn.Module) -> dict[str, str]:
-    """Every spelling that files have of a module with a matrix -> its name in the network."""
-    names = {}
-    for name, layer in module.named_modules():
-        if getattr(getattr(layer, "weight", None), "ndim", 0) >= 2:
-            bare = name.removeprefix("text_model.")
-            for spelling in (bare, f"text_model.{bare}"):
-                names[spelling] = name
-                names[spelling.replace(".", "_")] = name
-    return names
+def levels_of(module: torch.nn.Module) -> Any:
+    """The network's layers_per_block, 2 if it has none."""
+    return getattr(module.config, "layers_per_block", 2)
 
 
-def _named(place: str, names: Mapping[str, str], layers_per_block: Any) -> str | None:
-    """The network's name of a place."""
-    old = re.sub(r"\.processor\.to_(q|k|v|out)$", r".to_\1", place)
-    candidates = [place, old, f"{old}.0", _from_original(place, layers_per_block)]
-    return next((names[c] for c in candidates if c in names), None)
-
-
-def _from_original(place: str, layers_per_block: Any) -> str:
-    """kohya's names of Stable Diffusion XL follow the original U-Net's numbering, `openaimodel.py` of CompVis: in each
-    level layers_per_block layers and a change of size, counted through."""
-    layers = layers_per_block if isinstance(layers_per_block, int) else 2
-    match = re.match(r"(input|output|middle)_blocks?_(\d+)_?(\d+)?_(.*)", place)
-    if match is None:
-        return place
-    kind, number, inner, rest = match[1], int(match[2]), match[3], match[4]
-    if kind == "middle":
-        whole = f"{inner}_{rest}" if inner is not None else rest
-        return f"mid_block_attentions_0_{whole}" if number == 1 else f"mid_block_resnets_{number // 2}_{_resnet(whole)}"
-    position = number - 1 if kind == "input" else number
-    block, layer = divmod(position, layers + 1)
-    side = "down" if kind == "input" else "up"
-    if rest == "op":
-        return f"down_blocks_{block}_downsamplers_0_conv"
-    if side == "up" and rest == "conv":
-        return f"up_blocks_{block}_upsamplers_0_conv"
-    if inner == "1":
-        return f"{side}_blocks_{block}_attentions_{layer}_{rest}"
-    return f"{side}_blocks_{block}_resnets_{layer}_{_resnet(rest)}"
-
-
-def _resnet(name: str) -> str:
-    for old, new in (("in_layers_2", "conv1"), ("out_layers_3", "conv2"), ("emb_layers_1", "time_emb_proj"),
-                     ("skip_connection", "conv_shortcut")):
-        name = name.replace(old, new)
-    return name
-
-
-def _stated_scales(metadata: Mapping[str, str], component: str) -> Any:
-    """alpha / rank of each module by PEFT's config in the file's metadata; 1 where nothing is stated."""
-    try:
-        config = json.loads(metadata.get(_METADATA, "{}"))
-    except ValueError:
-        config = {}
-    own = {key.removeprefix(f"{component}."): value for key, value in config.items() if key.startswith(f"{component}.")}
-
-    def pattern(kind: str, name: str, default: Any) -> Any:
-        return next((v for k, v in (own.get(kind) or {}).items() if name == k or name.endswith(f".{k}")), default)
-
-    def scale(name: str) -> float:
-        rank = pattern("rank_pattern", name, own.get("r"))
-        alpha = pattern("alpha_pattern", name, own.get("lora_alpha"))
-        if not rank or alpha is None:
-            return 1.0
-        return float(alpha / (rank**0.5 if own.get("use_rslora") else rank))
-
-    return scale
+def write_factors(factors: Mapping[str, Factors], component: str, file: Path) -> None:
+    """Write them as a LoRA in PEFT's format; the folder is made."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for module, found in factors.items():
+        tensors[f"{component}.{module}.lora_A.weight"] = np.ascontiguousarray(found.down)
+        tensors[f"{component}.{module}.lora_B.weight"] = np.ascontiguousarray(found.up)
+    save_file(tensors, file)

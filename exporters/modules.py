@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from exporters.quiet import quiet
-from exporters.source import find_weights, read_header, read_json
+from exporters.source import find_weights, read_json
 from exporters.wrappers import WRAPPERS
 from runtimes.errors import InputError
+from runtimes.weights import read_header
 
 # What diffusers < 0.13 called the parts of an attention block of the VAE.
 _OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import onnx
@@ -17,12 +17,14 @@ import torch
 
 from exporters import onnx_canonical
 from exporters.families import ComponentSpec
+from exporters.lora_graph import add_lora_inputs
 from exporters.onnx_translations import translations
 from exporters.quiet import quiet
 from exporters.stored_weights import StoredWeight
 from exporters.streaming import attach_weights
 from runtimes.bundle import translated_disk_errors
 from runtimes.errors import DeployError, InputError
+from runtimes.lora_inputs import input_specs
 from runtimes.tensors import TensorSpec
 
 OPSET = 20  # the newest that onnxruntime, OpenVINO and TensorRT 10 all read completely
@@ -53,7 +55,7 @@ class ExportResult:
 
 def export_onnx(
     module: torch.nn.Module, spec: ComponentSpec, out_folder: Path, *, opset: int = OPSET,
-    stored: Mapping[int, StoredWeight] | None = None,
+    stored: Mapping[int, StoredWeight] | None = None, lora: Mapping[str, Sequence[int]] | None = None,
 ) -> ExportResult:
     """Export a component.
 
@@ -63,6 +65,7 @@ def export_onnx(
         out_folder: receives model.onnx, and model.onnx.data above 1 GiB of weights.
         opset: of the default ONNX domain.
         stored: where the contents of the module's parameters are, if it comes from `exporters.streaming`.
+        lora: modules that get a LoRA as inputs of the graph (exporters.lora_graph), with the shapes of their weights.
 
     Raises:
         InputError: an operator that ONNX cannot express, or a shape that is fixed inside the network.
@@ -74,6 +77,9 @@ def export_onnx(
     _name_inputs_and_outputs(model, spec)
     with quiet():
         onnx_canonical.canonicalize(model)
+    if lora:
+        add_lora_inputs(model, lora)
+        spec = replace(spec, inputs=(*spec.inputs, *input_specs(lora)))
     data = save_model(model, out_folder / MODEL_FILE)
     check_model(out_folder / MODEL_FILE, spec)
     weights = sum(value.const_value.size for value in model.graph.initializers.values()

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from exporters.modules import empty_module
 from exporters.quiet import quiet
-from exporters.source import MODEL_INDEX, read_header, read_json
+from exporters.source import MODEL_INDEX, read_json
 from runtimes.bundle import committed
 from runtimes.errors import InputError
+from runtimes.weights import read_header
 
 UNET_PREFIX, VAE_PREFIX = "model.diffusion_model.", "first_stage_model."
 _WEIGHTS = {"diffusers": "diffusion_pytorch_model.safetensors", "transformers": "model.safetensors"}

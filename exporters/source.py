@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,12 +11,12 @@ from typing import Any
 from exporters.families import Family, family_of
 from runtimes.bundle import link_or_copy
 from runtimes.errors import InputError
+from runtimes.weights import read_header
 
 MODEL_INDEX = "model_index.json"
 # base names of weight files: transformers' first, then diffusers'
 _STEMS = ("model", "diffusion_pytorch_model")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_MAX_HEADER = 100_000_000  # the safetensors format's own limit
 _LIBRARIES = {"diffusers": "diffusers", "transformers": "transformers", "stable_diffusion": "diffusers",
               "latent_diffusion": "diffusers"}
 
@@ -239,38 +238,6 @@ def _checked(files: tuple[Path, ...]) -> tuple[Path, ...]:
     for file in files:
         read_header(file)
     return files
-
-
-def read_header(file: Path) -> dict[str, dict[str, Any]]:
-    """Header of a safetensors file: tensor name -> dtype, shape, data_offsets.
-
-    Raises:
-        InputError: not a safetensors file, or shorter or longer than its header says.
-    """
-    size = file.stat().st_size
-    again = "copy the file again"
-    with file.open("rb") as stream:
-        start = stream.read(8)
-        if len(start) < 8:
-            raise InputError(f"truncated: {size} bytes, too short for a safetensors file", where=str(file), fix=again)
-        (length,) = struct.unpack("<Q", start)
-        if length > _MAX_HEADER:
-            raise InputError("not a safetensors file", where=str(file), fix=again)
-        text = stream.read(length)
-    if len(text) < length:
-        raise InputError(f"truncated inside its header: {size} bytes", where=str(file), fix=again)
-    try:
-        header = json.loads(text)
-        del text
-        header.pop("__metadata__", None)
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    except (ValueError, AttributeError, KeyError, TypeError, IndexError) as error:
-        raise InputError("not a safetensors file: its header is damaged", where=str(file), fix=again) from error
-    if size != 8 + length + end:
-        kind = "truncated" if size < 8 + length + end else "damaged"
-        raise InputError(f"{kind}: {size} bytes, its header says {8 + length + end}", where=str(file), fix=again)
-    checked: dict[str, dict[str, Any]] = header
-    return checked
 
 
 def link_component(component: ComponentSource, out_folder: Path) -> tuple[Path, ...]:

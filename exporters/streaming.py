@@ -15,9 +15,9 @@ import onnx_ir as ir
 import torch
 
 from exporters.modules import empty_module, filled
-from exporters.source import read_header
 from exporters.stored_weights import StoredWeight, lazy
 from runtimes.errors import DeployError, InputError
+from runtimes.weights import read_header
 
 _DTYPES: dict[str, Any] = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from exporters.source import read_header
 from runtimes.errors import InputError
+from runtimes.weights import read_header
 
 if TYPE_CHECKING:
     import torch

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from runtimes.bundle import Bundle, read_object
+from runtimes.lora_inputs import check_options
 from runtimes.manifest import PipelineFacts
 from runtimes.pipeline import Pipeline
 from runtimes.safety import PREPROCESSOR_FILE, SAFETY_CHECKER, Preprocessing
@@ -18,7 +19,8 @@ SCHEDULER_FILE = "scheduler/scheduler_config.json"
 
 
 def load(bundle_dir: Path | str | Bundle, device: str = "cpu", threads: int = 0, check_hashes: bool = True, *,
-         hint: str = "latency", pin_threads: bool = False, memory_budget: int | None = None) -> Pipeline:
+         hint: str = "latency", pin_threads: bool = False, memory_budget: int | None = None,
+         lora: Sequence[str] = ()) -> Pipeline:
     """Load a bundle.
 
     Args:
@@ -30,13 +32,16 @@ def load(bundle_dir: Path | str | Bundle, device: str = "cpu", threads: int = 0,
         pin_threads: keep each CPU thread on a core of its own.
         memory_budget: bytes that this process may take while it draws from text: as many images share a call as fit.
             What calls take is measured once on each machine; see `runtimes.memory`.
+        lora: of a bundle built with `--lora-mode swap`: `FILE[:SCALE]` each instead of its own, or "none" alone.
 
     Raises:
+        InputError: a LoRA that the bundle does not take.
         BundleError: not a bundle, or one that is broken, changed or from another schema.
         UnavailableError: this machine lacks the backend, the device or the memory.
     """
     bundle = bundle_dir if isinstance(bundle_dir, Bundle) else Bundle.open(bundle_dir, check_hashes=check_hashes)
-    options = SessionOptions(device, threads, hint, pin_threads, keep_graphs=True)
+    check_options(bundle, lora)
+    options = SessionOptions(device, threads, hint, pin_threads, tuple(lora), keep_graphs=True)
     budget = None
     if memory_budget is not None:
         from runtimes.memory import MemoryBudget, memory_model

@@ -34,6 +34,7 @@ class SessionOptions:
         threads: CPU threads inside one operator; 0 lets the backend use all cores.
         hint: of OpenVINO: "latency" gives one call every core, "throughput" runs several calls at once.
         pin_threads: keep each CPU thread on a core of its own.
+        lora: of a bundle built with `--lora-mode swap`: `FILE[:SCALE]` each instead of its own, or "none".
         keep_graphs: of ONNX Runtime on the CPU: keep large graphs as it optimized them, for the next load.
     """
 
@@ -41,6 +42,7 @@ class SessionOptions:
     threads: int = 0
     hint: str = "latency"
     pin_threads: bool = False
+    lora: tuple[str, ...] = ()
     keep_graphs: bool = False
 
 
@@ -86,6 +88,7 @@ def open_session(bundle: Bundle, name: str, options: SessionOptions) -> Session:
     if component.format not in FORMATS:
         raise BundleError(f"no runtime runs the format {component.format!r}", where=f"{bundle.path}: {name}",
                           fix=f"build for one of {', '.join(sorted(FORMATS))}")
-    module, _, attribute = FORMATS[component.format].partition(":")
+    path = "runtimes.session_lora:LoraSession" if "lora" in component.details else FORMATS[component.format]
+    module, _, attribute = path.partition(":")
     session: Session = getattr(importlib.import_module(module), attribute)(bundle, name, options)
     return session

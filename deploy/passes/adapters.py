@@ -1,9 +1,9 @@
-"""`adapters`: LoRA files merged into the weights, textual inversions added to tokenizers and text encoders."""
+"""`adapters`: LoRA files merged into the weights or laid beside them, textual inversions added to text encoders."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -12,17 +12,21 @@ from deploy.plan import Pass, Planned, Skip, Step
 from runtimes.bundle import Bundle, link_or_copy, record_of, records_below
 from runtimes.errors import InputError
 from runtimes.guidance import SHALLOW
+from runtimes.lora import Factors, read_factors
+from runtimes.lora_inputs import DETAILS, own_file, side_by_side
 from runtimes.manifest import Component, FileRecord, Manifest
 
 if TYPE_CHECKING:
     from deploy.spec import BuildSpec
+
+SWAP = "swap"
 
 
 class Adapters(Pass):
     """What it leaves is what parity is measured against. The manifest has each file's name, scale and hash."""
 
     name: ClassVar[str] = "adapters"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     libraries: ClassVar[tuple[str, ...]] = ("torch", "diffusers", "transformers", "safetensors", "tokenizers")
     verify: ClassVar[bool] = False
     defines_source: ClassVar[bool] = True
@@ -31,14 +35,14 @@ class Adapters(Pass):
         """Read the files' headers; which components they change."""
         if not spec.lora and not spec.embedding:
             return Skip("no adapters")
-        from exporters.lora import components_of
         from exporters.textual_inversion import read_embedding
+        from runtimes.lora import components_of, parse_lora
 
         for name, component in before.components.items():
             if component.format != "safetensors":
                 raise InputError(f"{name} is {component.format}, expected safetensors", where="pass adapters",
                                  fix="adapters come before export")
-        config: dict[str, Any] = {"lora": [], "embedding": []}
+        config: dict[str, Any] = {"lora": [], "embedding": [], "lora_mode": spec.lora_mode}
         files: dict[str, str] = {}
         changed: dict[str, None] = {}
         grown: dict[str, int] = {}
@@ -70,13 +74,14 @@ class Adapters(Pass):
         names = ", ".join(entry["file"] for kind in ("lora", "embedding") for entry in config[kind])
         reads = {name: (name,) for name in sorted(changed)}
         return Step(self.name, self.version, config, reads, replace(before, components=components),
-                    f"merge {names} into {', '.join(reads)}", files).recorded()
+                    f"{'lay' if spec.lora_mode == SWAP else 'merge'} {names} "
+                    f"{'beside' if spec.lora_mode == SWAP else 'into'} {', '.join(reads)}", files).recorded()
 
     def run(self, step: Step, name: str, source: Bundle, out: Path) -> Component:
         """Load one network, change its weights, write it in float32."""
         from safetensors.torch import save_file
 
-        from exporters.lora import merge
+        from exporters.lora import levels_of, matrices_of, merge
         from exporters.modules import load_module
         from exporters.textual_inversion import add_words, next_token, read_embedding
 
@@ -85,9 +90,22 @@ class Adapters(Pass):
         network = "unet" if name == SHALLOW else name
         module = load_module(folder, before.details["library"], before.class_name)
         target.mkdir(parents=True)
-        for entry in step.config["lora"]:
-            if network in entry["components"]:
-                merge(module, network, Path(step.files[entry["sha256"]]), entry["scale"])
+        details = dict(before.details)
+        if step.config["lora_mode"] == SWAP:
+            levels, shapes = levels_of(module), matrices_of(module)
+            factors = _factors(step, name, shapes, levels)
+            for place, found in factors.items():
+                found.delta(shapes[place], found.key)  # refuses what does not fit
+                if len(shapes[place]) > 2 and step.after.target == "openvino":
+                    raise InputError(f"{found.key} changes a convolution; OpenVINO computes none whose weights are "
+                                     "inputs", where=f"pass adapters, {name}", fix="use --lora-mode merge")
+            if factors:
+                details[DETAILS] = {"targets": {place: list(shapes[place]) for place in factors}, "levels": levels,
+                                    "rank": max(len(found.down) for found in factors.values())}
+        else:
+            for entry in step.config["lora"]:
+                if network in entry["components"]:
+                    merge(module, network, Path(step.files[entry["sha256"]]), entry["scale"])
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if step.config["embedding"] and name in source.manifest.pipeline.text_encoders:
             words = [read_embedding(Path(step.files[e["sha256"]]), e["token"]) for e in step.config["embedding"]]
@@ -96,10 +114,10 @@ class Adapters(Pass):
         (target / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         weights = {key: tensor.contiguous() for key, tensor in module.state_dict().items()}
         save_file(weights, target / "model.safetensors")
-        return replace(planned, files=records_below(target, out))
+        return replace(planned, files=records_below(target, out), details=details)
 
     def write_files(self, step: Step, source: Bundle, out: Path) -> dict[str, FileRecord]:
-        """Tokenizers with the new words; everything else as it is."""
+        """Tokenizers with the new words, LoRAs that are not merged; everything else as it is."""
         from exporters.textual_inversion import extend_tokenizer, read_embedding
 
         words = [read_embedding(Path(step.files[e["sha256"]]), e["token"]) for e in step.config["embedding"]]
@@ -111,25 +129,27 @@ class Adapters(Pass):
         for name in files:
             if not (out / name).exists():
                 link_or_copy(source.path / name, out / name)
-        return files
+        return files | self._write_loras(step, source, out)
+
+    def _write_loras(self, step: Step, source: Bundle, out: Path) -> dict[str, FileRecord]:
+        """The LoRAs of each component as one, to be fed to its graph."""
+        if step.config["lora_mode"] != SWAP:
+            return {}
+        from exporters.lora import levels_of, matrices_of, write_factors
+        from exporters.modules import empty_module
+
+        for name in step.reads:
+            before = source.component(name)
+            module, _ = empty_module(source.file(before.file).parent, before.details["library"], before.class_name)
+            if factors := _factors(step, name, matrices_of(module), levels_of(module)):
+                write_factors(factors, name, out / own_file(name))
+        return records_below(out / own_file("").partition("/")[0], out)
 
 
-def parse_lora(option: str) -> tuple[Path, float]:
-    """Read `FILE[:SCALE]`.
-
-    Raises:
-        InputError: a scale that is no finite number.
-    """
-    name, colon, text = option.rpartition(":")
-    if not colon or text.endswith(".safetensors"):
-        return Path(option), 1.0
-    try:
-        scale = float(text)
-    except ValueError:
-        scale = float("nan")
-    if not abs(scale) < float("inf"):
-        raise InputError(f"the scale {text!r} is not a number", where=f"--lora {option}", fix="write FILE:0.8")
-    return Path(name), scale
+def _factors(step: Step, name: str, modules: Iterable[str], levels: Any) -> dict[str, Factors]:
+    """All LoRAs of a step for one component, side by side."""
+    return side_by_side([read_factors(Path(step.files[entry["sha256"]]), name, entry["scale"], modules, levels)
+                         for entry in step.config["lora"] if name in entry["components"]])
 
 
 def parse_embedding(option: str) -> tuple[Path, str]:

@@ -51,8 +51,9 @@ class Export(Pass):
         unread, stored = unread_module(folder, before.details["library"], before.class_name)
         module = torch_component(name, unread, [output.name for output in before.outputs])
         spec = ComponentSpec(name, before.details["source_component"], before.inputs, before.outputs, before.axes)
-        export_onnx(module, spec, out / "components" / name, opset=step.config["opset"], stored=stored)
+        export_onnx(module, spec, out / "components" / name, opset=step.config["opset"], stored=stored,
+                    lora=before.details.get("lora", {}).get("targets"))
         common = {axis: a.range.opt for axis, a in before.axes.items()}
-        history = {key: before.details[key] for key in ("pruning", "recovery") if key in before.details}
+        history = {key: before.details[key] for key in ("pruning", "recovery", "lora") if key in before.details}
         details = {**planned.details, **history, "macs": count_macs(module, example_inputs(spec, common))}
         return replace(planned, files=records_below(out / "components" / name, out), details=details)

@@ -43,6 +43,7 @@ class OpenVino(Pass):
         """Convert one graph. The U-Net's second one stays ONNX, which OpenVINO reads too: `share` makes it read the
         first one's weights."""
         from exporters.openvino_from_onnx import convert_openvino
+        from runtimes.lora_inputs import with_inputs
 
         before, planned = source.component(name), step.after.components[name]
         folder = out / "components" / name
@@ -50,6 +51,7 @@ class OpenVino(Pass):
             for file in before.files:
                 link_or_copy(source.path / file, out / file)
             return replace(planned, files=before.files, details=before.details)
-        report = convert_openvino(source.file(before.file), folder / "model.xml", before.inputs, before.outputs)
+        report = convert_openvino(source.file(before.file), folder / "model.xml", with_inputs(before).inputs,
+                                  before.outputs)
         carry_layers(source, before, out)
         return replace(planned, files=records_below(folder, out), details={**before.details, **report.to_json()})

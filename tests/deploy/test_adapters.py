@@ -17,13 +17,14 @@ from deploy.builder import Silent, load_source, plan_build
 from deploy.cache import Cache
 from deploy.origin import open_origin
 from deploy.parity.drawing import assemble_pipeline
-from deploy.passes.adapters import parse_embedding, parse_lora
+from deploy.passes.adapters import parse_embedding
 from deploy.plan import Step
 from deploy.reference import reference_sessions
 from deploy.spec import BuildSpec
 from exporters.modules import load_module
 from runtimes.bundle import Bundle
 from runtimes.errors import InputError
+from runtimes.lora import parse_lora
 from tests.deploy.conftest import Cli, assert_refused
 from tests.exporters.family_pipelines import autoencoder, make_pipeline, tiny_decoder
 
@@ -146,7 +147,7 @@ def test_kohyas_names_of_xl_are_read_as_diffusers_reads_them() -> None:
 
     from diffusers.loaders.lora_conversion_utils import _maybe_map_sgm_blocks_to_diffusers
 
-    from exporters.lora import _from_original
+    from runtimes.lora import _from_original
 
     places = ["input_blocks_4_1_transformer_blocks_0_attn1_to_q", "input_blocks_8_1_proj_in",
               "middle_block_1_transformer_blocks_9_ff_net_2", "output_blocks_0_1_transformer_blocks_0_attn2_to_out_0",

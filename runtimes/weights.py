@@ -1,0 +1,84 @@
+"""Safetensors files read with numpy alone, for runtimes that have neither torch nor safetensors."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runtimes.errors import InputError
+
+_MAX_HEADER = 100_000_000  # the safetensors format's own limit
+_DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+
+
+def read_header(file: Path) -> dict[str, dict[str, Any]]:
+    """Header of a safetensors file: tensor name -> dtype, shape, data_offsets.
+
+    Raises:
+        InputError: not a safetensors file, or shorter or longer than its header says.
+    """
+    size = file.stat().st_size
+    again = "copy the file again"
+    with file.open("rb") as stream:
+        start = stream.read(8)
+        if len(start) < 8:
+            raise InputError(f"truncated: {size} bytes, too short for a safetensors file", where=str(file), fix=again)
+        (length,) = struct.unpack("<Q", start)
+        if length > _MAX_HEADER:
+            raise InputError("not a safetensors file", where=str(file), fix=again)
+        text = stream.read(length)
+    if len(text) < length:
+        raise InputError(f"truncated inside its header: {size} bytes", where=str(file), fix=again)
+    try:
+        header = json.loads(text)
+        del text
+        header.pop("__metadata__", None)
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    except (ValueError, AttributeError, KeyError, TypeError, IndexError) as error:
+        raise InputError("not a safetensors file: its header is damaged", where=str(file), fix=again) from error
+    if size != 8 + length + end:
+        kind = "truncated" if size < 8 + length + end else "damaged"
+        raise InputError(f"{kind}: {size} bytes, its header says {8 + length + end}", where=str(file), fix=again)
+    checked: dict[str, dict[str, Any]] = header
+    return checked
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """The strings that a safetensors file carries beside its tensors.
+
+    Raises:
+        InputError: as `read_header`.
+    """
+    read_header(file)
+    with file.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        return {str(k): str(v) for k, v in (json.loads(stream.read(length)).get("__metadata__") or {}).items()}
+
+
+def read_floats(file: Path, header: Mapping[str, Mapping[str, Any]], key: str) -> np.ndarray[Any, Any]:
+    """One floating-point tensor, float32, a copy.
+
+    Args:
+        file: the safetensors file.
+        header: from `read_header`.
+        key: of the tensor.
+
+    Raises:
+        InputError: another type than float64, float32, float16 or bfloat16.
+    """
+    entry = header[key]
+    if entry["dtype"] not in _DTYPES:
+        raise InputError(f"{key} is {entry['dtype']}, expected floating point", where=str(file))
+    with file.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+    shape = tuple(entry["shape"])
+    array = np.fromfile(file, _DTYPES[entry["dtype"]], math.prod(shape), offset=8 + length + entry["data_offsets"][0])
+    if entry["dtype"] == "BF16":  # the upper half of a float32
+        array = (array.astype(np.uint32) << 16).view(np.float32)
+    return array.astype(np.float32).reshape(shape)
