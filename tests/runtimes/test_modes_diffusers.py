@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import cycle, product
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 
 from runtimes.noise import NoiseStreams
 from runtimes.prompts import MAX_WINDOWS
+from runtimes.schedulers import SCHEDULERS
 from tests.runtimes.diffusers_reference import (
     CHANNELS,
     NEGATIVES,
@@ -44,9 +46,8 @@ def mask() -> Image.Image:
     return Image.fromarray(values)
 
 
-SAMPLERS = [("ddim", "epsilon", 0.7), ("ddim", "v_prediction", 1.0), ("euler", "epsilon", 0.7),
-            ("euler-ancestral", "epsilon", 1.0), ("dpm++", "epsilon", 0.7), ("dpm++", "v_prediction", 1.0),
-            ("unipc", "epsilon", 0.7), ("pndm", "epsilon", 0.7), ("lcm", "epsilon", 1.0)]
+SAMPLERS = [(*sampler, share) for sampler, share in
+            zip(product(SCHEDULERS, ("epsilon", "v_prediction")), cycle((0.7, 1.0, 1.0, 0.7)))]
 
 
 def small(pictures):

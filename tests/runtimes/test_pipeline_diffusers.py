@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from diffusers import StableDiffusionImg2ImgPipeline
 from PIL import Image
 
 from runtimes.noise import NoiseStreams
+from runtimes.schedulers import SCHEDULERS
 from tests.runtimes.diffusers_reference import (
     CHANNELS,
     NEGATIVES,
@@ -27,11 +29,7 @@ from tests.runtimes.fakes import calls_of
 pytestmark = [pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
               pytest.mark.usefixtures("one_thread")]
 
-CASES = [
-    ("ddim", "epsilon", 0.0), ("ddim", "epsilon", 1.0), ("ddim", "v_prediction", 0.0), ("euler", "epsilon", 0.0),
-    ("euler", "v_prediction", 0.0), ("euler-ancestral", "epsilon", 0.0), ("dpm++", "epsilon", 0.0),
-    ("dpm++", "v_prediction", 0.0), ("unipc", "epsilon", 0.0), ("pndm", "epsilon", 0.0), ("lcm", "epsilon", 0.0),
-]
+CASES = [*((*sampler, 0.0) for sampler in product(SCHEDULERS, ("epsilon", "v_prediction"))), ("ddim", "epsilon", 1.0)]
 
 
 @pytest.mark.parametrize(("scheduler", "prediction", "eta"), CASES)
@@ -85,10 +83,8 @@ def test_latents_output_equals_diffusers(networks, folder):
 
 
 @pytest.mark.parametrize(("scheduler", "prediction", "strength"), [
-    ("ddim", "epsilon", 0.8), ("ddim", "v_prediction", 0.35), ("ddim", "epsilon", 1.0), ("euler", "epsilon", 0.6),
-    ("euler-ancestral", "epsilon", 0.5), ("dpm++", "epsilon", 0.7), ("unipc", "epsilon", 0.5), ("pndm", "epsilon", 0.6),
-    ("lcm", "epsilon", 0.9),
-])
+    *((*sampler, 0.6) for sampler in product(SCHEDULERS, ("epsilon", "v_prediction"))), ("ddim", "v_prediction", 0.35),
+    ("ddim", "epsilon", 1.0)])
 def test_image_to_image_equals_diffusers(networks, folder, pictures, monkeypatch, scheduler, prediction, strength):
     pipe, config = reference(networks, StableDiffusionImg2ImgPipeline, prediction, scheduler)
     seeds = [21, 22]
