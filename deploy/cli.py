@@ -180,7 +180,7 @@ def generate(
                                               "options that are given win")] = "",
     budget_ms: Annotated[float | None, typer.Option(help="the most accurate that takes so long for a picture, as "
                                                          "`tradeoffs` measured")] = None,
-    guidance: Annotated[float | None, typer.Option(help="guidance_scale; default: the bundle's own")] = None,
+    guidance: Annotated[float | None, typer.Option(help="guidance_scale; default 7.5, 1 is off")] = None,
     guidance_rescale: Annotated[float, typer.Option(help="against overexposure, 0 to 1")] = 0.0,
     guidance_interval: Annotated[str, typer.Option(help="share of the steps under guidance, as first:last")] = "",
     part: Annotated[str, typer.Option(help="of the schedule: 0:0.8 for a base model, 0.8:1 for a refiner")] = "0:1",

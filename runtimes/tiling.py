@@ -40,19 +40,13 @@ class Tiling:
         self.count, self.area = len(self._places), tile[0] * tile[1]
 
     def shifted(self, i: int) -> Tiling:
-        """As many tiles that lie elsewhere: of each row, or of each column where i is odd, those between the first and
-        the last are moved together, by Halton's points in bases 2 and 3.
+        """As many tiles that lie elsewhere: each by itself, but for those at a side of the whole along that side.
 
-        Every row takes the next point, so that borders of neighbours are not in line. Moved by half a stride at most,
-        tiles still cover the whole.
+        Moved by half a stride at most, rows of tiles share at least a stride of rows, and tiles of a row still touch:
+        the whole stays covered. Where they go depends on i alone, so that a picture can be drawn again.
         """
-        moved = Tiling(self._shape, self._tile)
-        if i % 2:
-            moved._places = [(y, x) for n, x in enumerate(_moved(self._columns, _halton(i, 2)))
-                             for y in _moved(self._rows, _halton(i + n, 3))]
-        else:
-            moved._places = [(y, x) for n, y in enumerate(_moved(self._rows, _halton(i, 2)))
-                             for x in _moved(self._columns, _halton(i + n, 3))]
+        moved, random = Tiling(self._shape, self._tile), np.random.default_rng(i)
+        moved._places = [(_moved(y, self._rows, random), _moved(x, self._columns, random)) for y, x in self._places]
         return moved
 
     def cut(self, whole: Float32, unit: int = 1) -> Iterator[Float32]:
@@ -117,23 +111,12 @@ def _places(size: int, tile: int) -> list[int]:
     return [round(span * i / steps) for i in range(steps + 1)] if steps else [0]
 
 
-def _moved(places: list[int], share: float) -> list[int]:
-    """Places between the first and the last moved by `share` (0 to 1) of a stride less one half."""
-    if len(places) < 3:
-        return places
+def _moved(place: int, places: list[int], random: np.random.Generator) -> int:
+    """A place between the first and the last, moved by half a stride at most."""
+    if place in (places[0], places[-1]):
+        return place
     stride = min(b - a for a, b in pairwise(places))
-    distance = int(share * stride) - stride // 2
-    return [places[0], *(place + distance for place in places[1:-1]), places[-1]]
-
-
-def _halton(i: int, base: int) -> float:
-    """Element i of the van der Corput sequence: the digits of i mirrored at the point."""
-    result, unit = 0.0, 1.0
-    while i:
-        i, digit = divmod(i, base)
-        unit /= base
-        result += digit * unit
-    return result
+    return place + int(random.integers(stride)) - stride // 2
 
 
 def _window(size: int) -> Float32:

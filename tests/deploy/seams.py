@@ -17,11 +17,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-TILE, STRIDE = 64, 32
+TILE, STRIDE, FACTOR = 64, 32, 8
+WHOLE = 256  # the largest picture that the bundle draws in one piece: what the measure says where no tiles are
 SIDE, STEPS, COUNT = 512, 6, 4
 ROOT = Path(__file__).parents[2]
 PROMPTS = ("flowers and leaves", "a red apple", "clouds", "pebbles on a beach", "a blue car", "grass")
-LAYOUTS = {"move": "move at every step", "still": "lie still", "hard": "lie still, not blended"}
+LAYOUTS = {"whole": f"none, {WHOLE}x{WHOLE}", "move": "move at every step", "still": "lie still",
+           "hard": "still, not blended"}
 SEAMS = ("rows, beside", "rows, to all", "columns, beside", "columns, to all")
 Pictures = NDArray[np.floating]
 
@@ -43,11 +45,10 @@ def draw(bundle: str, side: int, tile: int, steps: int, count: int, layout: str,
     from runtimes import tiling
     from runtimes.resident import peak_rss_bytes
 
-    if layout != "move":
+    if layout in ("still", "hard"):
         tiling.Tiling.shifted = lambda self, i: self  # type: ignore[method-assign]
     if layout == "hard":
-        tiling._window = lambda size: np.ones(size, np.float32) * 1e-6 + (
-            np.abs(np.arange(size) + 0.5 - size / 2) < size / 4).astype(np.float32)
+        tiling._window = middle_only
     pipeline = runtimes.load(bundle, threads=threads, check_hashes=False)
     pictures = [pipeline(prompt, seed=seed, steps=steps, height=side, width=side, tile=tile or None, output="numpy")[0]
                 for seed, prompt in enumerate(PROMPTS[:count])]
@@ -55,18 +56,26 @@ def draw(bundle: str, side: int, tile: int, steps: int, count: int, layout: str,
     print(json.dumps(peak_rss_bytes()))
 
 
+def middle_only(size: int) -> Pictures:
+    """Weights of a tile that is not blended: all of its middle half, next to nothing of the rest."""
+    middle = np.abs(np.arange(size) + 0.5 - size / 2) < size / 4
+    return np.where(middle, 1, 1e-6).astype(np.float32)
+
+
 def seam_ratio(pictures: Pictures, axis: int, *, beside: bool) -> float:
-    """Mean step across the lines where tiles begin and end, over that across other lines.
+    """Mean step across the lines where tiles begin and end, over that across other borders of latents.
+
+    Steps are larger wherever the decoder goes on to the next latent, so lines within a latent are no measure.
 
     Args:
         pictures: (B, H, W, 3).
         axis: 0 for steps between rows, 1 between columns.
-        beside: whether the other lines are those 2 to 6 pixels beside them, or all from the first to the last of them.
+        beside: whether the other borders are the nearest on both sides, or all from the first line to the last.
     """
     steps = np.abs(np.diff(pictures, axis=axis + 1)).mean(axis=(0, 3, 2 - axis))
-    lines = np.arange(STRIDE, pictures.shape[axis + 1] - 8, STRIDE) - 1
-    near = np.add.outer((-6, -5, -4, -3, -2, 2, 3, 4, 5, 6), lines).ravel()
-    others = near if beside else np.setdiff1d(np.arange(lines[0], lines[-1]), lines)
+    lines = np.arange(STRIDE, pictures.shape[axis + 1] - FACTOR, STRIDE) - 1
+    near = np.add.outer((-FACTOR, FACTOR), lines).ravel()
+    others = near if beside else np.setdiff1d(np.arange(lines[0], lines[-1], FACTOR), lines)
     return float(steps[lines].mean() / steps[others].mean())
 
 
@@ -98,7 +107,8 @@ def main() -> None:
     table.add_row(f"one, {TILE}x{TILE}", "", f"{base / 1e6:.1f} MB", "1.00")
     for layout in options.layouts:
         began = time.perf_counter()
-        pictures, peak = drawn(bundle, SIDE, TILE, options.steps, options.pictures, layout, options.threads)
+        side, tile = (WHOLE, 0) if layout == "whole" else (SIDE, TILE)
+        pictures, peak = drawn(bundle, side, tile, options.steps, options.pictures, layout, options.threads)
         row = {"seconds": (time.perf_counter() - began) / options.pictures, "peak_rss_bytes": peak,
                "memory_ratio": peak / base, "seams": seam_ratios(pictures)}
         report["rows"][layout] = row
