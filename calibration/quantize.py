@@ -18,6 +18,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes import common
 
+from calibration.integers import Integers, lazy_integers, to_integers, weight_scale
 from calibration.layers import DYNAMIC, FLOAT, STATIC, WEIGHT, Layer, find_layers
 from calibration.ranges import Range, Scheme
 from runtimes.bundle import translated_disk_errors
@@ -83,9 +84,12 @@ def quantize(source: Path, destination: Path, assignment: Mapping[str, str], ran
 
 
 def rewrite(model: ir.Model, assignment: Mapping[str, str], ranges: Mapping[str, Range], scheme: Scheme,
-            ) -> dict[str, int]:
-    """Place Q/DQ in a model; gives precision -> number of weights."""
-    writer = Writer(model, ranges, scheme)
+            stored: Integers | None = None) -> dict[str, int]:
+    """Place Q/DQ in a model; gives precision -> number of weights.
+
+    With `stored`, the integers are read from there and what is written must lie in its folder.
+    """
+    writer = Writer(model, ranges, scheme, stored)
     nodes = {node.name: node for node in model.graph}
     parameters: Counter[str] = Counter()
     for layer in find_layers(model):
@@ -154,20 +158,6 @@ def _weight_bytes(model: ir.Model) -> int:
     return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
 
 
-def weight_scale(weight: NDArray[Any], axis: int, limit: int) -> NDArray[np.float32]:
-    """Scale of each output channel: its largest magnitude is the integer `limit`."""
-    others = tuple(a for a in range(weight.ndim) if a != axis)
-    scale: NDArray[np.float32] = np.maximum(np.abs(weight).max(axis=others) / limit, 1e-10).astype(np.float32)
-    return scale
-
-
-def to_integers(weight: NDArray[Any], scale: NDArray[np.float32], axis: int, limit: int) -> NDArray[np.int8]:
-    """The weight's integers; times `scale` along `axis` they are the weight again, rounded."""
-    shape = [-1 if a == axis else 1 for a in range(weight.ndim)]
-    integers: NDArray[np.int8] = np.clip(np.round(weight / scale.reshape(shape)), -limit, limit).astype(np.int8)
-    return integers
-
-
 class Writer:
     """Places nodes in one model; activations and weights that several layers read are quantized once.
 
@@ -175,10 +165,12 @@ class Writer:
         model: changed in place.
         ranges: of every tensor that `place` will quantize.
         scheme: integers of the target.
+        stored: where weights were or will be converted, for several models made of one graph.
     """
 
-    def __init__(self, model: ir.Model, ranges: Mapping[str, Range], scheme: Scheme) -> None:
-        self._model, self._ranges, self._scheme = model, ranges, scheme
+    def __init__(self, model: ir.Model, ranges: Mapping[str, Range], scheme: Scheme, stored: Integers | None = None,
+                 ) -> None:
+        self._model, self._ranges, self._scheme, self._stored = model, ranges, scheme, stored
         self._activations: dict[ir.Value, ir.Value] = {}
         self._weights: dict[str, ir.Value] = {}
         self._dynamic: dict[ir.Value, tuple[ir.Value, ir.Value, ir.Value]] = {}
@@ -251,16 +243,16 @@ class Writer:
         self._model.graph.remove(node, safe=True)
 
     def _integers(self, layer: Layer) -> tuple[ir.Value, NDArray[np.float32]]:
-        tensor = self._model.graph.initializers[layer.weight].const_value
-        assert tensor is not None
-        limit, axis, name = self._scheme.weight_limit, layer.axis, f"{layer.weight}/int8"
-        scale = weight_scale(tensor.numpy(), axis, limit)
+        weight = self._model.graph.initializers[layer.weight].const_value
+        assert weight is not None
+        name = f"{layer.weight}/int8"
+        if self._stored is None:
+            scale = weight_scale(weight.numpy(), layer.axis, self._scheme.weight_limit)
+            tensor = lazy_integers(weight, scale, layer.axis, self._scheme.weight_limit, name)
+        else:
+            tensor, scale = self._stored.of(weight, layer.axis, name)
         if name not in self._model.graph.initializers:
-            def convert() -> ir.TensorProtocol:
-                return ir.Tensor(to_integers(tensor.numpy(), scale, axis, limit), name=name)
-
-            shape = ir.Shape([int(n) for n in tensor.shape.numpy()])
-            self._register(name, ir.LazyTensor(convert, ir.DataType.INT8, shape, name=name), shape)
+            self._register(name, tensor, ir.Shape([int(n) for n in weight.shape.numpy()]))
         return self._model.graph.initializers[name], scale
 
     def _pair(self, value: ir.Value, after: ir.Node | None) -> ir.Value:

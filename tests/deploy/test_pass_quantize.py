@@ -15,7 +15,8 @@ from deploy.origin import open_origin
 from deploy.passes.precision import Precision
 from deploy.passes.quantize import Quantize
 from deploy.plan import Skip, Step
-from deploy.spec import BuildSpec, make_spec
+from deploy.quantization import at_common_size
+from deploy.spec import BuildSpec, ShapeRange, make_spec
 from runtimes.bundle import Bundle
 from runtimes.errors import InputError, ParityError
 from runtimes.manifest import Manifest
@@ -142,6 +143,12 @@ def test_another_recipe_uses_the_recording_again(int8_bundle: Bundle, build_cach
     layers = static.manifest.components["unet"].details["quantization"]["layers"]
     assert layers == {"w8a8": 159}
     assert before == {p: p.stat().st_mtime_ns for p in (build_cache / "calibration").rglob("shard-*.npz")}
+
+
+def test_calibration_draws_at_the_size_that_the_shapes_call_most_common():
+    spec = BuildSpec(precision="int8", shapes={"height": ShapeRange(64, 128, 256), "width": ShapeRange(64, 96, 256)})
+    facts = at_common_size(exported(spec))
+    assert (facts.height, facts.width) == (128, 96)
 
 
 def test_a_kept_layer_is_float_in_the_bundle_and_an_unknown_one_names_the_nearest(
