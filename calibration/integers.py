@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+STORED_LIMIT = 127  # of weights that are only stored as integers: nothing sums their products
 
 def weight_scale(weight: NDArray[Any], axis: int, limit: int) -> NDArray[np.float32]:
     """Scale of each output channel: its largest magnitude is the integer `limit`."""
@@ -38,19 +39,19 @@ class Integers:
 
     Args:
         folder: that the graphs are written in: each refers to the files here.
-        limit: largest weight integer.
     """
 
-    def __init__(self, folder: Path, limit: int) -> None:
-        self.folder, self._limit = folder, limit
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self._found: dict[str, tuple[ir.ExternalTensor, NDArray[np.float32]]] = {}
 
-    def of(self, weight: ir.TensorProtocol, axis: int, name: str) -> tuple[ir.TensorProtocol, NDArray[np.float32]]:
-        """Integers and (channels,) scales of a weight; `name` tells weights apart."""
+    def of(self, weight: ir.TensorProtocol, axis: int, limit: int, name: str,
+           ) -> tuple[ir.TensorProtocol, NDArray[np.float32]]:
+        """Integers and (channels,) scales of a weight; `name` tells weights and limits apart."""
         if name not in self._found:
             values = weight.numpy()
-            scale = weight_scale(values, axis, self._limit)
-            integers = to_integers(values, scale, axis, self._limit)
+            scale = weight_scale(values, axis, limit)
+            integers = to_integers(values, scale, axis, limit)
             location = f"{len(self._found)}.int8"
             integers.tofile(self.folder / location)
             tensor = ir.ExternalTensor(location, 0, integers.nbytes, ir.DataType.INT8, shape=ir.Shape(integers.shape),

@@ -62,7 +62,7 @@ def predict_noise(graph: Path, assignment: Mapping[str, str], ranges: Mapping[st
     if stored is None:
         with tempfile.TemporaryDirectory(prefix="ldm-noise-") as scratch:
             return predict_noise(graph, assignment, ranges, scheme, calls, threads=threads,
-                                 stored=Integers(Path(scratch), scheme.weight_limit))
+                                 stored=Integers(Path(scratch)))
     model = ir.load(graph)
     layers = find_layers(model)
     lower = {node: BELOW.get(precision, ()) for node, precision in assignment.items()}

@@ -131,7 +131,7 @@ def relieve(graph: Path, start: Mapping[str, str], ranges: Mapping[str, Range], 
     expected = _outputs(graph, feeds, threads)
     errors: dict[int, float] = {}
     with tempfile.TemporaryDirectory(prefix="ldm-relief-") as scratch:
-        stored = Integers(Path(scratch), scheme.weight_limit)
+        stored = Integers(Path(scratch))
         noise = predict_noise(graph, start, ranges, scheme, lambda: feeds, threads=threads, stored=stored)
         path = affordable(promotions(layers, noise, start))
 
