@@ -20,6 +20,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes import common
 
+from calibration.integers import Integers
 from calibration.layers import STATIC, WEIGHT, Layer, find_layers
 from calibration.observe import Calls, beside, plain_session
 from calibration.quantize import Writer
@@ -47,7 +48,7 @@ class LayerNoise:
 
 
 def predict_noise(graph: Path, assignment: Mapping[str, str], ranges: Mapping[str, Range], scheme: Scheme,
-                  calls: Calls, *, threads: int = 0) -> dict[str, LayerNoise]:
+                  calls: Calls, *, threads: int = 0, stored: Integers | None = None) -> dict[str, LayerNoise]:
     """Every layer's cost by node name. Takes about three times the seconds of the float32 graph for each call.
 
     Args:
@@ -56,13 +57,18 @@ def predict_noise(graph: Path, assignment: Mapping[str, str], ranges: Mapping[st
         ranges: of `quantize.tensors_to_observe`.
         scheme: integers of the target.
         calls: recorded inputs, few.
+        stored: where the weights' integers are, or will be for those who try assignments next.
     """
+    if stored is None:
+        with tempfile.TemporaryDirectory(prefix="ldm-noise-") as scratch:
+            return predict_noise(graph, assignment, ranges, scheme, calls, threads=threads,
+                                 stored=Integers(Path(scratch)))
     model = ir.load(graph)
     layers = find_layers(model)
     lower = {node: BELOW.get(precision, ()) for node, precision in assignment.items()}
-    found = _run(graph, [], _mixed(model, layers), {}, ranges, scheme, calls, threads)
+    found = _run(graph, [], _mixed(model, layers), {}, ranges, stored, scheme, calls, threads)
     for part in _parts([layer for layer in layers if lower[layer.node]]):
-        found |= _run(graph, part, [], lower, ranges, scheme, calls, threads)
+        found |= _run(graph, part, [], lower, ranges, stored, scheme, calls, threads)
     reached = _sensitivity(model, layers, found)
     result = {}
     for layer in layers:
@@ -95,7 +101,7 @@ def _mixed(model: ir.Model, layers: Sequence[Layer]) -> list[str]:
 
 
 def _run(graph: Path, layers: Sequence[Layer], tensors: Sequence[str], precisions: Mapping[str, Sequence[str]],
-         ranges: Mapping[str, Range], scheme: Scheme, calls: Calls, threads: int) -> dict[str, Array]:
+         ranges: Mapping[str, Range], stored: Integers, scheme: Scheme, calls: Calls, threads: int) -> dict[str, Array]:
     """Scalars by name, each (calls,): energies and sizes of tensors, and of each layer's error in each precision."""
     model = ir.load(graph)
     nodes = {node.name: node for node in model.graph}
@@ -103,7 +109,7 @@ def _run(graph: Path, layers: Sequence[Layer], tensors: Sequence[str], precision
     scalars = [_reduce(model, values[name], op, of(name)) for name in tensors
                for op, of in (("ReduceSumSquare", _energy_name), ("Size", _size_name))]
     shadows = {f"{layer.result}/{STATIC}": ranges[layer.result] for layer in layers if layer.result in ranges}
-    writer = Writer(model, {**ranges, **shadows}, scheme)
+    writer = Writer(model, {**ranges, **shadows}, scheme, stored)
     for layer in layers:
         node = nodes[layer.node]
         for precision in precisions[layer.node]:
@@ -114,9 +120,8 @@ def _run(graph: Path, layers: Sequence[Layer], tensors: Sequence[str], precision
             scalars.append(_reduce(model, difference.outputs[0], "ReduceSumSquare", _noise(layer, precision)))
             writer.place(shadow, layer, precision)
     common.TopologicalSortPass()(model)
-    with tempfile.TemporaryDirectory(prefix="ldm-noise-") as scratch:
-        session = plain_session(beside(model, graph, Path(scratch)), threads)
-        rows = [session.run(scalars, dict(feeds)) for feeds in calls()]
+    session = plain_session(beside(model, graph, stored.folder), threads)
+    rows = [session.run(scalars, dict(feeds)) for feeds in calls()]
     return {name: np.array([float(row[i]) for row in rows]) for i, name in enumerate(scalars)}
 
 

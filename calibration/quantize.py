@@ -18,6 +18,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes import common
 
+from calibration.integers import STORED_LIMIT, Integers, lazy_integers, to_integers, weight_scale
 from calibration.layers import DYNAMIC, FLOAT, STATIC, WEIGHT, Layer, find_layers
 from calibration.ranges import Range, Scheme
 from runtimes.bundle import translated_disk_errors
@@ -76,16 +77,19 @@ def quantize(source: Path, destination: Path, assignment: Mapping[str, str], ran
     model = ir.load(source)
     before = _weight_bytes(model)
     if means:
-        correct_biases(model, assignment, means, scheme.weight_limit)
+        correct_biases(model, assignment, means, scheme)
     report = rewrite(model, assignment, ranges, scheme)
     save(model, destination)
     return QuantizeReport(dict(assignment), report, before, _weight_bytes(model))
 
 
 def rewrite(model: ir.Model, assignment: Mapping[str, str], ranges: Mapping[str, Range], scheme: Scheme,
-            ) -> dict[str, int]:
-    """Place Q/DQ in a model; gives precision -> number of weights."""
-    writer = Writer(model, ranges, scheme)
+            stored: Integers | None = None) -> dict[str, int]:
+    """Place Q/DQ in a model; gives precision -> number of weights.
+
+    With `stored`, the integers are read from there and what is written must lie in its folder.
+    """
+    writer = Writer(model, ranges, scheme, stored)
     nodes = {node.name: node for node in model.graph}
     parameters: Counter[str] = Counter()
     for layer in find_layers(model):
@@ -99,7 +103,7 @@ def rewrite(model: ir.Model, assignment: Mapping[str, str], ranges: Mapping[str,
 
 
 def correct_biases(model: ir.Model, assignment: Mapping[str, str], means: Mapping[str, NDArray[np.float32]],
-                   limit: int) -> int:
+                   scheme: Scheme) -> int:
     """Take what rounding does to the mean output of convolutions off their biases.
 
     E[W x] - E[Q(W) x] = (W - Q(W)) E[x] per output channel (Nagel et al., arXiv 1906.04721, section 4.2); zero padding
@@ -109,7 +113,7 @@ def correct_biases(model: ir.Model, assignment: Mapping[str, str], means: Mappin
         model: float32, before `rewrite`; changed in place.
         assignment: precision of each layer.
         means: tensor -> (C,) mean.
-        limit: largest weight integer.
+        scheme: integers of the target.
 
     Returns:
         number of biases that were changed.
@@ -126,6 +130,7 @@ def correct_biases(model: ir.Model, assignment: Mapping[str, str], means: Mappin
         if value is None or value.const_value is None or bias is None or bias.const_value is None:
             continue
         weight = value.const_value.numpy()
+        limit = _limit(assignment[layer.node], scheme)
         scale = weight_scale(weight, 0, limit)
         rounded = to_integers(weight, scale, 0, limit) * scale.reshape(-1, 1, 1, 1)
         shift = ((weight - rounded).sum(axis=(2, 3)) @ means[layer.source]).astype(np.float32)
@@ -154,18 +159,8 @@ def _weight_bytes(model: ir.Model) -> int:
     return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
 
 
-def weight_scale(weight: NDArray[Any], axis: int, limit: int) -> NDArray[np.float32]:
-    """Scale of each output channel: its largest magnitude is the integer `limit`."""
-    others = tuple(a for a in range(weight.ndim) if a != axis)
-    scale: NDArray[np.float32] = np.maximum(np.abs(weight).max(axis=others) / limit, 1e-10).astype(np.float32)
-    return scale
-
-
-def to_integers(weight: NDArray[Any], scale: NDArray[np.float32], axis: int, limit: int) -> NDArray[np.int8]:
-    """The weight's integers; times `scale` along `axis` they are the weight again, rounded."""
-    shape = [-1 if a == axis else 1 for a in range(weight.ndim)]
-    integers: NDArray[np.int8] = np.clip(np.round(weight / scale.reshape(shape)), -limit, limit).astype(np.int8)
-    return integers
+def _limit(precision: str, scheme: Scheme) -> int:
+    return STORED_LIMIT if precision == WEIGHT else scheme.weight_limit
 
 
 class Writer:
@@ -175,10 +170,12 @@ class Writer:
         model: changed in place.
         ranges: of every tensor that `place` will quantize.
         scheme: integers of the target.
+        stored: where weights were or will be converted, for several models made of one graph.
     """
 
-    def __init__(self, model: ir.Model, ranges: Mapping[str, Range], scheme: Scheme) -> None:
-        self._model, self._ranges, self._scheme = model, ranges, scheme
+    def __init__(self, model: ir.Model, ranges: Mapping[str, Range], scheme: Scheme, stored: Integers | None = None,
+                 ) -> None:
+        self._model, self._ranges, self._scheme, self._stored = model, ranges, scheme, stored
         self._activations: dict[ir.Value, ir.Value] = {}
         self._weights: dict[str, ir.Value] = {}
         self._dynamic: dict[ir.Value, tuple[ir.Value, ir.Value, ir.Value]] = {}
@@ -190,7 +187,7 @@ class Writer:
         elif precision != FLOAT:
             if precision == STATIC:
                 self.input(node)
-            self.weight(node, layer)
+            self.weight(node, layer, _limit(precision, self._scheme))
             if precision == STATIC and self._scheme.quantize_outputs and layer.op_type == "Conv":
                 self.output(node)
 
@@ -214,16 +211,16 @@ class Writer:
         for use in uses:
             use.node.replace_input_with(use.idx, result)
 
-    def weight(self, node: ir.Node, layer: Layer) -> None:
+    def weight(self, node: ir.Node, layer: Layer, limit: int) -> None:
         """Replace a weight by its integers and a DequantizeLinear."""
-        if layer.weight not in self._weights:
-            integers, scale = self._integers(layer)
-            scales = self._constant(f"{layer.weight}/scale", scale)
-            zeros = self._constant(f"{layer.weight}/zero", np.zeros(scale.shape, np.int8))
-            dequantize = self._node("DequantizeLinear", [integers, scales, zeros], f"{layer.weight}/dequantized", None,
-                                    {"axis": layer.axis})
-            self._weights[layer.weight] = dequantize.outputs[0]
-        node.replace_input_with(1, self._weights[layer.weight])
+        integers, scale = self._integers(layer, limit)
+        name = f"{integers.name}/dequantized"
+        if name not in self._weights:
+            scales = self._constant(f"{integers.name}/scale", scale)
+            zeros = self._constant(f"{integers.name}/zero", np.zeros(scale.shape, np.int8))
+            dequantize = self._node("DequantizeLinear", [integers, scales, zeros], name, None, {"axis": layer.axis})
+            self._weights[name] = dequantize.outputs[0]
+        node.replace_input_with(1, self._weights[name])
 
     def dynamic(self, node: ir.Node, layer: Layer) -> None:
         """x W -> MatMulInteger of x quantized to its own range in each call, times both scales."""
@@ -236,7 +233,7 @@ class Writer:
             made.outputs[1].dtype = ir.DataType.FLOAT
             self._dynamic[value] = made.outputs[0], made.outputs[1], made.outputs[2]
         integers, scale, zero = self._dynamic[value]
-        weight, weight_scales = self._integers(layer)
+        weight, weight_scales = self._integers(layer, self._scheme.weight_limit)
         product = self._node("MatMulInteger", [integers, weight, zero], f"{result.name}/int32", node, {},
                              dtype=ir.DataType.INT32)
         cast = self._node("Cast", [product.outputs[0]], f"{result.name}/float", product,
@@ -250,17 +247,17 @@ class Writer:
         ir.convenience.replace_all_uses_with(result, scaled.outputs[0], replace_graph_outputs=True)
         self._model.graph.remove(node, safe=True)
 
-    def _integers(self, layer: Layer) -> tuple[ir.Value, NDArray[np.float32]]:
-        tensor = self._model.graph.initializers[layer.weight].const_value
-        assert tensor is not None
-        limit, axis, name = self._scheme.weight_limit, layer.axis, f"{layer.weight}/int8"
-        scale = weight_scale(tensor.numpy(), axis, limit)
+    def _integers(self, layer: Layer, limit: int) -> tuple[ir.Value, NDArray[np.float32]]:
+        weight = self._model.graph.initializers[layer.weight].const_value
+        assert weight is not None
+        name = f"{layer.weight}/int{limit.bit_length() + 1}"
+        if self._stored is None:
+            scale = weight_scale(weight.numpy(), layer.axis, limit)
+            tensor = lazy_integers(weight, scale, layer.axis, limit, name)
+        else:
+            tensor, scale = self._stored.of(weight, layer.axis, limit, name)
         if name not in self._model.graph.initializers:
-            def convert() -> ir.TensorProtocol:
-                return ir.Tensor(to_integers(tensor.numpy(), scale, axis, limit), name=name)
-
-            shape = ir.Shape([int(n) for n in tensor.shape.numpy()])
-            self._register(name, ir.LazyTensor(convert, ir.DataType.INT8, shape, name=name), shape)
+            self._register(name, tensor, ir.Shape([int(n) for n in weight.shape.numpy()]))
         return self._model.graph.initializers[name], scale
 
     def _pair(self, value: ir.Value, after: ir.Node | None) -> ir.Value:

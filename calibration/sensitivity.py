@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from calibration.integers import Integers
 from calibration.layers import FLOAT, STATIC, WEIGHT, Layer, find_layers
 from calibration.noise import LayerNoise, predict_noise
-from calibration.observe import Calls, Feeds, plain_session, probed, relative_l2
-from calibration.quantize import rewrite, save
+from calibration.observe import Calls, Feeds, beside, plain_session, probed, relative_l2
+from calibration.quantize import rewrite
 from calibration.ranges import Range, Scheme
 
 # An activation that goes back to float32 costs no bytes but time: all of them cost as much as this share of the bytes.
@@ -126,27 +127,29 @@ def relieve(graph: Path, start: Mapping[str, str], ranges: Mapping[str, Range], 
         calls: recorded inputs, few.
     """
     layers = find_layers(ir.load(graph))
-    path = affordable(promotions(layers, predict_noise(graph, start, ranges, scheme, calls, threads=threads), start))
     feeds = [dict(call) for call in calls()]
     expected = _outputs(graph, feeds, threads)
     errors: dict[int, float] = {}
+    with tempfile.TemporaryDirectory(prefix="ldm-relief-") as scratch:
+        stored = Integers(Path(scratch))
+        noise = predict_noise(graph, start, ranges, scheme, lambda: feeds, threads=threads, stored=stored)
+        path = affordable(promotions(layers, noise, start))
 
-    def error_after(count: int) -> float:
-        if count not in errors:
-            model = ir.load(graph)
-            rewrite(model, assignment_after(path, count, start), ranges, scheme)
-            with tempfile.TemporaryDirectory(prefix="ldm-relief-") as scratch:
-                save(model, Path(scratch) / graph.name)
-                found = _outputs(Path(scratch) / graph.name, feeds, threads)
-            pairs = [(a, b) for one, other in zip(expected, found, strict=True)
-                     for a, b in zip(one, other, strict=True)]
-            errors[count] = float(np.sqrt(np.mean([relative_l2(a, b) ** 2 for a, b in pairs])))
-        return errors[count]
+        def error_after(count: int) -> float:
+            if count not in errors:
+                model = ir.load(graph)
+                rewrite(model, assignment_after(path, count, start), ranges, scheme, stored)
+                found = _outputs(beside(model, graph, stored.folder), feeds, threads)
+                pairs = [(a, b) for one, other in zip(expected, found, strict=True)
+                         for a, b in zip(one, other, strict=True)]
+                errors[count] = float(np.sqrt(np.mean([relative_l2(a, b) ** 2 for a, b in pairs])))
+            return errors[count]
 
-    count = fewest(len(path), lambda n: error_after(n) <= share * error_after(0))
-    taken = len(path) if count is None else count
+        count = fewest(len(path), lambda n: error_after(n) <= share * error_after(0))
+        taken = len(path) if count is None else count
+        before, after = error_after(0), error_after(taken)
     promoted = {p.node: p.precision for p in path[:taken]}
-    return Relief(assignment_after(path, taken, start), promoted, (error_after(0), error_after(taken)), len(errors))
+    return Relief(assignment_after(path, taken, start), promoted, (before, after), len(errors))
 
 
 def _outputs(file: Path, feeds: Sequence[Feeds], threads: int) -> list[list[Any]]:

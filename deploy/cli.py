@@ -67,6 +67,7 @@ def build(
     calibration_prompts: CalibrationPrompts = None,
     calibration_samples: CalibrationSamples = None,
     range_estimator: RangeEstimator = "",
+    cpu: Annotated[str, typer.Option(help="that INT8 is for: auto (this one), vnni, avx2")] = "",
     engine: EngineOptions = [],  # noqa: B006
     step_cache: Annotated[bool, typer.Option("--step-cache", help="a second U-Net graph, for generate "
                                                                   "--cache-interval")] = False,
@@ -93,7 +94,7 @@ def build(
     options: dict[str, Any] = {k: v for k, v in (
         ("model", model), ("target", target), ("precision", precision), ("quantization", quantization),
         ("range_estimator", range_estimator), ("step_cache", step_cache), ("lora_mode", lora_mode),
-        ("safety_checker", safety_checker)) if v}
+        ("safety_checker", safety_checker), ("cpu", cpu)) if v}
     if quantization_methods:
         options["quantization_methods"] = tuple(quantization_methods)
     if calibration_samples is not None:

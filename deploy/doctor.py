@@ -37,6 +37,13 @@ def machine() -> dict[str, Any]:
     return info
 
 
+def sums_in_32_bits() -> bool:
+    """Whether this processor adds up 8-bit products without overflow: x86 with VNNI, and every other architecture."""
+    instructions = machine().get("instructions")
+    x86 = platform.machine().lower() in ("x86_64", "amd64", "i386", "i686")
+    return not x86 or bool({"avx512_vnni", "avx_vnni", "amx_int8"} & set(instructions or ()))
+
+
 def _finding(available: bool, detail: str, fix: str = "") -> dict[str, Any]:
     return {"available": available, "detail": detail, "fix": "" if available else fix}
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runtimes.bundle import Bundle
-from runtimes.manifest import Manifest, digest_of
+from runtimes.manifest import Manifest, PipelineFacts, digest_of
 
 if TYPE_CHECKING:
     from calibration.ranges import Scheme
@@ -47,7 +47,10 @@ def default_prompts(source_id: str) -> tuple[str, ...]:
 
 
 def record_calibration(source: Bundle, calibration: Mapping[str, Any]) -> Recording:
-    """Record the float32 graphs' inputs, or find the recording of an earlier build of the same graphs."""
+    """Record the float32 graphs' inputs, or find the recording of an earlier build of the same graphs.
+
+    Pictures have the size that the build's shapes call the most common.
+    """
     from calibration.prompts import plan_episodes
     from calibration.recorder import record
     from deploy.cache import default_root
@@ -57,12 +60,24 @@ def record_calibration(source: Bundle, calibration: Mapping[str, Any]) -> Record
 
     steps, strength = calibration["steps"], calibration["strength"]
     episodes = plan_episodes(calibration["prompts"], calibration["samples"], steps=steps, strength=strength)
-    manifest = source.manifest
-    identity = {"components": {n: c.sha256 for n, c in sorted(manifest.components.items())},
+    facts = at_common_size(source.manifest)
+    manifest = replace(source.manifest, pipeline=facts)
+    source = replace(source, manifest=manifest)
+    identity = {"size": [facts.height, facts.width],
+                "components": {n: c.sha256 for n, c in sorted(manifest.components.items())},
                 "files": {n: r.sha256 for n, r in sorted(manifest.files.items())}}
     return record(dict(BundleSessions(source, SessionOptions())), lambda sessions: assemble_pipeline(sessions, source),
                   episodes, default_root() / "calibration", source=identity,
                   guidance_scale=calibration["guidance_scale"], steps=steps, strength=strength)
+
+
+def at_common_size(manifest: Manifest) -> PipelineFacts:
+    """The pipeline's facts with the picture size that is the `opt` of the U-Net's axes, where those are dynamic."""
+    facts, unet = manifest.pipeline, manifest.components.get("unet")
+    if unet is None or not {"height", "width"} <= unet.axes.keys():
+        return facts
+    height, width = (facts.vae_scale_factor * unet.axes[name].range.opt for name in ("height", "width"))
+    return replace(facts, height=height, width=width)
 
 
 def quantize_component(graph: Path, destination: Path, recipe: str, config: Mapping[str, Any], scheme: Scheme,

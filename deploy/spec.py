@@ -47,6 +47,8 @@ class BuildSpec(PruningOptions):
         quantization_methods: what is done to lose less in 8 bits (calibration.transforms).
         calibration_prompts: what is drawn to find the ranges of activations; the model's own set when empty.
         calibration_samples: U-Net calls that are recorded.
+        cpu: that an INT8 bundle for a CPU is made for. "vnni" adds up 8-bit products exactly, as every ARM does; "avx2"
+            needs weights of 7 bits where activations are integers, too; "auto" is this machine.
         range_estimator: how a range follows from what was seen (calibration.ranges).
         step_cache: give the U-Net a second entry, which reuses its deep features (exporters.step_cache).
         safety_checker: export the model's own safety checker too (exporters.families.safety_checker).
@@ -75,6 +77,7 @@ class BuildSpec(PruningOptions):
     quantization_methods: tuple[QuantizationMethod, ...] = ()
     calibration_prompts: tuple[str, ...] = ()
     calibration_samples: int = Field(default=128, ge=1)
+    cpu: Literal["auto", "vnni", "avx2"] = "auto"
     range_estimator: RangeEstimator = "mse"
     step_cache: bool = False
     safety_checker: bool = False

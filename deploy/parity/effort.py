@@ -38,7 +38,8 @@ class Effort:
     def text(self) -> str:
         """One line for a person."""
         o, why = self.options, f" ({self.why})" if self.why else ""
-        sizes = "next to their smallest sizes and once at the common one" if o.small else "at several sizes"
+        small = "next to their smallest sizes and once, with the smallest batch, at the common one"
+        sizes = small if o.small else "at several sizes"
         drawn = "no pictures" if self.level == "components" else (
             f"pictures of {len(o.prompts)} prompt{'s' * (len(o.prompts) > 1)} by {' and '.join(o.schedulers)}, "
             f"{o.steps} steps" + (f", {o.width}x{o.height}" if o.height else ""))

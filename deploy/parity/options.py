@@ -29,7 +29,7 @@ class ParityOptions:
         retrieval_scheduler: key of `SCHEDULERS` for them.
         allow_scheduler_change: a build may replace the noise schedule on purpose (a distilled model's).
         session: device and threads of the candidate.
-        small: compare components next to their smallest sizes, the common one once: for networks of minutes a call.
+        small: see `shapes.plan_runs`: for networks that take minutes a call.
         keep_bytes: networks stay loaded together if all of a bundle's are smaller than this; above it one at a time.
     """
 

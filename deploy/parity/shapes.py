@@ -69,7 +69,9 @@ def plan_runs(components: Mapping[str, Component], facts: PipelineFacts, denoise
         components: of the candidate: its ranges are the promise that is checked.
         facts: of the pipeline.
         denoiser: the component whose batch guidance doubles.
-        small: for networks that take minutes a call: the most common size once, the others next to the smallest.
+        small: for networks that take minutes a call: the most common size once, with the smallest batch, since
+            activations are largest there (an unfused attention holds batch x heads x 4096 x 4096 scores); the most
+            common batch at the smallest size; the others next to the smallest.
 
     Raises:
         InputError: the components' ranges have no latent size in common.
@@ -79,7 +81,7 @@ def plan_runs(components: Mapping[str, Component], facts: PipelineFacts, denoise
     for number in range(MAX_RUNS):
         height = rows.pick(number)
         spatial = height, columns.pick(number, avoid=height)
-        sizes = {name: _sizes(c, name, number, spatial, facts) for name, c in components.items()}
+        sizes = {name: _sizes(c, name, number, spatial, facts, small) for name, c in components.items()}
         if all(run.sizes != sizes for run in runs):
             run = _run(components, sizes, spatial, facts, denoiser)
             runs.append(replace(run, once=small and number == 0))
@@ -171,7 +173,7 @@ def _latent_sizes(components: Mapping[str, Component], facts: PipelineFacts, dim
 
 
 def _sizes(
-    component: Component, name: str, number: int, spatial: tuple[int, int], facts: PipelineFacts
+    component: Component, name: str, number: int, spatial: tuple[int, int], facts: PipelineFacts, small: bool
 ) -> dict[str, int]:
     spec = spatial_spec(component)
     fixed = dict(zip(spec.shape[2:], spatial, strict=True)) if spec is not None else {}
@@ -182,7 +184,8 @@ def _sizes(
             sizes[axis_name] = fixed[axis_name] * _unit(name, facts)
             continue
         axis: Axis = component.axes[axis_name]
-        sizes[axis_name] = _choice(axis.range, axis.multiple).pick(number, odd=axis_name == batch)
+        turn = {0: 1, 1: 0}.get(number, number) if small and axis_name == batch else number
+        sizes[axis_name] = _choice(axis.range, axis.multiple).pick(turn, odd=axis_name == batch)
     return sizes
 
 

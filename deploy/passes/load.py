@@ -51,7 +51,11 @@ class Load(Pass):
         part = planned.details["source_component"]
         folder = out / "components" / part
         link_component(open_source(source.path).with_component(part).components[part], folder)
-        check_weights(folder, planned.details["library"], planned.class_name)
+        try:
+            check_weights(folder, planned.details["library"], planned.class_name)
+        except InputError as error:
+            error.where = error.where.replace(str(folder), str(source.path / part))  # not the link in the cache
+            raise
         known = {source.path / file: record for file, record in source.component(name).files.items()}
         return replace(planned, files=records_below(folder, out, known))
 

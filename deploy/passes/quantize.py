@@ -26,6 +26,8 @@ SCHEMES: Mapping[str, dict[str, Any]] = {
     "tensorrt": {"signed": True},
     "tensorrt-rtx": {"signed": True},
 }
+CPU_TARGETS = ("onnxruntime", "openvino")
+LIMIT_OF_16_BIT_SUMS = 63
 NEEDS_RANGES = ("hybrid", "static", "auto")
 VAE = ("vae_encoder", "vae_decoder")
 EXPLAINED_CALLS, EXPLAINED_LAYERS = 8, 3
@@ -60,7 +62,7 @@ class Quantize(Pass):
         if spec.precision == "auto" and "unet" in recipes:
             recipes["unet"] = "auto"
         config: dict[str, Any] = {
-            "recipes": recipes, "scheme": SCHEMES[spec.target], "estimator": spec.range_estimator,
+            "recipes": recipes, "scheme": scheme_of(spec.target, spec.cpu), "estimator": spec.range_estimator,
             "keep": list(spec.keep), "methods": list(spec.quantization_methods),
             "relative_l2": budget.component_relative_l2,
         }
@@ -124,6 +126,19 @@ class Quantize(Pass):
     def measure(self, step: Step, before: Bundle, after: Bundle) -> dict[str, Any]:
         """What it bought on this machine: bytes and time of a call against float32, from interleaved calls."""
         return {name: measured_gain(before, after, name) for name in step.reads}
+
+
+def scheme_of(target: str, cpu: str) -> dict[str, Any]:
+    """The integers of a target, on CPUs as the processor that the bundle is for multiplies them.
+
+    Without VNNI, x86 adds pairs of products in 16 bits, which two full 8-bit weights overflow (VPMADDUBSW saturates).
+    """
+    from deploy.doctor import sums_in_32_bits
+
+    scheme = SCHEMES[target]
+    if target in CPU_TARGETS and not (sums_in_32_bits() if cpu == "auto" else cpu == "vnni"):
+        return {**scheme, "weight_limit": LIMIT_OF_16_BIT_SUMS}
+    return scheme
 
 
 def carry_layers(source: Bundle, component: Component, out: Path) -> None:

@@ -75,7 +75,7 @@ def test_hybrid_leaves_the_first_convolution_alone_and_weights_are_stored_as_int
     assert kinds["conv_in.weight"] == onnx.TensorProto.FLOAT
     assert kinds["mid.weight/int8"] == onnx.TensorProto.INT8
     assert "mid.weight" not in kinds
-    assert next(t for t in model.graph.initializer if t.name == "mid.weight/scale").dims == [64]
+    assert next(t for t in model.graph.initializer if t.name == "mid.weight/int8/scale").dims == [64]
 
 
 def test_tensorrt_gets_symmetric_signed_activations_with_zero_point_zero(graph):
@@ -113,13 +113,14 @@ def test_an_unknown_recipe_is_refused(graph):
         assign(find_layers(load(graph)), "magic")
 
 
-def test_a_weight_integer_limit_of_63_leaves_room_for_16_bit_sums(graph, tmp_path):
-    assignment = assign(find_layers(load(graph)), "weight-only")
-    quantize(graph, tmp_path / "q.onnx", assignment, {}, Scheme(weight_limit=63))
-    arrays = [onnx.numpy_helper.to_array(t) for t in onnx.load(tmp_path / "q.onnx").graph.initializer
-              if t.name.endswith("/int8")]
-    assert arrays
-    assert max(int(np.abs(a).max()) for a in arrays) == 63
+@pytest.mark.parametrize(("recipe", "largest"), [("static", 63), ("weight-only", 127)])
+def test_where_products_are_summed_in_16_bits_weights_have_7_and_stored_ones_8(graph, tmp_path, recipe, largest):
+    scheme = Scheme(weight_limit=63)
+    model = onnx.load(quantized(graph, recipe, scheme))
+    arrays = [onnx.numpy_helper.to_array(t) for t in model.graph.initializer if t.name.endswith((".weight/int7",
+                                                                                                 ".weight/int8"))]
+    assert len(arrays) == len(find_layers(load(graph)))
+    assert max(int(np.abs(a).max()) for a in arrays) == largest
 
 
 def test_equal_calibration_gives_equal_bytes(graph):

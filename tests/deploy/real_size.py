@@ -135,9 +135,11 @@ def calibrate(bundle_folder: str, samples: int) -> dict[str, int]:
     from runtimes.bundle import Bundle
 
     opened = Bundle.open(bundle_folder, check_hashes=False)
-    facts = opened.manifest.pipeline
-    height, width = (facts.vae_scale_factor * opened.component("unet").axes[a].range.min for a in ("height", "width"))
-    small = replace(opened, manifest=replace(opened.manifest, pipeline=replace(facts, height=height, width=width)))
+    unet = opened.component("unet")
+    axes = {name: replace(axis, range=replace(axis.range, opt=axis.range.min)) if name in ("height", "width") else axis
+            for name, axis in unet.axes.items()}
+    components = {**opened.manifest.components, "unet": replace(unet, axes=axes)}
+    small = replace(opened, manifest=replace(opened.manifest, components=components))
     with measured() as recording_cost:
         recording = record_calibration(small, plan_calibration(small.manifest, BuildSpec(calibration_samples=samples)))
     graph = small.file(small.component("unet").file)

@@ -47,6 +47,21 @@ def test_a_truncated_weight_file(cli: Cli, model: Path):
     assert_refused(cli("build", model), "vae", "truncated")
 
 
+def test_a_missing_shard(cli: Cli, model: Path):
+    (model / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    (model / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"conv_in.bias": "diffusion_pytorch_model-00001-of-00002.safetensors"}}))
+    assert_refused(cli("build", model), "the shard diffusion_pytorch_model-00001-of-00002.safetensors is missing")
+
+
+def test_a_config_whose_channels_disagree_with_the_weights_is_named_in_the_models_own_folder(cli: Cli, model: Path):
+    file = model / "unet" / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "block_out_channels": [2 * c for c in config["block_out_channels"]]}))
+    assert_refused(cli("build", model), f"{model / 'unet'}: ", "the config asks for")
+    assert_nothing_left(Path.cwd())
+
+
 def test_a_pickle_is_refused_with_the_way_to_convert(cli: Cli, model: Path):
     (model / "unet" / "diffusion_pytorch_model.safetensors").rename(model / "unet" / "diffusion_pytorch_model.bin")
     assert_refused(cli("build", model), "pickle", "safe_serialization=True")

@@ -10,15 +10,18 @@ from typing import Any
 import onnx
 import pytest
 
+from calibration.ranges import Scheme
 from deploy.builder import run_build
 from deploy.origin import open_origin
 from deploy.passes.precision import Precision
 from deploy.passes.quantize import Quantize
 from deploy.plan import Skip, Step
+from deploy.quantization import at_common_size
 from deploy.spec import BuildSpec, make_spec
 from runtimes.bundle import Bundle
 from runtimes.errors import InputError, ParityError
 from runtimes.manifest import Manifest
+from runtimes.tensors import ShapeRange
 from tests.deploy.conftest import Cli, assert_refused
 
 
@@ -57,9 +60,15 @@ def test_other_precisions_skip_it():
 
 
 def test_each_target_gets_the_integers_that_its_kernels_take():
-    assert planned().config["scheme"] == {"quantize_outputs": True}
+    assert planned(cpu="vnni").config["scheme"] == {"quantize_outputs": True}
     assert planned(target="openvino").config["scheme"] == {}
     assert planned(target="tensorrt-rtx").config["scheme"] == {"signed": True}
+
+
+@pytest.mark.parametrize(("cpu", "limit"), [("vnni", 127), ("avx2", 63)])
+def test_the_processor_that_the_bundle_is_for_decides_how_large_weights_may_be(cpu: str, limit: int):
+    assert Scheme(**planned(cpu=cpu).config["scheme"]).weight_limit == limit
+    assert Scheme(**planned(cpu=cpu, target="tensorrt-rtx").config["scheme"]).weight_limit == 127
 
 
 def test_only_components_with_recorded_ranges_depend_on_the_others():
@@ -142,6 +151,12 @@ def test_another_recipe_uses_the_recording_again(int8_bundle: Bundle, build_cach
     layers = static.manifest.components["unet"].details["quantization"]["layers"]
     assert layers == {"w8a8": 159}
     assert before == {p: p.stat().st_mtime_ns for p in (build_cache / "calibration").rglob("shard-*.npz")}
+
+
+def test_calibration_draws_at_the_size_that_the_shapes_call_most_common():
+    spec = BuildSpec(precision="int8", shapes={"height": ShapeRange(64, 128, 256), "width": ShapeRange(64, 96, 256)})
+    facts = at_common_size(exported(spec))
+    assert (facts.height, facts.width) == (128, 96)
 
 
 def test_a_kept_layer_is_float_in_the_bundle_and_an_unknown_one_names_the_nearest(

@@ -1,6 +1,9 @@
 """Published models at their real size: seconds, peak memory, parity, load time. Minutes each, and tens of gigabytes.
 
     .venv/bin/python -m pytest tests/deploy/test_real_size.py -m large -s [-k sd15 | -k sdxl]
+
+LDM_DEPLOY_SD15=FOLDER names a folder that `python -m tests.deploy.real_size sd15 FOLDER` wrote, so that it is not
+written again.
 """
 
 from __future__ import annotations
@@ -27,6 +30,8 @@ XL_SHAPES = "batch=1:1:1,height=256:1024:1024,width=256:1024:1024"
 
 @pytest.fixture(scope="module")
 def sd15(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if given := os.environ.get("LDM_DEPLOY_SD15"):
+        return Path(given)
     return write_model("sd15", tmp_path_factory.mktemp("real") / "sd15")
 
 
