@@ -104,12 +104,14 @@ class Relief:
         promoted: node -> precision, of the layers that are in a higher one than at first.
         errors: measured relative L2 of the outputs, root mean square over the calls, before and after.
         trials: graphs that were measured.
+        noise: what each layer was predicted to cost, by node.
     """
 
     assignment: dict[str, str]
     promoted: dict[str, str]
     errors: tuple[float, float]
     trials: int
+    noise: Mapping[str, LayerNoise]
 
 
 def relieve(graph: Path, start: Mapping[str, str], ranges: Mapping[str, Range], scheme: Scheme, calls: Calls, *,
@@ -149,7 +151,7 @@ def relieve(graph: Path, start: Mapping[str, str], ranges: Mapping[str, Range], 
         taken = len(path) if count is None else count
         before, after = error_after(0), error_after(taken)
     promoted = {p.node: p.precision for p in path[:taken]}
-    return Relief(assignment_after(path, taken, start), promoted, (before, after), len(errors))
+    return Relief(assignment_after(path, taken, start), promoted, (before, after), len(errors), noise)
 
 
 def _outputs(file: Path, feeds: Sequence[Feeds], threads: int) -> list[list[Any]]:

@@ -117,7 +117,7 @@ class _Scale:
             high += high == low
         else:
             margin = 0.06 * (high - low) or abs(high) * 0.1 or 1.0
-            low, high = low - margin, high + margin
+            low, high = low - margin, min(high + margin, self._most + margin / 4)  # room for half a dot
         self._low, self._high = low, high
 
     def __call__(self, value: float) -> float:

@@ -13,8 +13,10 @@ from runtimes.bundle import Bundle
 from runtimes.manifest import Manifest, PipelineFacts, digest_of
 
 if TYPE_CHECKING:
+    from calibration.noise import LayerNoise
     from calibration.ranges import Scheme
     from calibration.recorder import Recording
+    from calibration.sensitivity import Relief
     from deploy.spec import BuildSpec
 
 DEFAULT_PROMPTS = 64
@@ -108,7 +110,11 @@ def quantize_component(graph: Path, destination: Path, recipe: str, config: Mapp
             summary |= {"estimator": config["estimator"], "recording": recording.identity,
                         "methods": config["methods"], "ranges_sha256": digest_of(layers["ranges"])}
             if recipe == "hybrid":
-                assignment, summary["relief"] = relieved(graph, assignment, ranges, scheme, name, recording)
+                relief = relieved(graph, assignment, ranges, scheme, name, recording)
+                before, after = (float(f"{error:.4g}") for error in relief.errors)
+                summary["relief"] = {"promoted": relief.promoted, "trials": relief.trials,
+                                     "relative_l2": [before, after]}
+                assignment, layers["errors"] = relief.assignment, told(relief.noise)
             if "bias-correction" in config["methods"]:
                 means = channel_means(graph, assignment, lambda: recording.calls(name))
         report = quantize(graph, destination, assignment, ranges, scheme, means).to_json()
@@ -119,15 +125,18 @@ def quantize_component(graph: Path, destination: Path, recipe: str, config: Mapp
 
 
 def relieved(graph: Path, assignment: dict[str, str], ranges: Mapping[str, tuple[float, float]], scheme: Scheme,
-             name: str, recording: Recording) -> tuple[dict[str, str], dict[str, Any]]:
-    """The assignment without the layers that add most of the output's error, and what that was worth, as JSON."""
+             name: str, recording: Recording) -> Relief:
+    """The assignment without the layers that add most of the output's error, and what that was worth."""
     from calibration.sensitivity import relieve
 
     calls = recording.spread(name, NOISE_CALLS)
-    relief = relieve(graph, assignment, ranges, scheme, lambda: calls)
-    before, after = relief.errors
-    return relief.assignment, {"promoted": relief.promoted, "trials": relief.trials,
-                               "relative_l2": [float(f"{before:.4g}"), float(f"{after:.4g}")]}
+    return relieve(graph, assignment, ranges, scheme, lambda: calls)
+
+
+def told(noise: Mapping[str, LayerNoise]) -> dict[str, dict[str, float]]:
+    """What each layer was predicted to cost in each precision, as JSON."""
+    return {node: {precision: float(f"{error:.4g}") for precision, error in entry.errors.items()}
+            for node, entry in sorted(noise.items())}
 
 
 def find_ranges(graph: Path, assignment: Mapping[str, str], config: Mapping[str, Any], scheme: Scheme, name: str,
@@ -202,7 +211,7 @@ def search_unet(source: Bundle, destination: Path, config: Mapping[str, Any], sc
             quantize_component(source.file(source.component(other).file), low[other], recipe, config, scheme, other,
                                recording if recipe in ("hybrid", "static") else None)
         trials = Trials(source, low, Budget(**config["search"]["budget"]), tuple(config["search"]["prompts"]))
-        hybrid, _ = relieved(graph, assign(layers, "hybrid", config["keep"]), ranges, scheme, "unet", recording)
+        hybrid = relieved(graph, assign(layers, "hybrid", config["keep"]), ranges, scheme, "unet", recording).assignment
         assignments = {"hybrid": hybrid}
 
         def promoted(count: int) -> Path:
@@ -218,6 +227,6 @@ def search_unet(source: Bundle, destination: Path, config: Mapping[str, Any], sc
                         "recording": recording.identity, "ranges_sha256": digest_of(observed["ranges"]),
                         "chosen": name, "trials": len(trials.done), **report},
             "layers": {**observed, "precision_map": dict(sorted(assignments[name].items())),
-                       "errors": {node: dict(entry.errors) for node, entry in noise.items()}, "front": trials.front()},
+                       "errors": told(noise), "front": trials.front()},
             "relative_l2": 0.0}
 

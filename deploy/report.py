@@ -110,7 +110,7 @@ def render(sections: Sequence[Section]) -> str:
     except ImportError as error:
         raise UnavailableError("jinja2 is not installed", where="report",
                                fix="pip install 'ldm-deploy[build]'") from error
-    from deploy.report_sections import PICTURE_BYTES, pareto_charts
+    from deploy.report_sections import PICTURE_BYTES, PRECISIONS, pareto_charts
 
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True,
                                      undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -118,7 +118,7 @@ def render(sections: Sequence[Section]) -> str:
     environment.filters["svg"] = Markup  # deploy.charts has escaped what is in it
     return environment.get_template("report.html.j2").render(
         sections=[_laid_out(s, PICTURE_BYTES // len(sections)) for s in sections], pareto=pareto_charts(sections),
-        amplification=AMPLIFICATION)
+        amplification=AMPLIFICATION, words=PRECISIONS)
 
 
 def _laid_out(section: Section, picture_bytes: int) -> Mapping[str, Any]:

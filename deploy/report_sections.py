@@ -17,7 +17,7 @@ from runtimes.manifest import Manifest
 LAYERS_FILE = "quantization.json"
 PICTURE_BYTES = 3_200_000  # of all pictures of a page: with them it stays below 5 MB
 SHOWN_RANGES, SHOWN_LAYERS = 6, 12
-FULL_PRECISION = {"w8a8": "8-bit weights and activations", "w8": "8-bit weights", "dynamic": "8 bits, ranges at run "
+PRECISIONS = {"w8a8": "8-bit weights and activations", "w8": "8-bit weights", "dynamic": "8 bits, ranges at run "
                   "time", "float": "not quantized"}
 
 
@@ -178,9 +178,9 @@ def conversions(manifest: Manifest) -> list[dict[str, Any]]:
 
 
 def _layer_tip(layer: str, precision: str, errors: Mapping[str, float] | None) -> str:
-    text = f"{layer}: {FULL_PRECISION.get(precision, precision)}"
+    text = f"{layer}: {PRECISIONS.get(precision, precision)}"
     if errors:
-        text += "; alone in " + ", ".join(f"{p} it costs {e:.1e}" for p, e in errors.items())
+        text += "; alone in " + ", ".join(f"{p} it is predicted to cost {e:.1e}" for p, e in errors.items())
     return text
 
 

@@ -181,7 +181,8 @@ def test_in_a_browser_slider_and_pointer_change_the_page_and_its_values_are_thos
         assert browser.evaluate("document.getElementById('tip').textContent").startswith("small: ")
         browser.point_at(".map i:nth-child(2)")
         assert browser.evaluate("document.getElementById('tip').textContent") == (
-            "mid.conv1/Conv: 8-bit weights and activations; alone in w8a8 it costs 2.0e-02, w8 it costs 1.0e-03")
+            "mid.conv1/Conv: 8-bit weights and activations; alone in w8a8 it is predicted to cost 2.0e-02, "
+            "w8 it is predicted to cost 1.0e-03")
         browser.point_at("h3")
         assert browser.evaluate("document.getElementById('tip').textContent") == ""
         browser.evaluate("document.getElementById('amplify').focus()")
