@@ -113,12 +113,12 @@ def _eight_bits(image: Image) -> Image:
 
     if not image.mode.startswith(("I", "F")):
         return image
-    values = np.asarray(image).astype(np.float64)
+    values = np.nan_to_num(np.asarray(image).astype(np.float64))
     if image.mode == "F":
-        full = 1.0 if np.nanmax(values) <= 1 else 255.0
+        full = 1.0 if values.max() <= 1 else 255.0
     else:
         full = 65535.0 if image.mode.startswith("I;16") or values.max() > 255 else 255.0
-    scaled = np.clip(np.nan_to_num(values / full), 0, 1) * 255
+    scaled = np.clip(values / full, 0, 1) * 255
     return Image.fromarray(np.rint(scaled).astype(np.uint8))
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -57,9 +60,28 @@ def test_deep_grey_is_scaled_not_clipped(array):
     np.testing.assert_array_equal(result[0, :, 0], RAMP)
 
 
+def test_deep_grey_that_is_no_number_is_black():
+    values = np.array([[np.nan, 0.0, 1.0], [np.nan, np.nan, -np.inf]], np.float32)
+    assert np.asarray(open_image(Image.fromarray(values)))[..., 0].tolist() == [[0, 0, 255], [0, 0, 0]]
+    assert not np.asarray(open_image(Image.new("F", (2, 2), float("nan")))).any()
+
+
 def test_a_16_bit_png_is_scaled(tmp_path):
     Image.fromarray((RAMP.astype(np.uint16) * 257)[None]).save(tmp_path / "a.png")
     np.testing.assert_array_equal(np.asarray(open_image(tmp_path / "a.png"))[0, :, 1], RAMP)
+
+
+def test_a_16_bit_png_in_colour_is_scaled(tmp_path):
+    """Pillow writes none: three numbers of two bytes for each pixel, by hand."""
+    row = b"\0" + (np.stack([RAMP, RAMP[::-1], RAMP], axis=1).astype(np.uint16) * 257).astype(">u2").tobytes()
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", len(RAMP), 1, 16, 2, 0, 0, 0)
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
+                                     + chunk(b"IDAT", zlib.compress(row)) + chunk(b"IEND", b""))
+    np.testing.assert_array_equal(np.asarray(open_image(tmp_path / "a.png"))[0, :, 1], RAMP[::-1])
 
 
 def test_exif_rotation_is_applied(picture, tmp_path):
