@@ -2,8 +2,8 @@
 
     peak = base + sum over U-Net and decoder of (c + b * rows * area + q * rows * area^2)
 
-rows of one call, area in latents; q is what attention costs where a backend holds its matrices. As a command,
-`python -m runtimes.memory BUNDLE DEVICE THREADS HINT` prints what it measured as JSON.
+rows of one call, area in latents; q is what attention costs where a backend holds its matrices. The process is
+`python -m runtimes.memory REQUEST.json`, which leaves what it measured beside the request.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import json
 import math
 import os
 import platform
-import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -26,6 +26,7 @@ import numpy as np
 
 from runtimes.batching import row_range
 from runtimes.bundle import Bundle, read_object, replacing
+from runtimes.child import die_with_parent, last_words, run_child
 from runtimes.errors import BundleError, InputError, UnavailableError
 from runtimes.manifest import digest_of
 from runtimes.places import cache_home
@@ -34,7 +35,7 @@ from runtimes.session import Session, SessionOptions
 from runtimes.tensors import example_feeds
 
 VERSION = 1  # raised whenever the same key would mean other figures
-MEASURED = ("unet", "vae_decoder")
+MEASURED, MEASURED_FILE = ("unet", "vae_decoder"), "measured.json"
 MOST_ROWS = 16
 ENOUGH_BYTES, ENOUGH_SECONDS = 32_000_000, 20.0
 NOISE_BYTES = 1_000_000
@@ -121,14 +122,13 @@ def memory_model(bundle: Bundle, options: SessionOptions) -> MemoryModel:
     file = Path(os.environ.get("LDM_DEPLOY_CACHE") or cache_home()) / "memory" / f"{key}.json"
     with suppress(BundleError):
         return MemoryModel(**read_object(file))
-    command = [sys.executable, "-m", "runtimes.memory", str(bundle.path.resolve()), options.device,
-               str(options.threads), options.hint]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    if result.returncode:
-        raise UnavailableError(f"its memory could not be measured: {(result.stderr.strip().splitlines() or [''])[-1]}",
-                               where=str(bundle.path), fix="draw without a memory budget")
-    model = fit(json.loads(result.stdout))
+    with tempfile.TemporaryDirectory(prefix="ldm-memory-") as folder:
+        request, log = Path(folder) / "request.json", Path(folder) / "log"
+        request.write_text(json.dumps({"bundle": str(bundle.path.resolve()), **asdict(options)}), encoding="utf-8")
+        if run_child("runtimes.memory", request, log):
+            raise UnavailableError(f"its memory could not be measured: {last_words(log)}", where=str(bundle.path),
+                                   fix="draw without a memory budget")
+        model = fit(read_object(request.with_name(MEASURED_FILE)))
     with replacing(file) as partial:
         partial.write_text(json.dumps(asdict(model)), encoding="utf-8")
     return model
@@ -220,19 +220,22 @@ def _ladder(session: Session) -> list[tuple[int, int, int]]:
 
 
 def main() -> None:
-    """Load a bundle and print what its calls take."""
+    """Load the bundle of a request and write what its calls take."""
     from runtimes.loading import BundleSessions, needed
 
-    path, device, threads, hint = sys.argv[1:5]
-    bundle = Bundle.open(path, check_hashes=False)
-    sessions = BundleSessions(bundle, SessionOptions(device, int(threads), hint, keep_graphs=True))
+    die_with_parent()
+    request = Path(sys.argv[1])
+    options = read_object(request)
+    bundle = Bundle.open(Path(options.pop("bundle")), check_hashes=False)
+    options |= {"lora": tuple(options["lora"]), "keep_graphs": True}
+    sessions = BundleSessions(bundle, SessionOptions(**options))
     loaded = {name: sessions[name] for name in needed(bundle.manifest.pipeline)}
     for module in ("PIL.Image", "runtimes.pipeline"):  # what a process that draws has in memory besides
         importlib.import_module(module)
     for name in bundle.manifest.pipeline.text_encoders:
         component = loaded[name].component
         loaded[name].run(example_feeds(component.inputs, {n: axis.range.opt for n, axis in component.axes.items()}))
-    sys.stdout.write(json.dumps(measure(loaded)))
+    request.with_name(MEASURED_FILE).write_text(json.dumps(measure(loaded)), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -117,6 +117,6 @@ def bind_axes(
             raise InputError(
                 f"{name}={size} is outside what the bundle was built for ({axis.range.min} to {axis.range.max}{of})",
                 where=where,
-                fix="choose a size within it, or rebuild with --shapes (batch in images, height and width in pixels)",
+                fix="choose a size within it, or rebuild with --shapes (height and width in pixels, sequence in tokens)"
             )
     return sizes
