@@ -388,6 +388,7 @@ def main() -> None:
 
         show_error(error)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; finished parts are kept and the next build goes on from them\n")
-        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == 130:  # what typer makes of Ctrl-C
+            sys.stderr.write("interrupted; finished parts are kept and the next build goes on from them\n")
+        raise

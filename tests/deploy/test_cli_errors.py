@@ -123,3 +123,13 @@ def test_a_bug_of_ours_is_exit_code_1(cli: Cli, monkeypatch):
     monkeypatch.setattr("deploy.origin.open_source", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         cli("build", "--dry-run")
+
+
+def test_ctrl_c_is_exit_code_130_and_says_what_is_kept(cli: Cli, monkeypatch):
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("deploy.doctor.examine", interrupted)
+    result = cli("doctor")
+    assert result.code == 130
+    assert result.err == "interrupted; finished parts are kept and the next build goes on from them\n"
