@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from deploy.report import grouped
+from deploy.report_sections import pass_rows
 
 if TYPE_CHECKING:
     import numpy as np
@@ -184,7 +185,7 @@ def show_bundle(bundle: Bundle) -> None:
             ranges.setdefault(f"{axis} {text} ({axes[axis].meaning})", []).append(name)
     for text, names in ranges.items():
         out.print(f"  axis {escape(text)}: {', '.join(names)}")
-    costs = {p["name"]: p for p in manifest.measured.get("passes", [])}
+    costs = {p["name"]: p for p in pass_rows(manifest)}
     for record in manifest.passes:
         cost = costs.get(record.name)
         spent = f"{cost['seconds']:.1f} s, peak {megabytes(cost['peak_rss_bytes'])}" if cost else ""

@@ -67,6 +67,7 @@ def pass_rows(manifest: Manifest) -> list[dict[str, Any]]:
     """What each pass cost and left, in order; bars are relative to the largest size.
 
     `worst` is the largest relative L2 of a component against PyTorch after the pass, None where the gate did not run.
+    Of a pass that was taken from the cache, seconds and memory are those of its own time where they are known.
     """
     costs = manifest.measured.get("passes", [])
     largest = max((c["bytes_out"] for c in costs), default=1) or 1
@@ -74,7 +75,10 @@ def pass_rows(manifest: Manifest) -> list[dict[str, Any]]:
     for cost in costs:
         errors = cost.get("relative_l2", {})
         worst = max(errors, key=lambda name: errors[name], default=None)
-        rows.append({**cost, "share": 100 * cost["bytes_out"] / largest,
+        known = "seconds_without_cache" in cost
+        rows.append({**cost, "seconds": cost["seconds_without_cache"] if known else cost["seconds"],
+                     "peak_rss_bytes": max(c["peak_rss_bytes"] for c in cost["components"].values()) if known
+                     else cost["peak_rss_bytes"], "known": known, "share": 100 * cost["bytes_out"] / largest,
                      "worst": None if worst is None else {"component": worst, "relative_l2": errors[worst]}})
     return rows
 

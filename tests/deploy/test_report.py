@@ -15,7 +15,16 @@ import pytest
 
 from deploy.charts import Axis, Point, Series, chart
 from deploy.report import Picture, amplified_difference, grouped, report_bundles, reproduction, write_report
-from deploy.report_sections import Section, conversions, drift_chart, front, layer_maps, picture_rows, read_metrics
+from deploy.report_sections import (
+    Section,
+    conversions,
+    drift_chart,
+    front,
+    layer_maps,
+    pass_rows,
+    picture_rows,
+    read_metrics,
+)
 from deploy.spec import BuildSpec, covering, make_spec
 from runtimes.bundle import Bundle, records_below, write_manifest
 from runtimes.errors import BundleError, InputError
@@ -74,6 +83,15 @@ def test_the_page_needs_no_network_and_shows_the_figures(bundle: Bundle):
     assert metrics["pictures"][1] == {"prompt": "a <b>cat</b> 1", "scheduler": "ddim", "psnr_db": 58.25, "ssim": 0.99}
     assert sorted(p.name for p in (bundle.path / "report" / "images").iterdir()) == [
         f"{i:02d}-{kind}.png" for i in range(2) for kind in ("bundle", "difference", "reference")]
+
+
+def test_a_pass_from_the_cache_shows_what_it_once_cost(bundle: Bundle):
+    once = {"unet": {"seconds": 9.0, "peak_rss_bytes": 3e8}, "vae": {"seconds": 1.0, "peak_rss_bytes": 4e8}}
+    cost = {"name": "export", "seconds": 0.1, "peak_rss_bytes": 6e7, "bytes_out": 7, "reused": 2, "components": once}
+    for told, seconds, peak in ({}, 0.1, 6e7), ({"seconds_without_cache": 10.0}, 10.0, 4e8):
+        manifest = dataclasses.replace(bundle.manifest, measured={"passes": [{**cost, **told}]})
+        (row,) = pass_rows(manifest)
+        assert (row["seconds"], row["peak_rss_bytes"]) == (seconds, peak)
 
 
 def test_differences_are_amplified_and_saturate():
