@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 640, 260
-LEFT, RIGHT, TOP, BOTTOM = 72, 16, 14, 46
+LEFT, RIGHT, TOP, BOTTOM = 84, 16, 14, 46
 COLOURS = 6  # custom properties --c0 to --c5 of the page: readable on white and on black
 
 
