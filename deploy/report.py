@@ -114,7 +114,7 @@ def render(sections: Sequence[Section]) -> str:
 
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True,
                                      undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["mb"] = lambda size: f"{size / 1e6:.1f} MB"
+    environment.filters["mb"] = lambda size: f"{size / 1e6:.1f}\N{NO-BREAK SPACE}MB"
     environment.filters["svg"] = Markup  # deploy.charts has escaped what is in it
     return environment.get_template("report.html.j2").render(
         sections=[_laid_out(s, PICTURE_BYTES // len(sections)) for s in sections], pareto=pareto_charts(sections),

@@ -44,8 +44,9 @@ def show_bench(report: Mapping[str, Any]) -> None:
         if (found := run.get("limits")) is not None:
             gflops = (f"{found['unet_gflops']:.0f} GFLOP/s, {found['share_of_gemm_peak']:.0%} of the product's peak; "
                       if "unet_gflops" in found else "")
-            out.print(f"  {run['name']}, U-Net: {gflops}its weights pass at "
-                      f"{found['weight_gigabytes_per_second']:.1f} GB/s")
+            rate = found["weight_gigabytes_per_second"]
+            out.print(f"  {run['name']}, U-Net: {gflops}its weights pass at {rate:.1f} GB/s, "
+                      f"{rate / limits['copy_gigabytes_per_second']:.0%} of what copying does")
 
 
 def shown(spread: Mapping[str, float], digits: int) -> str:
