@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from deploy.presets import DRAFT_PSNR_DB
 from runtimes.bundle import Bundle
 from tests.deploy.conftest import Cli
 
@@ -34,3 +37,19 @@ def test_both_entries_are_built_verified_and_used_and_share_their_weights(
     options = ("generate", "cached", "a cat", "--steps", "4", "--seed", "1")
     assert cli(*options, "-o", "plain.png").code == cli(*options, "--cache-interval", "2", "-o", "reused.png").code == 0
     assert Path("plain.png").read_bytes() != Path("reused.png").read_bytes()
+    assert_its_tradeoffs_are_measured(cli)
+
+
+def assert_its_tradeoffs_are_measured(cli: Cli) -> None:
+    """What reusing features costs is seen, and the presets follow from it."""
+    found = json.loads(cli("tradeoffs", "cached", "--pictures", "2", "--json").out)
+    own = {entry["setting"]["cache_interval"]: entry["psnr_db"] for entry in found["settings"]
+           if entry["setting"]["scheduler"] is None and entry["setting"]["guidance_interval"] == [0, 1]}
+    assert sorted(own) == [1, 2, 3] and own[1] > own[2] > own[3] > 10
+    assert all(entry["retrieval"] is None and entry["milliseconds"] > 0 for entry in found["settings"])
+    high, draft = (found["presets"][quality] for quality in ("high", "draft"))
+    assert high["psnr_db"] == max(entry["psnr_db"] for entry in found["settings"])
+    assert draft["psnr_db"] >= DRAFT_PSNR_DB or draft == high
+    assert cli("generate", "cached", "a cat", "--quality", "draft", "-o", "draft.png").code == 0
+    with Image.open("draft.png") as picture:
+        assert picture.info["steps"] == str(draft["setting"]["steps"])
