@@ -73,6 +73,14 @@ def seam_ratio(pictures: Pictures, axis: int, *, beside: bool) -> float:
     return float(steps[lines].mean() / steps[others].mean())
 
 
+def latent_ratio(pictures: Pictures, axis: int) -> float:
+    """Mean step across borders of latents where no tile begins or ends, over that across lines within latents."""
+    steps = np.abs(np.diff(pictures, axis=axis + 1)).mean(axis=(0, 3, 2 - axis))
+    lines = np.arange(len(steps))
+    border, tile = lines % FACTOR == FACTOR - 1, lines % STRIDE == STRIDE - 1
+    return float(steps[border & ~tile].mean() / steps[~border].mean())
+
+
 def seam_ratios(pictures: Pictures) -> dict[str, float]:
     """The four of them, under the names of the table's columns."""
     found = [seam_ratio(pictures, axis, beside=beside) for axis in (0, 1) for beside in (True, False)]
@@ -97,17 +105,19 @@ def main() -> None:
     bundle = options.bundle or run_build(BuildSpec()).bundle.path
     report = new_report(side=SIDE, tile=TILE, steps=options.steps, pictures=options.pictures)
     _, base = drawn(bundle, TILE, 0, options.steps, 1, threads=options.threads)
-    table = Table("tiles", "seconds a picture", "peak memory", "x one tile", *SEAMS)
+    table = Table("tiles", "seconds a picture", "peak memory", "x one tile", *SEAMS, "latents: rows, columns")
     table.add_row(f"one, {TILE}x{TILE}", "", f"{base / 1e6:.1f} MB", "1.00")
     for layout in options.layouts:
         began = time.perf_counter()
         side, tile = (WHOLE, 0) if layout == "whole" else (SIDE, TILE)
         pictures, peak = drawn(bundle, side, tile, options.steps, options.pictures, layout, options.threads)
         row = {"seconds": (time.perf_counter() - began) / options.pictures, "peak_rss_bytes": peak,
-               "memory_ratio": peak / base, "seams": seam_ratios(pictures)}
+               "memory_ratio": peak / base, "seams": seam_ratios(pictures),
+               "latents": [latent_ratio(pictures, axis) for axis in (0, 1)]}
         report["rows"][layout] = row
         table.add_row(LAYOUTS[layout], f"{row['seconds']:.1f}", f"{peak / 1e6:.1f} MB", f"{peak / base:.2f}",
-                      *(f"{ratio:.2f}" for ratio in row["seams"].values()))
+                      *(f"{ratio:.2f}" for ratio in row["seams"].values()),
+                      ", ".join(f"{ratio:.2f}" for ratio in row["latents"]))
     show(report, table, save(report, "seams"), 120)
 
 
