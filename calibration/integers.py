@@ -9,6 +9,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from calibration.external import array_of
+
 STORED_LIMIT = 127  # of weights that are only stored as integers: nothing sums their products
 
 def weight_scale(weight: NDArray[Any], axis: int, limit: int) -> NDArray[np.float32]:
@@ -29,7 +31,7 @@ def lazy_integers(weight: ir.TensorProtocol, scale: NDArray[np.float32], axis: i
                   ) -> ir.TensorProtocol:
     """The integers of a weight, converted when they are written."""
     def convert() -> ir.TensorProtocol:
-        return ir.Tensor(to_integers(weight.numpy(), scale, axis, limit), name=name)
+        return ir.Tensor(to_integers(array_of(weight), scale, axis, limit), name=name)
 
     return ir.LazyTensor(convert, ir.DataType.INT8, ir.Shape([int(n) for n in weight.shape.numpy()]), name=name)
 
@@ -49,7 +51,7 @@ class Integers:
            ) -> tuple[ir.TensorProtocol, NDArray[np.float32]]:
         """Integers and (channels,) scales of a weight; `name` tells weights and limits apart."""
         if name not in self._found:
-            values = weight.numpy()
+            values = array_of(weight)
             scale = weight_scale(values, axis, limit)
             integers = to_integers(values, scale, axis, limit)
             location = f"{len(self._found)}.int8"

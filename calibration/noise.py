@@ -20,6 +20,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes import common
 
+from calibration.external import array_of
 from calibration.integers import Integers
 from calibration.layers import STATIC, WEIGHT, Layer, find_layers
 from calibration.observe import Calls, beside, plain_session
@@ -162,7 +163,7 @@ def _white_gain(model: ir.Model, layer: Layer, found: Mapping[str, Array]) -> Ar
 def _weight(model: ir.Model, layer: Layer) -> NDArray[Any]:
     tensor = model.graph.initializers[layer.weight].const_value
     assert tensor is not None
-    return tensor.numpy()
+    return array_of(tensor)
 
 
 def _share(found: Mapping[str, Array], name: str, node: ir.Node) -> Array:

@@ -18,6 +18,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes import common
 
+from calibration.external import array_of, make_writable
 from calibration.integers import STORED_LIMIT, Integers, lazy_integers, to_integers, weight_scale
 from calibration.layers import DYNAMIC, FLOAT, STATIC, WEIGHT, Layer, find_layers
 from calibration.ranges import Range, Scheme
@@ -129,13 +130,13 @@ def correct_biases(model: ir.Model, assignment: Mapping[str, str], means: Mappin
         value, bias = node.inputs[1], node.inputs[2]
         if value is None or value.const_value is None or bias is None or bias.const_value is None:
             continue
-        weight = value.const_value.numpy()
+        weight = array_of(value.const_value)
         limit = _limit(assignment[layer.node], scheme)
         scale = weight_scale(weight, 0, limit)
         rounded = to_integers(weight, scale, 0, limit) * scale.reshape(-1, 1, 1, 1)
         shift = ((weight - rounded).sum(axis=(2, 3)) @ means[layer.source]).astype(np.float32)
         name = f"{bias.name}/corrected"
-        tensor = ir.tensor(bias.const_value.numpy() + shift, name=name)
+        tensor = ir.tensor(array_of(bias.const_value) + shift, name=name)
         node.replace_input_with(2, ir.Value(name=name, shape=bias.shape, type=bias.type, const_value=tensor))
         model.graph.register_initializer(node.inputs[2])  # type: ignore[arg-type]
         changed += 1
@@ -149,6 +150,7 @@ def save(model: ir.Model, destination: Path) -> None:
         UnavailableError: the disk is full.
     """
     external = f"{destination.name}.data" if _weight_bytes(model) > EXTERNAL_ABOVE_BYTES else None
+    make_writable(model)
     if external is None:
         ir.external_data.load_to_model(model)
     with translated_disk_errors(destination):
@@ -252,7 +254,7 @@ class Writer:
         assert weight is not None
         name = f"{layer.weight}/int{limit.bit_length() + 1}"
         if self._stored is None:
-            scale = weight_scale(weight.numpy(), layer.axis, limit)
+            scale = weight_scale(array_of(weight), layer.axis, limit)
             tensor = lazy_integers(weight, scale, layer.axis, limit, name)
         else:
             tensor, scale = self._stored.of(weight, layer.axis, limit, name)

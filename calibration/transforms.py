@@ -17,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from calibration.external import array_of
 from calibration.layers import FLOAT, find_layers
 from calibration.observe import Calls, probed
 from calibration.quantize import save
@@ -211,7 +212,7 @@ def _first(calls: Calls) -> Calls:
 def _array(value: ir.Value | None) -> NDArray[Any]:
     assert value is not None
     assert value.const_value is not None
-    return value.const_value.numpy()
+    return array_of(value.const_value)
 
 
 def _scaled(factor: Array, array: Array) -> Array:

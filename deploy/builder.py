@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from deploy.auto_target import decide, require_decided
-from deploy.cache import Cache, assemble, default_root, key_of, versions_of
+from deploy.cache import Cache, assemble, default_root, key_of, rooted, versions_of
 from deploy.gate import Gate
 from deploy.isolation import is_large, run_isolated
 from deploy.observers import measured
@@ -107,7 +107,7 @@ def run_build(spec: BuildSpec, output: Path | None = None, *, progress: Listener
     if (done := find_finished(target, key)) is not None:
         return Outcome(done, up_to_date=True)
     cache = Cache(cache_root or default_root())
-    with translated_disk_errors(cache.root):
+    with translated_disk_errors(cache.root), rooted(cache.root):
         cache.drop_leftovers()
         with workspace(cache.root) as work:
             result, gate = run_passes(spec, origin, planned, cache, work, listener)

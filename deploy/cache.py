@@ -11,7 +11,9 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,9 +26,22 @@ from runtimes.manifest import Component, digest_of, from_json, to_json
 COMPONENT_FILE = "component.json"
 
 
+_root: ContextVar[Path | None] = ContextVar("_root", default=None)
+
+
+@contextmanager
+def rooted(root: Path) -> Iterator[None]:
+    """What a build caches, recordings and half-done recoveries too, lies below the root that the build was given."""
+    token = _root.set(root)
+    try:
+        yield
+    finally:
+        _root.reset(token)
+
+
 def default_root() -> Path:
-    """`$LDM_DEPLOY_CACHE`, or `~/.cache/ldm-deploy`."""
-    return Path(os.environ.get("LDM_DEPLOY_CACHE", "~/.cache/ldm-deploy")).expanduser()
+    """The root of the build that is running, else `$LDM_DEPLOY_CACHE`, else `~/.cache/ldm-deploy`."""
+    return _root.get() or Path(os.environ.get("LDM_DEPLOY_CACHE", "~/.cache/ldm-deploy")).expanduser()
 
 
 def versions_of(libraries: tuple[str, ...]) -> dict[str, str]:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deploy.cache import default_root, rooted
 from deploy.plan import Pass, Step
 from runtimes import errors
 from runtimes.bundle import Bundle
@@ -82,7 +83,7 @@ def call_isolated(function: str, request: Mapping[str, Any], where: str) -> tupl
         UnavailableError: the process was killed by a signal; says which, and what helps.
         DeployError: what the function itself raised, or a process that ended without an answer.
     """
-    request = {"function": function, "request": request}
+    request = {"function": function, "request": request, "cache": str(default_root().absolute())}
     with tempfile.TemporaryDirectory(prefix="ldm-deploy-") as temporary:
         folder = Path(temporary)
         (folder / REQUEST).write_text(json.dumps(request), encoding="utf-8")
@@ -130,7 +131,8 @@ def _named(path: str) -> Any:
 
 def _answer(content: Mapping[str, Any]) -> dict[str, Any]:
     try:
-        result = _named(content["function"])(content["request"])
+        with rooted(Path(content["cache"])):
+            result = _named(content["function"])(content["request"])
     except DeployError as error:
         return {"error": _told(type(error).__name__, error.what, error.where, error.fix)}
     except MemoryError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from deploy.builder import Listener, Silent, run_passes, workspace
-from deploy.cache import Cache, default_root
+from deploy.cache import Cache, default_root, rooted
 from deploy.origin import open_origin
 from deploy.passes import PASSES
 from deploy.plan import Step, Unavailable, load_passes, plan_all
@@ -45,7 +45,7 @@ def prune_folder(spec: BuildSpec, output: Path, *, progress: Listener | None = N
         if isinstance(entry.planned, Unavailable):
             entry.planned.raise_error()
     cache = Cache(cache_root or default_root())
-    with translated_disk_errors(cache.root), workspace(cache.root) as work:
+    with translated_disk_errors(cache.root), rooted(cache.root), workspace(cache.root) as work:
         bundle, _ = run_passes(spec, origin, planned, cache, work, progress or Silent())
         changed = {name for entry in planned[1:] if isinstance(entry.planned, Step) for name in entry.planned.reads}
         with committed(output) as folder:

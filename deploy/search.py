@@ -9,16 +9,19 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from deploy.cache import Cache, default_root, versions_of
 from deploy.gate import gallery_for, options_for
 from deploy.parity.answers import Reference
 from deploy.parity.budgets import Budget
-from deploy.parity.pipelines import PipelineReport, check_pipeline
-from runtimes.bundle import Bundle, link_or_copy, records_below
+from deploy.parity.pipelines import check_pipeline
+from runtimes.bundle import Bundle, link_or_copy, records_below, sha256_of
 from runtimes.errors import ParityError
 from runtimes.loading import BundleSessions
+from runtimes.manifest import to_json
 from runtimes.session import SessionOptions
 
 ANYTHING = Budget(1e9, 1e9, 0.0, 0.0, 100.0)  # nothing is to blame while searching: the caller judges
+VERSION = 1  # of what a trial draws and counts
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,8 @@ class Trial:
 class Trials:
     """Draws with candidates of one component and with the float32 graphs, which the gate has compared with PyTorch.
 
+    What was drawn is known again by content: a search that was interrupted goes on.
+
     Args:
         source: the float32 bundle.
         low: component -> file that stands in for it in every trial: what else will be quantized.
@@ -60,22 +65,30 @@ class Trials:
         self._source, self._low, self._budget = source, low, budget
         self._options = options_for(source.manifest.source.id, prompts)
         self._gallery = gallery_for(source.manifest.source.id)
+        self._cache = Cache(default_root())
+        self._identity = {"trial": VERSION, "reference": {n: c.sha256 for n, c in source.manifest.components.items()},
+                          "low": {n: sha256_of(file) for n, file in sorted(low.items())}, "budget": asdict(budget),
+                          "options": to_json(self._options), "onnxruntime": versions_of(("onnxruntime",))}
         self._reference = Reference(source, opener=lambda bundle, _: BundleSessions(bundle, SessionOptions()))
         self.done: list[Trial] = []
 
     def draw(self, name: str, unet: Path) -> Trial:
         """Draw everything that the gate will draw, and compare."""
-        with candidate_bundle(self._source, {**self._low, "unet": unet}) as bundle:
-            report = check_pipeline(self._reference, bundle, ANYTHING, self._options, gallery=self._gallery)
-        trial = self._trial(name, unet, report)
-        self.done.append(trial)
+        key = {**self._identity, "unet": {part.name: sha256_of(part) for part in parts_of(unet)}}
+        if (known := self._cache.find_fact(key)) is None:
+            known = asdict(self._drawn(name, unet))
+            self._cache.store_fact(key, known)
+        self.done.append(trial := Trial(**{**known, "name": name}))
         return trial
 
-    def _trial(self, name: str, unet: Path, report: PipelineReport) -> Trial:
+    def _drawn(self, name: str, unet: Path) -> Trial:
+        with candidate_bundle(self._source, {**self._low, "unet": unet}) as bundle:
+            report = check_pipeline(self._reference, bundle, ANYTHING, self._options, gallery=self._gallery)
         comparisons = report.comparisons(self._budget)
         figures = {c.metric: c.measured for c in comparisons}
         retrieval = None if report.retrieval is None else report.retrieval[1]
-        return Trial(name, unet.stat().st_size, figures["trajectory_relative_l2"], figures["image_psnr_db"],
+        size = sum(part.stat().st_size for part in parts_of(unet))
+        return Trial(name, size, figures["trajectory_relative_l2"], figures["image_psnr_db"],
                      figures["image_ssim"], retrieval, all(comparisons))
 
     def front(self) -> list[dict[str, Any]]:
@@ -96,6 +109,11 @@ class Trials:
                           fix="loosen the budget, or use --precision fp16")
 
 
+def parts_of(graph: Path) -> list[Path]:
+    """A graph's file, and its weights' where those lie beside it."""
+    return sorted(graph.parent.glob(f"{graph.name}*"))
+
+
 @contextmanager
 def candidate_bundle(source: Bundle, files: Mapping[str, Path]) -> Iterator[Bundle]:
     """The bundle with some components' graphs replaced; of links, gone afterwards."""
@@ -105,7 +123,7 @@ def candidate_bundle(source: Bundle, files: Mapping[str, Path]) -> Iterator[Bund
         for name in [*source.manifest.files, *(file for c in kept for file in c.files)]:
             link_or_copy(source.path / name, folder / name)
         for name, file in files.items():
-            for part in file.parent.glob(f"{file.name}*"):
+            for part in parts_of(file):
                 link_or_copy(part, folder / "components" / name / part.name)
             components[name] = replace(components[name], precision="int8", file=f"components/{name}/{file.name}",
                                        files=records_below(folder / "components" / name, folder))

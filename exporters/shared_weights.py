@@ -11,6 +11,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from exporters.stored_weights import unmap
 from runtimes.bundle import translated_disk_errors
 
 SMALLEST_BYTES = 1024  # below that a reference costs more than it saves
@@ -39,7 +40,9 @@ def move_weights_out(source: Path, destination: Path) -> None:
     """
     with translated_disk_errors(destination):
         destination.parent.mkdir(parents=True, exist_ok=True)
-        ir.save(ir.load(source), destination, external_data=f"{destination.name}.data")
+        model = ir.load(source)
+        unmap(model)
+        ir.save(model, destination, external_data=f"{destination.name}.data")
 
 
 def share_weights(source: Path, store: Path, destination: Path) -> SharedWeights:
@@ -55,6 +58,7 @@ def share_weights(source: Path, store: Path, destination: Path) -> SharedWeights
         UnavailableError: the disk is full.
     """
     model = ir.load(source)
+    unmap(model)
     tensors = shared = own = 0
     with store.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as contents:
         for name, value in model.graph.initializers.items():

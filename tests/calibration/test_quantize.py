@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from calibration.layers import assign, check_patterns, find_layers, matching
 from calibration.observe import compare, observe
 from calibration.quantize import quantize, tensors_to_observe
 from calibration.ranges import Scheme, estimate
+from calibration.sensitivity import relieve
 from runtimes.errors import InputError
 from tests.calibration.graphs import calls, write_graph
 
@@ -126,3 +128,17 @@ def test_where_products_are_summed_in_16_bits_weights_have_7_and_stored_ones_8(g
 def test_equal_calibration_gives_equal_bytes(graph):
     first = quantized(graph, "hybrid", ORT).read_bytes()
     assert quantized(graph, "hybrid", ORT).read_bytes() == first
+
+
+def test_weights_beside_the_graph_are_read_also_where_their_file_has_several_links(graph, tmp_path):
+    (tmp_path / "beside").mkdir()
+    apart = tmp_path / "beside" / "model.onnx"
+    onnx.save(onnx.load(graph), apart, save_as_external_data=True, location="model.onnx.data",
+              size_threshold=1024)
+    os.link(tmp_path / "beside" / "model.onnx.data", tmp_path / "other name")
+    start = assign(find_layers(load(apart)), "hybrid")
+    ranges = estimate(observe(apart, tensors_to_observe(load(apart), start, ORT), calls, histograms=True), "mse", ORT)
+    relief = relieve(apart, start, ranges, ORT, lambda: calls(2))
+    assert relief.errors[1] <= relief.errors[0]
+    result = quantized(apart, "hybrid", ORT)
+    assert result.read_bytes() == quantized(graph, "hybrid", ORT).read_bytes()

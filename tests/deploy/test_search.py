@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 
 from deploy.builder import run_build
+from deploy.cache import rooted
+from deploy.parity.budgets import Budget
 from deploy.search import Trial, Trials, search
 from deploy.spec import BuildSpec
+from runtimes.bundle import Bundle
 from runtimes.errors import ParityError
 
 
@@ -67,6 +70,24 @@ def test_the_front_holds_what_nothing_else_beats(tmp_path):
     front = [point["name"] for point in trials.front()]
     assert "hybrid" not in front
     assert front == sorted(front)
+
+
+def test_an_interrupted_search_draws_no_trial_twice(reference_bundle: Path, tmp_path: Path, monkeypatch):
+    drawn: list[str] = []
+
+    def draw(self: Trials, name: str, unet: Path) -> Trial:
+        drawn.append(name)
+        return Trial(name, unet.stat().st_size, 0.1, 30.0, 0.9, None, True)
+
+    monkeypatch.setattr(Trials, "_drawn", draw)
+    (tmp_path / "a.onnx").write_bytes(b"a")
+    (tmp_path / "b.onnx").write_bytes(b"b")
+    with rooted(tmp_path):
+        for prompts in (("a cat",), ("a cat",), ("a dog",)):  # the second is the same search begun again
+            trials = Trials(Bundle.open(reference_bundle), {}, Budget(1, 1, 0, 0, 0), prompts)
+            results = [trials.draw(name, tmp_path / f"{name}.onnx") for name in "ab"]
+            assert [t.name for t in results] == ["a", "b"]
+    assert drawn == ["a", "b", "a", "b"]
 
 
 @pytest.mark.slow
