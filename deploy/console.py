@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -292,8 +293,9 @@ def show_tradeoffs(measured: Sequence[Measured], file: Path) -> None:
 
     best = presets.front(measured)
     names = {quality: presets.preset(quality, measured) for quality in presets.QUALITIES}
-    table = Table(title="one picture; PSNR to 50 steps of the bundle's own sampler; * on the Pareto front")
-    for title in ("steps", "sampler", "guided", "cache", "ms", "× faster", "dB", "found", "preset"):
+    table = Table(title="one picture; PSNR to 50 steps of the bundle's own sampler; * on the Pareto front",
+                  box=box.SIMPLE_HEAD, padding=0)
+    for title in ("steps", "sampler", "guided", "cache", "ms", "×", "dB", "found", "preset"):
         table.add_column(title, no_wrap=True)
     slowest = max(m.milliseconds for m in measured)
     for m in sorted(measured, key=lambda m: m.milliseconds):

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from runtimes import decode
 from runtimes.aspects import nearest_size
 from runtimes.conditions import Conditions, SizeConditions, gather
-from runtimes.denoising import OnStep, Step, denoise
+from runtimes.denoising import OnStep, Step, Stop, denoise
 from runtimes.errors import BundleError, InputError
 from runtimes.guidance import SHALLOW, Guidance, GuidedUnet
 from runtimes.handover import WHOLE, begin_part, checked_part
@@ -119,7 +119,7 @@ class Pipeline:
             latents: (B, C, H/f, W/f) float32 of unit variance, used instead of the seeds' initial noise.
             output: "pil"; "numpy" for pixels in 0..1; "latents" for what would be decoded.
             on_step: called after every step; False ends the call with CancelledError, and so does what it raises.
-            cancel: ends the call with CancelledError at the next step once another thread sets it.
+            cancel: once another thread sets it, the call ends with CancelledError when its network in flight returns.
             profile: records where the time goes.
             part: share of the noise schedule to denoise: (0, 0.8) with output="latents" by a base model, then (0.8, 1)
                 with those latents by a refiner. A part that does not begin at 0 starts from `latents` as they are.
@@ -137,7 +137,6 @@ class Pipeline:
         start = perf_counter()
         if output not in OUTPUTS:
             raise InputError(f"unknown output {output!r}", where="output", fix=f"one of {', '.join(OUTPUTS)}")
-        sessions = _Sessions(self.sessions, profile)
         if whole(cache_interval, "cache_interval") > 1 and SHALLOW not in self.sessions:
             raise InputError("this bundle has no U-Net that reuses deep features", where="cache_interval",
                              fix="leave it 1, or build with --step-cache")
@@ -147,6 +146,8 @@ class Pipeline:
         method, wanted = self._scheduler(scheduler), whole(steps, "steps")
         run, count = begin_part(method, wanted, checked_part(part), 1.0 if image is None else share,
                                 finite(eta, "eta"))
+        stop = Stop(cancel, count)
+        sessions = _Sessions(self.sessions, stop, profile)
         if part[0] > 0 and (latents is None or image is not None):
             raise InputError("a part that begins later starts from latents and no image", where="part",
                              fix='give the latents of the part before: output="latents"')
@@ -166,7 +167,8 @@ class Pipeline:
                 begun = begin(sessions, self.facts.scaling_factor, request, run, noise)
             predict = self._predictor(sessions, request, conditions, guidance, count, begun.extra, cache_interval,
                                       at_once)
-            sample = denoise(predict, run, begun, noise, on_step, cancel, count=count)
+            sample = denoise(predict, run, begun, noise, stop, on_step, count=count)
+            stop.check()
             result = self._finished(sessions, sample, request.tiling, output, at_once)
         if profile is not None:
             profile.total_seconds += perf_counter() - start
@@ -254,14 +256,14 @@ class Pipeline:
 
 
 class _Sessions(Mapping[str, Session]):
-    """The sessions of one call: watched if there is a profile, with a clear error for one that is missing."""
+    """The sessions of one call: they can be stopped, are timed for a profile, and one that is missing is named."""
 
-    def __init__(self, sessions: Mapping[str, Session], profile: Profile | None) -> None:
-        self._sessions, self._profile = sessions, profile
+    def __init__(self, sessions: Mapping[str, Session], stop: Stop, profile: Profile | None) -> None:
+        self._sessions, self._stop, self._profile = sessions, stop, profile
 
     def __getitem__(self, name: str) -> Session:
         try:
-            session = self._sessions[name]
+            session = self._stop.watch(self._sessions[name])
         except KeyError:
             raise BundleError(f"this pipeline has no {name}", where=name,
                               fix=f"it has {', '.join(sorted(self._sessions))}") from None

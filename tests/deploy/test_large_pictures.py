@@ -2,54 +2,25 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 import runtimes
 from runtimes import decode
 from runtimes.tiling import Tiling
-
-TILE, STRIDE = 64, 32
-ROOT = Path(__file__).parents[2]
+from tests.deploy.seams import COUNT, SIDE, STEPS, STRIDE, TILE, drawn, seam_ratio, seam_ratios
 
 
-def drawn(bundle: Path, side: int, tile: int, steps: int, count: int, out: Path) -> tuple[np.ndarray, int]:
-    """The pictures and the peak memory of a process that draws them one after the other."""
-    command = [sys.executable, "-m", "tests.runtimes.large_picture", *map(str, (bundle, side, tile, steps, count, out))]
-    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
-    return np.load(out), json.loads(result.stdout)["peak_rss_bytes"]
-
-
-def seam_ratio(pictures: np.ndarray, axis: int, *, beside: bool) -> float:
-    """Mean step across the lines where tiles begin and end, over that across other lines.
-
-    Args:
-        pictures: (B, H, W, 3).
-        axis: 0 for steps between rows, 1 between columns.
-        beside: whether the other lines are those 2 to 6 pixels beside them, or all from the first to the last of them.
-    """
-    steps = np.abs(np.diff(pictures, axis=axis + 1)).mean(axis=(0, 3, 2 - axis))
-    lines = np.arange(STRIDE, pictures.shape[axis + 1] - 8, STRIDE) - 1
-    near = np.add.outer((-6, -5, -4, -3, -2, 2, 3, 4, 5, 6), lines).ravel()
-    others = near if beside else np.setdiff1d(np.arange(lines[0], lines[-1]), lines)
-    return float(steps[lines].mean() / steps[others].mean())
-
-
-@pytest.mark.parametrize(("side", "steps", "count"), [(128, 2, 1), pytest.param(512, 8, 6, marks=pytest.mark.slow)])
-def test_large_pictures_need_the_memory_of_a_tile_and_have_no_seams(reference_bundle, tmp_path, side, steps, count):
+@pytest.mark.parametrize(("side", "steps", "count"), [
+    (128, 2, 1), pytest.param(SIDE, STEPS, COUNT, marks=pytest.mark.slow)])
+def test_large_pictures_need_the_memory_of_a_tile_and_have_no_seams(reference_bundle, side, steps, count):
     """Seams are looked for at full size in several pictures: what is drawn makes any one line strong or weak."""
-    _, base = drawn(reference_bundle, TILE, 0, 2, 1, tmp_path / "tile.npy")
-    pictures, peak = drawn(reference_bundle, side, TILE, steps, count, tmp_path / "large.npy")
+    _, base = drawn(reference_bundle, TILE, 0, 2, 1)
+    pictures, peak = drawn(reference_bundle, side, TILE, steps, count)
     assert pictures.shape == (count, side, side, 3) and pictures.std() > 0.05
     assert peak <= 1.5 * base
-    if side == 512:
-        ratios = {(axis, beside): seam_ratio(pictures, axis, beside=beside)
-                  for axis in (0, 1) for beside in (True, False)}
+    if side == SIDE:
+        ratios = seam_ratios(pictures)
         assert max(ratios.values()) <= 1.1, ratios
 
 

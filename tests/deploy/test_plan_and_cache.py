@@ -93,10 +93,11 @@ def run(instance: Pass, bundle: Bundle, cache: Cache, folder: Path) -> tuple[Bun
 
 def test_a_pass_is_run_once_and_then_taken_from_the_cache(bundle: Bundle, tmp_path: Path):
     cache = Cache(tmp_path / "cache")
-    first, _ = run(Shout(), bundle, cache, tmp_path / "1")
+    first, made = run(Shout(), bundle, cache, tmp_path / "1")
     second, cost = run(Shout(), bundle, cache, tmp_path / "2")
     assert Shout.ran == ["unet", "vae"]
-    assert cost["reused"] == 2
+    assert cost["reused"] == 2 and cost["components"] == made["components"], "what it once cost is still told"
+    assert cost["seconds_without_cache"] == pytest.approx(made["seconds"], abs=0.01)
     assert first.manifest.digest == second.manifest.digest
     assert Bundle.open(second.path).file("components/vae/model.txt").read_text() == "VAE"
 

@@ -89,6 +89,26 @@ def test_another_thread_cancels_with_an_event():
         pipeline("x", seed=0, cancel=cancel, **NUMPY)
 
 
+@pytest.mark.parametrize(("network", "taken"), [("text_encoder", 0), ("unet", 0), ("vae_decoder", 4)])
+def test_an_event_set_in_mid_step_ends_the_call_before_its_next_call_of_a_network(network, taken):
+    """Pictures that share no call: a batch of one makes three calls of each network a step."""
+    pipeline, cancel = Pipeline(fake_sessions(batch=1), FACTS, DDIM, tokenize), Event()
+    session, expected = pipeline.sessions[network], make()(["x", "y", "z"], seed=0, **NUMPY)
+    assert isinstance(session, FakeSession)
+    function = session.function
+
+    def set_while_running(**feeds: Any) -> Any:
+        cancel.set()
+        return function(**feeds)
+
+    session.function = set_while_running
+    with pytest.raises(CancelledError, match=f"after {taken} of 4"):
+        pipeline(["x", "y", "z"], seed=0, cancel=cancel, **NUMPY)
+    assert len(calls_of(pipeline, network)) == 1
+    session.function = function
+    np.testing.assert_allclose(pipeline(["x", "y", "z"], seed=0, **NUMPY), expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("scheduler", ["ddim", "euler", "dpm++", "unipc", "pndm", "lcm", "euler-ancestral"])
 def test_the_estimate_ends_at_the_latents_and_begins_near_zero(scheduler):
     seen: list[Step] = []
