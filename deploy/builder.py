@@ -159,6 +159,7 @@ def run_passes(spec: BuildSpec, origin: Bundle, planned: list[PlannedPass], cach
         ParityError: a pass broke the accuracy budget.
     """
     bundle, costs = origin, []
+    waiting: list[_Done] = []
     gate = Gate(spec, origin.manifest.source.id, cache)
     for number, entry in enumerate(planned):
         step = entry.planned
@@ -170,13 +171,14 @@ def run_passes(spec: BuildSpec, origin: Bundle, planned: list[PlannedPass], cach
         costs.append(cost)
         bundle = replace(bundle, manifest=replace(bundle.manifest, measured={"passes": list(costs)}))
         if entry.instance.verify and not step.provisional:
-            try:
-                bundle = gate.after_pass(step.pass_name, step.reads, bundle, listener)
+            done = _Done(entry.instance, step, before, bundle)
+            if gate.may_wait and _is_rewritten(done, planned[number + 1 :]):
+                waiting.append(done)
+            else:
+                bundle = _compare(gate, done, waiting, listener)
+                waiting = []
                 cost["relative_l2"] = {name: parity["relative_l2"] for name in step.reads
                                        if (parity := bundle.component(name).parity) is not None}
-            except ParityError as error:
-                _add_explanation(error, entry.instance, step, before, bundle)
-                raise
             if entry.instance.changes_network:
                 gate.rebase(bundle)
         elif entry.instance.defines_source:
@@ -184,6 +186,41 @@ def run_passes(spec: BuildSpec, origin: Bundle, planned: list[PlannedPass], cach
         listener.finished(f"{step.pass_name}: {step.summary} ({cost['seconds']:.1f} s"
                           f"{', from the cache' if cost['reused'] == len(step.reads) else ''})")
     return bundle, gate
+
+
+@dataclass(frozen=True)
+class _Done:
+    """A pass that ran."""
+
+    instance: Pass
+    step: Step
+    before: Bundle
+    after: Bundle
+
+
+def _is_rewritten(done: _Done, later: list[PlannedPass]) -> bool:
+    """Whether the next verified pass writes all of it again, as graphs of the same network that run here."""
+    steps = ((entry.instance, entry.planned) for entry in later if isinstance(entry.planned, Step))
+    instance, step = next(((i, s) for i, s in steps if i.verify and not s.provisional), (None, None))
+    if instance is None or step is None or instance.changes_network or done.instance.changes_network:
+        return False
+    return set(done.step.reads) <= set(step.reads) and all(
+        step.after.components[name].format == done.after.component(name).format for name in done.step.reads)
+
+
+def _compare(gate: Gate, done: _Done, waiting: list[_Done], listener: Listener) -> Bundle:
+    """The result of a pass with its figures; a broken budget is blamed on the first of the passes that breaks it.
+
+    Raises:
+        ParityError: naming the pass.
+    """
+    try:
+        return gate.after_pass(done.step.pass_name, done.step.reads, done.after, listener)
+    except ParityError as error:
+        for earlier in waiting:
+            _compare(gate, earlier, [], listener)
+        _add_explanation(error, done.instance, done.step, done.before, done.after)
+        raise
 
 
 def _add_explanation(error: ParityError, instance: Pass, step: Step, before: Bundle, after: Bundle) -> None:

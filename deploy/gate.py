@@ -79,6 +79,11 @@ class Gate:
         self._effort = choose(self._spec.verify, options_for(self._source_id, self._spec.prompts),
                               source.manifest.components, source.manifest.pipeline)
 
+    @property
+    def may_wait(self) -> bool:
+        """Whether a pass need not be compared if a later one is: a call of these networks takes minutes."""
+        return self._effort.options.small
+
     def rebase(self, bundle: Bundle) -> None:
         """Compare components with these from now on: a network that was made another on purpose has been judged by the
         budget for that, and a budget so wide would hide what a later pass breaks. Pictures stay the source's.

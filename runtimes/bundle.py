@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from runtimes.checked_files import ABOVE_BYTES, remember, state_of, was_checked
 from runtimes.errors import BundleError, DeployError, InputError, UnavailableError
 from runtimes.manifest import MANIFEST_FILE, Component, FileRecord, Manifest, dumps, parse, safe_path
 
@@ -28,12 +29,13 @@ class Bundle:
     manifest: Manifest
 
     @classmethod
-    def open(cls, path: Path | str, *, check_hashes: bool = True) -> Bundle:
+    def open(cls, path: Path | str, *, check_hashes: bool = True, trust_notes: bool = False) -> Bundle:
         """Open a bundle and check that every file is the one that was built.
 
         Args:
             path: folder with manifest.json.
             check_hashes: compare contents by sha256; otherwise only presence and size.
+            trust_notes: do not read large files again that were compared before and not written to since.
 
         Raises:
             BundleError: not a bundle, another schema, or a file that is missing, changed or outside.
@@ -52,7 +54,7 @@ class Bundle:
         bundle = cls(folder, parse(text, str(manifest_file)))
         records = bundle.manifest.all_files()
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing lets other threads run
-            for _ in pool.map(lambda name: bundle._check_file(name, records[name], check_hashes), records):
+            for _ in pool.map(lambda name: bundle._check_file(name, records[name], check_hashes, trust_notes), records):
                 pass
         return bundle
 
@@ -78,13 +80,13 @@ class Bundle:
                               fix=f"it has {', '.join(sorted(self.manifest.components))}")
         return self.manifest.components[name]
 
-    def _check_file(self, name: str, record: FileRecord, check_hash: bool) -> None:
+    def _check_file(self, name: str, record: FileRecord, check_hash: bool, trust_notes: bool) -> None:
         path = self.file(name)
         if not path.is_file():
             problem = "is missing"
         elif path.stat().st_size != record.bytes:
             problem = f"has {path.stat().st_size} bytes, the manifest says {record.bytes}"
-        elif check_hash and sha256_of(path) != record.sha256:
+        elif check_hash and not _has_contents(path, record, trust_notes):
             problem = "was changed since the bundle was built (sha256 differs)"
         else:
             return
@@ -95,6 +97,18 @@ def sha256_of(path: Path) -> str:
     """Content hash of a file, read in blocks."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _has_contents(path: Path, record: FileRecord, trust_notes: bool) -> bool:
+    if not trust_notes or record.bytes <= ABOVE_BYTES:
+        return sha256_of(path) == record.sha256
+    state = state_of(path)
+    if was_checked(state, record.sha256):
+        return True
+    if sha256_of(path) != record.sha256:
+        return False
+    remember(state, record.sha256)
+    return True
 
 
 def record_of(path: Path) -> FileRecord:

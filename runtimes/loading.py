@@ -27,7 +27,8 @@ def load(bundle_dir: Path | str | Bundle, device: str = "cpu", threads: int = 0,
         bundle_dir: folder that `build` wrote, or an open bundle.
         device: "cpu", or an accelerator that the bundle's backend knows ("cuda", "tensorrt", "tensorrt-rtx").
         threads: CPU threads inside one operator; 0 uses every core.
-        check_hashes: compare every file with its sha256 first; otherwise only presence and size.
+        check_hashes: compare every file with its sha256 first, above 64 MB unless it is the file that an earlier load
+            compared and nobody wrote to it since; otherwise only presence and size.
         hint: of OpenVINO: "latency" gives one call every core, "throughput" runs several calls at once.
         pin_threads: keep each CPU thread on a core of its own.
         memory_budget: bytes that this process may take while it draws from text: as many images share a call as fit.
@@ -39,7 +40,8 @@ def load(bundle_dir: Path | str | Bundle, device: str = "cpu", threads: int = 0,
         BundleError: not a bundle, or one that is broken, changed or from another schema.
         UnavailableError: this machine lacks the backend, the device or the memory.
     """
-    bundle = bundle_dir if isinstance(bundle_dir, Bundle) else Bundle.open(bundle_dir, check_hashes=check_hashes)
+    bundle = bundle_dir if isinstance(bundle_dir, Bundle) else Bundle.open(bundle_dir, check_hashes=check_hashes,
+                                                                           trust_notes=True)
     check_options(bundle, lora)
     options = SessionOptions(device, threads, hint, pin_threads, tuple(lora), keep_graphs=True)
     budget = None
