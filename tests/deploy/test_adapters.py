@@ -93,7 +93,8 @@ def kohya_file(unet: Any, text: Any, file: Path, seed: int = 0) -> Pairs:
     tensors: Tensors = {}
     pairs: Pairs = {}
     places = [("unet", "lora_unet_", unet, p) for p in (*UNET_PLACES, "down_blocks.0.resnets.0.conv1")]
-    places.append(("text_encoder", "lora_te_", text, TEXT_PLACE))
+    # diffusers knows the format of a text encoder's part by the output projection, which kohya's files always have.
+    places += [("text_encoder", "lora_te_", text, p) for p in (TEXT_PLACE, TEXT_PLACE.replace("q_proj", "out_proj"))]
     for i, (component, prefix, network, place) in enumerate(places):
         down, up = matrices(network, place_of(network, place), 2, seed + i)
         key = prefix + place.replace(".", "_")
