@@ -10,6 +10,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import runtimes
 from deploy.builder import Silent, load_source, run_build
@@ -222,7 +223,7 @@ def test_xl_builds_and_draws_without_pytorch(tmp_path: Path, build_cache: Path) 
 
 @pytest.mark.parametrize(("name", "components"), [
     ("ldm", ["unet", "vae_decoder", "vae_encoder"]),
-    pytest.param("ldm-text", ["text_encoder", "unet", "vae_decoder", "vae_encoder"], marks=pytest.mark.slow),
+    ("ldm-text", ["text_encoder", "unet", "vae_decoder", "vae_encoder"]),
 ])
 def test_latent_diffusion_builds(name: str, components: list[str], tmp_path: Path, cli: Cli, build_cache: Path) -> None:
     bundle = build(name, tmp_path, build_cache)
@@ -232,8 +233,14 @@ def test_latent_diffusion_builds(name: str, components: list[str], tmp_path: Pat
     assert (tmp_path / "picture.png").is_file()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd2", "inpaint", "tiny-decoder", "refiner"])
-def test_the_other_families_build(name: str, tmp_path: Path, build_cache: Path) -> None:
+def test_the_other_families_build(name: str, tmp_path: Path, cli: Cli, build_cache: Path) -> None:
     encoder = "text_encoder_2" if name == "refiner" else "text_encoder"
-    assert_built(build(name, tmp_path, build_cache), [encoder, "unet", "vae_decoder", "vae_encoder"])
+    bundle = build(name, tmp_path, build_cache)
+    assert_built(bundle, [encoder, "unet", "vae_decoder", "vae_encoder"])
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "image.png")
+    Image.new("L", (64, 64), 255).save(tmp_path / "mask.png")
+    options = ["--image", tmp_path / "image.png", "--mask", tmp_path / "mask.png"] if name == "inpaint" else []
+    run = cli("generate", bundle, "a red apple", *options, "--steps", "2", "-o", tmp_path / "picture.png")
+    assert run.code == 0, run
+    assert (tmp_path / "picture.png").is_file()
