@@ -13,6 +13,7 @@ from calibration.external import array_of
 
 STORED_LIMIT = 127  # of weights that are only stored as integers: nothing sums their products
 
+
 def weight_scale(weight: NDArray[Any], axis: int, limit: int) -> NDArray[np.float32]:
     """Scale of each output channel: its largest magnitude is the integer `limit`."""
     others = tuple(a for a in range(weight.ndim) if a != axis)
@@ -33,7 +34,7 @@ def lazy_integers(weight: ir.TensorProtocol, scale: NDArray[np.float32], axis: i
     def convert() -> ir.TensorProtocol:
         return ir.Tensor(to_integers(array_of(weight), scale, axis, limit), name=name)
 
-    return ir.LazyTensor(convert, ir.DataType.INT8, ir.Shape([int(n) for n in weight.shape.numpy()]), name=name)
+    return ir.LazyTensor(convert, ir.DataType.INT8, ir.Shape(weight.shape.numpy()), name=name)
 
 
 class Integers:

@@ -259,7 +259,7 @@ class Writer:
         else:
             tensor, scale = self._stored.of(weight, layer.axis, limit, name)
         if name not in self._model.graph.initializers:
-            self._register(name, tensor, ir.Shape([int(n) for n in weight.shape.numpy()]))
+            self._register(name, tensor, ir.Shape(weight.shape.numpy()))
         return self._model.graph.initializers[name], scale
 
     def _pair(self, value: ir.Value, after: ir.Node | None) -> ir.Value:

@@ -65,11 +65,11 @@ class Trials:
         self._source, self._low, self._budget = source, low, budget
         self._options = options_for(source.manifest.source.id, prompts)
         self._gallery = gallery_for(source.manifest.source.id)
+        self._reference = Reference(source, opener=lambda bundle, _: BundleSessions(bundle, SessionOptions()))
         self._cache = Cache(default_root())
-        self._identity = {"trial": VERSION, "reference": {n: c.sha256 for n, c in source.manifest.components.items()},
+        self._identity = {"trial": VERSION, "reference": self._reference.identity,
                           "low": {n: sha256_of(file) for n, file in sorted(low.items())}, "budget": asdict(budget),
                           "options": to_json(self._options), "onnxruntime": versions_of(("onnxruntime",))}
-        self._reference = Reference(source, opener=lambda bundle, _: BundleSessions(bundle, SessionOptions()))
         self.done: list[Trial] = []
 
     def draw(self, name: str, unet: Path) -> Trial:
