@@ -25,6 +25,7 @@ from calibration.ranges import Range, Scheme
 from runtimes.bundle import translated_disk_errors
 
 EXTERNAL_ABOVE_BYTES = 1 << 30
+TINY = 1e-30  # changes no result of a convolution, and no optimizer takes it for 0
 
 
 @dataclass(frozen=True)
@@ -190,8 +191,11 @@ class Writer:
             if precision == STATIC:
                 self.input(node)
             self.weight(node, layer, _limit(precision, self._scheme))
-            if precision == STATIC and self._scheme.quantize_outputs and layer.op_type == "Conv":
-                self.output(node)
+            if precision == STATIC and layer.op_type == "Conv":
+                if self._scheme.give_biases:
+                    self.bias(node, layer)
+                if self._scheme.quantize_outputs:
+                    self.output(node)
 
     def input(self, node: ir.Node) -> None:
         """Quantize what a layer reads."""
@@ -212,6 +216,17 @@ class Writer:
         result = self._activations[value] = self._pair(value, node)
         for use in uses:
             use.node.replace_input_with(use.idx, result)
+
+    def bias(self, node: ir.Node, layer: Layer) -> None:
+        """Give a convolution a bias that is not 0 everywhere; one that is computed is left alone."""
+        bias = node.inputs[2] if len(node.inputs) > 2 else None
+        if bias is not None and (bias.const_value is None or array_of(bias.const_value).any()):
+            return
+        weight = self._model.graph.initializers[layer.weight].const_value
+        assert weight is not None
+        channels = weight.shape.numpy()[0]
+        node.resize_inputs(3)
+        node.replace_input_with(2, self._constant(f"tiny/{channels}", np.full(channels, TINY, np.float32)))
 
     def weight(self, node: ir.Node, layer: Layer, limit: int) -> None:
         """Replace a weight by its integers and a DequantizeLinear."""

@@ -61,19 +61,21 @@ class Observed:
 class Scheme:
     """The integers of activations, which follow from the runtime.
 
-    ONNX Runtime and OpenVINO multiply unsigned activations with signed weights (U8S8: VPDPBUSD takes exactly these);
-    OpenVINO 2026.4 computes convolutions of signed activations wrongly on AVX-512 VNNI. TensorRT knows signed integers
-    with zero point 0 only.
+    ONNX Runtime and OpenVINO multiply unsigned activations with signed weights (U8S8: VPDPBUSD takes exactly these).
+    TensorRT knows signed integers with zero point 0 only.
 
     Attributes:
         signed: int8 with zero point 0 instead of uint8 with any.
         weight_limit: largest weight integer; 63 leaves room in the 16-bit sums of x86 CPUs without VNNI.
         quantize_outputs: also quantize what convolutions give. ONNX Runtime has integer kernels for nothing else.
+        give_biases: give each quantized convolution a bias that is not 0 everywhere. OpenVINO 2026.4 multiplies by the
+            scales twice where such a convolution has none and two readers, one of them a sum (docs/openvino.md).
     """
 
     signed: bool = False
     weight_limit: int = 127
     quantize_outputs: bool = False
+    give_biases: bool = False
 
     def scale_and_zero(self, low: float, high: float) -> tuple[np.float32, int]:
         """Scale and zero point of a range; 0 is always exactly representable, as zero padding needs."""

@@ -22,7 +22,7 @@ DETAILS_FILE = "quantization.json"
 # target -> the integers its kernels take, fields of calibration.ranges.Scheme.
 SCHEMES: Mapping[str, dict[str, Any]] = {
     "onnxruntime": {"quantize_outputs": True},
-    "openvino": {},
+    "openvino": {"give_biases": True},
     "tensorrt": {"signed": True},
     "tensorrt-rtx": {"signed": True},
 }

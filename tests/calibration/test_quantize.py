@@ -19,7 +19,7 @@ from calibration.sensitivity import relieve
 from runtimes.errors import InputError
 from tests.calibration.graphs import calls, write_graph
 
-ORT, OPENVINO, TENSORRT = Scheme(quantize_outputs=True), Scheme(), Scheme(signed=True)
+ORT, OPENVINO, TENSORRT = Scheme(quantize_outputs=True), Scheme(give_biases=True), Scheme(signed=True)
 
 
 def load(file: Path):
@@ -96,6 +96,29 @@ def test_a_shared_input_is_quantized_once(tmp_path):
     onnx.save(model, graph)
     result = onnx.load(quantized(graph, "static", OPENVINO))
     assert sum(n.op_type == "QuantizeLinear" and n.input[0] == "f" for n in result.graph.node) == 1
+
+
+@pytest.mark.parametrize("bias", ["none", "zeros"])
+def test_openvino_runs_a_convolution_without_bias_that_a_sum_and_another_reader_share(graph, tmp_path, bias):
+    model = onnx.load(graph)
+    if bias == "none":
+        next(n for n in model.graph.node if n.name == "mid/Conv").input.pop()
+    else:
+        value = next(t for t in model.graph.initializer if t.name == "mid.bias")
+        value.CopyFrom(onnx.numpy_helper.from_array(np.zeros(tuple(value.dims), np.float32), value.name))
+    position = next(i for i, n in enumerate(model.graph.node) if n.name == "rows/Reshape")
+    model.graph.node[position].input[0] = "sum"
+    for node in (onnx.helper.make_node("Add", ["d", "gate"], ["sum"], "sum/Add"),
+                 onnx.helper.make_node("Sigmoid", ["d"], ["gate"], "gate/Sigmoid")):
+        model.graph.node.insert(position, node)
+    onnx.save(model, graph)
+    openvino = pytest.importorskip("openvino")
+    result = quantized(graph, "static", OPENVINO)
+    compiled = openvino.Core().compile_model(str(result), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    expected = ort.InferenceSession(str(result), providers=["CPUExecutionProvider"])
+    for feeds in calls(2, seed=3):
+        by_graph, by_openvino = expected.run(None, feeds)[0], compiled(feeds)[0]
+        assert np.linalg.norm(by_openvino - by_graph) < 0.03 * np.linalg.norm(by_graph)  # 0.8 without its bias
 
 
 def test_a_kept_layer_stays_float_and_the_pattern_may_be_an_op_type(graph):
