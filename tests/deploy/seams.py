@@ -73,6 +73,13 @@ def seam_ratio(pictures: Pictures, axis: int, *, beside: bool) -> float:
     return float(steps[lines].mean() / steps[others].mean())
 
 
+def interior_ratio(pictures: Pictures, axis: int) -> float:
+    """Mean step across the lines where tiles begin and end, over that across every other line."""
+    steps = np.abs(np.diff(pictures, axis=axis + 1)).mean(axis=(0, 3, 2 - axis))
+    tile = np.arange(len(steps)) % STRIDE == STRIDE - 1
+    return float(steps[tile].mean() / steps[~tile].mean())
+
+
 def latent_ratio(pictures: Pictures, axis: int) -> float:
     """Mean step across borders of latents where no tile begins or ends, over that across lines within latents."""
     steps = np.abs(np.diff(pictures, axis=axis + 1)).mean(axis=(0, 3, 2 - axis))
@@ -105,7 +112,8 @@ def main() -> None:
     bundle = options.bundle or run_build(BuildSpec()).bundle.path
     report = new_report(side=SIDE, tile=TILE, steps=options.steps, pictures=options.pictures)
     _, base = drawn(bundle, TILE, 0, options.steps, 1, threads=options.threads)
-    table = Table("tiles", "seconds a picture", "peak memory", "x one tile", *SEAMS, "latents: rows, columns")
+    table = Table("tiles", "seconds a picture", "peak memory", "x one tile", *SEAMS, "to every line: rows, columns",
+                  "latents: rows, columns")
     table.add_row(f"one, {TILE}x{TILE}", "", f"{base / 1e6:.1f} MB", "1.00")
     for layout in options.layouts:
         began = time.perf_counter()
@@ -113,12 +121,13 @@ def main() -> None:
         pictures, peak = drawn(bundle, side, tile, options.steps, options.pictures, layout, options.threads)
         row = {"seconds": (time.perf_counter() - began) / options.pictures, "peak_rss_bytes": peak,
                "memory_ratio": peak / base, "seams": seam_ratios(pictures),
+               "interior": [interior_ratio(pictures, axis) for axis in (0, 1)],
                "latents": [latent_ratio(pictures, axis) for axis in (0, 1)]}
         report["rows"][layout] = row
         table.add_row(LAYOUTS[layout], f"{row['seconds']:.1f}", f"{peak / 1e6:.1f} MB", f"{peak / base:.2f}",
                       *(f"{ratio:.2f}" for ratio in row["seams"].values()),
-                      ", ".join(f"{ratio:.2f}" for ratio in row["latents"]))
-    show(report, table, save(report, "seams"), 120)
+                      *(", ".join(f"{ratio:.2f}" for ratio in row[key]) for key in ("interior", "latents")))
+    show(report, table, save(report, "seams"), 140)
 
 
 if __name__ == "__main__":
