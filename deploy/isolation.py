@@ -19,7 +19,7 @@ from typing import Any
 from deploy.cache import default_root, rooted
 from deploy.plan import Pass, Step
 from runtimes import errors
-from runtimes.bundle import Bundle
+from runtimes.bundle import Bundle, translated_disk_errors
 from runtimes.child import die_with_parent, last_words, run_child
 from runtimes.errors import DeployError, UnavailableError
 from runtimes.manifest import Component, Manifest, from_json, to_json
@@ -131,7 +131,8 @@ def _named(path: str) -> Any:
 
 def _answer(content: Mapping[str, Any]) -> dict[str, Any]:
     try:
-        with rooted(Path(content["cache"])):
+        cache = Path(content["cache"])
+        with rooted(cache), translated_disk_errors(cache):
             result = _named(content["function"])(content["request"])
     except DeployError as error:
         return {"error": _told(type(error).__name__, error.what, error.where, error.fix)}

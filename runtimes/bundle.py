@@ -242,9 +242,16 @@ def translated_disk_errors(path: Path) -> Iterator[None]:
     except DeployError:
         raise
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if _is_full(error):
             raise UnavailableError("the disk is full", where=str(path), fix="free some space and run again; "
                                    "finished passes are kept in the cache") from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise InputError(f"cannot write: {error.strerror}", where=str(path), fix="choose another folder") from error
         raise
+
+
+def _is_full(error: OSError) -> bool:
+    """Whether a disk or a quota has no room left; numpy's `tofile` says so in words, without a number."""
+    if error.errno is None:
+        return str(error).endswith("written") and "requested and" in str(error)
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -39,7 +39,8 @@ def recover_unet(source: Bundle, name: str, teacher_name: str, config: Mapping[s
         ParityError: the loss is not finite.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    student = load_source_module(source, source.component(name)).to(device)
+    # Backward passes of convolutions are a quarter faster with the channels last.
+    student = load_source_module(source, source.component(name)).to(device, memory_format=torch.channels_last)
     teacher = Teacher.load(source, teacher_name, config["prompts"], config["guidance_scale"], device)
     judged = teacher.trajectories(DRAWINGS // 4, seed=JUDGED_SEED)
     batches = [judged.advance() for _ in range(16)]
@@ -57,6 +58,7 @@ def recover_unet(source: Bundle, name: str, teacher_name: str, config: Mapping[s
         recovery.save()
         raise
     shutil.rmtree(folder)
+    network.to(memory_format=torch.contiguous_format)
     return network, {"steps": recipe.steps, "device": device, "relative_l2_before": round(before, 5),
                      "relative_l2_after": round(relative_error(network, batches), 5)}
 

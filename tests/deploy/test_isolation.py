@@ -39,6 +39,8 @@ class Scripted(Pass):
             file.write_text(str(os.getpid()))
             planned = step.after.components[name]
             return replace(planned, file=f"components/{name}/process", files=records_below(file.parent, out))
+        if todo == "full":
+            raise OSError("1920 requested and 224 written")  # numpy's tofile
         if todo == "refuse":
             raise InputError("the weights are odd", where="unet", fix="get others")
         if todo == "memory":
@@ -73,6 +75,7 @@ def test_the_work_is_done_elsewhere_and_its_memory_is_told(source: Bundle, tmp_p
     ("SIGKILL", UnavailableError, ("pass scripted, unet: ", "killed by the system", "memory ran out", "--shapes")),
     ("SIGSEGV", UnavailableError, ("ended by SIGSEGV", "goes on from here")),
     ("memory", UnavailableError, ("pass scripted, unet: memory ran out", "more memory")),
+    ("full", UnavailableError, ("the disk is full", "free some space")),
     ("refuse", InputError, ("unet: the weights are odd (get others)",)),
     ("bug", DeployError, ("pass scripted, unet: KeyError: 'nothing of that name'",)),
     ("exit", DeployError, ("ended with code 7: it said nothing",)),

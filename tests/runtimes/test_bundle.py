@@ -7,6 +7,7 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from runtimes.bundle import Bundle, check_output, committed, link_or_copy, records_below, replacing
@@ -196,6 +197,20 @@ def test_disk_errors_are_one_clear_line_and_leave_nothing(tmp_path, number, kind
     with pytest.raises(kind) as caught, committed(tmp_path / "out"):
         raise OSError(number, os.strerror(number))
     assert str(tmp_path / "out") in str(caught.value) and list(tmp_path.iterdir()) == []
+
+
+def test_numpys_own_words_for_a_full_disk_are_known(tmp_path):
+    with pytest.raises(UnavailableError, match="the disk is full"), committed(tmp_path / "out"):
+        raise OSError("1920 requested and 224 written")
+    with pytest.raises(OSError, match="something else"), committed(tmp_path / "out"):
+        raise OSError("something else")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a disk that is always full")
+def test_an_array_that_does_not_fit_is_a_full_disk(tmp_path):
+    with (pytest.raises(UnavailableError, match="the disk is full"), committed(tmp_path / "out"),
+          Path("/dev/full").open("wb", buffering=0) as full):
+        np.zeros(100_000).tofile(full)
 
 
 def test_kept_files_are_linked_or_copied(folder, tmp_path, monkeypatch):
