@@ -58,7 +58,7 @@ def recover_unet(source: Bundle, name: str, teacher_name: str, config: Mapping[s
         recovery.save()
         raise
     shutil.rmtree(folder)
-    network.to(memory_format=torch.contiguous_format)
+    network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     return network, {"steps": recipe.steps, "device": device, "relative_l2_before": round(before, 5),
                      "relative_l2_after": round(relative_error(network, batches), 5)}
 
