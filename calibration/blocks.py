@@ -6,9 +6,12 @@ The layout of GPTQ and AWQ (arXiv 2210.17323, 2306.00978) without zero points. W
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+
+T = TypeVar("T", bound=np.generic)
 
 GROUP = 32  # inputs that share a scale: 4 bits and a float32 scale are 5 bits a weight
 LOWEST, HIGHEST = -8, 7
@@ -68,7 +71,7 @@ def pack_nbits(integers: NDArray[np.int8]) -> NDArray[np.uint8]:
     return packed
 
 
-def grouped[T: np.generic](weight: NDArray[T]) -> NDArray[T]:
+def grouped(weight: NDArray[T]) -> NDArray[T]:
     """(outputs, inputs) -> (outputs, groups, GROUP), zeros behind a row whose length is no multiple."""
     short = -weight.shape[1] % GROUP
     padded = np.pad(weight, ((0, 0), (0, short))) if short else weight
