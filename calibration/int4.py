@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from calibration.blocks import GROUP, group_scales, pack_nbits, to_int4
 from calibration.external import array_of
 from calibration.integers import STORED_LIMIT, lazy_integers, weight_scale
-from calibration.layers import BLOCKS, FLOAT, WEIGHT, Layer, find_embeddings, find_layers
+from calibration.layers import BLOCKS, EMBEDDING, FLOAT, WEIGHT, Layer, find_embeddings, find_layers
 from calibration.quantize import QuantizeReport, Writer, rewrite, save, weight_bytes
 from calibration.ranges import Scheme
 
@@ -65,22 +65,19 @@ def quantize_int4(source: Path, destination: Path, assignment: Mapping[str, str]
     """
     model = ir.load(source)
     before = weight_bytes(model)
-    layers = find_stored(model, form)
-    nodes = {node.name: node for node in model.graph}
-    assignment = {layer.node: WEIGHT if assignment[layer.node] == BLOCKS and not _fits(model, nodes[layer.node], layer,
-                                                                                    form) else assignment[layer.node]
-                  for layer in layers}
+    layers, nodes = find_stored(model, form), {node.name: node for node in model.graph}
+    found = dict(assignment)
     writer, parameters = Writer(model, {}, scheme), Counter[str]()
     for layer in layers:
-        node, precision = nodes[layer.node], assignment[layer.node]
-        place = _placer(layer, precision, form)
-        if place is not None:
+        node = nodes[layer.node]
+        if found[layer.node] == BLOCKS and not _fits(model, node, layer, form):
+            found[layer.node] = WEIGHT
+        parameters[found[layer.node]] += layer.parameters
+        if (place := _placer(layer, found[layer.node], form)) is not None:
             place(writer, model, node, layer, form)
-        if place is not None or layer.op_type == "Gather":
-            parameters[precision] += layer.parameters
-    parameters.update(rewrite(model, assignment, {}, scheme))
+    rewrite(model, found, {}, scheme)
     save(model, destination)
-    return QuantizeReport(assignment, dict(parameters), before, weight_bytes(model))
+    return QuantizeReport(found, dict(parameters), before, weight_bytes(model))
 
 
 Place = Callable[[Writer, ir.Model, ir.Node, Layer, BlockForm], None]
@@ -90,7 +87,7 @@ def _placer(layer: Layer, precision: str, form: BlockForm) -> Place | None:
     """What replaces a layer; None for those that `rewrite` takes, or nobody."""
     if precision == BLOCKS:
         return _nbits if form.operator == "MatMulNBits" else _dequantize
-    return _rows if layer.op_type == "Gather" and precision != FLOAT else None
+    return _rows if layer.op_type == EMBEDDING and precision != FLOAT else None
 
 
 def _fits(model: ir.Model, node: ir.Node, layer: Layer, form: BlockForm) -> bool:
