@@ -161,6 +161,7 @@ def save(model: ir.Model, destination: Path) -> None:
 
 
 def weight_bytes(model: ir.Model) -> int:
+    """Of all initializers, those in other files among them."""
     return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
 
 
@@ -260,10 +261,15 @@ class Writer:
         factor = self.node("Mul", [scale, self.constant(f"{layer.weight}/scale", weight_scales)],
                             f"{result.name}/scale", cast, {})
         scaled = self.node("Mul", [cast.outputs[0], factor.outputs[0]], f"{result.name}/scaled", factor, {})
+        self.take_over(node, scaled.outputs[0])
+
+    def take_over(self, node: ir.Node, value: ir.Value) -> None:
+        """Give the readers of a node's output another value, and remove the node."""
+        result = node.outputs[0]
         if result.is_graph_output():
-            scaled.outputs[0].name, result.name = result.name, None
-            scaled.outputs[0].shape = result.shape
-        ir.convenience.replace_all_uses_with(result, scaled.outputs[0], replace_graph_outputs=True)
+            value.name, result.name = result.name, None
+            value.shape = result.shape
+        ir.convenience.replace_all_uses_with(result, value, replace_graph_outputs=True)
         self._model.graph.remove(node, safe=True)
 
     def _integers(self, layer: Layer, limit: int) -> tuple[ir.Value, NDArray[np.float32]]:
@@ -294,8 +300,9 @@ class Writer:
         return back.outputs[0]
 
     def node(self, op_type: str, inputs: list[ir.Value], name: str, after: ir.Node | None, attributes: dict[str, Any],
-              *, dtype: ir.DataType = ir.DataType.FLOAT, outputs: int = 1) -> ir.Node:
-        node = ir.node(op_type, inputs, attributes, num_outputs=outputs, name=name)
+             *, dtype: ir.DataType = ir.DataType.FLOAT, outputs: int = 1, domain: str = "") -> ir.Node:
+        """Add a node, at the graph's beginning without `after`; its output has its name."""
+        node = ir.node(op_type, inputs, attributes, num_outputs=outputs, name=name, domain=domain)
         for number, output in enumerate(node.outputs):
             output.name, output.dtype = name if outputs == 1 else f"{name}/{number}", dtype
         graph = self._model.graph
@@ -306,11 +313,13 @@ class Writer:
         return node
 
     def constant(self, name: str, array: NDArray[Any]) -> ir.Value:
+        """An initializer; the one of this name where there is one already."""
         if name not in self._model.graph.initializers:
             self.register(name, ir.tensor(array, name=name), ir.Shape(list(array.shape)))
         return self._model.graph.initializers[name]
 
     def register(self, name: str, tensor: ir.TensorProtocol, shape: ir.Shape) -> None:
+        """Add an initializer; its tensor may be computed when it is written."""
         value = ir.Value(name=name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
         self._model.graph.register_initializer(value)
 

@@ -103,7 +103,7 @@ class BuildSpec(PruningOptions):
     @model_validator(mode="after")
     def _bits_of_integers(self) -> BuildSpec:
         if self.text_encoder_bits == 4 and self.precision not in ("int8", "auto"):
-            raise ValueError("text_encoder_bits needs --precision int8 or auto: the other networks' integers have 8 bits")
+            raise ValueError("text_encoder_bits=4 needs --precision int8 or auto")
         return self
 
     @model_validator(mode="after")
