@@ -67,8 +67,7 @@ def pack_nbits(integers: NDArray[np.int8]) -> NDArray[np.uint8]:
         (outputs, groups, GROUP / 2) uint8.
     """
     nibbles = (grouped(integers) - LOWEST).astype(np.uint8)
-    packed: NDArray[np.uint8] = nibbles[..., ::2] | (nibbles[..., 1::2] << 4)
-    return packed
+    return nibbles[..., ::2] | np.left_shift(nibbles[..., 1::2], np.uint8(4))
 
 
 def grouped(weight: NDArray[T]) -> NDArray[T]:
@@ -97,7 +96,8 @@ def _fit(groups: NDArray[np.float32], positive: bool) -> NDArray[np.float32]:
 
 
 def _rounded(groups: NDArray[np.float32], scale: NDArray[np.float32]) -> NDArray[np.float32]:
-    return np.clip(np.rint(groups / scale), LOWEST, HIGHEST)
+    rounded: NDArray[np.float32] = np.clip(np.rint(groups / scale), LOWEST, HIGHEST)
+    return rounded
 
 
 def _chunks(weight: NDArray[np.float32]) -> Iterator[slice]:
