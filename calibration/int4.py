@@ -97,7 +97,7 @@ def _fits(model: ir.Model, node: ir.Node, layer: Layer, form: BlockForm) -> bool
     factors = [node.attributes.get_float(name, 1.0) for name in ("alpha", "beta")]
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     plain = bias is None or (bias.shape is not None and bias.shape == ir.Shape([_weight(model, layer).shape[0]]))
-    return factors == [1.0, 1.0] and bool(plain)
+    return bool(factors == [1.0, 1.0] and plain)
 
 
 def _weight(model: ir.Model, layer: Layer) -> NDArray[np.float32]:
