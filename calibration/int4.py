@@ -93,7 +93,7 @@ def _placer(layer: Layer, precision: str, form: BlockForm) -> Place | None:
 def _fits(model: ir.Model, node: ir.Node, layer: Layer, form: BlockForm) -> bool:
     """Whether the form has blocks for a product: whole groups, or a MatMulNBits with nothing else to scale or add."""
     if form.operator == "DequantizeLinear":
-        return _weight(model, layer).shape[1] % GROUP == 0
+        return bool(_weight(model, layer).shape[1] % GROUP == 0)
     factors = [node.attributes.get_float(name, 1.0) for name in ("alpha", "beta")]
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     plain = bias is None or (bias.shape is not None and bias.shape == ir.Shape([_weight(model, layer).shape[0]]))
