@@ -123,7 +123,7 @@ class Quantize(Pass):
     def explain(self, step: Step, name: str, before: Bundle, after: Bundle) -> str:
         """The layers that add most of the error, by activations of the two graphs on recorded inputs."""
         if step.config["recipes"][name] == INT4:
-            return "its weights have 4 bits: --text-encoder-bits 8 is about eight times as accurate"
+            return "its weights have 4 bits: --text-encoder-bits 8 is about ten times as accurate"
         if "calibration" not in step.config:
             return ""
         from calibration.sensitivity import error_origins

@@ -23,6 +23,7 @@ from runtimes.bundle import Bundle
 from runtimes.errors import InputError, ParityError
 from tests.deploy.conftest import Cli, assert_refused
 from tests.deploy.test_pass_quantize import exported, planned
+from tests.parity.pipelines import write_model
 
 NAME = "text_encoder"
 
@@ -33,9 +34,9 @@ def spec_of(**options: Any) -> BuildSpec:
 
 @pytest.fixture(scope="module")
 def bundles(build_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
-    """The reference model: "onnxruntime" and "openvino" in 4 bits, verified, and "8 bits" beside them."""
+    """The reference model: "onnxruntime" and "openvino" in 4 bits, compared, and "8 bits" beside them."""
     folder = tmp_path_factory.mktemp("bits")
-    specs = {"onnxruntime": spec_of(verify="quick"), "openvino": spec_of(verify="quick", target="openvino"),
+    specs = {"onnxruntime": spec_of(verify="quick"), "openvino": spec_of(verify="components", target="openvino"),
              "8 bits": spec_of(text_encoder_bits=8, verify="no")}
     return {name: run_build(spec, folder / name, cache_root=build_cache).bundle for name, spec in specs.items()}
 
@@ -45,7 +46,7 @@ def test_the_bundle_is_within_the_budget_of_int8_and_draws(bundles: dict[str, Bu
     manifest = bundles[target].manifest
     component = manifest.components[NAME]
     assert manifest.parity is not None and manifest.parity["ok"]
-    assert manifest.parity["images"]["count"] > 0
+    assert (manifest.parity["images"]["count"] > 0) == (target == "onnxruntime")
     assert component.parity is not None
     assert component.parity["budget"] == 0.15
     assert 0.01 < component.parity["relative_l2"] < 0.08
@@ -110,16 +111,19 @@ def test_inspect_report_and_details_say_it(bundles: dict[str, Bundle], cli: Cli)
 
 def test_engines_read_blocks_with_positive_scales(build_cache: Path, tmp_path: Path):
     pytest.importorskip("tensorrt_rtx")
-    spec = spec_of(target="tensorrt-rtx", verify="components", engine={"keep_graph": True, "capabilities": "SM89"})
+    model = write_model(tmp_path / "model", context=32)
+    # Untrained weights lose 0.23 of the hidden states, on every target the same; int8's budget is 0.15.
+    spec = spec_of(model=str(model), target="tensorrt-rtx", verify="components", budget={"component_relative_l2": 0.3},
+                   engine={"keep_graph": True, "capabilities": "SM89"})
     component = run_build(spec, tmp_path / "b", cache_root=build_cache).bundle.component(NAME)
     assert component.precision == "int4"
-    assert component.details["layers"]["INT4"] == 18
+    assert component.details["layers"]["INT4"] == 12
     assert component.parity is not None
-    assert component.parity["relative_l2"] < 0.08
+    assert 0.1 < component.parity["relative_l2"] < 0.28
     graph = onnx.load(tmp_path / "b" / component.details["graph"]).graph
     tensors = {t.name: t for t in graph.initializer}
     blocks = [n for n in graph.node if n.op_type == "DequantizeLinear"]
-    assert len(blocks) == 18
+    assert len(blocks) == 12
     for node in blocks:
         scale = onnx.numpy_helper.to_array(tensors[node.input[1]])
         assert scale.dtype == np.float16
