@@ -1,4 +1,4 @@
-"""The layers of an ONNX graph that have weights worth 8 bits, and which of them each recipe quantizes how."""
+"""The layers of an ONNX graph that have weights worth few bits, and which of them each recipe quantizes how."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ import onnx_ir as ir
 
 from runtimes.errors import InputError
 
-FLOAT, WEIGHT, STATIC, DYNAMIC = "float", "w8", "w8a8", "w8a8-dynamic"
-RECIPES = ("hybrid", "static", "dynamic", "weight-only")
+FLOAT, WEIGHT, STATIC, DYNAMIC, BLOCKS = "float", "w8", "w8a8", "w8a8-dynamic", "w4"
+INT4 = "weight-only-4"  # of text encoders, asked for by --text-encoder-bits
+RECIPES = ("hybrid", "static", "dynamic", "weight-only", INT4)
+EMBEDDING = "Gather"
+EMBEDDING_ABOVE = 1 << 18  # weights of a table of words; one of positions is a thousandth of the bytes
 # A product with fewer weights gains less from integers than the quantization of its input costs; it is stored only.
 LARGE = 4096
 # Where an error enters before everything else, leaves last, or steers every block: the first and last convolution and
@@ -22,11 +25,11 @@ SENSITIVE = ("*conv_in/*", "*conv_out/*", "time_embedding.*", "add_embedding.*",
 
 @dataclass(frozen=True)
 class Layer:
-    """A convolution or product with a constant weight.
+    """A convolution or product with a constant weight, or an embedding.
 
     Attributes:
         node: its name.
-        op_type: Conv, MatMul or Gemm.
+        op_type: Conv, MatMul or Gemm; Gather for an embedding.
         weight: name of the initializer.
         axis: of the weight, along which the outputs' channels lie.
         parameters: number of weights.
@@ -65,6 +68,22 @@ def find_layers(model: ir.Model) -> list[Layer]:
     return found
 
 
+def find_embeddings(model: ir.Model) -> list[Layer]:
+    """Every large table (V, D) float32 whose rows are looked up by number; `axis` is that of its rows."""
+    found = []
+    for node in model.graph:
+        table = node.inputs[0] if node.op_type == EMBEDDING and not node.domain else None
+        if table is None or not table.is_initializer() or node.attributes.get_int("axis", 0) != 0:
+            continue
+        tensor, numbers = table.const_value, node.inputs[1]
+        if tensor is None or tensor.dtype != ir.DataType.FLOAT or len(tensor.shape) != 2 or numbers is None:
+            continue
+        if tensor.size >= EMBEDDING_ABOVE:
+            found.append(Layer(node.name or "", EMBEDDING, table.name or "", 0, tensor.size, numbers.name or "",
+                               node.outputs[0].name or ""))
+    return found
+
+
 def _flag(node: ir.Node, name: str) -> bool:
     return name in node.attributes and bool(node.attributes[name].as_int())
 
@@ -73,11 +92,12 @@ def assign(layers: Sequence[Layer], recipe: str, keep: Sequence[str] = ()) -> di
     """Precision of every layer by node name.
 
     Args:
-        layers: from `find_layers`.
+        layers: from `find_layers`, and for "weight-only-4" from `find_embeddings`.
         recipe: "hybrid": convolutions and large products in integers, the rest stored in 8 bits, what is sensitive in
             float32. "static": everything in integers. "dynamic": products in integers whose activation range is
             found in each call, convolutions stored in 8 bits, since ONNX Runtime has no such kernel with a scale for
-            each channel. "weight-only": everything stored in 8 bits.
+            each channel. "weight-only": everything stored in 8 bits. "weight-only-4": products stored in 4 bits, the
+            rest in 8.
         keep: patterns (fnmatch) over node names and op types that stay in float32.
 
     Raises:
@@ -92,6 +112,8 @@ def assign(layers: Sequence[Layer], recipe: str, keep: Sequence[str] = ()) -> di
 def _own(layer: Layer, recipe: str) -> str:
     if recipe == "weight-only":
         return WEIGHT
+    if recipe == INT4:
+        return BLOCKS if layer.op_type in ("MatMul", "Gemm") else WEIGHT
     if recipe == "dynamic":
         return DYNAMIC if layer.op_type == "MatMul" else WEIGHT
     if recipe == "static":

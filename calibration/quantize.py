@@ -1,5 +1,7 @@
 """Q/DQ placement: a float32 ONNX graph to one with 8-bit weights and, where a layer is assigned so, activations.
 
+Weights in 4 bits are placed by `calibration.int4`.
+
 Explicit Q/DQ in ONNX's own operators, which ONNX Runtime, OpenVINO and TensorRT all read. Weights are symmetric int8
 with a scale for each output channel (Krishnamoorthi, arXiv 1806.08342) and are stored as int8: the file shrinks.
 Nothing is placed around the products, softmax and sums inside attention, where it would break their fused kernels.
@@ -77,12 +79,12 @@ def quantize(source: Path, destination: Path, assignment: Mapping[str, str], ran
         UnavailableError: the disk is full.
     """
     model = ir.load(source)
-    before = _weight_bytes(model)
+    before = weight_bytes(model)
     if means:
         correct_biases(model, assignment, means, scheme)
     report = rewrite(model, assignment, ranges, scheme)
     save(model, destination)
-    return QuantizeReport(dict(assignment), report, before, _weight_bytes(model))
+    return QuantizeReport(dict(assignment), report, before, weight_bytes(model))
 
 
 def rewrite(model: ir.Model, assignment: Mapping[str, str], ranges: Mapping[str, Range], scheme: Scheme,
@@ -150,7 +152,7 @@ def save(model: ir.Model, destination: Path) -> None:
     Raises:
         UnavailableError: the disk is full.
     """
-    external = f"{destination.name}.data" if _weight_bytes(model) > EXTERNAL_ABOVE_BYTES else None
+    external = f"{destination.name}.data" if weight_bytes(model) > EXTERNAL_ABOVE_BYTES else None
     make_writable(model)
     if external is None:
         ir.external_data.load_to_model(model)
@@ -158,7 +160,8 @@ def save(model: ir.Model, destination: Path) -> None:
         ir.save(model, destination, external_data=external)
 
 
-def _weight_bytes(model: ir.Model) -> int:
+def weight_bytes(model: ir.Model) -> int:
+    """Of all initializers, those in other files among them."""
     return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
 
 
@@ -226,16 +229,16 @@ class Writer:
         assert weight is not None
         channels = weight.shape.numpy()[0]
         node.resize_inputs(3)
-        node.replace_input_with(2, self._constant(f"tiny/{channels}", np.full(channels, TINY, np.float32)))
+        node.replace_input_with(2, self.constant(f"tiny/{channels}", np.full(channels, TINY, np.float32)))
 
     def weight(self, node: ir.Node, layer: Layer, limit: int) -> None:
         """Replace a weight by its integers and a DequantizeLinear."""
         integers, scale = self._integers(layer, limit)
         name = f"{integers.name}/dequantized"
         if name not in self._weights:
-            scales = self._constant(f"{integers.name}/scale", scale)
-            zeros = self._constant(f"{integers.name}/zero", np.zeros(scale.shape, np.int8))
-            dequantize = self._node("DequantizeLinear", [integers, scales, zeros], name, None, {"axis": layer.axis})
+            scales = self.constant(f"{integers.name}/scale", scale)
+            zeros = self.constant(f"{integers.name}/zero", np.zeros(scale.shape, np.int8))
+            dequantize = self.node("DequantizeLinear", [integers, scales, zeros], name, None, {"axis": layer.axis})
             self._weights[name] = dequantize.outputs[0]
         node.replace_input_with(1, self._weights[name])
 
@@ -244,24 +247,29 @@ class Writer:
         value, result = node.inputs[0], node.outputs[0]
         assert value is not None
         if value not in self._dynamic:
-            made = self._node("DynamicQuantizeLinear", [value], f"{value.name}/dynamic", value.producer(), {},
+            made = self.node("DynamicQuantizeLinear", [value], f"{value.name}/dynamic", value.producer(), {},
                               outputs=3)
             made.outputs[0].dtype = made.outputs[2].dtype = ir.DataType.UINT8
             made.outputs[1].dtype = ir.DataType.FLOAT
             self._dynamic[value] = made.outputs[0], made.outputs[1], made.outputs[2]
         integers, scale, zero = self._dynamic[value]
         weight, weight_scales = self._integers(layer, self._scheme.weight_limit)
-        product = self._node("MatMulInteger", [integers, weight, zero], f"{result.name}/int32", node, {},
+        product = self.node("MatMulInteger", [integers, weight, zero], f"{result.name}/int32", node, {},
                              dtype=ir.DataType.INT32)
-        cast = self._node("Cast", [product.outputs[0]], f"{result.name}/float", product,
+        cast = self.node("Cast", [product.outputs[0]], f"{result.name}/float", product,
                           {"to": int(ir.DataType.FLOAT)})
-        factor = self._node("Mul", [scale, self._constant(f"{layer.weight}/scale", weight_scales)],
+        factor = self.node("Mul", [scale, self.constant(f"{layer.weight}/scale", weight_scales)],
                             f"{result.name}/scale", cast, {})
-        scaled = self._node("Mul", [cast.outputs[0], factor.outputs[0]], f"{result.name}/scaled", factor, {})
+        scaled = self.node("Mul", [cast.outputs[0], factor.outputs[0]], f"{result.name}/scaled", factor, {})
+        self.take_over(node, scaled.outputs[0])
+
+    def take_over(self, node: ir.Node, value: ir.Value) -> None:
+        """Give the readers of a node's output another value, and remove the node."""
+        result = node.outputs[0]
         if result.is_graph_output():
-            scaled.outputs[0].name, result.name = result.name, None
-            scaled.outputs[0].shape = result.shape
-        ir.convenience.replace_all_uses_with(result, scaled.outputs[0], replace_graph_outputs=True)
+            value.name, result.name = result.name, None
+            value.shape = result.shape
+        ir.convenience.replace_all_uses_with(result, value, replace_graph_outputs=True)
         self._model.graph.remove(node, safe=True)
 
     def _integers(self, layer: Layer, limit: int) -> tuple[ir.Value, NDArray[np.float32]]:
@@ -274,26 +282,27 @@ class Writer:
         else:
             tensor, scale = self._stored.of(weight, layer.axis, limit, name)
         if name not in self._model.graph.initializers:
-            self._register(name, tensor, ir.Shape(weight.shape.numpy()))
+            self.register(name, tensor, ir.Shape(weight.shape.numpy()))
         return self._model.graph.initializers[name], scale
 
     def _pair(self, value: ir.Value, after: ir.Node | None) -> ir.Value:
         """QuantizeLinear and DequantizeLinear behind a value."""
         scale, zero = self._scheme.scale_and_zero(*self._ranges[value.name or ""])
         dtype: Any = np.int8 if self._scheme.signed else np.uint8
-        scales = self._constant(f"{value.name}/scale", np.asarray(scale))
-        zeros = self._constant(f"{value.name}/zero", np.asarray(zero, dtype))
-        quantized = self._node("QuantizeLinear", [value, scales, zeros], f"{value.name}/quantized", after, {},
+        scales = self.constant(f"{value.name}/scale", np.asarray(scale))
+        zeros = self.constant(f"{value.name}/zero", np.asarray(zero, dtype))
+        quantized = self.node("QuantizeLinear", [value, scales, zeros], f"{value.name}/quantized", after, {},
                                dtype=ir.DataType.INT8 if self._scheme.signed else ir.DataType.UINT8)
-        back = self._node("DequantizeLinear", [quantized.outputs[0], scales, zeros], f"{value.name}/dequantized",
+        back = self.node("DequantizeLinear", [quantized.outputs[0], scales, zeros], f"{value.name}/dequantized",
                           quantized, {})
         for made in (quantized, back):
             made.outputs[0].shape = value.shape
         return back.outputs[0]
 
-    def _node(self, op_type: str, inputs: list[ir.Value], name: str, after: ir.Node | None, attributes: dict[str, Any],
-              *, dtype: ir.DataType = ir.DataType.FLOAT, outputs: int = 1) -> ir.Node:
-        node = ir.node(op_type, inputs, attributes, num_outputs=outputs, name=name)
+    def node(self, op_type: str, inputs: list[ir.Value], name: str, after: ir.Node | None, attributes: dict[str, Any],
+             *, dtype: ir.DataType = ir.DataType.FLOAT, outputs: int = 1, domain: str = "") -> ir.Node:
+        """Add a node, at the graph's beginning without `after`; its output has its name."""
+        node = ir.node(op_type, inputs, attributes, num_outputs=outputs, name=name, domain=domain)
         for number, output in enumerate(node.outputs):
             output.name, output.dtype = name if outputs == 1 else f"{name}/{number}", dtype
         graph = self._model.graph
@@ -303,12 +312,14 @@ class Writer:
             graph.insert_after(after, node)
         return node
 
-    def _constant(self, name: str, array: NDArray[Any]) -> ir.Value:
+    def constant(self, name: str, array: NDArray[Any]) -> ir.Value:
+        """An initializer; the one of this name where there is one already."""
         if name not in self._model.graph.initializers:
-            self._register(name, ir.tensor(array, name=name), ir.Shape(list(array.shape)))
+            self.register(name, ir.tensor(array, name=name), ir.Shape(list(array.shape)))
         return self._model.graph.initializers[name]
 
-    def _register(self, name: str, tensor: ir.TensorProtocol, shape: ir.Shape) -> None:
+    def register(self, name: str, tensor: ir.TensorProtocol, shape: ir.Shape) -> None:
+        """Add an initializer; its tensor may be computed when it is written."""
         value = ir.Value(name=name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
         self._model.graph.register_initializer(value)
 

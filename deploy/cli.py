@@ -29,6 +29,7 @@ Shapes = Annotated[list[str], typer.Option(help="axis=min:opt:max, several with 
 Target = Annotated[str, typer.Option(help="onnxruntime, openvino, tensorrt, tensorrt-rtx; auto: faster on this CPU")]
 Keep = Annotated[list[str], typer.Option(help="pattern of node names or op types that stay in float32")]
 Quantization = Annotated[str, typer.Option(help="int8 recipe: hybrid, static, dynamic or weight-only")]
+TextEncoderBits = Annotated[int | None, typer.Option(help="8 or 4: of text encoders' weights in integer builds")]
 Methods = Annotated[list[str], typer.Option(help="split-skips, smoothquant, bias-correction: lose less in 8 bits")]
 CalibrationPrompts = Annotated[Path | None, typer.Option(help="prompts that ranges are found with, one a line")]
 CalibrationSamples = Annotated[int | None, typer.Option(help="U-Net calls that ranges are found from")]
@@ -63,6 +64,7 @@ def build(
     vae: Annotated[str, typer.Option(help="folder of an autoencoder in place of the model's own")] = "",
     keep: Keep = [],  # noqa: B006
     quantization: Quantization = "",
+    text_encoder_bits: TextEncoderBits = None,
     quantization_methods: Methods = [],  # noqa: B006
     calibration_prompts: CalibrationPrompts = None,
     calibration_samples: CalibrationSamples = None,
@@ -95,6 +97,8 @@ def build(
         ("model", model), ("target", target), ("precision", precision), ("quantization", quantization),
         ("range_estimator", range_estimator), ("step_cache", step_cache), ("lora_mode", lora_mode),
         ("safety_checker", safety_checker), ("cpu", cpu)) if v}
+    if text_encoder_bits is not None:
+        options["text_encoder_bits"] = text_encoder_bits
     if quantization_methods:
         options["quantization_methods"] = tuple(quantization_methods)
     if calibration_samples is not None:

@@ -92,13 +92,17 @@ def quantize_component(graph: Path, destination: Path, recipe: str, config: Mapp
     """
     import onnx_ir as ir
 
-    from calibration.layers import assign, find_layers
+    from calibration.layers import INT4, assign, find_layers
     from calibration.observe import compare
     from calibration.quantize import quantize
     from calibration.transforms import channel_means, prepare
 
     summary: dict[str, Any] = {"recipe": recipe, "scheme": asdict(scheme)}
     layers: dict[str, Any] = {}
+    if recipe == INT4:
+        report = store_in_4_bits(graph, destination, config, scheme)
+        layers["precision_map"] = report.pop("precision_map")
+        return {"summary": {**summary, **report}, "layers": layers, "relative_l2": 0.0}
     ranges: dict[str, tuple[float, float]] = {}
     lost, means, original = 0.0, {}, graph
     with tempfile.TemporaryDirectory(prefix="ldm-quantize-") as scratch:
@@ -122,6 +126,20 @@ def quantize_component(graph: Path, destination: Path, recipe: str, config: Mapp
     if recording is not None:
         lost = compare(original, destination, lambda: recording.calls(name))
     return {"summary": {**summary, **report}, "layers": layers, "relative_l2": lost}
+
+
+def store_in_4_bits(graph: Path, destination: Path, config: Mapping[str, Any], scheme: Scheme) -> dict[str, Any]:
+    """Store a text encoder's products in 4 bits and its embeddings in 8; what became of each layer, as JSON."""
+    import onnx_ir as ir
+
+    from calibration.blocks import GROUP
+    from calibration.int4 import BlockForm, find_stored, quantize_int4
+    from calibration.layers import INT4, assign
+
+    form = BlockForm(**config["blocks"])
+    assignment = assign(find_stored(ir.load(graph), form), INT4, config["keep"])
+    report = quantize_int4(graph, destination, assignment, form, scheme).to_json()
+    return {**report, "blocks": {"bits": 4, "inputs": GROUP, **config["blocks"]}}
 
 
 def relieved(graph: Path, assignment: dict[str, str], ranges: Mapping[str, tuple[float, float]], scheme: Scheme,
@@ -159,10 +177,11 @@ def names_in(bundle: Bundle) -> dict[str, list[str]]:
     """Component -> everything that a pattern of `keep` may name."""
     import onnx_ir as ir
 
-    from calibration.layers import find_layers, names_of
+    from calibration.layers import find_embeddings, find_layers, names_of
 
-    return {name: [text for layer in find_layers(ir.load(bundle.file(component.file))) for text in names_of(layer)]
-            for name, component in bundle.manifest.components.items()}
+    graphs = {name: ir.load(bundle.file(component.file)) for name, component in bundle.manifest.components.items()}
+    return {name: [text for layer in (*find_layers(graph), *find_embeddings(graph)) for text in names_of(layer)]
+            for name, graph in graphs.items()}
 
 
 def search_unet(source: Bundle, destination: Path, config: Mapping[str, Any], scheme: Scheme, recording: Recording,

@@ -17,8 +17,8 @@ from runtimes.manifest import Manifest
 LAYERS_FILE = "quantization.json"
 PICTURE_BYTES = 3_200_000  # of all pictures of a page: with them it stays below 5 MB
 SHOWN_RANGES, SHOWN_LAYERS = 6, 12
-PRECISIONS = {"w8a8": "8-bit weights and activations", "w8": "8-bit weights", "dynamic": "8 bits, ranges at run "
-                  "time", "float": "not quantized"}
+PRECISIONS = {"w8a8": "8-bit weights and activations", "w8": "8-bit weights", "w4": "4-bit weights",
+              "dynamic": "8 bits, ranges at run time", "float": "not quantized"}
 
 
 @dataclass(frozen=True)

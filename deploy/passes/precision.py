@@ -38,8 +38,8 @@ class Precision(Pass):
         chosen = [n for n, c in before.components.items() if beside_integers or c.precision == "fp32"]
         if not chosen:
             return Skip("every component is below float32 already")
-        components = {n: replace(c, precision="int8" if beside_integers else "fp16", files={}) if n in chosen else c
-                      for n, c in before.components.items()}
+        components = {n: replace(c, precision=c.precision if beside_integers else "fp16", files={})
+                      if n in chosen else c for n, c in before.components.items()}
         step = Step(self.name, self.version, config, {n: (n,) for n in chosen},
                     replace(before, components=components), f"float16, {mode}")
         return step.recorded()

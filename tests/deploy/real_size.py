@@ -64,9 +64,12 @@ XL_INDEX = INDEX | {
     "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"], "tokenizer_2": ["transformers", "CLIPTokenizer"],
     "force_zeros_for_empty_prompt": True,
 }
+SMALL = {"block_out_channels": [32] * 4, "layers_per_block": 1}
 # model_index.json, scheduler, and each network's config
 MODELS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, dict[str, Any]]]] = {
     "sd15": (INDEX, SCHEDULER, {"unet": UNET, "vae": VAE, "text_encoder": TEXT_ENCODER}),
+    # SD 1.5's text encoder beside networks that cost nothing
+    "sd15-text": (INDEX, SCHEDULER, {"unet": UNET | SMALL, "vae": VAE | SMALL, "text_encoder": TEXT_ENCODER}),
     "sdxl": (XL_INDEX, XL_SCHEDULER, {
         "unet": XL_UNET, "vae": VAE | {"sample_size": 1024, "scaling_factor": 0.13025}, "text_encoder": TEXT_ENCODER,
         "text_encoder_2": XL_TEXT_ENCODER_2}),

@@ -22,9 +22,9 @@ from tests.exporters.pipelines import edit_json, edit_weights, write_pipeline
 SHAPES = {"batch": ShapeRange(1, 1, 3), "height": ShapeRange(32, 64, 128), "width": ShapeRange(32, 64, 128)}
 
 
-def write_model(folder: Path) -> Path:
+def write_model(folder: Path, context: int = 24) -> Path:
     """`write_pipeline` with a real, tiny CLIP tokenizer, 2 VAE levels and Stable Diffusion's noise schedule."""
-    write_pipeline(folder, prediction="v_prediction", vae={
+    write_pipeline(folder, context=context, prediction="v_prediction", vae={
         "block_out_channels": (8, 16, 16), "down_block_types": ("DownEncoderBlock2D",) * 3,
         "up_block_types": ("UpDecoderBlock2D",) * 3,
     })
