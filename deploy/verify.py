@@ -51,7 +51,7 @@ def verify_bundle(path: Path, against: str | None = None, *, device: str = "cpu"
         source = load_source(origin, spec, cache, work, Silent())
         reference = Reference(source, cache=cache.root)
         prompts = tuple(manifest.spec.get("prompts", ()))
-        allowed = PRUNED if any(record.name == "prune" for record in manifest.passes) else manifest.precision
+        allowed = PRUNED if any(record.name in ("prune", "prune-vae") for record in manifest.passes) else manifest.precision
         chosen = choose(effort, options_for(manifest.source.id, prompts, device), source.manifest.components,
                         source.manifest.pipeline)
         return verify(reference, bundle, budget_for(allowed, manifest.spec.get("budget")), chosen,
