@@ -38,7 +38,8 @@ def prune_folder(spec: BuildSpec, output: Path, *, progress: Listener | None = N
         UnavailableError: torch-pruning is not installed.
     """
     if not spec.prunes:
-        raise InputError("nothing is to be pruned", where="prune", fix="give --prune, --prune-vae, --prune-blocks or --mask")
+        raise InputError("nothing is to be pruned", where="prune",
+                         fix="give --prune, --prune-vae, --prune-blocks or --mask")
     check_output(output)
     origin = open_origin(spec)
     planned = plan_all(load_passes({name: PASSES[name] for name in STAGES}), origin.manifest, spec)

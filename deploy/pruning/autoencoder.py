@@ -1,4 +1,4 @@
-"""An autoencoder made narrower, and what its two halves then learn. Its pictures are the model's own: no data is needed.
+"""An autoencoder made narrower, and what its halves then learn from pictures of the model's own: no data is needed.
 
 diffusers builds encoder and decoder from one `block_out_channels`, so both halves shrink to the same widths; which
 channels go is chosen in each apart. Latents and moments keep their channels: every other network fits as before.
