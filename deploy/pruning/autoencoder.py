@@ -46,7 +46,8 @@ class HalfRecipe(Schedule):
     """
 
     learning_rate: float = 1e-3
-    batch: int = 8
+    warmup: int = 20
+    batch: int = 4
     crop: int = 32
     absolute_weight: float = 0.5
     variance_weight: float = 0.1
