@@ -75,7 +75,7 @@ class HalfDistillation:
 
     def loss(self) -> tuple[Tensor, float]:
         """One batch: the loss, and the squared error relative to the variance of what the original answers."""
-        inputs, wanted = _example(self._decoder, self._encoder, self._drawn())
+        inputs, wanted = _example(self._decoder, self._encoder, self.drawn(self._batches))
         self._batches += 1
         found, recipe = self.network(inputs)[0], self._recipe
         if self._encoder is None:
@@ -94,9 +94,9 @@ class HalfDistillation:
         """Go on with the next batch."""
         self._batches = int(tensors["batches"])
 
-    def _drawn(self) -> Tensor:
-        """(batch, C, h, w): crops of some latents, every second one mirrored."""
-        generator = torch.Generator().manual_seed(self._recipe.seed * 1_000_003 + self._batches)
+    def drawn(self, batch: int) -> Tensor:
+        """The latents of one batch, (batch size, C, h, w): crops of some of all, every second one mirrored."""
+        generator = torch.Generator().manual_seed(self._recipe.seed * 1_000_003 + batch)
         rows = torch.randint(len(self._latents), (self._recipe.batch,), generator=generator)
         side = self._recipe.crop
         top, left = (int(torch.randint(max(size - side, 0) + 1, (), generator=generator))
@@ -172,7 +172,7 @@ def own_latents(source: Bundle, config: Mapping[str, Any], count: int) -> Tensor
 def accumulate_cycle_gradients(network: Any, latents: Tensor) -> None:
     """Leave the gradient of a reconstruction in `.grad` of every parameter of both halves.
 
-    The reconstruction is of the decoder's own pictures, ||decode(mean(encode(x))) - x||^2 with x = decode(z): an error
+    The reconstruction is of the decoder's own pictures, ||decode(mean(encode(x))) - x||^2 with x = decode(z), clipped: an error
     against its own answers would have no gradient, this one has, because no autoencoder is its own inverse.
 
     Args:
@@ -183,7 +183,7 @@ def accumulate_cycle_gradients(network: Any, latents: Tensor) -> None:
     network.requires_grad_(True)
     for part in latents.split(DRAWN_AT_ONCE // 2):
         with torch.no_grad():
-            picture = decoder(part)[0]
+            picture = decoder(part)[0].clamp(-1, 1)
         mean = encoder(picture)[0].chunk(2, 1)[0]
         F.mse_loss(decoder(mean)[0], picture).backward()
 
@@ -209,7 +209,10 @@ def _recover(source: Bundle, name: str, network: Any, smaller: Any, latents: Ten
 def _example(decoder: nn.Module, encoder: nn.Module | None, latents: Tensor) -> tuple[Tensor, Tensor]:
     """What a half is given and what the original makes of it: latents and picture, or picture and moments."""
     picture = decoder(latents)[0]
-    return (latents, picture) if encoder is None else (picture, encoder(picture)[0])
+    if encoder is None:
+        return latents, picture
+    clipped = picture.clamp(-1, 1)  # as every picture that it is given later
+    return clipped, encoder(clipped)[0]
 
 
 def _errors(found: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:

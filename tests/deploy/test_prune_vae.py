@@ -6,6 +6,7 @@ import copy
 import dataclasses
 from importlib import util
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from deploy.passes.prune_vae import HALVES, PruneVae
 from deploy.passes.recover import Recover
 from deploy.plan import Skip, Step, Unavailable
 from deploy.prune_folder import prune_folder
+from deploy.pruning.teacher import Teacher
 from deploy.pruning.training import Training
 from deploy.pruning.widths import config_of, levels_of, uniform_widths
 from deploy.spec import BuildSpec
@@ -183,12 +185,13 @@ def test_an_interrupted_half_ends_as_if_it_had_not_been_interrupted(half, tmp_pa
 
 
 def test_pictures_larger_than_a_crop_are_learned_from_in_parts(tmp_path):
-    task = learning("vae_decoder", tmp_path, 1, crop=4).task
-    drawn = [task._drawn() for _ in range(2)]
-    task._batches = 1
-    assert drawn[0].shape == (8, 4, 4, 4) and not torch.equal(drawn[0], task._drawn())
-    task._batches = 0
-    assert torch.equal(drawn[0], task._drawn()), "a batch follows from its number"
+    task: Any = learning("vae_decoder", tmp_path, 1, crop=5).task
+    drawn = [task.drawn(number) for number in (0, 1, 0)]
+    assert drawn[0].shape == (4, 4, 5, 5)
+    assert torch.equal(drawn[0], drawn[2]) and not torch.equal(drawn[0], drawn[1]), "a batch follows from its number"
+    everything = latents().unfold(2, 5, 1).unfold(3, 5, 1).permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
+    found = [(everything == crop).flatten(1).all(1).any() for crop in torch.cat([drawn[0][:2], drawn[0][2:].flip(3)])]
+    assert all(found), "two as they are, two mirrored"
 
 
 @needs_torch_pruning
@@ -198,8 +201,13 @@ def test_an_autoencoder_alone_is_built_narrower_and_recovered(tiny_model: Path, 
     monkeypatch.setattr(module, "SCORED", 2)
     monkeypatch.setattr(module, "LEARNED", 3)
     monkeypatch.setattr(module, "JUDGED", 2)
-    loads = []
-    monkeypatch.setattr(module.Teacher, "load", lambda *a, load=module.Teacher.load: loads.append(a) or load(*a))
+    loads, load = [], Teacher.load
+
+    def counted(*arguments: Any) -> Teacher:
+        loads.append(arguments)
+        return load(*arguments)
+
+    monkeypatch.setattr(Teacher, "load", counted)
     spec = BuildSpec(model=str(tiny_model), prune_vae=0.25, recover=3, budget=LENIENT)
     outcome = run_build(spec, tmp_path / "b")
     manifest = outcome.bundle.manifest
@@ -244,7 +252,7 @@ def test_the_folder_has_of_each_half_what_that_half_learned(tiny_model: Path, tm
 
     monkeypatch.setattr(module, "LEARNED", 3)
     monkeypatch.setattr(module, "JUDGED", 2)
-    options = {"model": str(tiny_model), "prune_vae": 0.25, "prune_method": "l2", "verify": "no"}
+    options: dict[str, Any] = {"model": str(tiny_model), "prune_vae": 0.25, "prune_method": "l2", "verify": "no"}
     prune_folder(BuildSpec(**options), tmp_path / "pruned")
     prune_folder(BuildSpec(**options, recover=2), tmp_path / "recovered")
     before, after = (load_file(tmp_path / name / "vae" / "diffusion_pytorch_model.safetensors")
