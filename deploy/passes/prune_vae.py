@@ -7,8 +7,10 @@ from importlib import util
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from deploy.origin import VAE_HALVES
 from deploy.passes.prune import WEIGHTS_FILE, drawing_config
 from deploy.plan import Pass, Planned, Skip, Step, Unavailable
+from deploy.pruning.widths import AUTOENCODER
 from runtimes.bundle import Bundle, records_below
 from runtimes.errors import InputError
 from runtimes.manifest import Component, Manifest
@@ -16,7 +18,7 @@ from runtimes.manifest import Component, Manifest
 if TYPE_CHECKING:
     from deploy.spec import BuildSpec
 
-HALVES, PRUNABLE = ("vae_encoder", "vae_decoder"), "AutoencoderKL"
+HALVES = tuple(VAE_HALVES)
 DRAWS_WITH = ("unet", "text_encoder")
 
 
@@ -40,9 +42,9 @@ class PruneVae(Pass):
             if component.format != "safetensors":
                 raise InputError(f"{half} is {component.format}, expected safetensors", where="pass prune-vae",
                                  fix="prune-vae comes after load and before export")
-            if component.class_name != PRUNABLE:
+            if component.class_name != AUTOENCODER:
                 raise InputError(f"the autoencoder is {component.class_name}, which cannot be pruned",
-                                 where="pass prune-vae", fix=f"leave out --prune-vae: it can prune {PRUNABLE} only")
+                                 where="pass prune-vae", fix=f"leave out --prune-vae: it can prune {AUTOENCODER} only")
             components[half] = replace(component, files={}, file=f"components/{half}/{WEIGHTS_FILE}")
         if drawn and (absent := [name for name in DRAWS_WITH if name not in before.components]):
             raise InputError(f"there is no {absent[0]} to draw with", where="pass prune-vae",

@@ -172,8 +172,8 @@ def own_latents(source: Bundle, config: Mapping[str, Any], count: int) -> Tensor
 def accumulate_cycle_gradients(network: Any, latents: Tensor) -> None:
     """Leave the gradient of a reconstruction in `.grad` of every parameter of both halves.
 
-    The reconstruction is of the decoder's own pictures, ||decode(mean(encode(x))) - x||^2 with x = decode(z), clipped: an error
-    against its own answers would have no gradient, this one has, because no autoencoder is its own inverse.
+    The reconstruction is of the decoder's own pictures, ||decode(mean(encode(x))) - x||^2 with x = decode(z), clipped:
+    an error against its own answers would have no gradient; this one has, because no autoencoder is its own inverse.
 
     Args:
         network: an AutoencoderKL.

@@ -76,7 +76,7 @@ def learning(half: str, folder: Path, steps: int, **more) -> Training:
 
     network = autoencoder()
     student = copy.deepcopy(network)
-    torch_component(half, student).get_submodule(f"{half.removeprefix('vae_')}.conv_out").weight.mul_(0.5)
+    getattr(student, half.removeprefix("vae_")).conv_out.weight.mul_(0.5)
     decoder, encoder = torch_component("vae_decoder", network), torch_component("vae_encoder", network)
     recipe = HalfRecipe(steps, **more)
     task = HalfDistillation(torch_component(half, student), decoder, encoder if half == "vae_encoder" else None,
