@@ -215,7 +215,8 @@ def _compare(gate: Gate, done: _Done, waiting: list[_Done], listener: Listener) 
         ParityError: naming the pass.
     """
     try:
-        return gate.after_pass(done.step.pass_name, done.step.reads, done.after, listener)
+        return gate.after_pass(done.step.pass_name, done.step.reads, done.after, listener,
+                               changes_network=done.instance.changes_network)
     except ParityError as error:
         for earlier in waiting:
             _compare(gate, earlier, [], listener)

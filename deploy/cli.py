@@ -37,6 +37,7 @@ RangeEstimator = Annotated[str, typer.Option(help="minmax, percentile, mse or en
 Lora = Annotated[list[str], typer.Option(help="LoRA, FILE or FILE:SCALE; may come again")]
 EngineOptions = Annotated[list[str], typer.Option(help="TensorRT builder: capabilities=SM86+SM89, static=true, …")]
 Prune = Annotated[float, typer.Option(help="share of the denoising network's channels to remove: 0.3")]
+PruneVae = Annotated[float, typer.Option(help="share of the autoencoder's channels to remove: 0.25")]
 PruneMethod = Annotated[str, typer.Option(help="what a channel's importance is: taylor, l1 or l2")]
 PruneWidths = Annotated[str, typer.Option(help="levels lose the same share (uniform) or what they bear (sensitivity)")]
 PruneBlocks = Annotated[str, typer.Option(help="whole blocks to remove, BK-SDM's base, small or tiny")]
@@ -75,6 +76,7 @@ def build(
                                                                   "--cache-interval")] = False,
     safety_checker: Annotated[bool, typer.Option("--safety-checker", help="export the model's own too")] = False,
     prune: Prune = 0.0,
+    prune_vae: PruneVae = 0.0,
     prune_method: PruneMethod = "",
     prune_widths: PruneWidths = "",
     prune_blocks: PruneBlocks = "",
@@ -109,7 +111,7 @@ def build(
         options["calibration_prompts"] = read_prompts(calibration_prompts)
     options |= {name: files for name, files in (("lora", tuple(lora)), ("embedding", tuple(embedding)),
                                                 ("vae", vae)) if files}
-    options |= _pruning(prune, prune_method, prune_widths, prune_blocks, mask, recover, recover_prompts)
+    options |= _pruning(prune, prune_vae, prune_method, prune_widths, prune_blocks, mask, recover, recover_prompts)
     if shapes:
         profiles = parse_shapes(shapes)
         options["shapes"] = covering(profiles)
@@ -136,6 +138,7 @@ def build(
 def prune_model(
     model: ModelArgument = "",
     prune: Prune = 0.0,
+    prune_vae: PruneVae = 0.0,
     prune_method: PruneMethod = "",
     prune_widths: PruneWidths = "",
     prune_blocks: PruneBlocks = "",
@@ -152,21 +155,21 @@ def prune_model(
     from deploy.prune_folder import prune_folder
     from deploy.spec import make_spec, parse_budget
 
-    options = _pruning(prune, prune_method, prune_widths, prune_blocks, mask, recover, recover_prompts)
+    options = _pruning(prune, prune_vae, prune_method, prune_widths, prune_blocks, mask, recover, recover_prompts)
     options |= {"model": model} if model else {}
     options |= {"budget": parse_budget(budget), "verify": "no" if no_verify else verify}
     with console.BuildProgress() as progress:
-        component = prune_folder(make_spec(options), output, progress=progress)
-    console.show_pruned(component, output)
+        components = prune_folder(make_spec(options), output, progress=progress)
+    console.show_pruned(components, output)
 
 
-def _pruning(prune: float, method: str, widths: str, blocks: str, mask: str, recover: int,
+def _pruning(prune: float, vae: float, method: str, widths: str, blocks: str, mask: str, recover: int,
              prompts: Path | None) -> dict[str, Any]:
-    """What was given of the options that shrink the network."""
+    """What was given of the options that shrink networks."""
     from calibration.prompts import read_prompts
 
-    given = {"prune": prune, "prune_method": method, "prune_widths": widths, "prune_blocks": blocks, "mask": mask,
-             "recover": recover, "recover_prompts": read_prompts(prompts) if prompts else ()}
+    given = {"prune": prune, "prune_vae": vae, "prune_method": method, "prune_widths": widths, "prune_blocks": blocks,
+             "mask": mask, "recover": recover, "recover_prompts": read_prompts(prompts) if prompts else ()}
     return {name: value for name, value in given.items() if value}
 
 

@@ -119,15 +119,17 @@ def show_plan(planned: Sequence[PlannedPass], spec: BuildSpec, output: Path | No
     out.print(f"target {spec.target}, precision {spec.precision}, verify {spec.verify}, output {output or 'build/…'}")
 
 
-def show_pruned(component: Component, folder: Path) -> None:
-    """What `prune` made of the network, where it lies."""
-    before, channels = component.details["pruning"]["parameters_before"], component.details["pruning"].get("channels")
-    out.print(f"{component.parameters / 1e6:.1f} of {before / 1e6:.1f} million weights")
-    if channels:
-        widths = (" ".join(map(str, channels[key])) for key in ("before", "kept"))
-        out.print("channels per level: " + " -> ".join(widths))
-    if recovery := component.details.get("recovery"):
-        out.print(f"relative L2 of a call {recovery['relative_l2_before']:.3f} -> {recovery['relative_l2_after']:.3f}")
+def show_pruned(components: Mapping[str, Component], folder: Path) -> None:
+    """What `prune` made of each network, where they lie."""
+    for name, component in components.items():
+        pruning = component.details["pruning"]
+        before, channels = pruning["parameters_before"], pruning.get("channels")
+        out.print(f"{name}: {component.parameters / 1e6:.1f} of {before / 1e6:.1f} million weights")
+        if channels:
+            widths = (" ".join(map(str, channels[key])) for key in ("before", "kept"))
+            out.print("channels per level: " + " -> ".join(widths))
+        if found := component.details.get("recovery"):
+            out.print(f"relative L2 of a call {found['relative_l2_before']:.3f} -> {found['relative_l2_after']:.3f}")
     out.print(f"written: {folder}")
 
 

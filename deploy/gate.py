@@ -63,7 +63,11 @@ class Gate:
         self.seconds, self.peak_rss_bytes = 0.0, 0
         self.pictures: list[Picture] = []
         self._spec, self._cache, self._source_id = spec, cache, source_id
-        self._budget = budget_for(PRUNED if spec.prunes else spec.precision, spec.budget)
+        # A network that was made another on purpose is judged by the budget for that, once; a budget so wide would hide
+        # what the passes around it break.
+        self._budget_of_change = budget_for(PRUNED if spec.prunes else spec.precision, spec.budget)
+        within = budget_for(spec.precision, spec.budget).component_relative_l2
+        self._budget = replace(self._budget_of_change, component_relative_l2=within)
         self._effort = Effort("full", options_for(source_id, spec.prompts))
         self._reference: Reference | None = None
         self._network: Reference | None = None  # what components are compared with
@@ -85,18 +89,22 @@ class Gate:
         return self._effort.options.small
 
     def rebase(self, bundle: Bundle) -> None:
-        """Compare components with these from now on: a network that was made another on purpose has been judged by the
-        budget for that, and a budget so wide would hide what a later pass breaks. Pictures stay the source's.
-        """
+        """Compare components with these from now on; pictures stay the source's."""
         if self._reference is None:
             return
         self._network = Reference(bundle, cache=self._cache.root)
-        within = budget_for(self._spec.precision, self._spec.budget).component_relative_l2
-        self._budget = replace(self._budget, component_relative_l2=within)
         self._figures = {}
 
-    def after_pass(self, pass_name: str, written: Iterable[str], bundle: Bundle, listener: Listener) -> Bundle:
+    def after_pass(self, pass_name: str, written: Iterable[str], bundle: Bundle, listener: Listener, *,
+                   changes_network: bool = False) -> Bundle:
         """Compare the components that a pass wrote; gives the bundle back with their figures in its manifest.
+
+        Args:
+            pass_name: in messages.
+            written: names of the components.
+            bundle: what the pass left.
+            listener: told what happens.
+            changes_network: whether the pass meant to leave another network.
 
         Raises:
             ParityError: naming the pass, component, shape and worst output.
@@ -105,17 +113,18 @@ class Gate:
             return bundle
         components = dict(bundle.manifest.components)
         self._unverified = {}
+        budget = self._budget_of_change if changes_network else self._budget
         with self._timed():
             for name in written:
                 listener.working(f"{pass_name}: comparing {name} with PyTorch")
                 report = self._check(self._network, bundle, name)
-                enforce(report, self._budget, pass_name)
+                enforce(report, budget, pass_name)
                 self._unverified.update(report.unverified)
                 self._figures.update(report.figures)
                 # What cannot be executed here (an engine without its GPU) keeps the figures of the graph it was
                 # made from, and `unverified` says so.
                 if name in self._figures:
-                    parity = component_json(self._figures[name], self._budget)
+                    parity = component_json(self._figures[name], budget)
                     components[name] = replace(components[name], parity=parity)
                 if name in report.figures and components[name].details.get("executed") is False:
                     details = {k: v for k, v in components[name].details.items() if k != "not_executed"}

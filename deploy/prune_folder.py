@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from deploy.builder import Listener, Silent, run_passes, workspace
 from deploy.cache import Cache, default_root, rooted
-from deploy.origin import open_origin
+from deploy.origin import VAE_HALVES, open_origin
 from deploy.passes import PASSES
 from deploy.plan import Step, Unavailable, load_passes, plan_all
 from deploy.spec import BuildSpec
-from runtimes.bundle import check_output, committed, link_or_copy, translated_disk_errors
+from runtimes.bundle import Bundle, check_output, committed, link_or_copy, translated_disk_errors
 from runtimes.errors import InputError
 from runtimes.manifest import Component
 
-STAGES = ("load", "prune", "recover")
+STAGES = ("load", "prune-vae", "prune", "recover")
 PRUNED_FILE = "diffusion_pytorch_model.safetensors"
 
 
 def prune_folder(spec: BuildSpec, output: Path, *, progress: Listener | None = None,
-                 cache_root: Path | None = None) -> Component:
+                 cache_root: Path | None = None) -> dict[str, Component]:
     """Prune a model, let it recover, compare it with the original and write it in the layout it came in.
 
     Args:
@@ -29,15 +30,16 @@ def prune_folder(spec: BuildSpec, output: Path, *, progress: Listener | None = N
         cache_root: where finished stages are kept; default `~/.cache/ldm-deploy`.
 
     Returns:
-        the record of the pruned network.
+        the records of the pruned networks by name.
 
     Raises:
-        InputError: nothing is to be pruned, or the ratio does not fit the model.
-        ParityError: the pruned network breaks the budget.
+        InputError: nothing is to be pruned, or a ratio does not fit the model.
+        ParityError: a pruned network breaks the budget.
         UnavailableError: torch-pruning is not installed.
     """
     if not spec.prunes:
-        raise InputError("nothing is to be pruned", where="prune", fix="give --prune, --prune-blocks or --mask")
+        raise InputError("nothing is to be pruned", where="prune",
+                         fix="give --prune, --prune-vae, --prune-blocks or --mask")
     check_output(output)
     origin = open_origin(spec)
     planned = plan_all(load_passes({name: PASSES[name] for name in STAGES}), origin.manifest, spec)
@@ -47,17 +49,33 @@ def prune_folder(spec: BuildSpec, output: Path, *, progress: Listener | None = N
     cache = Cache(cache_root or default_root())
     with translated_disk_errors(cache.root), rooted(cache.root), workspace(cache.root) as work:
         bundle, _ = run_passes(spec, origin, planned, cache, work, progress or Silent())
-        changed = {name for entry in planned[1:] if isinstance(entry.planned, Step) for name in entry.planned.reads}
+        names = {name for entry in planned[1:] if isinstance(entry.planned, Step) for name in entry.planned.reads}
+        changed = {name: bundle.component(name) for name in sorted(names & set(bundle.manifest.components))}
+        parts = {part: {name: c for name, c in changed.items() if c.details["source_component"] == part}
+                 for part in {c.details["source_component"] for c in changed.values()}}
         with committed(output) as folder:
             for file in sorted(p for p in origin.path.rglob("*") if p.is_file()):
                 name = file.relative_to(origin.path)
-                if name.parts[0] not in changed:
+                if name.parts[0] not in parts:
                     (folder / name).parent.mkdir(parents=True, exist_ok=True)
                     link_or_copy(file, folder / name)
-            for part in changed & set(bundle.manifest.components):
-                component = bundle.component(part)
+            for part, components in parts.items():
                 (folder / part).mkdir()
-                for file_name in component.files:
-                    diffusers_name = PRUNED_FILE if file_name == component.file else Path(file_name).name
-                    link_or_copy(bundle.path / file_name, folder / part / diffusers_name)
-    return bundle.component("unet")
+                _write_part(bundle, components, folder / part)
+    return changed
+
+
+def _write_part(bundle: Bundle, components: Mapping[str, Component], folder: Path) -> None:
+    """One network of the pipeline, of whose components each has the weights that it uses."""
+    first = next(iter(components.values()))
+    for file_name in first.files:
+        if file_name != first.file:
+            link_or_copy(bundle.path / file_name, folder / Path(file_name).name)
+    if len(components) == 1:
+        link_or_copy(bundle.file(first.file), folder / PRUNED_FILE)
+        return
+    from safetensors.torch import load_file, save_file
+
+    weights = {key: tensor for name, component in components.items()
+               for key, tensor in load_file(bundle.file(component.file)).items() if key.startswith(VAE_HALVES[name])}
+    save_file(weights, folder / PRUNED_FILE, {"format": "pt"})

@@ -1,4 +1,4 @@
-"""The part of a build spec that asks for a smaller network: `--prune`, `--recover` and their refinements."""
+"""The part of a build spec that asks for smaller networks: `--prune`, `--prune-vae`, `--recover`, refinements."""
 
 from __future__ import annotations
 
@@ -10,20 +10,24 @@ from runtimes.errors import InputError
 
 
 class PruningOptions(BaseModel):
-    """What is taken out of the denoising network, and how it learns to do without.
+    """What is taken out of the denoising network and the autoencoder, and how they learn to do without.
 
     Attributes:
         prune: share of its channels to remove, 0 to 1 (`deploy.pruning.widths`).
+        prune_vae: share of the autoencoder's channels to remove, of encoder and decoder alike, 0 to 1
+            (`deploy.pruning.autoencoder`).
         prune_method: what a channel's importance is (`deploy.pruning.importance`).
         prune_widths: every level loses the same share, or each as much as the output bears
             (`deploy.pruning.sensitivity`).
         prune_blocks: whole blocks to remove first, named as BK-SDM does (`deploy.pruning.blocks`).
         mask: weights to set to zero without changing a shape (`deploy.pruning.masks`).
-        recover: optimizer steps of distillation from the original (`deploy.pruning.distill`).
+        recover: optimizer steps of distillation from the original, for each network that was pruned
+            (`deploy.pruning.training`).
         recover_prompts: what it is distilled on; the model's own set when empty.
     """
 
     prune: float = Field(default=0.0, ge=0, lt=1)
+    prune_vae: float = Field(default=0.0, ge=0, lt=1)
     prune_method: Literal["taylor", "l1", "l2"] = "taylor"
     prune_widths: Literal["uniform", "sensitivity"] = "uniform"
     prune_blocks: Literal["none", "base", "small", "tiny"] = "none"
@@ -33,14 +37,19 @@ class PruningOptions(BaseModel):
 
     @property
     def prunes(self) -> bool:
-        """Whether the network will differ from its source by more than rounding."""
+        """Whether a network will differ from its source by more than rounding."""
+        return self.prunes_denoiser or self.prune_vae > 0
+
+    @property
+    def prunes_denoiser(self) -> bool:
+        """Whether the denoising network is one of them."""
         return self.prune > 0 or self.prune_blocks != "none" or self.mask != "none"
 
     @model_validator(mode="after")
     def _recovers_from_something(self) -> PruningOptions:
         if self.recover and not self.prunes:
             raise InputError("nothing is pruned that could recover", where="--recover",
-                             fix="give --prune, --prune-blocks or --mask, too")
+                             fix="give --prune, --prune-vae, --prune-blocks or --mask, too")
         if self.recover_prompts and not self.recover:
             raise InputError("prompts to distil on, but no steps", where="--recover-prompts", fix="give --recover, too")
         return self

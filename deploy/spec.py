@@ -16,6 +16,7 @@ from runtimes.tensors import ShapeRange
 REFERENCE = "reference"
 Target = Literal["onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", "auto"]
 LOCAL_FILES = ("lora", "embedding", "vae")  # fields that name files outside the model
+LATER_OPTIONS = ("prune_vae",)  # fields that a manifest holds only where they are used
 ENGINE_TARGETS = ("tensorrt", "tensorrt-rtx")
 Precision = Literal["fp32", "fp16", "int8", "auto"]
 Quantization = Literal["hybrid", "static", "dynamic", "weight-only"]
@@ -148,7 +149,9 @@ class BuildSpec(PruningOptions):
 
         Files outside the model stand with their hashes in the passes' records and among the source's weights.
         """
-        content = self.model_dump(mode="json", exclude={"model", "shapes", "profiles", *LOCAL_FILES})
+        # A bundle that does not use an option keeps the digest it had before there was that option.
+        unused = {name for name in LATER_OPTIONS if getattr(self, name) == type(self).model_fields[name].default}
+        content = self.model_dump(mode="json", exclude={"model", "shapes", "profiles", *LOCAL_FILES, *unused})
         content["shapes"] = _shown(self.shapes)
         if self.text_encoder_bits == 8:
             del content["text_encoder_bits"]  # bundles from before there was a choice keep their digest

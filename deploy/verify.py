@@ -51,7 +51,8 @@ def verify_bundle(path: Path, against: str | None = None, *, device: str = "cpu"
         source = load_source(origin, spec, cache, work, Silent())
         reference = Reference(source, cache=cache.root)
         prompts = tuple(manifest.spec.get("prompts", ()))
-        allowed = PRUNED if any(record.name == "prune" for record in manifest.passes) else manifest.precision
+        pruned = not {"prune", "prune-vae"}.isdisjoint(record.name for record in manifest.passes)
+        allowed = PRUNED if pruned else manifest.precision
         chosen = choose(effort, options_for(manifest.source.id, prompts, device), source.manifest.components,
                         source.manifest.pipeline)
         return verify(reference, bundle, budget_for(allowed, manifest.spec.get("budget")), chosen,

@@ -3,6 +3,7 @@
 PASSES: dict[str, str] = {
     "load": "deploy.passes.load:Load",
     "adapters": "deploy.passes.adapters:Adapters",
+    "prune-vae": "deploy.passes.prune_vae:PruneVae",
     "prune": "deploy.passes.prune:Prune",
     "recover": "deploy.passes.recover:Recover",
     "export": "deploy.passes.export:Export",

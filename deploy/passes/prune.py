@@ -33,8 +33,8 @@ class Prune(Pass):
 
     def plan(self, before: Manifest, spec: BuildSpec) -> Planned:
         """The U-Net, when the spec asks for any pruning."""
-        if not spec.prunes:
-            return Skip("nothing is to be pruned")
+        if not spec.prunes_denoiser:
+            return Skip("the denoising network is not to be pruned")
         component = before.components.get(NAME)
         if component is None:
             raise InputError(f"there is no {NAME}", where="pass prune", fix="leave out --prune")

@@ -27,8 +27,8 @@ class Recover(Pass):
 
     def plan(self, before: Manifest, spec: BuildSpec) -> Planned:
         """The pruned U-Net, when the spec gives it steps to learn in."""
-        if not spec.recover:
-            return Skip("no recovery was asked for")
+        if not (spec.recover and spec.prunes_denoiser):
+            return Skip("no recovery of the denoising network was asked for")
         if TEACHER not in before.components or before.components[NAME].format != "safetensors":
             raise InputError("there is no original to learn from", where="pass recover",
                              fix="recover comes right after prune")

@@ -12,9 +12,10 @@ import torch
 
 from deploy.cache import default_root
 from deploy.console import err
-from deploy.pruning.distill import Recipe, Recovery
+from deploy.pruning.distill import Distillation, Recipe
 from deploy.pruning.network import relative_error
 from deploy.pruning.teacher import Teacher, load_source_module
+from deploy.pruning.training import Schedule, Task, Training
 from runtimes.bundle import Bundle
 from runtimes.manifest import digest_of, to_json
 
@@ -39,28 +40,47 @@ def recover_unet(source: Bundle, name: str, teacher_name: str, config: Mapping[s
         ParityError: the loss is not finite.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    # Backward passes of convolutions are a quarter faster with the channels last.
-    student = load_source_module(source, source.component(name)).to(device, memory_format=torch.channels_last)
+    student = load_source_module(source, source.component(name)).to(device)
     teacher = Teacher.load(source, teacher_name, config["prompts"], config["guidance_scale"], device)
     judged = teacher.trajectories(DRAWINGS // 4, seed=JUDGED_SEED)
     batches = [judged.advance() for _ in range(16)]
     before = relative_error(student, batches)
     recipe = Recipe(config["steps"])
     weights = {n: source.component(n).sha256 for n in (name, teacher_name, "text_encoder")}
-    folder = (root or default_root() / "recover") / digest_of({"weights": weights, "config": to_json(config)})
-    recovery = Recovery(student, teacher.observed, teacher.trajectories(DRAWINGS, recipe.seed), recipe,
-                        teacher.guidance_scale, folder, keep_zeros=config["keep_zeros"])
-    if recovery.step:
-        err.print(f"recover: going on from step {recovery.step} of {recipe.steps}")
-    try:
-        network = recovery.run(_progress(recipe.steps, recovery.step))
-    except KeyboardInterrupt:
-        recovery.save()
-        raise
-    shutil.rmtree(folder)
-    network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    task = Distillation(student, teacher.observed, teacher.trajectories(DRAWINGS, recipe.seed), recipe,
+                        teacher.guidance_scale)
+    network = train(task, recipe, {"weights": weights, "config": to_json(config)}, root,
+                    keep_zeros=config["keep_zeros"])
     return network, {"steps": recipe.steps, "device": device, "relative_l2_before": round(before, 5),
                      "relative_l2_after": round(relative_error(network, batches), 5)}
+
+
+def train(task: Task, schedule: Schedule, key: Mapping[str, Any], root: Path | None = None, *,
+          keep_zeros: bool = False) -> Any:
+    """Train to the end, going on from where an earlier call with the same key was cut off.
+
+    Args:
+        task: what is learned.
+        schedule: how long and how fast.
+        key: what decides the result, JSON-able; names the folder of the checkpoint.
+        root: below it lies that folder until the last step; default `~/.cache/ldm-deploy/recover`.
+        keep_zeros: weights that are zero stay zero.
+
+    Raises:
+        ParityError: the loss is not finite.
+    """
+    folder = (root or default_root() / "recover") / digest_of(key)
+    task.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a quarter faster backwards
+    training = Training(task, schedule, folder, keep_zeros=keep_zeros)
+    if training.step:
+        err.print(f"recover: going on from step {training.step} of {schedule.steps}")
+    try:
+        network = training.run(_progress(schedule.steps, training.step))
+    except KeyboardInterrupt:
+        training.save()
+        raise
+    shutil.rmtree(folder)
+    return network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
 
 def _progress(steps: int, first: int) -> Callable[[int, float], None]:

@@ -107,7 +107,7 @@ def test_importance_along_the_trajectory_and_sensitive_widths_need_only_prompts(
     monkeypatch.setattr(importance, "TIMESTEPS", 3)
     monkeypatch.setattr(network, "SCAN_BATCHES", 2)
     spec = BuildSpec(model=str(tiny_model), prune=0.3, prune_widths="sensitivity", verify="no")
-    component = prune_folder(spec, tmp_path / "pruned")
+    component = prune_folder(spec, tmp_path / "pruned")["unet"]
     details = component.details["pruning"]["channels"]
     assert details["method"] == "taylor" and sum(details["kept"]) < sum(details["before"])
     for errors, width in zip(details["sensitivity"], details["before"], strict=True):

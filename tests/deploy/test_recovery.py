@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from deploy.pruning.distill import Observed, Recipe, Recovery
+from deploy.pruning.distill import Distillation, Observed, Recipe
 from deploy.pruning.masks import mask_two_of_four
 from deploy.pruning.network import relative_error
+from deploy.pruning.training import Training
 from deploy.pruning.trajectory import Diffusion, Trajectories
 from runtimes.errors import InputError, ParityError
 from runtimes.schedulers import from_config
@@ -33,7 +34,7 @@ def make(folder, recipe, *, student=None, size=4, **more):
     prompts = torch.randn(3, 5, 12, generator=generator)
     stream = Trajectories(teacher, Diffusion.from_config({**CONFIG, "prediction_type": "v_prediction"}), prompts,
                           torch.zeros(5, 12), (4, 8, 8), 3.0, size, recipe.seed)
-    return Recovery(student, teacher, stream, recipe, 3.0, folder, **more), stream
+    return Training(Distillation(student, teacher, stream, recipe, 3.0), recipe, folder, **more), stream
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
@@ -74,7 +75,7 @@ def test_the_student_comes_nearer_to_its_teacher(tmp_path):
     recovery, _ = make(tmp_path, Recipe(40, learning_rate=1e-3, warmup=5, ema=0.8), size=4)
     _, other = make(tmp_path / "other", Recipe(1, seed=5))
     judged = [other.advance() for _ in range(2)]
-    before = relative_error(recovery._student.network, judged)
+    before = relative_error(recovery.task.network, judged)
     errors = []
     network = recovery.run(lambda step, error: errors.append(error))
     assert len(errors) == 40

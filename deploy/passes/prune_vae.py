@@ -1,0 +1,74 @@
+"""`prune-vae`: the autoencoder made narrower before export, and taught by the original; diffusers still loads it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib import util
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from deploy.origin import VAE_HALVES
+from deploy.passes.prune import WEIGHTS_FILE, drawing_config
+from deploy.plan import Pass, Planned, Skip, Step, Unavailable
+from deploy.pruning.widths import AUTOENCODER
+from runtimes.bundle import Bundle, records_below
+from runtimes.errors import InputError
+from runtimes.manifest import Component, Manifest
+
+if TYPE_CHECKING:
+    from deploy.spec import BuildSpec
+
+HALVES = tuple(VAE_HALVES)
+DRAWS_WITH = ("unet", "text_encoder")
+
+
+class PruneVae(Pass):
+    """Both halves to the same widths, each with a result of its own. Comes before `prune`: the original U-Net draws."""
+
+    name: ClassVar[str] = "prune-vae"
+    version: ClassVar[int] = 1
+    libraries: ClassVar[tuple[str, ...]] = ("torch", "diffusers", "torch-pruning")
+    verify: ClassVar[bool] = True
+    changes_network: ClassVar[bool] = True
+
+    def plan(self, before: Manifest, spec: BuildSpec) -> Planned:
+        """Encoder and decoder, when the spec asks for it."""
+        if not spec.prune_vae:
+            return Skip("the autoencoder keeps its channels")
+        drawn = spec.prune_method == "taylor" or spec.recover > 0
+        components = dict(before.components)
+        for half in HALVES:
+            component = before.components[half]
+            if component.format != "safetensors":
+                raise InputError(f"{half} is {component.format}, expected safetensors", where="pass prune-vae",
+                                 fix="prune-vae comes after load and before export")
+            if component.class_name != AUTOENCODER:
+                raise InputError(f"the autoencoder is {component.class_name}, which cannot be pruned",
+                                 where="pass prune-vae", fix=f"leave out --prune-vae: it can prune {AUTOENCODER} only")
+            components[half] = replace(component, files={}, file=f"components/{half}/{WEIGHTS_FILE}")
+        if drawn and (absent := [name for name in DRAWS_WITH if name not in before.components]):
+            raise InputError(f"there is no {absent[0]} to draw with", where="pass prune-vae",
+                             fix="prune it with --prune-method l2 and without --recover")
+        if util.find_spec("torch_pruning") is None:
+            return Unavailable("torch-pruning is not installed", "pass prune-vae", "pip install 'ldm-deploy[prune]'")
+        config = {"prune": spec.prune_vae, "method": spec.prune_method, "steps": spec.recover,
+                  **drawing_config(before, spec)}
+        learns = f", {spec.recover} steps of distillation for each half" if spec.recover else ""
+        reads = {half: (half, *DRAWS_WITH) if drawn else (half,) for half in HALVES}
+        step = Step(self.name, self.version, config, reads, replace(before, components=components),
+                    f"{spec.prune_vae:.0%} of the autoencoder's channels, {spec.prune_method}{learns}")
+        return step.recorded()
+
+    def run(self, step: Step, name: str, source: Bundle, out: Path) -> Component:
+        """Prune the autoencoder, let this half of it learn; what was learned before an interruption is gone on from."""
+        from deploy.pruning.autoencoder import prune_half
+        from deploy.pruning.network import write_network
+        from exporters.modules import torch_component
+
+        planned, folder = step.after.components[name], out / "components" / name
+        folder.mkdir(parents=True)
+        network, details = prune_half(source, name, step.config)
+        write_network(network, folder / WEIGHTS_FILE, planned.precision)
+        return replace(planned, files=records_below(folder, out),
+                       parameters=sum(p.numel() for p in torch_component(name, network).parameters()),
+                       details={**planned.details, **details})
