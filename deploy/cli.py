@@ -99,12 +99,10 @@ def build(
         ("model", model), ("target", target), ("precision", precision), ("quantization", quantization),
         ("range_estimator", range_estimator), ("step_cache", step_cache), ("lora_mode", lora_mode),
         ("safety_checker", safety_checker), ("cpu", cpu)) if v}
-    if text_encoder_bits is not None:
-        options["text_encoder_bits"] = text_encoder_bits
+    options |= {name: number for name, number in (("text_encoder_bits", text_encoder_bits),
+                                                  ("calibration_samples", calibration_samples)) if number is not None}
     if quantization_methods:
         options["quantization_methods"] = tuple(quantization_methods)
-    if calibration_samples is not None:
-        options["calibration_samples"] = calibration_samples
     if calibration_prompts is not None:
         from calibration.prompts import read_prompts
 
