@@ -16,7 +16,7 @@ from runtimes.tensors import ShapeRange
 REFERENCE = "reference"
 Target = Literal["onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", "auto"]
 LOCAL_FILES = ("lora", "embedding", "vae")  # fields that name files outside the model
-LATER_OPTIONS = ("prune_vae",)  # fields that a manifest holds only where they are used
+LATER_OPTIONS = ("prune_vae", "text_encoder_bits")  # fields that a manifest holds only where they are used
 ENGINE_TARGETS = ("tensorrt", "tensorrt-rtx")
 Precision = Literal["fp32", "fp16", "int8", "auto"]
 Quantization = Literal["hybrid", "static", "dynamic", "weight-only"]
@@ -153,8 +153,6 @@ class BuildSpec(PruningOptions):
         unused = {name for name in LATER_OPTIONS if getattr(self, name) == type(self).model_fields[name].default}
         content = self.model_dump(mode="json", exclude={"model", "shapes", "profiles", *LOCAL_FILES, *unused})
         content["shapes"] = _shown(self.shapes)
-        if self.text_encoder_bits == 8:
-            del content["text_encoder_bits"]  # bundles from before there was a choice keep their digest
         content["profiles"] = [_shown(profile) for profile in self.profiles]
         return content
 

@@ -1,4 +1,4 @@
-"""The command line as a function."""
+"""The command line as a function, and what tests of passes start from."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import NamedTuple
 import pytest
 
 from deploy.cli import main
+from runtimes.bundle import Bundle
+from tests.parity.pipelines import source_bundle
 
 
 class Result(NamedTuple):
@@ -53,6 +55,18 @@ def copy(reference_bundle: Path, tmp_path: Path) -> Path:
     for file in folder.rglob("*"):
         file.chmod(0o755 if file.is_dir() else 0o644)
     return folder
+
+
+@pytest.fixture(scope="module")
+def source(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The tiny model as the bundle that passes start from."""
+    return source_bundle(tiny_model, tmp_path_factory.mktemp("source") / "b")
+
+
+@pytest.fixture
+def own_cache(monkeypatch: pytest.MonkeyPatch, build_cache: Path) -> None:
+    """Everything that is kept goes to the tests' cache."""
+    monkeypatch.setenv("LDM_DEPLOY_CACHE", str(build_cache))
 
 
 def assert_refused(result: Result, *words: str, code: int = 2) -> None:

@@ -22,21 +22,13 @@ from runtimes.bundle import Bundle, records_below
 from runtimes.errors import InputError, ParityError
 from runtimes.manifest import Component
 from tests.deploy.conftest import Cli, assert_nothing_left, assert_refused
-from tests.parity.pipelines import source_bundle, write_model
+from tests.parity.pipelines import write_model
+
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 INSTALLED = util.find_spec("torch_pruning") is not None
 needs_torch_pruning = pytest.mark.skipif(not INSTALLED, reason="the first test says what is missing")
 LENIENT = {"component_relative_l2": 9.0, "trajectory_relative_l2": 9.0, "image_psnr_db": 0.0, "image_ssim": 0.0}
-
-
-@pytest.fixture(scope="module")
-def source(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory):
-    return source_bundle(tiny_model, tmp_path_factory.mktemp("source") / "b")
-
-
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch: pytest.MonkeyPatch, build_cache: Path):
-    monkeypatch.setenv("LDM_DEPLOY_CACHE", str(build_cache))
 
 
 def test_without_torch_pruning_its_package_is_named(source, monkeypatch):

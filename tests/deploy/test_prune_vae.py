@@ -29,20 +29,12 @@ from runtimes.errors import InputError, ParityError
 from tests.deploy.conftest import Cli, assert_nothing_left, assert_refused
 from tests.deploy.test_pass_prune import LENIENT
 from tests.deploy.test_recovery import Interrupted
-from tests.parity.pipelines import source_bundle, write_model
+from tests.parity.pipelines import write_model
+
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 needs_torch_pruning = pytest.mark.skipif(
     util.find_spec("torch_pruning") is None, reason="test_pass_prune's first test says what is missing")
-
-
-@pytest.fixture(scope="module")
-def source(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory):
-    return source_bundle(tiny_model, tmp_path_factory.mktemp("source") / "b")
-
-
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch: pytest.MonkeyPatch, build_cache: Path):
-    monkeypatch.setenv("LDM_DEPLOY_CACHE", str(build_cache))
 
 
 def autoencoder() -> AutoencoderKL:
