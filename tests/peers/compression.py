@@ -10,43 +10,27 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from importlib import util
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnx_ir as ir
 from rich.console import Console
-from rich.table import Table
 
-from calibration.layers import find_layers
-from calibration.observe import compare, plain_session, probed
 from calibration.ranges import Scheme
 from calibration.recorder import Recording
-from deploy.bench.contest import spread
 from deploy.builder import run_build
-from deploy.gate import gallery_for, options_for
-from deploy.parity.answers import Reference
-from deploy.parity.pipelines import check_pipeline
 from deploy.passes.quantize import SCHEMES
 from deploy.quantization import plan_calibration, quantize_component, record_calibration
-from deploy.reference_model import subject_names
-from deploy.search import ANYTHING, candidate_bundle
 from deploy.spec import BuildSpec
 from runtimes.bundle import Bundle
 from runtimes.errors import UnavailableError
-from runtimes.loading import BundleSessions
-from runtimes.session import SessionOptions
 from tests.peers.prepare import derived
+from tests.peers.replaced import BASE, Graphs, Judge, add_latencies, measuring_options, table_of
 from tests.peers.results import new_report, save, show
 
-BASE = "fp32"
 RATIOS = (0.15, 0.3, 0.5)
 log = Console(stderr=True)
 
@@ -60,7 +44,7 @@ class Context:
     recording: Recording
     folder: Path
     options: argparse.Namespace
-    unets: dict[str, dict[str, Path]] = field(default_factory=dict)
+    unets: dict[str, Graphs] = field(default_factory=dict)
     macs_shares: dict[str, float] = field(default_factory=dict)  # of rows whose network is another
 
     @property
@@ -75,7 +59,6 @@ class Context:
         return path
 
 
-Graphs = dict[str, Path]
 Make = Callable[[Context, str], Graphs]
 
 
@@ -83,13 +66,9 @@ def main() -> int:
     """Make every row, draw with it, time it, print the table, write the results file."""
     parser = argparse.ArgumentParser(prog="python -m tests.peers.compression", description=__doc__.partition("\n")[0])
     parser.add_argument("--ablation", action="store_true")
-    parser.add_argument("--retrieval", type=int, default=120, help="prompts that are drawn and found again")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--samples", type=int, default=128)
+    measuring_options(parser)
     parser.add_argument("--recover", type=int, default=3200, help="steps of distillation after pruning")
     parser.add_argument("--only", type=lambda text: text.split(","), help="rows, comma-separated")
-    parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     rows = ABLATION if options.ablation else ROWS
     rows = {name: make for name, make in rows.items() if not options.only or name in (*options.only, BASE)}
@@ -102,15 +81,14 @@ def main() -> int:
                 context.unets[name] = make(context, name)
             except Exception as error:
                 report["unavailable"][name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
-        judge = Judge(context)
+        judge = Judge(context.bundle, "unet", context.recording, options)
         for name, graphs in context.unets.items():
             log.print(f"drawing with {name}", style="dim")
-            report["rows"][name] = judge.row(name, graphs)
-        for runtime in ("onnxruntime", "openvino"):
-            for name, ratio in latencies(context, runtime).items():
-                report["rows"][name][f"{runtime}_seconds_ratio"] = ratio
+            report["rows"][name] = judge.row(graphs["onnxruntime"], context.macs_shares.get(name, 1))
+        add_latencies(report["rows"], context.unets, next(context.recording.calls("unet")), options)
     file = save(report, "ablation" if options.ablation else "compression")
-    print(json.dumps(report, indent=2)) if options.json else show(report, table_of(report), file, 160)
+    table = table_of("U-Net of the reference model", report)
+    print(json.dumps(report, indent=2)) if options.json else show(report, table, file, 160)
     return 0
 
 
@@ -237,102 +215,6 @@ ABLATION: dict[str, Make] = {
     "bias-correction": ours("hybrid", methods=("bias-correction",)),
     "all three": ours("hybrid", methods=("split-skips", "smoothquant", "bias-correction")),
 }
-
-
-class Judge:
-    """Accuracy of a U-Net, by what it draws."""
-
-    def __init__(self, context: Context) -> None:
-        names = subject_names()
-        count = context.options.retrieval
-        prompts = tuple(names[i * len(names) // count] for i in range(count))
-        self.context = context
-        self.options = replace(options_for("reference", ()), retrieval_prompts=prompts,
-                               session=SessionOptions(threads=context.options.threads))
-        self.gallery = gallery_for("reference")
-        self.reference = Reference(
-            context.bundle, opener=lambda b, _: BundleSessions(b, SessionOptions(threads=context.options.threads)))
-        self.macs = macs(context.optimized, next(context.recording.calls("unet")))
-
-    def row(self, name: str, graphs: Graphs) -> dict[str, Any]:
-        """Size and accuracy of one row."""
-        graph = graphs["onnxruntime"]
-        with candidate_bundle(self.context.bundle, {"unet": graph}) as bundle:
-            report = check_pipeline(self.reference, bundle, ANYTHING, self.options, gallery=self.gallery)
-        figures = {c.metric: c.measured for c in report.comparisons(ANYTHING)}
-        calls = self.context.recording.spread("unet", 16)
-        return {
-            "bytes": graph.stat().st_size, "bytes_ratio": graph.stat().st_size / self.context.optimized.stat().st_size,
-            "macs": self.macs * self.context.macs_shares.get(name, 1),
-            "one_call_relative_l2": compare(self.context.optimized, graph, lambda: calls),
-            "final_latent_relative_l2": figures.get("trajectory_relative_l2"),
-            "psnr_db": figures.get("image_psnr_db"),
-            "psnr_db_mean": statistics.fmean(p.psnr_db for p in report.pairs), "ssim": figures.get("image_ssim"),
-            "retrieval": report.retrieval[1] if report.retrieval else None,
-        }
-
-
-def macs(graph: Path, feeds: dict[str, Any]) -> int:
-    """Multiply-accumulates of the layers with weights for one recorded call."""
-    layers = find_layers(ir.load(graph))
-    initializers = ir.load(graph).graph.initializers
-    with probed(graph, [layer.result for layer in layers]) as run:
-        shapes = {name: values.shape for name, values in run(feeds).items()}
-    total = 0
-    for layer in layers:
-        width = initializers[layer.weight].const_value.shape[layer.axis]
-        total += int(np.prod(shapes[layer.result])) * layer.parameters // int(width)
-    return total
-
-
-def latencies(context: Context, runtime: str) -> dict[str, dict[str, float]]:
-    """Quotient of one call by float32's: row -> median, min, max over interleaved rounds."""
-    if runtime == "openvino" and util.find_spec("openvino") is None:
-        return {}
-    feeds = next(context.recording.calls("unet"))
-    callers = {}
-    for name, graphs in context.unets.items():
-        if runtime in graphs:
-            callers[name] = caller(graphs[runtime], runtime, context.options.threads, feeds)
-    rounds: dict[str, list[float]] = {name: [] for name in callers}
-    for _ in range(context.options.rounds + 1):
-        for name, call in callers.items():
-            began = time.perf_counter()
-            for _ in range(4):
-                call()
-            rounds[name].append((time.perf_counter() - began) / 4)
-    ratios = {name: [a / b for a, b in zip(seconds[1:], rounds[BASE][1:], strict=True)]
-              for name, seconds in rounds.items()}
-    return {name: {**spread(r), "seconds": statistics.median(rounds[name][1:])} for name, r in ratios.items()}
-
-
-def caller(graph: Path, runtime: str, threads: int, feeds: dict[str, Any]) -> Callable[[], Any]:
-    """A function that runs the graph once."""
-    if runtime == "onnxruntime":
-        session = plain_session(graph, threads)
-        return lambda: session.run(None, feeds)
-    import openvino
-
-    hints = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
-    request = openvino.Core().compile_model(str(graph), "CPU", hints).create_infer_request()
-    return lambda: request.infer(feeds)
-
-
-def table_of(report: Mapping[str, Any]) -> Table:
-    """A line for each row."""
-    table = Table(title="U-Net of the reference model")
-    titles = ("", "MB", "× bytes", "MMACs", "× ORT", "× OpenVINO", "one call L2", "final latents L2", "PSNR worst",
-              "mean", "SSIM", "retrieval")
-    for title in titles:
-        table.add_column(title, justify="right" if title else "left")
-    for name, row in report["rows"].items():
-        ort, openvino = (row.get(f"{r}_seconds_ratio") for r in ("onnxruntime", "openvino"))
-        table.add_row(
-            name, f"{row['bytes'] / 1e6:.1f}", f"{row['bytes_ratio']:.3f}", f"{row['macs'] / 1e6:.0f}",
-            f"{ort['median']:.2f}" if ort else "", f"{openvino['median']:.2f}" if openvino else "",
-            f"{row['one_call_relative_l2']:.4f}", f"{row['final_latent_relative_l2']:.4f}", f"{row['psnr_db']:.1f}",
-            f"{row['psnr_db_mean']:.1f}", f"{row['ssim']:.3f}", f"{row['retrieval']:.1%}")
-    return table
 
 
 if __name__ == "__main__":

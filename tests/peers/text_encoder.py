@@ -3,7 +3,8 @@
 Two of them: the reference model's, and one of Stable Diffusion 1.5's published configuration (CLIP ViT-L) with random
 weights, whose hidden states say how errors add up and not what is drawn. Time is the quotient of one call with both
 guidance branches by float32's in the same runtime, from interleaved rounds. Pictures are the reference model's with
-the text encoder alone replaced.
+the text encoder alone replaced. `--engines` builds TensorRT engines of the second instead, without a GPU, and prints
+their bytes.
 """
 
 from __future__ import annotations
@@ -55,13 +56,16 @@ def main() -> int:
     parser.add_argument("--retrieval", type=int, default=120, help="prompts that are drawn and found again")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--engines", action="store_true", help="build CLIP ViT-L's engines instead, for SM89")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     report = new_report()
+    if options.engines:
+        return show_engines(report)
     with tempfile.TemporaryDirectory(prefix="ldm-text-encoder-") as scratch:
         for title, model in ((REFERENCE, REFERENCE), (CLIP, str(clip_model()))):
             bundles = built(model, Path(scratch) / title.replace(" ", "-"))
-            rows = {name: {} for name in ROWS}
+            rows: dict[str, dict[str, Any]] = {name: {} for name in ROWS}
             for runtime in RUNTIMES:
                 measure(bundles[runtime], runtime, options, rows)
             if model == REFERENCE:
@@ -82,14 +86,35 @@ def clip_model() -> Path:
     return model
 
 
+def show_engines(report: dict[str, Any]) -> int:
+    """Build CLIP ViT-L for SM89 with its weights in 16, 8 and 4 bits and print what the engines weigh."""
+    table = Table(title="TensorRT engines of CLIP ViT-L, SM89, no GPU")
+    for title in ("", "MB", "× fp16"):
+        table.add_column(title, justify="right" if title else "left")
+    with tempfile.TemporaryDirectory(prefix="ldm-text-encoder-") as scratch:
+        for row, bits in {"fp16": 0, "int8": 8, "int4": 4}.items():
+            log.print(f"building an engine, {row}", style="dim")
+            spec = BuildSpec(**{"model": str(clip_model()), "target": "tensorrt-rtx", "verify": "no",
+                                "engine": {"capabilities": ["SM89"]}, **integers(bits)})
+            report["rows"][row] = run_build(spec, Path(scratch) / row).bundle.component(NAME).bytes
+    for row, size in report["rows"].items():
+        table.add_row(row, f"{size / 1e6:.1f}", f"{size / report['rows']['fp16']:.2f}")
+    show(report, table, save(report, "text_encoder_engines"), 100)
+    return 0
+
+
+def integers(bits: int) -> dict[str, Any]:
+    """Options of a build with the text encoder's weights in so many bits; 0 leaves them as they are."""
+    return {"precision": "int8", "quantization": "weight-only", "text_encoder_bits": bits} if bits else {}
+
+
 def built(model: str, folder: Path) -> dict[str, dict[str, Bundle]]:
     """Runtime -> row -> bundle; the other networks are stored in 8 bits where this one is in integers."""
     bundles: dict[str, dict[str, Bundle]] = {runtime: {} for runtime in RUNTIMES}
     for runtime in RUNTIMES:
         for row, bits in ROWS.items():
             log.print(f"building {model} {row} for {runtime}", style="dim")
-            integers = {"precision": "int8", "quantization": "weight-only", "text_encoder_bits": bits} if bits else {}
-            spec = BuildSpec(**{"model": model, "target": runtime, "verify": "no", **integers})
+            spec = BuildSpec(**{"model": model, "target": runtime, "verify": "no", **integers(bits)})
             bundles[runtime][row] = run_build(spec, folder / f"{runtime}-{row}").bundle
     return bundles
 
