@@ -240,8 +240,12 @@ def make_spec(options: Mapping[str, Any], file: Path | None = None) -> BuildSpec
         return BuildSpec(**content)
     except ValidationError as error:
         first = error.errors()[0]
+        # pydantic prefixes what our own validators say, which name the options that do not fit together.
+        said = str(first.get("ctx", {}).get("error", first["msg"]))
         place = ".".join(str(p) for p in first["loc"])
-        raise InputError(f"{place}: {first['msg']}, got {first['input']!r:.60}", where=where) from error
+        if place:
+            said = f"{place}: {said}, got {first['input']!r:.60}"
+        raise InputError(said, where=where) from error
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:

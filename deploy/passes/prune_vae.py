@@ -26,7 +26,7 @@ class PruneVae(Pass):
     """Both halves to the same widths, each with a result of its own. Comes before `prune`: the original U-Net draws."""
 
     name: ClassVar[str] = "prune-vae"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     libraries: ClassVar[tuple[str, ...]] = ("torch", "diffusers", "torch-pruning")
     verify: ClassVar[bool] = True
     changes_network: ClassVar[bool] = True

@@ -20,7 +20,7 @@ class Recover(Pass):
     """Distillation along the original's own trajectories (deploy.pruning.distill)."""
 
     name: ClassVar[str] = "recover"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     libraries: ClassVar[tuple[str, ...]] = ("torch", "diffusers")
     verify: ClassVar[bool] = True
     changes_network: ClassVar[bool] = True

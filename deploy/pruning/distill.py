@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from deploy.pruning.observed import Observed
+from deploy.pruning.replay import Replay
 from deploy.pruning.training import Schedule
 from deploy.pruning.trajectory import Trajectories
-
-_FEATURES = ("down_blocks", "mid_block", "up_blocks")
-_STATE = "trajectories."
 
 
 @dataclass(frozen=True)
@@ -25,10 +22,12 @@ class Recipe(Schedule):
     Attributes:
         feature_weight: of the feature loss against the prediction loss.
         guided_weight: of the error of the guided prediction, which is what the sampler uses.
+        memory: calls of the teacher's drawings that are learned from in mixed order.
     """
 
     feature_weight: float = 0.05
     guided_weight: float = 0.2
+    memory: int = 1024
 
 
 class Distillation:
@@ -49,13 +48,12 @@ class Distillation:
     def __init__(self, student: nn.Module, teacher: Observed, trajectories: Trajectories, recipe: Recipe,
                  guidance_scale: float) -> None:
         self.network = student
-        self._student, self._teacher, self._trajectories = Observed(student), teacher, trajectories
-        self._recipe, self._guidance = recipe, guidance_scale
+        self._replay = Replay(teacher, trajectories, recipe.memory, recipe.seed)
+        self._student, self._recipe, self._guidance = Observed(student), recipe, guidance_scale
 
     def loss(self) -> tuple[Tensor, float]:
-        """One call of every drawing: the loss, and the prediction's error relative to the teacher's variance."""
-        with self._teacher.recording() as wanted:
-            batch = self._trajectories.advance()
+        """Of a mixed batch: the loss, and the prediction's error relative to the teacher's variance."""
+        batch, wanted = self._replay.mixed()
         with self._student.recording() as found:
             output = self._student(batch.sample, batch.timestep, batch.states)
         scale = batch.output.var()
@@ -68,54 +66,9 @@ class Distillation:
         return loss, prediction.item()
 
     def state(self) -> dict[str, Tensor]:
-        """Where the drawings are."""
-        return {_STATE + name: value for name, value in self._trajectories.state().items()}
+        """Where the drawings are, and what is remembered of them."""
+        return self._replay.state()
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on drawing from there."""
-        self._trajectories.restore({key.removeprefix(_STATE): value for key, value in tensors.items()
-                                    if key.startswith(_STATE)})
-
-
-class Observed:
-    """A U-Net as a function, whose blocks' activity can be recorded.
-
-    Args:
-        network: with diffusers' block names.
-    """
-
-    def __init__(self, network: nn.Module) -> None:
-        self.network = network
-        self._found: dict[str, Tensor] | None = None
-        blocks = [(name, m) for name, m in network.named_modules()
-                  if name.startswith(_FEATURES) and name.count(".") == (not name.startswith("mid"))]
-        for name, block in blocks:
-            block.register_forward_hook(self._hook(name))
-
-    def __call__(self, sample: Tensor, timestep: Tensor, states: Tensor) -> Tensor:
-        """(B, C, H, W), (B,), (B, S, D) -> (B, C, H, W)."""
-        output: Tensor = self.network(sample, timestep, states, return_dict=False)[0]
-        return output
-
-    @contextmanager
-    def recording(self) -> Iterator[dict[str, Tensor]]:
-        """Collect the activity map of every block, by name, of the calls inside."""
-        self._found = {}
-        try:
-            yield self._found
-        finally:
-            self._found = None
-
-    def _hook(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def keep(module: nn.Module, inputs: Any, output: Any) -> None:
-            if self._found is not None:
-                self._found[name] = activity(output[0] if isinstance(output, tuple) else output)
-
-        return keep
-
-
-def activity(features: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, H W): mean square over the channels, divided by its mean over the picture."""
-    maps = features.square().mean(1).flatten(1)
-    return maps / maps.mean(1, keepdim=True).clamp(min=1e-6)
-
+        """Go on from there."""
+        self._replay.restore(tensors)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deploy.pruning.distill import Observed
+from deploy.pruning.observed import Observed
 from deploy.pruning.trajectory import Diffusion, Trajectories
 from exporters.modules import load_module, torch_component
 from runtimes.bundle import Bundle

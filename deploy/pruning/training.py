@@ -26,28 +26,24 @@ class Schedule:
 
     Attributes:
         steps: optimizer steps.
-        learning_rate: warms up linearly, stays, and falls to zero over the last steps (warm-up, stable, decay:
-            arXiv:2404.06395, section 4): the error of a constant rate hardly moves, its decay is what brings it down.
+        learning_rate: warms up linearly, then falls linearly to zero (arXiv:2502.15938): what was not cut away knows
+            nearly everything already, and a rate that stays high unlearns it.
         warmup: steps of it.
-        decay: share of the steps over which the rate falls.
         accumulate: batches per optimizer step: their gradients are averaged.
         ema: decay of the averaged weights, which are the result.
         seed: of what is drawn to learn from.
     """
 
     steps: int
-    learning_rate: float = 5e-4
+    learning_rate: float = 2e-4
     warmup: int = 100
-    decay: float = 0.3
     accumulate: int = 1
     ema: float = 0.998
     seed: int = 0
 
     def rate_at(self, step: int) -> float:
         """Learning rate of one step."""
-        if step < self.warmup:
-            return self.learning_rate * (step + 1) / self.warmup
-        return self.learning_rate * min((self.steps - step) / (self.decay * self.steps), 1.0)
+        return self.learning_rate * min((step + 1) / self.warmup, 1.0) * (self.steps - step) / self.steps
 
 
 class Task(Protocol):

@@ -81,13 +81,14 @@ class Batch:
 
     Attributes:
         sample: (2B, C, H, W) float32. timestep: (2B,) int64. states: (2B, S, D) float32 text embeddings.
-        output: (2B, C, H, W) float32, the teacher's answer.
+        output: (2B, C, H, W) float32, the teacher's answer. prompts: (B,) int64, which prompt each drawing has.
     """
 
     sample: Tensor
     timestep: Tensor
     states: Tensor
     output: Tensor
+    prompts: Tensor
 
 
 class Trajectories:
@@ -104,15 +105,19 @@ class Trajectories:
         guidance_scale: the usual one of the model.
         size: drawings at a time: a batch holds two calls of each.
         seed: of everything.
+
+    Attributes:
+        size: the same. device: where everything is.
     """
 
     def __init__(self, teacher: Any, diffusion: Diffusion, prompts: Tensor, empty: Tensor, shape: tuple[int, ...],
                  guidance_scale: float, size: int, seed: int = 0) -> None:
         self._teacher, self._diffusion, self._prompts, self._empty = teacher, diffusion, prompts, empty
         self._shape, self._guidance, self._seed = shape, guidance_scale, seed
+        self.size, self.device = size, prompts.device
         self._last = len(diffusion.alphas) - 1
         self._drawn = 0
-        self._latents = torch.empty(size, *shape, device=prompts.device)
+        self._latents = torch.empty(size, *shape, device=self.device)
         # prompt, steps, shift of the timesteps, steps done
         self._plans = torch.zeros(size, 4, dtype=torch.int64)
         self.finished: list[Tensor] = []
@@ -127,9 +132,10 @@ class Trajectories:
     @torch.no_grad()
     def advance(self) -> Batch:
         """Ask the teacher once for every drawing; pictures that end with it are kept in `finished`, (C, H, W) each."""
-        device = self._prompts.device
+        device = self.device
         now, after = (self._timesteps(offset).to(device) for offset in (0, 1))
-        states = torch.cat([self._prompts[self._plans[:, 0].to(device)], self._empty.expand(len(now), -1, -1)])
+        prompts = self._plans[:, 0].to(device)
+        states = self.states(prompts)
         sample, timestep = self._latents.repeat(2, 1, 1, 1), now.repeat(2)
         output = self._teacher(sample, timestep, states)
         asked, unasked = output.chunk(2)
@@ -139,7 +145,11 @@ class Trajectories:
         for row in (self._plans[:, 3] == self._plans[:, 1]).nonzero().flatten().tolist():
             self.finished.append(self._latents[row].clone())
             self._begin(row)
-        return Batch(sample, timestep, states, output)
+        return Batch(sample, timestep, states, output, prompts)
+
+    def states(self, prompts: Tensor) -> Tensor:
+        """(B,) int64 numbers of prompts -> (2B, S, D): theirs, then as many of no prompt."""
+        return torch.cat([self._prompts[prompts], self._empty.expand(len(prompts), -1, -1)])
 
     def draw(self, count: int) -> Tensor:
         """The next `count` finished pictures, (count, C, H, W)."""
@@ -154,7 +164,7 @@ class Trajectories:
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a `state`."""
-        self._latents = state["latents"].to(self._prompts.device)
+        self._latents = state["latents"].to(self.device)
         self._plans, self._drawn = state["plans"].clone(), int(state["drawn"])
 
     def _begin(self, row: int) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from deploy.pruning.distill import Distillation, Observed, Recipe
+from deploy.pruning.distill import Distillation, Recipe
 from deploy.pruning.masks import mask_two_of_four
 from deploy.pruning.network import relative_error
+from deploy.pruning.observed import Observed
+from deploy.pruning.replay import Replay
 from deploy.pruning.training import Training
 from deploy.pruning.trajectory import Diffusion, Trajectories
 from runtimes.errors import InputError, ParityError
@@ -19,6 +22,8 @@ from tests.deploy.test_prune_network import CROSS, PLAIN, unet
 
 CONFIG = {"_class_name": "DDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
           "clip_sample": False, "set_alpha_to_one": True, "timestep_spacing": "trailing"}
+
+DIFFUSION = Diffusion.from_config({**CONFIG, "prediction_type": "v_prediction"})
 
 
 class Interrupted(Exception):
@@ -32,8 +37,8 @@ def make(folder, recipe, *, student=None, size=4, **more):
         student.conv_out.weight.mul_(0.5)
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randn(3, 5, 12, generator=generator)
-    stream = Trajectories(teacher, Diffusion.from_config({**CONFIG, "prediction_type": "v_prediction"}), prompts,
-                          torch.zeros(5, 12), (4, 8, 8), 3.0, size, recipe.seed)
+    stream = Trajectories(teacher, DIFFUSION, prompts, torch.zeros(5, 12), (4, 8, 8), 3.0, size, recipe.seed)
+    recipe = replace(recipe, memory=64)
     return Training(Distillation(student, teacher, stream, recipe, 3.0), recipe, folder, **more), stream
 
 
@@ -69,6 +74,39 @@ def test_trajectories_start_from_noise_end_clean_and_visit_all_of_the_schedule(t
     counts = torch.histc(visited.float(), 10, 0, 1000)
     assert (counts > 0).all(), "every tenth of the schedule is seen"
     assert len(visited.unique()) > 60, "not only one sampler's timesteps"
+
+
+def test_a_mixed_batch_holds_calls_of_the_teacher_from_all_of_the_schedule():
+    teacher = Observed(unet(levels=(CROSS, PLAIN), widths=(16, 16)))
+    stream = Trajectories(teacher, DIFFUSION, torch.randn(3, 5, 12), torch.zeros(5, 12), (4, 8, 8), 3.0, 8)
+    replay = Replay(teacher, stream, size=250, seed=0)
+    batches = [replay.mixed() for _ in range(5)]
+    batch, maps = batches[-1]
+    with teacher.recording() as wanted:
+        expected = teacher(batch.sample, batch.timestep, batch.states)
+    torch.testing.assert_close(batch.output, expected)
+    assert set(maps) == set(wanted) and maps
+    for name, values in maps.items():
+        torch.testing.assert_close(values, wanted[name])
+    visited = torch.cat([b.timestep for b, _ in batches])
+    assert (torch.histc(visited.float(), 4, 0, 1000) > 0).all(), "every quarter of the schedule in a few batches"
+    assert (batch.timestep[:8] == batch.timestep[8:]).all() and len(batch.timestep.unique()) > 4
+
+
+def test_the_teacher_is_asked_once_for_each_batch_after_the_memory_is_full():
+    teacher = Observed(unet(levels=(CROSS, PLAIN), widths=(16, 16)))
+    calls = []
+
+    def counted(*feeds):
+        calls.append(1)
+        return teacher(*feeds)
+
+    stream = Trajectories(counted, DIFFUSION, torch.randn(3, 5, 12), torch.zeros(5, 12), (4, 8, 8), 3.0, 8)
+    replay = Replay(teacher, stream, size=30, seed=0)
+    for number in range(7):
+        replay.mixed()
+        assert len(calls) == 4 + number
+    assert not stream.finished, "what is drawn is not kept"
 
 
 def test_the_student_comes_nearer_to_its_teacher(tmp_path):

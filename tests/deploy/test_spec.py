@@ -53,6 +53,12 @@ def test_an_unknown_target_is_bad_input():
         make_spec({"target": "coreml"})
 
 
+def test_options_that_do_not_fit_together_are_told_in_our_words_alone():
+    with pytest.raises(InputError) as error:
+        make_spec({"text_encoder_bits": 4})
+    assert error.value.what == "text_encoder_bits=4 needs --precision int8 or auto"
+
+
 def test_budget_options_are_numbers():
     assert parse_budget(["image_psnr_db=40,image_ssim=0.9"]) == {"image_psnr_db": 40.0, "image_ssim": 0.9}
     with pytest.raises(InputError, match="not name=number"):

@@ -67,7 +67,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.peers.compression", description=__doc__.partition("\n")[0])
     parser.add_argument("--ablation", action="store_true")
     measuring_options(parser)
-    parser.add_argument("--recover", type=int, default=3200, help="steps of distillation after pruning")
+    parser.add_argument("--recover", type=int, default=1600, help="steps of distillation after pruning")
     parser.add_argument("--only", type=lambda text: text.split(","), help="rows, comma-separated")
     options = parser.parse_args()
     rows = ABLATION if options.ablation else ROWS
