@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import statistics
-import time
 from importlib import util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deploy.cache import Cache, default_root, versions_of
+from deploy.call_times import seconds_in_turns, usual_feeds
 from deploy.doctor import machine
 from runtimes.errors import InputError
 from runtimes.session import Session, SessionOptions, open_session
-from runtimes.tensors import example_feeds
 
 if TYPE_CHECKING:
     from deploy.builder import Listener
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
 AUTO = "auto"
 CANDIDATES = {"onnxruntime": "onnxruntime", "openvino": "openvino"}  # target -> module that must be installed
 CALLS, WARM_UP = 15, 3
-SETTLE_SECONDS = 0.02  # the other runtime's threads spin for a while after a call
 
 
 def decide(spec: BuildSpec, cache_root: Path | None, listener: Listener) -> BuildSpec:
@@ -56,8 +54,11 @@ def require_decided(spec: BuildSpec) -> None:
     """For a dry run, which measures nothing.
 
     Raises:
-        InputError: the target is still to be decided.
+        InputError: the target is still to be decided, or the share of channels to prune.
     """
+    if spec.prune_candidates:
+        raise InputError("several shares are decided by building each, which a dry run does not", where="--prune",
+                         fix="name one of them")
     if spec.target == AUTO:
         raise InputError("auto is decided by measuring, which a dry run does not", where="--target",
                          fix=f"name one of {', '.join(CANDIDATES)}")
@@ -74,15 +75,6 @@ def _measured(spec: BuildSpec, targets: list[str], cache_root: Path | None, list
             made = run_build(spec.model_copy(update={"target": target, "verify": "no"}), folder / target,
                              cache_root=cache_root)
             sessions[target] = open_session(made.bundle, "unet", SessionOptions())
-        unet = made.bundle.component("unet")
-        feeds = example_feeds(unet.inputs, {axis: a.range.opt for axis, a in unet.axes.items()})
         listener.working("target auto: measuring")
-        seconds: dict[str, list[float]] = {target: [] for target in targets}
-        for number in range(WARM_UP + CALLS):
-            for target, session in sessions.items():
-                time.sleep(SETTLE_SECONDS)
-                began = time.perf_counter()
-                session.run(feeds)
-                if number >= WARM_UP:
-                    seconds[target].append(time.perf_counter() - began)
-        return {target: statistics.median(found) for target, found in seconds.items()}
+        found = seconds_in_turns(sessions, usual_feeds(made.bundle.component("unet")), CALLS, WARM_UP)
+        return {target: statistics.median(seconds) for target, seconds in found.items()}

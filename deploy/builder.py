@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from deploy import prune_candidates
 from deploy.auto_target import decide, require_decided
 from deploy.cache import Cache, assemble, default_root, key_of, rooted, versions_of
 from deploy.gate import Gate
@@ -94,6 +95,7 @@ def run_build(spec: BuildSpec, output: Path | None = None, *, progress: Listener
         UnavailableError: this machine lacks something.
     """
     listener = progress or Silent()
+    spec, candidates = prune_candidates.decide(spec, cache_root, listener)
     spec = decide(spec, cache_root, listener)
     listener.working("reading the model")
     origin = open_origin(spec)
@@ -114,6 +116,9 @@ def run_build(spec: BuildSpec, output: Path | None = None, *, progress: Listener
             parity = gate.check_pipeline(listener)
             tools = tool_versions([p.instance for p in planned])
             result = replace(result, manifest=replace(result.manifest, parity=parity, tools=tools))
+            if candidates:
+                tried = {**result.manifest.measured, "prune_candidates": to_json(candidates)}
+                result = replace(result, manifest=replace(result.manifest, measured=tried))
             bundle = _commit(spec, result, gate, key, target, listener)
     return Outcome(bundle, up_to_date=False)
 

@@ -36,7 +36,7 @@ CalibrationSamples = Annotated[int | None, typer.Option(help="U-Net calls that r
 RangeEstimator = Annotated[str, typer.Option(help="minmax, percentile, mse or entropy")]
 Lora = Annotated[list[str], typer.Option(help="LoRA, FILE or FILE:SCALE; may come again")]
 EngineOptions = Annotated[list[str], typer.Option(help="TensorRT builder: capabilities=SM86+SM89, static=true, …")]
-Prune = Annotated[float, typer.Option(help="share of the denoising network's channels to remove: 0.3")]
+Prune = Annotated[str, typer.Option(help="share of the U-Net's channels to remove; of 0.5,0.3 the most within budget")]
 PruneVae = Annotated[float, typer.Option(help="share of the autoencoder's channels to remove: 0.25")]
 PruneMethod = Annotated[str, typer.Option(help="what a channel's importance is: taylor, l1 or l2")]
 PruneWidths = Annotated[str, typer.Option(help="levels lose the same share (uniform) or what they bear (sensitivity)")]
@@ -57,7 +57,7 @@ ModelArgument = Annotated[str, typer.Argument(help="folder in diffusers layout; 
 def build(
     model: ModelArgument = "",
     target: Target = "",
-    precision: Annotated[str, typer.Option(help="fp32, fp16, int8 or auto")] = "",
+    precision: Annotated[str, typer.Option(help="fp32, fp16, bf16, int8 or auto")] = "",
     shapes: Shapes = [],  # noqa: B006
     lora: Lora = [],  # noqa: B006
     lora_mode: Annotated[str, typer.Option(help="merge, or swap: for `generate --lora` to put others in place")] = "",
@@ -75,7 +75,7 @@ def build(
     step_cache: Annotated[bool, typer.Option("--step-cache", help="a second U-Net graph, for generate "
                                                                   "--cache-interval")] = False,
     safety_checker: Annotated[bool, typer.Option("--safety-checker", help="export the model's own too")] = False,
-    prune: Prune = 0.0,
+    prune: Prune = "",
     prune_vae: PruneVae = 0.0,
     prune_method: PruneMethod = "",
     prune_widths: PruneWidths = "",
@@ -135,7 +135,7 @@ def build(
 @app.command("prune")
 def prune_model(
     model: ModelArgument = "",
-    prune: Prune = 0.0,
+    prune: Prune = "",
     prune_vae: PruneVae = 0.0,
     prune_method: PruneMethod = "",
     prune_widths: PruneWidths = "",
@@ -161,13 +161,14 @@ def prune_model(
     console.show_pruned(components, output)
 
 
-def _pruning(prune: float, vae: float, method: str, widths: str, blocks: str, mask: str, recover: int,
+def _pruning(prune: str, vae: float, method: str, widths: str, blocks: str, mask: str, recover: int,
              prompts: Path | None) -> dict[str, Any]:
     """What was given of the options that shrink networks."""
     from calibration.prompts import read_prompts
+    from deploy.pruning_options import parse_shares
 
-    given = {"prune": prune, "prune_vae": vae, "prune_method": method, "prune_widths": widths, "prune_blocks": blocks,
-             "mask": mask, "recover": recover, "recover_prompts": read_prompts(prompts) if prompts else ()}
+    given = {"prune_vae": vae, "prune_method": method, "prune_widths": widths, "prune_blocks": blocks, "mask": mask,
+             "recover": recover, "recover_prompts": read_prompts(prompts) if prompts else (), **parse_shares(prune)}
     return {name: value for name, value in given.items() if value}
 
 

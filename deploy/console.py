@@ -195,10 +195,51 @@ def show_bundle(bundle: Bundle) -> None:
         for name, gain in sorted((cost or {}).get("gain", {}).items()):
             seconds = f", {gain['seconds_ratio']:.2f}x the time" if "seconds_ratio" in gain else ""
             out.print(f"    {name}: {gain['verdict']}: {gain['bytes_ratio']:.2f}x the bytes{seconds} on this machine")
+    _show_candidates(manifest.measured.get("prune_candidates", []))
+    _show_search(bundle)
     if not manifest.verified:
         out.print("[bold red]NOT VERIFIED: built with --no-verify; nothing says that it equals the source[/]")
     elif manifest.parity:
         show_parity(manifest.parity)
+
+
+def _show_candidates(tried: Sequence[Mapping[str, Any]]) -> None:
+    """The shares of channels that were tried."""
+    if not tried:
+        return
+    table = Table("channels removed", "size", "MMACs", "ms a call", "final latents L2", "worst PSNR", "retrieval",
+                  "budget", title="U-Nets that were tried; the last one is this bundle's")
+    for one in tried:
+        table.add_row(f"{one['prune']:.0%}", megabytes(one["bytes"]), f"{one['macs'] / 1e6:.0f}",
+                      _figure(one["seconds"] and one["seconds"] * 1e3, ".1f"),
+                      _figure(one["trajectory_relative_l2"], ".3f"), _figure(one["psnr_db"], ".1f"),
+                      _figure(one["retrieval"], ".1%"), escape(one["broken"]) or "kept")
+    out.print(table)
+
+
+def _show_search(bundle: Bundle) -> None:
+    """The Pareto front of `--precision auto`, and what its layers became."""
+    file = bundle.path / "components" / "unet" / "quantization.json"
+    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if "front" not in found:
+        return
+    chosen = bundle.component("unet").details["quantization"]["chosen"]
+    table = Table("trial", "U-Net", "time, x float32", "final latents L2", "worst PSNR", "SSIM", "retrieval", "budget",
+                  title="Pareto front of the search")
+    for trial in found["front"]:
+        name = f"[bold]{trial['name']} (chosen)[/]" if trial["name"] == chosen else trial["name"]
+        table.add_row(name, megabytes(trial["bytes"]), _figure(trial["time_ratio"], ".2f"),
+                      _figure(trial["trajectory_relative_l2"], ".3f"), _figure(trial["psnr_db"], ".1f"),
+                      _figure(trial["ssim"], ".3f"), _figure(trial["retrieval"], ".1%"),
+                      "kept" if trial["holds"] else "broken")
+    out.print(table)
+    layers: dict[str, list[str]] = {}
+    for node, precision in found["precision_map"].items():
+        layers.setdefault(precision, []).append(node)
+    for precision, nodes in sorted(layers.items()):
+        worst = sorted(nodes, key=lambda node: -max(found["errors"].get(node, {}).values(), default=0.0))[:3]
+        shown = ", ".join(f"{node} ({max(found['errors'].get(node, {}).values(), default=0.0):.2g})" for node in worst)
+        out.print(f"  {len(nodes)} layers {precision}; most error in integers, predicted: {escape(shown)}")
 
 
 def _show_engines(manifest: Manifest) -> None:

@@ -24,6 +24,7 @@ from deploy.reference_model import GALLERY_COLUMNS, GALLERY_FILE, GALLERY_TILE, 
 from deploy.report import Picture
 from deploy.spec import REFERENCE, BuildSpec
 from runtimes.bundle import Bundle
+from runtimes.errors import ParityError
 from runtimes.manifest import digest_of, from_json, to_json
 from runtimes.session import SessionOptions
 
@@ -150,7 +151,12 @@ class Gate:
                 with provable(self._executed, self._executed.manifest.components, self._cache.root / "work") as bundle:
                     report = check_pipeline(self._reference, bundle, self._budget, self._effort.options,
                                             components=components, gallery=gallery_for(self._source_id))
-                enforce(report, self._budget, "package")
+                judged = Verification(components, report, self._budget, self._effort)
+                try:
+                    enforce(report, self._budget, "package")
+                except ParityError as error:
+                    error.figures = judged.to_json()
+                    raise
         self.pictures = [Picture(p.prompt, p.scheduler, p.reference, p.candidate, p.psnr_db, p.ssim)
                          for p in report.pairs]
         figures = ComponentReport(self._figures, self._unverified)

@@ -40,6 +40,9 @@ def prune_folder(spec: BuildSpec, output: Path, *, progress: Listener | None = N
     if not spec.prunes:
         raise InputError("nothing is to be pruned", where="prune",
                          fix="give --prune, --prune-vae, --prune-blocks or --mask")
+    if spec.prune_candidates:
+        raise InputError("a folder has one share of channels", where="--prune",
+                         fix="name one; `build` chooses among several")
     check_output(output)
     origin = open_origin(spec)
     planned = plan_all(load_passes({name: PASSES[name] for name in STAGES}), origin.manifest, spec)

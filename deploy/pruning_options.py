@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
@@ -14,6 +14,8 @@ class PruningOptions(BaseModel):
 
     Attributes:
         prune: share of its channels to remove, 0 to 1 (`deploy.pruning.widths`).
+        prune_candidates: several shares, of which the largest that keeps the budget is taken, or none at all
+            (`deploy.prune_candidates`).
         prune_vae: share of the autoencoder's channels to remove, of encoder and decoder alike, 0 to 1
             (`deploy.pruning.autoencoder`).
         prune_method: what a channel's importance is (`deploy.pruning.importance`).
@@ -27,6 +29,7 @@ class PruningOptions(BaseModel):
     """
 
     prune: float = Field(default=0.0, ge=0, lt=1)
+    prune_candidates: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = ()
     prune_vae: float = Field(default=0.0, ge=0, lt=1)
     prune_method: Literal["taylor", "l1", "l2"] = "taylor"
     prune_widths: Literal["uniform", "sensitivity"] = "uniform"
@@ -43,7 +46,13 @@ class PruningOptions(BaseModel):
     @property
     def prunes_denoiser(self) -> bool:
         """Whether the denoising network is one of them."""
-        return self.prune > 0 or self.prune_blocks != "none" or self.mask != "none"
+        return self.prune > 0 or bool(self.prune_candidates) or self.prune_blocks != "none" or self.mask != "none"
+
+    @model_validator(mode="after")
+    def _one_share_or_several(self) -> PruningOptions:
+        if self.prune and self.prune_candidates:
+            raise InputError("prune and prune_candidates are both given", where="--prune", fix="give one of them")
+        return self
 
     @model_validator(mode="after")
     def _recovers_from_something(self) -> PruningOptions:
@@ -53,3 +62,19 @@ class PruningOptions(BaseModel):
         if self.recover_prompts and not self.recover:
             raise InputError("prompts to distil on, but no steps", where="--recover-prompts", fix="give --recover, too")
         return self
+
+
+def parse_shares(text: str) -> dict[str, Any]:
+    """Read `--prune`: one share of channels, several with commas, or nothing, as fields of `PruningOptions`.
+
+    Raises:
+        InputError: not numbers.
+    """
+    if not text:
+        return {}
+    try:
+        shares = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(f"{text!r} is not a share of channels", where="--prune",
+                         fix="write 0.3, or several to choose from: 0.5,0.3,0.15") from None
+    return {"prune": shares[0]} if len(shares) == 1 else {"prune_candidates": shares}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.cache import Cache, default_root, versions_of
+from deploy.call_times import quotient, seconds_in_turns, usual_feeds
 from deploy.gate import gallery_for, options_for
 from deploy.parity.answers import Reference
 from deploy.parity.budgets import Budget
@@ -18,10 +19,11 @@ from runtimes.bundle import Bundle, link_or_copy, records_below, sha256_of
 from runtimes.errors import ParityError
 from runtimes.loading import BundleSessions
 from runtimes.manifest import to_json
-from runtimes.session import SessionOptions
+from runtimes.session import SessionOptions, open_session
 
+TIMED_CALLS = 9
 ANYTHING = Budget(1e9, 1e9, 0.0, 0.0, 100.0)  # nothing is to blame while searching: the caller judges
-VERSION = 1  # of what a trial draws and counts
+VERSION = 2  # of what a trial draws and counts
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Trial:
         bytes: of its file.
         trajectory_relative_l2, psnr_db, ssim: of the worst picture; retrieval: share found again, or None.
         holds: whether it is within the budget.
+        time_ratio: of one call to the float32 graph's, for ONNX Runtime; another runtime compiles the graph anew.
     """
 
     name: str
@@ -42,10 +45,12 @@ class Trial:
     ssim: float
     retrieval: float | None
     holds: bool
+    time_ratio: float | None = None
 
     def __str__(self) -> str:
         found = "" if self.retrieval is None else f", retrieval {self.retrieval:.1%}"
-        return (f"{self.name}: {self.bytes / 1e6:.1f} MB, relative L2 {self.trajectory_relative_l2:.3g}, "
+        took = "" if self.time_ratio is None else f"{self.time_ratio:.2f}x the time, "
+        return (f"{self.name}: {self.bytes / 1e6:.1f} MB, {took}relative L2 {self.trajectory_relative_l2:.3g}, "
                 f"PSNR {self.psnr_db:.1f} dB, SSIM {self.ssim:.3f}{found}")
 
 
@@ -84,12 +89,21 @@ class Trials:
     def _drawn(self, name: str, unet: Path) -> Trial:
         with candidate_bundle(self._source, {**self._low, "unet": unet}) as bundle:
             report = check_pipeline(self._reference, bundle, ANYTHING, self._options, gallery=self._gallery)
+            took = self._time_ratio(bundle)
         comparisons = report.comparisons(self._budget)
         figures = {c.metric: c.measured for c in comparisons}
         retrieval = None if report.retrieval is None else report.retrieval[1]
         size = sum(part.stat().st_size for part in parts_of(unet))
         return Trial(name, size, figures["trajectory_relative_l2"], figures["image_psnr_db"],
-                     figures["image_ssim"], retrieval, all(comparisons))
+                     figures["image_ssim"], retrieval, all(comparisons), took)
+
+    def _time_ratio(self, bundle: Bundle) -> float | None:
+        if bundle.manifest.target != "onnxruntime":
+            return None
+        sessions = {name: open_session(b, "unet", SessionOptions()) for name, b in (("trial", bundle),
+                                                                                   ("float32", self._source))}
+        seconds = seconds_in_turns(sessions, usual_feeds(self._source.component("unet")), TIMED_CALLS)
+        return round(quotient(seconds["trial"], seconds["float32"]), 3)
 
     def front(self) -> list[dict[str, Any]]:
         """Trials that no other beats at both bytes and PSNR, smallest first, as JSON."""

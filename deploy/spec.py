@@ -16,9 +16,10 @@ from runtimes.tensors import ShapeRange
 REFERENCE = "reference"
 Target = Literal["onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", "auto"]
 LOCAL_FILES = ("lora", "embedding", "vae")  # fields that name files outside the model
-LATER_OPTIONS = ("prune_vae", "text_encoder_bits")  # fields that a manifest holds only where they are used
+# Fields that a manifest holds only where they are used.
+LATER_OPTIONS = ("prune_vae", "prune_candidates", "text_encoder_bits")
 ENGINE_TARGETS = ("tensorrt", "tensorrt-rtx")
-Precision = Literal["fp32", "fp16", "int8", "auto"]
+Precision = Literal["fp32", "fp16", "bf16", "int8", "auto"]
 Quantization = Literal["hybrid", "static", "dynamic", "weight-only"]
 QuantizationMethod = Literal["split-skips", "smoothquant", "bias-correction"]
 Verify = Literal["auto", "full", "quick", "components", "no"]
@@ -112,7 +113,7 @@ class BuildSpec(PruningOptions):
         if self.lora_mode == "swap":
             if not self.lora:
                 raise ValueError("swap needs --lora: its modules are those that another LoRA may change")
-            if self.target in (*ENGINE_TARGETS, "auto") or self.precision in ("int8", "auto") or self.prunes or (
+            if self.target in (*ENGINE_TARGETS, "auto") or self.precision not in ("fp32", "fp16") or self.prunes or (
                     self.step_cache):
                 raise ValueError("swap is for onnxruntime and openvino, fp32 and fp16, without pruning or step cache")
         return self

@@ -11,7 +11,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 
 class DeployError(Exception):
@@ -54,9 +55,14 @@ class BundleError(InputError):
 
 
 class ParityError(DeployError):
-    """An accuracy budget is broken."""
+    """An accuracy budget is broken.
+
+    Attributes:
+        figures: the object that `verify --json` prints, where whole pictures were compared.
+    """
 
     exit_code = 3
+    figures: Mapping[str, Any] | None = None
 
 
 class UnavailableError(DeployError):

@@ -16,11 +16,12 @@ from runtimes.manifest import Component, Manifest
 if TYPE_CHECKING:
     from deploy.spec import BuildSpec
 
+NAMES = {"fp16": "float16", "bf16": "bfloat16"}
 MODES = {"tensorrt": "compute", "tensorrt-rtx": "compute", "onnxruntime": "storage", "openvino": "storage"}
 
 
 class Precision(Pass):
-    """float32 graphs to float16, with the nodes that need float32 kept in it (exporters.onnx_precision)."""
+    """float32 graphs to 16 bits, with the nodes that need float32 kept in it (exporters.onnx_precision)."""
 
     name: ClassVar[str] = "precision"
     version: ClassVar[int] = 2
@@ -28,20 +29,21 @@ class Precision(Pass):
     verify: ClassVar[bool] = True
 
     def plan(self, before: Manifest, spec: BuildSpec) -> Planned:
-        """Every float32 graph when the spec says fp16; for TensorRT also what INT8 left in float32."""
+        """Every float32 graph when the spec says fp16 or bf16; for TensorRT also what INT8 left in float32."""
         mode = MODES[spec.target]
         beside_integers = spec.precision in ("int8", "auto") and mode == "compute"
-        if spec.precision != "fp16" and not beside_integers:
+        if spec.precision not in NAMES and not beside_integers:
             return Skip(f"the build is {spec.precision}")
         require_onnx(before, self.name, "precision comes after export and before engine")
-        config = {"precision": "fp16", "mode": mode, "keep": list(spec.keep)}
+        low = "fp16" if beside_integers else spec.precision
+        config = {"precision": low, "mode": mode, "keep": list(spec.keep)}
         chosen = [n for n, c in before.components.items() if beside_integers or c.precision == "fp32"]
         if not chosen:
             return Skip("every component is below float32 already")
-        components = {n: replace(c, precision=c.precision if beside_integers else "fp16", files={})
+        components = {n: replace(c, precision=c.precision if beside_integers else low, files={})
                       if n in chosen else c for n, c in before.components.items()}
         step = Step(self.name, self.version, config, {n: (n,) for n in chosen},
-                    replace(before, components=components), f"float16, {mode}")
+                    replace(before, components=components), f"{NAMES[low]}, {mode}")
         return step.recorded()
 
     def run(self, step: Step, name: str, source: Bundle, out: Path) -> Component:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -40,7 +39,7 @@ NEEDS_RANGES = ("hybrid", "static", "auto")
 VAE = ("vae_encoder", "vae_decoder")
 EXPLAINED_CALLS, EXPLAINED_LAYERS = 8, 3
 WORTH_SAYING = 0.97  # of bytes or seconds: what is nearer to 1 is within the noise
-TIMED_CALLS, TIMED_ROUNDS = 3, 7
+TIMED_CALLS = 21
 
 
 class Quantize(Pass):
@@ -179,26 +178,16 @@ def measured_gain(before: Bundle, after: Bundle, name: str) -> dict[str, Any]:
 
     Seconds are ONNX Runtime's, so they are measured for its builds alone: another runtime compiles the graph anew.
     """
-    import numpy as np
-
+    from deploy.call_times import quotient, seconds_in_turns, usual_feeds
     from runtimes.session import SessionOptions, open_session
-    from runtimes.tensors import example_feeds
 
     component = before.component(name)
     size = after.component(name).bytes / component.bytes
     if after.manifest.target != "onnxruntime":
         return {"bytes_ratio": round(size, 4), "verdict": "smaller" if size < WORTH_SAYING else "neither"}
-    sizes = {axis: a.range.opt for axis, a in component.axes.items()}
-    feeds = example_feeds(component.inputs, sizes)
-    sessions = [open_session(b, name, SessionOptions()) for b in (before, after)]
-    seconds: list[list[float]] = [[], []]
-    for _ in range(TIMED_ROUNDS):
-        for session, taken in zip(sessions, seconds, strict=True):
-            began = time.perf_counter()
-            for _ in range(TIMED_CALLS):
-                session.run(feeds)
-            taken.append((time.perf_counter() - began) / TIMED_CALLS)
-    times = float(np.median(np.array(seconds[1]) / np.array(seconds[0])))
+    sessions = {part: open_session(b, name, SessionOptions()) for part, b in (("before", before), ("after", after))}
+    seconds = seconds_in_turns(sessions, usual_feeds(component), TIMED_CALLS)
+    times = quotient(seconds["after"], seconds["before"])
     words = [word for word, ratio in (("smaller", size), ("faster", times)) if ratio < WORTH_SAYING]
     return {"bytes_ratio": round(size, 4), "seconds_ratio": round(times, 3),
-            "seconds": [float(f"{min(s):.3g}") for s in seconds], "verdict": " and ".join(words) or "neither"}
+            "seconds": [float(f"{min(s):.3g}") for s in seconds.values()], "verdict": " and ".join(words) or "neither"}

@@ -105,7 +105,7 @@ class Training:
             report(self.step, error)
             if not math.isfinite(error):
                 raise ParityError("the loss is not finite", where=f"recovery, step {self.step}",
-                                  fix="lower the learning rate")
+                                  fix="prune less: a smaller ratio, or other widths")
             if time.monotonic() - saved > SAVE_EVERY_SECONDS or self.step == self.schedule.steps:
                 self.save()
                 saved = time.monotonic()

@@ -109,7 +109,8 @@ def uniform_widths(levels: Sequence[Level], ratio: float, where: str) -> Widths:
         where: names the network in messages.
 
     Raises:
-        InputError: a level would keep too little, or nothing would be removed; names level and nearest ratio.
+        InputError: a level would keep too little, nothing would be removed, or levels would become equal that are not;
+            names level and nearest ratio.
     """
     for number, level in enumerate(levels):
         if ratio > _most(level):
@@ -123,12 +124,22 @@ def uniform_widths(levels: Sequence[Level], ratio: float, where: str) -> Widths:
         uneven = sum((k / level.width - 1 + ratio) ** 2 for k, level in zip(kept, levels, strict=True))
         return abs(sum(kept) - (1 - ratio) * total), uneven
 
-    kept = min((k for k in itertools.product(*around) if fit_together(levels, k)), key=misfit,
-               default=tuple(level.width for level in levels))
+    fitting = [k for k in itertools.product(*around) if fit_together(levels, k)]
+    if not fitting:
+        raise InputError(f"{ratio:g} would make neighbouring levels equally wide, of which one has a convolution in its "
+                         "shortcut for being wider", where=where, fix=f"prune {_nearest(levels, ratio):.2f}")
+    kept = min(fitting, key=misfit)
     if all(width == level.width for level, width in zip(levels, kept, strict=True)):
         raise InputError(f"{ratio:g} removes nothing: channels go in steps of {levels[0].step}", where=where,
                          fix=_lowest_fix(levels))
     return make_widths(levels, kept)
+
+
+def _nearest(levels: Sequence[Level], ratio: float) -> float:
+    """The share nearest to the one asked for whose widths fit together."""
+    total = sum(level.width for level in levels)
+    fitting = {sum(k) for k in itertools.product(*(level.choices for level in levels)) if fit_together(levels, k)}
+    return min((1 - kept / total for kept in fitting if kept < total), key=lambda share: abs(share - ratio))
 
 
 def fit_together(levels: Sequence[Level], kept: Sequence[int]) -> bool:

@@ -142,12 +142,13 @@ def test_the_compiled_graph_stays_beside_the_engine_where_it_is_asked_for(bundle
     assert sha256_of(tmp_path / graph) == part.details["graph_sha256"]
 
 
+@pytest.mark.parametrize("low", ["fp16", "bf16"])
 @pytest.mark.parametrize(("target", "mode"), [("tensorrt", "compute"), ("onnxruntime", "storage")])
-def test_precision_computes_in_16_bits_on_gpus_and_stores_in_them_on_cpus(bundle, tmp_path, target, mode):
-    step = planned(bundle, Precision(), spec(target, "fp16"))
+def test_precision_computes_in_16_bits_on_gpus_and_stores_in_them_on_cpus(bundle, tmp_path, target, mode, low):
+    step = planned(bundle, Precision(), spec(target, low))
     assert step.config["mode"] == mode
     part = Precision().run(step, "unet", bundle, tmp_path)
-    assert part.precision == "fp16" and part.details["conversion"]["mode"] == mode
+    assert part.precision == low and part.details["conversion"]["mode"] == mode
     assert computes_in_16_bits(part) == (mode == "compute")
     onnx.checker.check_model(str(tmp_path / part.file), full_check=True)
 

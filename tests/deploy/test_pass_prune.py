@@ -135,6 +135,7 @@ def test_what_cannot_be_pruned_is_one_clear_line(cli: Cli, tmp_path: Path, optio
 @pytest.mark.parametrize(("ratio", "words"), [
     ("0.9", ["0.9 of the 32 channels of level 1 leaves fewer than the 16", "prune 0.62 or less"]),
     ("0.01", ["removes nothing", "or more"]),
+    ("0.6", ["0.6 would make neighbouring levels equally wide", "prune 0.17"]),
 ])
 def test_a_ratio_that_does_not_fit_names_one_that_does(cli: Cli, tiny_model: Path, tmp_path: Path, ratio: str,
                                                        words: list[str]):

@@ -11,7 +11,7 @@ import pytest
 
 import runtimes
 from deploy.builder import run_build
-from deploy.spec import BuildSpec
+from deploy.spec import BuildSpec, Precision
 from runtimes.bundle import Bundle
 from runtimes.errors import UnavailableError
 from runtimes.tensors import ShapeRange
@@ -73,11 +73,13 @@ def test_openvino_draws_what_onnxruntime_draws_in_every_mode(tiny_model: Path, b
         np.testing.assert_allclose(a, b, atol=1e-3, err_msg=str(options))
 
 
-def test_16_bit_storage_saves_bytes_and_keeps_float32_arithmetic(tiny_model: Path, build_cache: Path, tmp_path: Path):
+@pytest.mark.parametrize("low", ["fp16", "bf16"])
+def test_16_bit_storage_saves_bytes_and_keeps_float32_arithmetic(tiny_model: Path, build_cache: Path, tmp_path: Path,
+                                                                 low: Precision):
     full, half = (run_build(BuildSpec(model=str(tiny_model), precision=precision), tmp_path / precision,
-                            cache_root=build_cache).bundle for precision in ("fp32", "fp16"))
+                            cache_root=build_cache).bundle for precision in ("fp32", low))
     for name, component in half.manifest.components.items():
-        assert component.precision == "fp16"
+        assert component.precision == low
         saved = full.component(name).bytes - component.bytes
         assert saved > 0.8 * component.parameters, f"{name}: 2 bytes a weight, less new casts and what stays float32"
     assert half.manifest.parity is not None and half.manifest.parity["ok"]

@@ -85,7 +85,7 @@ def main() -> int:
         for name, graphs in context.unets.items():
             log.print(f"drawing with {name}", style="dim")
             report["rows"][name] = judge.row(graphs["onnxruntime"], context.macs_shares.get(name, 1))
-        add_latencies(report["rows"], context.unets, next(context.recording.calls("unet")), options)
+        add_latencies(report["rows"], context.unets, next(context.recording.calls("unet")), options, {"bf16": "bf16"})
     file = save(report, "ablation" if options.ablation else "compression")
     table = table_of("U-Net of the reference model", report)
     print(json.dumps(report, indent=2)) if options.json else show(report, table, file, 160)
@@ -123,15 +123,19 @@ def full(context: Context, row: str) -> Graphs:
     return {"onnxruntime": context.optimized, "openvino": context.plain}
 
 
-def half(context: Context, row: str) -> Graphs:
-    """Float16 as it is built for CPUs: stored, not computed in."""
-    from exporters.onnx_precision import convert_precision
+def half(precision: str) -> Make:
+    """16 bits as they are built for CPUs: stored, not computed in; OpenVINO computes in bfloat16 where the CPU can."""
 
-    made = {}
-    for runtime, graph in full(context, row).items():
-        made[runtime] = context.file(row, runtime)
-        convert_precision(graph, made[runtime], "fp16", mode="storage")
-    return made
+    def make(context: Context, row: str) -> Graphs:
+        from exporters.onnx_precision import convert_precision
+
+        made = {}
+        for runtime, graph in full(context, row).items():
+            made[runtime] = context.file(row, runtime)
+            convert_precision(graph, made[runtime], precision, mode="storage")
+        return made
+
+    return make
 
 
 def searched(context: Context, row: str) -> Graphs:
@@ -191,7 +195,8 @@ def ort_static(context: Context, row: str) -> Graphs:
 
 ROWS: dict[str, Make] = {
     BASE: full,
-    "fp16": half,
+    "fp16": half("fp16"),
+    "bf16": half("bf16"),
     "weight-only": ours("weight-only"),
     "dynamic": ours("dynamic"),
     "static": ours("static"),

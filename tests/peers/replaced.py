@@ -94,12 +94,15 @@ def macs(graph: Path, feeds: dict[str, Any]) -> int:
 
 
 def add_latencies(rows: dict[str, Any], networks: Mapping[str, Graphs], feeds: dict[str, Any],
-                  options: argparse.Namespace) -> None:
-    """Add what one call takes in each runtime: its quotient by float32's, median, min, max over interleaved rounds."""
+                  options: argparse.Namespace, hints: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Add what one call takes in each runtime: its quotient by float32's, median, min, max over interleaved rounds.
+
+    `hints` are row -> what OpenVINO computes in where it is not float32.
+    """
     for runtime in ("onnxruntime", "openvino"):
         if util.find_spec(runtime) is None:
             continue
-        callers = {name: caller(graphs[runtime], runtime, options.threads, feeds)
+        callers = {name: caller(graphs[runtime], runtime, options.threads, feeds, hints.get(name, "f32"))
                    for name, graphs in networks.items() if runtime in graphs}
         rounds: dict[str, list[float]] = {name: [] for name in callers}
         for _ in range(options.rounds + 1):
@@ -113,14 +116,14 @@ def add_latencies(rows: dict[str, Any], networks: Mapping[str, Graphs], feeds: d
             rows[name][f"{runtime}_seconds_ratio"] = {**spread(ratios), "seconds": statistics.median(seconds[1:])}
 
 
-def caller(graph: Path, runtime: str, threads: int, feeds: dict[str, Any]) -> Callable[[], Any]:
+def caller(graph: Path, runtime: str, threads: int, feeds: dict[str, Any], hint: str) -> Callable[[], Any]:
     """A function that runs the graph once."""
     if runtime == "onnxruntime":
         session = plain_session(graph, threads)
         return lambda: session.run(None, feeds)
     import openvino
 
-    hints = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+    hints = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": hint}
     request = openvino.Core().compile_model(str(graph), "CPU", hints).create_infer_request()
     return lambda: request.infer(feeds)
 
