@@ -72,9 +72,13 @@ def parse_shares(text: str) -> dict[str, Any]:
     """
     if not text:
         return {}
+    shares = tuple(_share(part.strip()) for part in text.split(","))
+    return {"prune": shares[0]} if len(shares) == 1 else {"prune_candidates": shares}
+
+
+def _share(text: str) -> float:
     try:
-        shares = tuple(float(part) for part in text.split(","))
+        return float(text)
     except ValueError:
         raise InputError(f"{text!r} is not a share of channels", where="--prune",
                          fix="write 0.3, or several to choose from: 0.5,0.3,0.15") from None
-    return {"prune": shares[0]} if len(shares) == 1 else {"prune_candidates": shares}

@@ -126,8 +126,8 @@ def uniform_widths(levels: Sequence[Level], ratio: float, where: str) -> Widths:
 
     fitting = [k for k in itertools.product(*around) if fit_together(levels, k)]
     if not fitting:
-        raise InputError(f"{ratio:g} would make neighbouring levels equally wide, of which one has a convolution in its "
-                         "shortcut for being wider", where=where, fix=f"prune {_nearest(levels, ratio):.2f}")
+        raise InputError(f"{ratio:g} would make neighbouring levels equally wide, or equal ones unequal, which changes "
+                         "the shortcuts between them", where=where, fix=f"prune {_nearest(levels, ratio):.2f}")
     kept = min(fitting, key=misfit)
     if all(width == level.width for level, width in zip(levels, kept, strict=True)):
         raise InputError(f"{ratio:g} removes nothing: channels go in steps of {levels[0].step}", where=where,
