@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from calibration.prompts import CALLS_PER_EPISODE, STEPS, STRENGTH, Episode
+from calibration.masks import draw_mask
+from calibration.prompts import CALLS_PER_EPISODE, STEPS, STRENGTH, Episode, InpaintingEpisode
 from runtimes.bundle import replacing, translated_disk_errors
 from runtimes.manifest import digest_of
 from runtimes.pipeline import Pipeline
@@ -80,7 +81,9 @@ def record(sessions: Mapping[str, Session], assemble: Assemble, episodes: tuple[
     """Run the pipeline and keep what its networks are fed; what was recorded before, also by a killed run, is kept.
 
     The U-Net's calls hold both guidance branches (rows: unconditional, then conditional). Text encoder and decoder are
-    recorded at every call; the encoder sees the picture that the second drawing of an episode starts from.
+    recorded at every call; the encoder sees the picture that the second drawing of an episode starts from, and where
+    the episodes are for inpainting, the picture without what its mask covers, and the grey that text to image starts
+    from.
 
     Args:
         sessions: networks by name; they are wrapped, not changed.
@@ -122,8 +125,12 @@ def _play(taps: Mapping[str, _Tap], assemble: Assemble, episode: Episode, guidan
     if not episode.second_keep or "vae_encoder" not in taps:
         return
     taps[DENOISER].begin(episode.second_keep)
-    pipeline(episode.second_prompt, steps=steps, guidance_scale=guidance_scale, seed=episode.seed + 1,
-             image=pictures[0], strength=strength)
+    how: dict[str, Any] = {"image": pictures[0], "strength": strength}
+    if isinstance(episode, InpaintingEpisode):
+        width, height = pictures[0].size
+        how = {"image": pictures[0], "strength": episode.strength, "mask": draw_mask(
+            episode.mask, height, width, episode.painted, episode.seed, pipeline.facts.vae_scale_factor)}
+    pipeline(episode.second_prompt, steps=steps, guidance_scale=guidance_scale, seed=episode.seed + 1, **how)
 
 
 def _shard(folder: Path, number: int) -> Path:

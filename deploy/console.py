@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -144,17 +144,13 @@ def show_outcome(outcome: Outcome) -> None:
         out.print(f"report: {report}")
 
 
-class _Part(NamedTuple):
-    name: str
-    component: Component
-
-
 def _sizes(manifest: Manifest) -> str:
     """The sides that a bundle makes, and the size of each usual aspect ratio."""
     from runtimes.aspects import BUCKETS, nearest_size, parse_aspect
+    from runtimes.batching import Listed
     from runtimes.request import pixel_limits
 
-    facts, parts = manifest.pipeline, {name: _Part(name, c) for name, c in manifest.components.items()}
+    facts, parts = manifest.pipeline, {name: Listed(name, c) for name, c in manifest.components.items()}
     height, width = (pixel_limits(facts, parts, name) for name in ("height", "width"))
     sides = " and ".join(f"{name} {span.min} to {span.max} in steps of {multiple}"
                          for name, (span, multiple) in (("height", height), ("width", width)))

@@ -30,8 +30,19 @@ def plan_calibration(before: Manifest, spec: BuildSpec) -> dict[str, Any]:
 
     prompts = spec.calibration_prompts or default_prompts(before.source.id)
     episodes = plan_episodes(prompts, spec.calibration_samples)
-    return {"prompts": list(prompts[: len(episodes) + 1]), "samples": spec.calibration_samples, "steps": STEPS,
-            "strength": STRENGTH, "guidance_scale": ParityOptions.guidance_scale}
+    planned = {"prompts": list(prompts[: len(episodes) + 1]), "samples": spec.calibration_samples, "steps": STEPS,
+               "strength": STRENGTH, "guidance_scale": ParityOptions.guidance_scale}
+    # Only where it holds: what was made of other U-Nets stays in the cache.
+    return {**planned, "inpaints": True} if takes_masks(before) else planned
+
+
+def takes_masks(manifest: Manifest) -> bool:
+    """Whether the U-Net is one for inpainting, which is calibrated with masks."""
+    from runtimes.batching import Listed
+    from runtimes.start import inpaints
+
+    unet = manifest.components.get("unet")
+    return unet is not None and inpaints(Listed("unet", unet), manifest.pipeline.latent_channels)
 
 
 def default_prompts(source_id: str) -> tuple[str, ...]:
@@ -61,7 +72,8 @@ def record_calibration(source: Bundle, calibration: Mapping[str, Any]) -> Record
     from runtimes.session import SessionOptions
 
     steps, strength = calibration["steps"], calibration["strength"]
-    episodes = plan_episodes(calibration["prompts"], calibration["samples"], steps=steps, strength=strength)
+    episodes = plan_episodes(calibration["prompts"], calibration["samples"], steps=steps, strength=strength,
+                             inpaints=calibration.get("inpaints", False))
     facts = at_common_size(source.manifest)
     manifest = replace(source.manifest, pipeline=facts)
     source = replace(source, manifest=manifest)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,13 @@ class Described(Protocol):
     def component(self) -> Component:
         """Its record."""
         ...
+
+
+class Listed(NamedTuple):
+    """A component as a manifest lists it, without a session."""
+
+    name: str
+    component: Component
 
 
 def input_spec(session: Described, name: str) -> TensorSpec:

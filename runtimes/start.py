@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtimes import decode
-from runtimes.batching import input_spec
+from runtimes.batching import Described, input_spec
 from runtimes.errors import InputError
 from runtimes.noise import NoiseStreams
 from runtimes.request import Request
@@ -78,7 +78,7 @@ def begin(
     return Start(sample, kept=Kept(original, fresh, _small(request)))
 
 
-def inpaints(unet: Session, channels: int) -> bool:
+def inpaints(unet: Described, channels: int) -> bool:
     """Whether a U-Net takes mask and masked picture besides latents of so many channels.
 
     Raises:

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import runtimes
+from calibration.recorder import Recording
 from deploy.builder import Silent, load_source, run_build
 from deploy.cache import Cache
 from deploy.origin import open_origin
@@ -195,11 +196,11 @@ def test_an_unconditional_model_refuses_a_prompt(pair: Callable[[str], Pair]) ->
         pair("ldm")[0]("a cat", steps=2)
 
 
-def build(name: str, folder: Path, cache: Path) -> Path:
+def build(name: str, folder: Path, cache: Path, **options: Any) -> Path:
     theirs = make_pipeline(name)
     theirs.save_pretrained(folder / "model")
     shapes = {"batch": ShapeRange(1, 1, 2), "height": ShapeRange(32, 32, 64), "width": ShapeRange(32, 32, 64)}
-    spec = BuildSpec(model=str(folder / "model"), shapes=shapes, prompts=("a red apple", "cat"))
+    spec = BuildSpec(model=str(folder / "model"), shapes=shapes, prompts=("a red apple", "cat"), **options)
     return run_build(spec, folder / "bundle", cache_root=cache).bundle.path
 
 
@@ -244,3 +245,21 @@ def test_the_other_families_build(name: str, tmp_path: Path, cli: Cli, build_cac
     run = cli("generate", bundle, "a red apple", *options, "--steps", "2", "-o", tmp_path / "picture.png")
     assert run.code == 0, run
     assert (tmp_path / "picture.png").is_file()
+
+
+def test_int8_of_a_unet_for_inpainting_is_calibrated_under_masks(tmp_path: Path, build_cache: Path) -> None:
+    """The graphs are those of the test before, from the cache."""
+    manifest = Bundle.open(build("inpaint", tmp_path, build_cache, precision="int8", calibration_samples=24,
+                                 verify="components")).manifest
+    quantized = next(p for p in manifest.passes if p.name == "quantize")
+    assert quantized.config["calibration"]["inpaints"] is True
+    summary = manifest.components["unet"].details["quantization"]
+    assert summary["layers"]["w8a8"] > 0
+    assert manifest.parity is not None and not manifest.parity["broken"]
+    recorded = Recording(build_cache / "calibration" / summary["recording"], 3, summary["recording"])
+    fed = np.concatenate([call["sample"] for call in recorded.calls("unet")])
+    assert len(fed) == 2 * 24
+    masks, masked = fed[:, 4], fed[:, 5:]
+    assert set(np.unique(masks)) == {0, 1}
+    assert len(np.unique(masks.mean(axis=(1, 2)))) == 4  # all of it, and one mask an episode
+    assert len(np.unique(masked.round(4), axis=0)) == 6  # grey and a picture with a hole, encoded once an episode

@@ -105,6 +105,11 @@ def test_calibration_prompts_are_not_what_is_scored():
     assert not set(prompts) & {*options.retrieval_prompts, *options.prompts}
 
 
+def test_plans_of_unets_without_masks_are_what_they_were():
+    """A new key would quantize every model again that is in somebody's cache."""
+    assert set(planned().config["calibration"]) == {"prompts", "samples", "steps", "strength", "guidance_scale"}
+
+
 def test_int8_is_a_third_of_the_bytes_and_keeps_what_is_drawn(int8_bundle: Bundle, reference_bundle: Path):
     manifest, full = int8_bundle.manifest, Bundle.open(reference_bundle).manifest
     unet = manifest.components["unet"]
