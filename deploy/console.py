@@ -170,6 +170,9 @@ def show_bundle(bundle: Bundle) -> None:
         parity = _figure(c.parity["relative_l2"], ".1e") if c.parity else "[bold red]not verified[/]"
         table.add_row(name, c.format, c.precision, f"{c.parameters / 1e6:.2f} M", megabytes(c.bytes), parity)
     out.print(table)
+    for name, c in sorted(manifest.components.items()):
+        if "not_fp16" in c.details:
+            out.print(f"  {name} stays in {c.precision}: in float16, {c.details['not_fp16']}")
     _show_engines(manifest)
     out.print(_sizes(manifest))
     for name, c in sorted(manifest.components.items()):

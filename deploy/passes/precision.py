@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+import numpy as np
+
 from deploy.passes.quantize import carry_layers
-from deploy.plan import Pass, Planned, Skip, Step, require_onnx
+from deploy.plan import PLANNED_PRECISION, Pass, Planned, Skip, Step, require_onnx
 from runtimes.bundle import Bundle, records_below
 from runtimes.manifest import Component, Manifest
 
 if TYPE_CHECKING:
     from deploy.spec import BuildSpec
 
+DECODER, PROBES = "vae_decoder", 4
 NAMES = {"fp16": "float16", "bf16": "bfloat16"}
 MODES = {"tensorrt": "compute", "tensorrt-rtx": "compute", "onnxruntime": "storage", "openvino": "storage"}
 
@@ -24,7 +30,7 @@ class Precision(Pass):
     """float32 graphs to 16 bits, with the nodes that need float32 kept in it (exporters.onnx_precision)."""
 
     name: ClassVar[str] = "precision"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     libraries: ClassVar[tuple[str, ...]] = ("onnx", "onnxscript", "onnx-ir", "ml-dtypes")
     verify: ClassVar[bool] = True
 
@@ -53,14 +59,53 @@ class Precision(Pass):
         planned = step.after.components[name]
         folder = out / "components" / name
         folder.mkdir(parents=True)
-        report = convert_precision(source.file(source.component(name).file), folder / "model.onnx",
-                                   step.config["precision"], mode=step.config["mode"],
-                                   keep=patterns_for(name, source, step.config["keep"]))
-        carry_layers(source, source.component(name), out)
-        details = {**source.component(name).details, "conversion": report.to_json()}
+        before, graph = source.component(name), folder / "model.onnx"
+        convert = partial(convert_precision, source.file(before.file), graph, step.config["precision"],
+                          mode=step.config["mode"])
+        report = convert(keep=patterns_for(name, source, step.config["keep"]))
+        details = dict(before.details)
+        if name == DECODER and (step.config["precision"], step.config["mode"]) == ("fp16", "compute") and (
+                why := overflow(graph, before, source.manifest.pipeline.scaling_factor)):
+            shutil.rmtree(folder)
+            report = convert(keep=["*"])
+            details |= {PLANNED_PRECISION: planned.precision, "not_fp16": why}
+            planned = replace(planned, precision=before.precision)
+        carry_layers(source, before, out)
+        details["conversion"] = report.to_json()
         if step.config["mode"] == "storage" and details.get("ort_graph_optimization") == "disabled":
             details["ort_graph_optimization"] = "basic"  # widens the weights once, at load, instead of in every call
         return replace(planned, files=records_below(folder, out), details=details)
+
+
+def overflow(low: Path, decoder: Component, scaling_factor: float) -> str:
+    """Whether a float16 decoder fails: its emulation, which a CPU can run, on noise as large as latents are.
+
+    Decoders that were trained in float32 may hold values above 65,504: that of Stable Diffusion XL does
+    (madebyollin/sdxl-vae-fp16-fix), and draws black pictures.
+
+    Args:
+        low: the graph that computes in float16.
+        decoder: its record, in float32.
+        scaling_factor: latents of unit variance are divided by it before they are decoded.
+
+    Returns:
+        what happens, empty if nothing does.
+    """
+    from calibration.observe import plain_session
+    from exporters.onnx_precision_emulate import emulate
+
+    latents = decoder.inputs[0]
+    shape = latents.resolve({axis: a.range.min for axis, a in decoder.axes.items()})
+    random = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory(prefix="ldm-overflow-", dir=low.parent) as scratch:
+        emulate(low, Path(scratch) / low.name)
+        session = plain_session(Path(scratch) / low.name, threads=0)
+        for _ in range(PROBES):
+            noise = random.standard_normal(shape, np.float32) / np.float32(scaling_factor)
+            pictures = session.run(None, {latents.name: noise})
+            if wrong := sum(int((~np.isfinite(picture)).sum()) for picture in pictures):
+                return f"{wrong} of {sum(p.size for p in pictures)} values of a picture are not finite"
+    return ""
 
 
 def patterns_for(name: str, source: Bundle, keep: Sequence[str]) -> list[str]:

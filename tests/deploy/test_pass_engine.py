@@ -16,7 +16,7 @@ from deploy.passes import engine as engine_pass
 from deploy.passes.engine import Engine, choose_builder, component_profiles
 from deploy.passes.openvino import OpenVino
 from deploy.passes.precision import Precision, patterns_for
-from deploy.plan import Skip, Step, Unavailable
+from deploy.plan import Skip, Step, Unavailable, structure
 from deploy.spec import BuildSpec
 from exporters.onnx_precision_rules import names_in
 from runtimes.bundle import Bundle, records_below, sha256_of
@@ -151,6 +151,30 @@ def test_precision_computes_in_16_bits_on_gpus_and_stores_in_them_on_cpus(bundle
     assert part.precision == low and part.details["conversion"]["mode"] == mode
     assert computes_in_16_bits(part) == (mode == "compute")
     onnx.checker.check_model(str(tmp_path / part.file), full_check=True)
+
+
+def test_a_decoder_that_overflows_in_float16_stays_in_float32_and_says_so(bundle, tmp_path):
+    """As Stable Diffusion XL's does: what it draws is right, values inside it are above 65,504."""
+    loud = Bundle.open(shutil.copytree(bundle.path, tmp_path / "loud"))
+    file = loud.file(loud.component("vae_decoder").file)
+    model = onnx.load(file)
+    (output,) = (node for node in model.graph.node if "sample" in node.output)
+    output.output[list(output.output).index("sample")] = "quiet"
+    scale = onnx.numpy_helper.from_array(np.float32(60000), "scale")
+    model.graph.initializer.append(scale)
+    model.graph.node.extend([onnx.helper.make_node("Mul", ["quiet", "scale"], ["loud"], "louder"),
+                             onnx.helper.make_node("Div", ["loud", "scale"], ["sample"], "quieter")])
+    file.chmod(0o644)
+    onnx.save(model, file)
+    step = planned(loud, Precision(), spec("tensorrt", "fp16"))
+    part = Precision().run(step, "vae_decoder", loud, tmp_path / "low")
+    assert part.precision == "fp32" and "are not finite" in part.details["not_fp16"]
+    kept = onnx.load(tmp_path / "low" / part.file)
+    assert not any(weight.data_type == onnx.TensorProto.FLOAT16 for weight in kept.graph.initializer)
+    after = dataclasses.replace(step.after, components={**step.after.components, "vae_decoder": part})
+    assert structure(after)["vae_decoder"] == structure(step.after)["vae_decoder"], "the plan's prediction holds"
+    well = Precision().run(step, "vae_decoder", bundle, tmp_path / "well")
+    assert well.precision == "fp16" and "not_fp16" not in well.details
 
 
 def test_a_16_bit_graph_is_proven_on_its_emulation(bundle, tmp_path):
