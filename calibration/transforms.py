@@ -179,7 +179,7 @@ def channel_means(graph: Path, assignment: Mapping[str, str], calls: Calls) -> d
     return {name: entry.mean for name, entry in found.items()}
 
 
-def prepare(graph: Path, methods: Sequence[str], calls: Calls, destination: Path) -> Path:
+def prepare(graph: Path, methods: Sequence[str], calls: Calls, destination: Path, alpha: float = ALPHA) -> Path:
     """The graph with the chosen exact changes, or the graph itself if none applies.
 
     Args:
@@ -187,6 +187,7 @@ def prepare(graph: Path, methods: Sequence[str], calls: Calls, destination: Path
         methods: of `METHODS`; bias-correction comes after rounding and is left to `quantize`.
         calls: recorded inputs.
         destination: where to write.
+        alpha: of smoothquant, as of `smooth`.
     """
     model, places = ir.load(graph), 0
     if "split-skips" in methods and (parts := concatenations(model)):
@@ -195,7 +196,7 @@ def prepare(graph: Path, methods: Sequence[str], calls: Calls, destination: Path
         places += split_skips(model, widths)
     if "smoothquant" in methods and (norms := smoothable(model)):
         found = channels_of(graph, dict.fromkeys(norms, -1), calls)
-        places += smooth(model, {name: c.amax for name, c in found.items()})
+        places += smooth(model, {name: c.amax for name, c in found.items()}, alpha)
     if not places:
         return graph
     save(model, destination)

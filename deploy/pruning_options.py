@@ -8,6 +8,8 @@ from pydantic import BaseModel, Field, model_validator
 
 from runtimes.errors import InputError
 
+DRAWINGS = 32  # of the teacher that one step of a recovery learns from
+
 
 class PruningOptions(BaseModel):
     """What is taken out of the denoising network and the autoencoder, and how they learn to do without.
@@ -25,6 +27,8 @@ class PruningOptions(BaseModel):
         mask: weights to set to zero without changing a shape (`deploy.pruning.masks`).
         recover: optimizer steps of distillation from the original, for each network that was pruned
             (`deploy.pruning.training`).
+        recover_batch: pictures that the teacher draws at a time; with fewer than 32, which take less memory, the
+            gradients of several batches make one step of 32.
         recover_prompts: what it is distilled on; the model's own set when empty.
     """
 
@@ -36,6 +40,7 @@ class PruningOptions(BaseModel):
     prune_blocks: Literal["none", "base", "small", "tiny"] = "none"
     mask: Literal["none", "textbook", "2:4"] = "none"
     recover: int = Field(default=0, ge=0)
+    recover_batch: int = Field(default=DRAWINGS, ge=1, le=DRAWINGS)
     recover_prompts: tuple[str, ...] = ()
 
     @property

@@ -107,7 +107,7 @@ def quantize_component(graph: Path, destination: Path, recipe: str, config: Mapp
     from calibration.layers import INT4, assign, find_layers
     from calibration.observe import compare
     from calibration.quantize import quantize
-    from calibration.transforms import channel_means, prepare
+    from calibration.transforms import ALPHA, channel_means, prepare
 
     summary: dict[str, Any] = {"recipe": recipe, "scheme": asdict(scheme)}
     layers: dict[str, Any] = {}
@@ -119,7 +119,8 @@ def quantize_component(graph: Path, destination: Path, recipe: str, config: Mapp
     lost, means, original = 0.0, {}, graph
     with tempfile.TemporaryDirectory(prefix="ldm-quantize-") as scratch:
         if recording is not None:
-            graph = prepare(graph, config["methods"], lambda: recording.calls(name), Path(scratch) / graph.name)
+            graph = prepare(graph, config["methods"], lambda: recording.calls(name), Path(scratch) / graph.name,
+                            config.get("smoothquant_alpha", ALPHA))
         assignment = assign(find_layers(ir.load(graph)), recipe, config["keep"])
         if recording is not None:
             ranges, layers = find_ranges(graph, assignment, config, scheme, name, recording)

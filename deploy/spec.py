@@ -17,7 +17,7 @@ REFERENCE = "reference"
 Target = Literal["onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", "auto"]
 LOCAL_FILES = ("lora", "embedding", "vae")  # fields that name files outside the model
 # Fields that a manifest holds only where they are used.
-LATER_OPTIONS = ("prune_vae", "prune_candidates", "text_encoder_bits")
+LATER_OPTIONS = ("prune_vae", "prune_candidates", "recover_batch", "smoothquant_alpha", "text_encoder_bits")
 ENGINE_TARGETS = ("tensorrt", "tensorrt-rtx")
 Precision = Literal["fp32", "fp16", "bf16", "int8", "auto"]
 Quantization = Literal["hybrid", "static", "dynamic", "weight-only"]
@@ -48,6 +48,7 @@ class BuildSpec(PruningOptions):
         quantization: recipe of int8 builds (calibration.layers.assign).
         text_encoder_bits: of the weights of text encoders in int8 builds; 4 comes with a scale for every 32 inputs.
         quantization_methods: what is done to lose less in 8 bits (calibration.transforms).
+        smoothquant_alpha: of the method smoothquant: 0 leaves the difficulty in the activations, 1 in the weights.
         calibration_prompts: what is drawn to find the ranges of activations; the model's own set when empty.
         calibration_samples: U-Net calls that are recorded.
         cpu: that an INT8 bundle for a CPU is made for. "vnni" adds up 8-bit products exactly, as every ARM does; "avx2"
@@ -79,6 +80,7 @@ class BuildSpec(PruningOptions):
     quantization: Quantization = "hybrid"
     text_encoder_bits: Literal[8, 4] = 8
     quantization_methods: tuple[QuantizationMethod, ...] = ()
+    smoothquant_alpha: float = Field(default=0.5, ge=0, le=1)
     calibration_prompts: tuple[str, ...] = ()
     calibration_samples: int = Field(default=128, ge=1)
     cpu: Literal["auto", "vnni", "avx2"] = "auto"

@@ -73,6 +73,8 @@ class Quantize(Pass):
             "keep": list(spec.keep), "methods": list(spec.quantization_methods),
             "relative_l2": budget.component_relative_l2,
         }
+        if "smoothquant" in spec.quantization_methods:
+            config["smoothquant_alpha"] = spec.smoothquant_alpha
         if spec.text_encoder_bits == 4:
             if INT4 not in recipes.values():
                 raise InputError("the model has no text encoder", where="--text-encoder-bits", fix="leave it out")

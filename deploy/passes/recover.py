@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from deploy.passes.prune import NAME, TEACHER, WEIGHTS_FILE, drawing_config
 from deploy.plan import Pass, Planned, Skip, Step
+from deploy.pruning_options import DRAWINGS
 from runtimes.bundle import Bundle, records_below
 from runtimes.errors import InputError
 from runtimes.manifest import Component, Manifest
@@ -32,7 +33,8 @@ class Recover(Pass):
         if TEACHER not in before.components or before.components[NAME].format != "safetensors":
             raise InputError("there is no original to learn from", where="pass recover",
                              fix="recover comes right after prune")
-        config = {"steps": spec.recover, "keep_zeros": spec.mask != "none", **drawing_config(before, spec)}
+        fewer = {"batch": spec.recover_batch} if spec.recover_batch < DRAWINGS else {}
+        config = {"steps": spec.recover, "keep_zeros": spec.mask != "none", **fewer, **drawing_config(before, spec)}
         components = {n: c for n, c in before.components.items() if n != TEACHER}
         components[NAME] = replace(components[NAME], files={})
         step = Step(self.name, self.version, config, {NAME: (NAME, TEACHER, "text_encoder")},

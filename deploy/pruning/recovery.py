@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -16,10 +17,11 @@ from deploy.pruning.distill import Distillation, Recipe
 from deploy.pruning.network import relative_error
 from deploy.pruning.teacher import Teacher, load_source_module
 from deploy.pruning.training import Schedule, Task, Training
+from deploy.pruning_options import DRAWINGS
 from runtimes.bundle import Bundle
 from runtimes.manifest import digest_of, to_json
 
-DRAWINGS, JUDGED_SEED = 32, 7
+JUDGED, JUDGED_SEED = 8, 7
 REPORT_EVERY_SECONDS = 15.0
 
 
@@ -42,12 +44,13 @@ def recover_unet(source: Bundle, name: str, teacher_name: str, config: Mapping[s
     device = "cuda" if torch.cuda.is_available() else "cpu"
     student = load_source_module(source, source.component(name)).to(device)
     teacher = Teacher.load(source, teacher_name, config["prompts"], config["guidance_scale"], device)
-    judged = teacher.trajectories(DRAWINGS // 4, seed=JUDGED_SEED)
+    judged = teacher.trajectories(JUDGED, seed=JUDGED_SEED)
     batches = [judged.advance() for _ in range(16)]
     before = relative_error(student, batches)
-    recipe = Recipe(config["steps"])
+    batch = config.get("batch", DRAWINGS)
+    recipe = Recipe(config["steps"], accumulate=math.ceil(DRAWINGS / batch))
     weights = {n: source.component(n).sha256 for n in (name, teacher_name, "text_encoder")}
-    task = Distillation(student, teacher.observed, teacher.trajectories(DRAWINGS, recipe.seed), recipe,
+    task = Distillation(student, teacher.observed, teacher.trajectories(batch, recipe.seed), recipe,
                         teacher.guidance_scale)
     network = train(task, recipe, {"weights": weights, "config": to_json(config)}, root,
                     keep_zeros=config["keep_zeros"])

@@ -160,7 +160,7 @@ def test_a_decoder_that_overflows_in_float16_stays_in_float32_and_says_so(bundle
     model = onnx.load(file)
     (output,) = (node for node in model.graph.node if "sample" in node.output)
     output.output[list(output.output).index("sample")] = "quiet"
-    scale = onnx.numpy_helper.from_array(np.float32(60000), "scale")
+    scale = onnx.numpy_helper.from_array(np.array(60000, np.float32), "scale")
     model.graph.initializer.append(scale)
     model.graph.node.extend([onnx.helper.make_node("Mul", ["quiet", "scale"], ["loud"], "louder"),
                              onnx.helper.make_node("Div", ["loud", "scale"], ["sample"], "quieter")])

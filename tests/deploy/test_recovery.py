@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from deploy.pruning import recovery
 from deploy.pruning.distill import Distillation, Recipe
 from deploy.pruning.masks import mask_two_of_four
 from deploy.pruning.network import relative_error
 from deploy.pruning.observed import Observed
 from deploy.pruning.replay import Replay
+from deploy.pruning.teacher import Teacher
 from deploy.pruning.training import Training
 from deploy.pruning.trajectory import Diffusion, Trajectories
 from runtimes.errors import InputError, ParityError
@@ -110,12 +114,12 @@ def test_the_teacher_is_asked_once_for_each_batch_after_the_memory_is_full():
 
 
 def test_the_student_comes_nearer_to_its_teacher(tmp_path):
-    recovery, _ = make(tmp_path, Recipe(40, learning_rate=1e-3, warmup=5, ema=0.8), size=4)
+    training, _ = make(tmp_path, Recipe(40, learning_rate=1e-3, warmup=5, ema=0.8), size=4)
     _, other = make(tmp_path / "other", Recipe(1, seed=5))
     judged = [other.advance() for _ in range(2)]
-    before = relative_error(recovery.task.network, judged)
+    before = relative_error(training.task.network, judged)
     errors = []
-    network = recovery.run(lambda step, error: errors.append(error))
+    network = training.run(lambda step, error: errors.append(error))
     assert len(errors) == 40
     after = relative_error(network, judged)
     assert after < 0.75 * before, (before, after)
@@ -145,6 +149,30 @@ def test_a_checkpoint_of_another_recipe_is_not_gone_on_from(tmp_path):
     make(tmp_path, Recipe(2))[0].run()
     assert make(tmp_path, Recipe(2))[0].step == 2
     assert make(tmp_path, Recipe(3))[0].step == 0
+
+
+def test_fewer_drawings_at_a_time_make_steps_of_as_many(monkeypatch):
+    seen = []
+
+    class Asked(Exception):
+        """What would be trained is known."""
+
+    def train(task, recipe, *rest, **more):
+        seen.append((task, recipe))
+        raise Asked
+
+    teacher = Observed(unet(levels=(CROSS, PLAIN), widths=(16, 16)))
+    drawn = Teacher(teacher.network, teacher, DIFFUSION, torch.randn(3, 5, 12), torch.zeros(5, 12), (4, 8, 8), 3.0)
+    monkeypatch.setattr(Teacher, "load", lambda *_: drawn)
+    monkeypatch.setattr(recovery, "load_source_module", lambda *_: copy.deepcopy(teacher.network))
+    monkeypatch.setattr(recovery, "train", train)
+    source: Any = SimpleNamespace(component=lambda name: SimpleNamespace(sha256=name))
+    config = {"steps": 5, "prompts": [], "guidance_scale": 3.0, "keep_zeros": False}
+    for more in ({}, {"batch": 8}, {"batch": 5}):
+        with pytest.raises(Asked):
+            recovery.recover_unet(source, "unet", "unet_teacher", {**config, **more})
+    assert [recipe.accumulate for _, recipe in seen] == [1, 4, 7]
+    assert [len(task._replay._trajectories._latents) for task, _ in seen] == [32, 8, 5]
 
 
 def test_masked_weights_stay_zero(tmp_path):
