@@ -195,7 +195,7 @@ def show_bundle(bundle: Bundle) -> None:
             seconds = f", {gain['seconds_ratio']:.2f}x the time" if "seconds_ratio" in gain else ""
             out.print(f"    {name}: {gain['verdict']}: {gain['bytes_ratio']:.2f}x the bytes{seconds} on this machine")
     _show_candidates(manifest.measured.get("prune_candidates", []))
-    _show_search(bundle)
+    show_search(bundle)
     if not manifest.verified:
         out.print("[bold red]NOT VERIFIED: built with --no-verify; nothing says that it equals the source[/]")
     elif manifest.parity:
@@ -216,7 +216,7 @@ def _show_candidates(tried: Sequence[Mapping[str, Any]]) -> None:
     out.print(table)
 
 
-def _show_search(bundle: Bundle) -> None:
+def show_search(bundle: Bundle) -> None:
     """The Pareto front of `--precision auto`, and what its layers became."""
     file = bundle.path / "components" / "unet" / "quantization.json"
     found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
@@ -227,7 +227,7 @@ def _show_search(bundle: Bundle) -> None:
                   title="Pareto front of the search")
     for trial in found["front"]:
         name = f"[bold]{trial['name']} (chosen)[/]" if trial["name"] == chosen else trial["name"]
-        table.add_row(name, megabytes(trial["bytes"]), _figure(trial["time_ratio"], ".2f"),
+        table.add_row(name, megabytes(trial["bytes"]), _figure(trial.get("time_ratio"), ".2f"),
                       _figure(trial["trajectory_relative_l2"], ".3f"), _figure(trial["psnr_db"], ".1f"),
                       _figure(trial["ssim"], ".3f"), _figure(trial["retrieval"], ".1%"),
                       "kept" if trial["holds"] else "broken")

@@ -65,12 +65,11 @@ class Prune(Pass):
             for file in source.component(NAME).files:
                 link_or_copy(source.path / file, out / file.replace(f"components/{NAME}/", f"components/{TEACHER}/"))
             return replace(planned, files=records_below(folder, out))
-        from deploy.pruning.network import prune_unet, write_network
+        from deploy.pruning.network import prune_unet, size_of, write_network
 
         network, details = prune_unet(source, NAME, step.config)
         write_network(network, folder / WEIGHTS_FILE, planned.precision)
-        return replace(planned, files=records_below(folder, out),
-                       parameters=sum(p.numel() for p in network.parameters()),
+        return replace(planned, files=records_below(folder, out), parameters=size_of(network),
                        details={**planned.details, "pruning": details})
 
 

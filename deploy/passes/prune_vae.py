@@ -62,7 +62,7 @@ class PruneVae(Pass):
     def run(self, step: Step, name: str, source: Bundle, out: Path) -> Component:
         """Prune the autoencoder, let this half of it learn; what was learned before an interruption is gone on from."""
         from deploy.pruning.autoencoder import prune_half
-        from deploy.pruning.network import write_network
+        from deploy.pruning.network import size_of, write_network
         from exporters.modules import torch_component
 
         planned, folder = step.after.components[name], out / "components" / name
@@ -70,5 +70,5 @@ class PruneVae(Pass):
         network, details = prune_half(source, name, step.config)
         write_network(network, folder / WEIGHTS_FILE, planned.precision)
         return replace(planned, files=records_below(folder, out),
-                       parameters=sum(p.numel() for p in torch_component(name, network).parameters()),
+                       parameters=size_of(torch_component(name, network)),
                        details={**planned.details, **details})

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from deploy.cache import default_root
 from deploy.console import err
 from deploy.pruning.importance import scorer_of
+from deploy.pruning.network import size_of
 from deploy.pruning.recovery import train
 from deploy.pruning.structured import HALVES, prune_network
 from deploy.pruning.teacher import Teacher, example_feeds, load_source_module
@@ -136,7 +137,7 @@ def prune_half(source: Bundle, name: str, config: Mapping[str, Any]) -> tuple[An
     smaller = prune_network(network, feeds, widths, scorer_of(config["method"]), "vae")
     network.requires_grad_(False)
     details: dict[str, Any] = {"pruning": {
-        "parameters_before": _size(torch_component(name, network)),
+        "parameters_before": size_of(torch_component(name, network)),
         "channels": {"method": config["method"], "before": [level.width for level in levels],
                      "kept": list(widths.kept), "removed": round(widths.removed, 4)}}}
     if config["steps"]:
@@ -224,7 +225,3 @@ def _errors(found: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
 def _relative_l2(half: nn.Module, inputs: Tensor, wanted: Tensor) -> float:
     """||half - original|| / ||original||, of everything that it puts out."""
     return float((half(inputs)[0] - wanted).norm() / wanted.norm())
-
-
-def _size(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())

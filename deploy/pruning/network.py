@@ -35,7 +35,7 @@ def prune_unet(source: Bundle, name: str, config: Mapping[str, Any]) -> tuple[An
         InputError: a ratio or a kind of blocks that this network cannot lose; names the level and what works.
     """
     network = load_source_module(source, source.component(name))
-    details: dict[str, Any] = {"parameters_before": sum(p.numel() for p in network.parameters())}
+    details: dict[str, Any] = {"parameters_before": size_of(network)}
     if config["blocks"] != "none":
         network = remove_blocks(network, config["blocks"], name)
     if config["prune"]:
@@ -103,3 +103,8 @@ def relative_error(network: Any, batches: list[Batch]) -> float:
         wrong += float((output - batch.output).square().sum())
         true += float(batch.output.square().sum())
     return math.sqrt(wrong / true)
+
+
+def size_of(network: torch.nn.Module) -> int:
+    """How many weights it has."""
+    return sum(parameter.numel() for parameter in network.parameters())

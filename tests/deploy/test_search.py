@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from deploy import console
 from deploy.builder import run_build
 from deploy.cache import rooted
 from deploy.parity.budgets import Budget
@@ -88,6 +90,22 @@ def test_an_interrupted_search_draws_no_trial_twice(reference_bundle: Path, tmp_
             results = [trials.draw(name, tmp_path / f"{name}.onnx") for name in "ab"]
             assert [t.name for t in results] == ["a", "b"]
     assert drawn == ["a", "b", "a", "b"]
+
+
+@pytest.mark.parametrize("timed", [{"time_ratio": 0.72}, {}], ids=["timed", "from before calls were timed"])
+def test_the_front_of_a_bundle_is_shown(tmp_path: Path, capsys, timed: dict[str, float]):
+    trial = {"name": "hybrid", "bytes": 1000, "trajectory_relative_l2": 0.1, "psnr_db": 30.0, "ssim": 0.9,
+             "retrieval": None, "holds": True, **timed}
+    file = tmp_path / "components" / "unet" / "quantization.json"
+    file.parent.mkdir(parents=True)
+    found = {"front": [trial], "precision_map": {"conv": "int8"}, "errors": {"conv": {"int8": 0.5}}}
+    file.write_text(json.dumps(found))
+    bundle: Any = SimpleNamespace(path=tmp_path, component=lambda name: SimpleNamespace(
+        details={"quantization": {"chosen": "hybrid"}}))
+    console.show_search(bundle)
+    shown = capsys.readouterr().out
+    assert "hybrid (chosen)" in shown and ("0.72" in shown) == bool(timed)
+    assert "1 layers int8; most error in integers, predicted: conv (0.5)" in shown
 
 
 @pytest.mark.slow
