@@ -137,6 +137,7 @@ def open_source(path: Path | str) -> Source:
             raise InputError(f"{name} is missing", where=str(index_file), fix="save the whole pipeline again")
         if not (folder / name).is_dir():
             raise InputError(f"the folder {name} is missing", where=str(folder), fix="copy the whole pipeline again")
+        _library(folder, name, entries[name])
     used = {*networks, *tokenizers, "scheduler"}
     return Source(
         path=folder,
@@ -155,12 +156,17 @@ def _names_a_class(entry: Any) -> bool:
     return isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry)
 
 
-def _component(pipeline: Path, name: str, entry: list[str]) -> ComponentSource:
-    folder = pipeline / name
+def _library(pipeline: Path, name: str, entry: list[str]) -> str:
+    """The library of an entry of model_index.json; diffusers would import any other, from the folder itself too."""
     library = _LIBRARIES.get(entry[0])
     if library is None:
         raise InputError(f"{name} comes from the library {entry[0]!r}", where=str(pipeline / MODEL_INDEX),
                          fix="only classes of diffusers and transformers are loaded; custom code is never run")
+    return library
+
+
+def _component(pipeline: Path, name: str, entry: list[str]) -> ComponentSource:
+    folder, library = pipeline / name, _library(pipeline, name, entry)
     config = read_json(folder / "config.json")
     weights, index = find_weights(folder)
     return ComponentSource(name, library, entry[1], folder, config, weights, index)
