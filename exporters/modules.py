@@ -82,7 +82,7 @@ def empty_module(folder: Path, library: str, class_name: str) -> tuple[nn.Module
     """
     config = read_json(folder / "config.json")
     with quiet():
-        module = _empty(folder, library, class_name, config)
+        module = meta_module(folder, library, class_name, config)
     wanted = dict(module.state_dict())
     recomputed = {name for name, _ in module.named_buffers()} - set(wanted)
     places: dict[str, Place] = {}
@@ -123,7 +123,7 @@ def filled(module: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
     return module.eval().requires_grad_(False)
 
 
-def _empty(folder: Path, library: str, class_name: str, config: dict[str, Any]) -> nn.Module:
+def meta_module(folder: Path, library: str, class_name: str, config: dict[str, Any]) -> nn.Module:
     """The module with parameters on the meta device; buffers that no file holds are computed for real."""
     from accelerate import init_empty_weights
 
