@@ -9,7 +9,6 @@ Imports torch; import it inside the function that needs it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +38,10 @@ class Calls:
     text: dict[str, list[Array]] = field(default_factory=dict)
     encoded: list[Array] = field(default_factory=list)
     decoded: list[Array] = field(default_factory=list)
+
+    def clear(self) -> None:
+        """Forget all."""
+        self.denoiser, self.text, self.encoded, self.decoded = [], {}, [], []
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,3 @@ def _timesteps(timestep: Any, rows: int) -> Array:
     """(rows,) float64, whatever a scheduler calls a timestep."""
     value = timestep.detach().cpu().numpy() if isinstance(timestep, torch.Tensor) else np.asarray(timestep)
     return np.broadcast_to(value.astype(np.float64).reshape(-1), (rows,)).copy()
-
-
-Opener = Callable[[str], Network]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,7 +25,8 @@ class Asked:
         name: in reports.
         mode: text, image (an initial image) or mask (an image and a mask).
         prompts, negatives: one entry an image; no negatives means that none is given.
-        size: height and width in pixels.
+        size: height and width in pixels, of the result or of the images that it is made from.
+        sized: whether the size is given; a pipeline may take it from the image.
         seed: of the first image; the others count on from it.
     """
 
@@ -37,67 +38,61 @@ class Asked:
     guidance: float | None = None
     strength: float | None = None
     size: tuple[int, int] | None = None
+    sized: bool = True
     seed: int = SEED
 
-    def images(self, side: int) -> dict[str, Image]:
+    def images(self) -> dict[str, Image]:
         """The initial image and the mask of the mode; another aspect than the result's, grey edges in the mask."""
-        if self.mode == TEXT:
+        if self.mode == TEXT or self.size is None:
             return {}
-        height, width = self.size or (side, side)
+        height, width = self.size
         found = {"image": smooth_image(height + height // 2, width, self.seed)}
         return found if self.mode == IMAGE else {**found, "mask": soft_mask(height, width + width // 4)}
 
-    def to_theirs(self, images: Mapping[str, Any], generators: Any, prompts: bool = True) -> dict[str, Any]:
-        """Keywords of diffusers' pipeline."""
-        given = {"prompt": list(self.prompts), "negative_prompt": list(self.negatives) or None} if prompts else {
-            "batch_size": len(self.prompts)}
-        given |= {"num_inference_steps": self.steps, "generator": generators, "guidance_scale": self.guidance,
-                  "strength": self.strength, "image": images.get("image"), "mask_image": images.get("mask")}
-        if self.size is not None:
-            given |= {"height": self.size[0], "width": self.size[1]}
+    def fitted(self, parameters: Collection[str]) -> Asked:
+        """The request without what a pipeline's call does not know: negative prompts, sizes, guidance."""
+        known = {"negatives": "negative_prompt", "guidance": "guidance_scale", "strength": "strength"}
+        fields = type(self).__dataclass_fields__
+        unknown = {name: fields[name].default for name, key in known.items() if key not in parameters}
+        return replace(self, **unknown, sized="height" in parameters)
+
+    def to_theirs(self, images: Mapping[str, Any], generators: Any, parameters: Collection[str]) -> dict[str, Any]:
+        """Keywords of diffusers' pipeline, whose call has these parameters."""
+        given = {"num_inference_steps": self.steps, "generator": generators, "guidance_scale": self.guidance,
+                 "strength": self.strength, "image": images.get("image"), "mask_image": images.get("mask"),
+                 "negative_prompt": list(self.negatives) or None, **self._sized()}
+        given |= {"prompt": list(self.prompts)} if "prompt" in parameters else {"batch_size": len(self.prompts)}
         return {name: value for name, value in given.items() if value is not None}
 
-    def to_ours(self, images: Mapping[str, Any], prompts: bool = True) -> dict[str, Any]:
+    def to_ours(self, images: Mapping[str, Any], parameters: Collection[str]) -> dict[str, Any]:
         """Keywords of `runtimes.Pipeline`."""
-        given = {"prompt": list(self.prompts) if prompts else [""] * len(self.prompts),
+        given = {"prompt": list(self.prompts) if "prompt" in parameters else [""] * len(self.prompts),
                  "negative_prompt": list(self.negatives) or None, "steps": self.steps, "seed": self.seed,
                  "guidance_scale": self.guidance, "strength": self.strength, "image": images.get("image"),
-                 "mask": images.get("mask")}
-        if self.size is not None:
-            given |= {"height": self.size[0], "width": self.size[1]}
+                 "mask": images.get("mask"), **self._sized()}
         return {name: value for name, value in given.items() if value is not None}
 
-
-@dataclass(frozen=True)
-class Plan:
-    """The requests of every mode, for a model whose smallest side in pixels is `side`."""
-
-    side: int
-    requests: tuple[Asked, ...] = field(default=())
+    def _sized(self) -> dict[str, int]:
+        return {} if self.size is None or not self.sized else {"height": self.size[0], "width": self.size[1]}
 
 
-def plan_requests(modes: tuple[str, ...], unit: int, native: int) -> Plan:
-    """Requests of the *feeds* level.
+def plan_requests(unit: int, native: int) -> tuple[Asked, ...]:
+    """Requests of the *feeds* level in every mode.
 
     Args:
-        modes: those that diffusers has a pipeline for.
         unit: pixels that sizes must be multiples of.
         native: the model's own side in pixels; sizes that are asked for are at most half of it, since the encoder of
             the autoencoder runs for real.
     """
     half = max(unit, native // 2 // unit * unit)
     other = half, max(unit, half - unit) if half > unit else 2 * unit
-    asked = []
-    if TEXT in modes:
-        asked += [Asked("text", TEXT, negatives=("blurry, (bad)", "")),
-                  Asked("text without negative prompt", TEXT, prompts=("",), steps=7, size=other),
-                  Asked("text without guidance", TEXT, prompts=(LONG,), steps=2, guidance=1.0, size=other)]
-    if IMAGE in modes:
-        asked += [Asked("image", IMAGE, prompts=PROMPTS[:1], negatives=("blurry",), steps=7, size=other)]
-    if MASK in modes:
-        asked += [Asked("mask", MASK, prompts=PROMPTS[:1], negatives=("blurry",), size=(half, half)),
-                  Asked("mask at strength 0.6", MASK, prompts=PROMPTS[1:], steps=7, strength=0.6, size=(half, half))]
-    return Plan(half, tuple(asked))
+    return (
+        Asked("text", TEXT, negatives=("blurry, (bad)", "")),
+        Asked("text without negative prompt", TEXT, prompts=("",), steps=7, size=other),
+        Asked("text without guidance", TEXT, prompts=(LONG,), steps=2, guidance=1.0, size=other),
+        Asked("image", IMAGE, prompts=PROMPTS[:1], negatives=("blurry",), steps=7, size=other),
+        Asked("mask", MASK, prompts=PROMPTS[:1], negatives=("blurry",), size=(half, half)),
+        Asked("mask at strength 0.6", MASK, prompts=PROMPTS[1:], steps=7, strength=0.6, size=(half, half)))
 
 
 def smooth_image(height: int, width: int, seed: int) -> Image:

@@ -12,17 +12,27 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors import safe_open
 
-from deploy.parity.upstream.model import CannotLoadError, Upstream, network_of, part_of
+from deploy.parity.upstream.loading import (
+    CannotLoadError,
+    load_loras,
+    load_pipeline,
+    load_words,
+    network_of,
+    part_of,
+    source_of,
+)
+from deploy.parity.upstream.model import Upstream
 from exporters.lora import levels_of, matrices_of
 from exporters.modules import empty_module
 from runtimes.bundle import Bundle
-from runtimes.lora import Factors, read_factors
+from runtimes.lora import Factors, components_of, read_factors
 from runtimes.lora_inputs import DETAILS, own_file
 from runtimes.weights import read_header
 
@@ -71,20 +81,27 @@ def compare_weights(upstream: Upstream, source: Bundle) -> WeightsReport:
 def _compare_network(report: WeightsReport, upstream: Upstream, source: Bundle, name: str) -> None:
     part = part_of(source.component(name))
     try:
-        pipe = upstream.load("text", {}, read=[part], dtype=_stored_dtype(upstream, part))
+        pipe = load_pipeline(upstream, "text", {}, read=[part], dtype=_stored_dtype(upstream, part))
         theirs = getattr(pipe, part)
         if upstream.embeddings and name in source.manifest.pipeline.text_encoders:
-            upstream.load_words(pipe, name, theirs)
+            load_words(upstream, pipe, name, theirs)
     except CannotLoadError as error:
         report.unverified.append(f"{part}: diffusers does not load it: {error}")
         return
-    deltas, missed = _deltas(upstream, source, name)
-    report.unverified += missed
+    try:
+        deltas = _deltas(upstream, part)
+    except CannotLoadError as error:
+        report.unverified.append(f"{part}: diffusers does not load the LoRAs: {error}")
+        return
     ours, state, rows = _Ours(source, name), theirs.state_dict(), _table(theirs)
+    passed_over = sorted(key for key in ours.adapted(upstream) if key not in deltas)
+    if passed_over:
+        report.unverified.append(f"{part}: diffusers passes over {len(passed_over)} weights that the LoRAs name, "
+                                 f"{', '.join(passed_over[:SHOWN])} among them")
     if extra := sorted(set(ours.names) ^ set(state)):
         report.different.append((part, extra[0], f"only {'ours' if extra[0] in ours.names else 'diffusers'} has it"))
     mapped = _file_mappings()
-    for key in (key for key in state if key in ours.names):
+    for key in (key for key in state if key in ours.names and key not in passed_over):
         tensor, delta = state[key], deltas.pop(key, None)
         found = ours.tensor(key)
         if key == rows:  # a table may be longer than the vocabulary that a tokenizer reaches
@@ -117,15 +134,24 @@ class _Ours:
 
     def __init__(self, source: Bundle, name: str) -> None:
         network = network_of(source, name)
+        self._name = name
         module, self._places = empty_module(network.folder, network.library, network.class_name)
         state = module.state_dict()
         self._shapes = {key: tensor.shape for key, tensor in state.items()}
         tied: Mapping[str, str] = getattr(module, "_tied_weights_keys", None) or {}
         self._tied = {key: other for key, other in dict(tied).items() if key in state and key not in self._places}
         self.names = frozenset(self._places) | frozenset(self._tied)
-        details = source.component(name).details
-        self._beside: Mapping[str, Factors] = read_factors(
-            source.file(own_file(name)), name, 1.0, matrices_of(module), levels_of(module)) if DETAILS in details else {}
+        self._modules = matrices_of(module), levels_of(module)
+        beside = DETAILS in source.component(name).details
+        self._beside: Mapping[str, Factors] = self._factors(source.file(own_file(name)), 1.0) if beside else {}
+
+    def _factors(self, file: Path, scale: float) -> dict[str, Factors]:
+        return read_factors(file, self._name, scale, *self._modules)
+
+    def adapted(self, upstream: Upstream) -> set[str]:
+        """The tensors that we change, by the LoRAs' names."""
+        return {f"{place}.weight" for file, scale in upstream.loras if self._name in components_of(file)
+                for place in self._factors(file, scale)}
 
     def tensor(self, key: str) -> Any:
         """One tensor as it is stored, a LoRA that lies beside the weights added; float32 where it is converted."""
@@ -138,29 +164,29 @@ class _Ours:
         return found.float() + torch.from_numpy(factors.delta(tuple(found.shape), key))
 
 
-def _deltas(upstream: Upstream, source: Bundle, name: str) -> tuple[dict[str, Any], list[str]]:
-    """What PEFT adds to which weight of a network, and what it does not take of what we take."""
+def _deltas(upstream: Upstream, part: str) -> dict[str, Any]:
+    """What PEFT adds to which weight of a network.
+
+    Raises:
+        CannotLoadError: diffusers or PEFT refuses a LoRA.
+    """
     if not upstream.loras:
-        return {}, []
-    part = part_of(source.component(name))
-    try:
-        pipe = upstream.load("text", {})
-        upstream.load_loras(pipe)
-    except CannotLoadError as error:
-        return {}, [f"{part}: diffusers does not load the LoRAs: {error}"]
+        return {}
+    pipe = load_pipeline(upstream, "text", {})
+    load_loras(upstream, pipe)
     found: dict[str, Any] = {}
     for place, layer in getattr(pipe, part).named_modules():
         for adapter in getattr(layer, "active_adapters", ()) if hasattr(layer, "lora_A") else ():
             if adapter in layer.lora_A:
                 delta = layer.get_delta_weight(adapter).float()
                 found[f"{place}.weight"] = found.get(f"{place}.weight", 0) + delta
-    return found, []
+    return found
 
 
 def _stored_dtype(upstream: Upstream, part: str) -> Any:
     """What most numbers of a network are stored in, so that nothing is converted; float32 in doubt."""
     counts: dict[str, int] = {}
-    component = upstream.source().components[part]
+    component = source_of(upstream).components[part]
     for file in component.weights:
         for entry in read_header(file).values():
             counts[entry["dtype"]] = counts.get(entry["dtype"], 0) + int(np.prod(entry["shape"]))
