@@ -6,7 +6,9 @@ Imports torch; import it inside the function that needs it.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -124,7 +126,8 @@ def compare_feeds(upstream: Upstream, source: Bundle, bundle: Bundle, networks: 
             continue
         try:
             pipeline, recorders = recorded_pipeline(bundle, networks)  # anew: it remembers prompts
-            pipeline(**asked.to_ours(asked.images(), side.parameters), output="numpy")
+            with _without_remarks():
+                pipeline(**asked.to_ours(asked.images(), side.parameters), output="numpy")
         except DeployError as error:
             report.different.append(Difference(asked.name, "refusal", 0, str(error), "runs it"))
             continue
@@ -171,6 +174,18 @@ class Theirs:
         with upstream_errors():
             self._pipe(**asked.to_theirs(asked.images(), generators, self.parameters), output_type="np")
         return self._calls
+
+
+@contextmanager
+def _without_remarks() -> Iterator[None]:
+    """A prompt is too long on purpose; nobody has to be told."""
+    logger = logging.getLogger("runtimes")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _recorded(recorders: Mapping[str, Recorder], source: Bundle) -> Calls:

@@ -31,7 +31,6 @@ from runtimes.errors import DeployError
 from runtimes.session import Session
 
 Array = np.ndarray[Any, Any]
-LEAST_PSNR_DB = 60.0  # what two float32 implementations of the same arithmetic must reach
 
 
 @dataclass

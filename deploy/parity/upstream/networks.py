@@ -1,4 +1,4 @@
-"""Networks of diffusers' pipeline that are of the real class and cost little: their calls are recorded and answered here.
+"""Networks of diffusers' pipeline that are of the real class and cost little: their calls are recorded.
 
 Pipelines check the types of their parts and read their configs, so each is an instance of its class on meta weights
 whose `forward` (`encode` and `decode` of an autoencoder) does something else. Text encoders and the autoencoder's

@@ -1,7 +1,7 @@
-"""A denoiser that costs nothing: one fixed smooth function of everything that a denoiser is fed. No network, no torch.
+"""A denoiser that costs nothing: one fixed smooth function of everything that a denoiser is fed. No torch.
 
-Both sides of the *feeds* level call it, so whatever they do differently shows: a wrong timestep or condition in the call
-itself, wrong guidance or a wrong sampler in the sample of the next call. A constant or random noise would hide the
+Both sides of the *feeds* level call it, so whatever they do differently shows: a wrong timestep or condition in the
+call itself, wrong guidance or a wrong sampler in the sample of the next call. A constant or random noise would hide the
 latter. Each input reaches the result through its own weights, and the result is of about unit variance, as predicted
 noise is.
 """

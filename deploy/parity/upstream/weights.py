@@ -125,7 +125,8 @@ def _compare_tensor(report: WeightsReport, part: str, key: str, tensor: Any, del
         if not error <= (ROUNDING * largest if delta is not None else 0):
             what = f"differs by up to {error:.3g} of {largest:.3g}"
             if delta is not None:
-                what += f"; PEFT adds up to {float(delta.abs().max()):.3g}, we {float((found - tensor).abs().max()):.3g}"
+                adds = float((found - tensor).abs().max())
+                what += f"; PEFT adds up to {float(delta.abs().max()):.3g}, we {adds:.3g}"
             report.different.append((part, key, what))
 
 
