@@ -124,7 +124,7 @@ def filled(module: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
 
 
 def empty_network(folder: Path, library: str, class_name: str, config: Mapping[str, Any]) -> nn.Module:
-    """A network made from its config alone: parameters on the meta device, buffers that no file holds computed for real.
+    """A network from its config alone: parameters on the meta device, buffers that no file holds computed for real.
 
     Args:
         folder: holds config.json, which transformers reads for itself.

@@ -88,7 +88,7 @@ def upstream_pipeline(source: Source, mode: str, **components: Any) -> Any:
     switches = {**dict.fromkeys(source.ignored), "requires_safety_checker": False, "add_watermarker": False}
     arguments = {**{k: v for k, v in switches.items() if k in given}, **networks, **components}
     try:
-        with _unwarned():
+        with unwarned():
             pipe = kind.from_pretrained(str(source.path), local_files_only=True, **arguments)
     except (AttributeError, ImportError, KeyError, OSError, TypeError, ValueError) as error:
         raise InputError(f"diffusers' {kind.__name__} refuses it: {type(error).__name__}: "
@@ -162,7 +162,7 @@ def _mode(pipe: Any, mode: str, main: Mapping[str, Any]) -> ModeFacts:
 
 
 @contextmanager
-def _unwarned() -> Iterator[None]:
+def unwarned() -> Iterator[None]:
     """diffusers warns of each outdated key that it corrects, and shows a bar for every component."""
     from diffusers.utils import logging
 

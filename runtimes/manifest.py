@@ -20,6 +20,7 @@ from runtimes.tensors import Axis, TensorSpec
 
 SCHEMA = 1
 MANIFEST_FILE = "manifest.json"
+DEFAULT_STEPS = 25  # ours, for every model; diffusers' classes say 50. Other defaults are the model's: `ModeFacts`
 T = TypeVar("T")
 
 
