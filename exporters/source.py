@@ -11,6 +11,7 @@ from typing import Any
 from exporters.families import Family, family_of
 from runtimes.bundle import link_or_copy
 from runtimes.errors import InputError
+from runtimes.manifest import ModeFacts
 from runtimes.weights import read_header
 
 MODEL_INDEX = "model_index.json"
@@ -72,6 +73,7 @@ class Source:
         scheduler_class: class named for the scheduler; scheduler_config: its config.
         ignored: entries of model_index.json that are not used (safety_checker, feature_extractor, ...).
         options: the pipeline's own settings in model_index.json (requires_aesthetics_score, ...).
+        modes: what diffusers' class for a mode does by default, once `exporters.upstream.as_loaded` asked it.
     """
 
     path: Path
@@ -83,6 +85,7 @@ class Source:
     scheduler_config: Mapping[str, Any]
     ignored: tuple[str, ...] = field(default=())
     options: Mapping[str, Any] = field(default_factory=dict)
+    modes: Mapping[str, ModeFacts] = field(default_factory=dict)
 
     def tokenizer_config(self, name: str) -> Mapping[str, Any]:
         """tokenizer_config.json of one tokenizer, empty if it has none.

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from deploy.parity.upstream.standin import stand_in
-from exporters.modules import load_module, meta_module
+from exporters.modules import load_module, empty_network
 from exporters.source import read_json
 
 Array = np.ndarray[Any, Any]
@@ -54,7 +54,7 @@ class Network:
 
     def meta(self, **methods: Any) -> Any:
         """An instance of the class without weights, on the CPU as far as anybody asks, with these methods."""
-        module = meta_module(self.folder, self.library, self.class_name, read_json(self.folder / "config.json"))
+        module = empty_network(self.folder, self.library, self.class_name, read_json(self.folder / "config.json"))
         kind = type(module)
         also = {"device": property(lambda _: torch.device("cpu")), "dtype": property(lambda _: torch.float32)}
         module.__class__ = type(kind.__name__, (kind,), {**also, **methods, "__module__": kind.__module__})
