@@ -67,7 +67,8 @@ class Load(Pass):
 
         origin = open_source(source.path)
         for name, folder in origin.tokenizers.items():
-            prepare_tokenizer(folder, out / name)
+            encoder = step.after.components[name.replace("tokenizer", "text_encoder")].details["source_component"]
+            prepare_tokenizer(folder, out / name, origin.components[encoder].config.get("vocab_size"))
         config = dict(origin.scheduler_config)
         if origin.family.corrects_scheduler:
             config = stable_diffusion_config(config)
