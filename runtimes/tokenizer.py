@@ -11,13 +11,22 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import count, takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from runtimes.errors import BundleError, InputError
 from runtimes.tokenizer_bert import BERT, is_bert, prepare_bert_tokenizer
+from runtimes.tokenizer_files import (
+    MARKERS,
+    first_line,
+    from_bpe_files,
+    from_tokenizer_json,
+    read_object,
+    special_tokens,
+    tokens_of,
+)
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
@@ -28,18 +37,9 @@ CONFIG_FILE = "tokenizer_config.json"
 
 # transformers/models/clip/tokenization_clip.py; OpenAI CLIP's simple_tokenizer.py
 _WORD = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
-_MARKERS = {
-    "bos_token": "<|startoftext|>",
-    "eos_token": "<|endoftext|>",
-    "unk_token": "<|endoftext|>",
-    "pad_token": "<|endoftext|>",
-}
-_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _LONGEST_QUOTE = 500
 # Settings of tokenizer_config.json that change ids -> the one value that the runtime knows.
 _PLAIN = {"padding_side": "right", "truncation_side": "right", "split_special_tokens": False}
-# Names of further special tokens, old and new.
-_FURTHER = ("extra_special_tokens", "additional_special_tokens")
 # transformers writes 10**30 where no length was given
 _ABSURD_LENGTH = 1_000_000
 
@@ -91,7 +91,7 @@ class ClipTokenizer:
             config = json.loads((Path(folder) / CONFIG_FILE).read_text(encoding="utf-8"))
             pad_token, inversions = config["pad_token"], config.get("tokenizer_class") != BERT
         except Exception as error:  # `tokenizers` raises bare Exception
-            raise BundleError(f"cannot read the tokenizer: {_first_line(error)}", where=str(folder),
+            raise BundleError(f"cannot read the tokenizer: {first_line(error)}", where=str(folder),
                               fix="build the bundle again") from error
         return cls(tokenizer, tokens, pad_token, inversions=inversions)
 
@@ -216,8 +216,8 @@ def tokenizer_json_from_bpe(
     Raises:
         InputError: a file is missing or malformed, or a marker is not in the vocabulary.
     """
-    vocab, merges = _from_bpe_files(vocab_file, merges_file)
-    return _clip_json(vocab, merges, list(added) if added is not None else _tokens_of(_MARKERS), _MARKERS,
+    vocab, merges = from_bpe_files(vocab_file, merges_file)
+    return _clip_json(vocab, merges, list(added) if added is not None else tokens_of(MARKERS), MARKERS,
                       str(vocab_file))
 
 
@@ -265,23 +265,19 @@ def check_rows(folder: Path, rows: int, where: str) -> None:
 
 
 def _prepare(source: Path, out: Path) -> int | None:
-    config = _read_object(source / CONFIG_FILE) or {}
+    config = read_object(source / CONFIG_FILE) or {}
     for key, value in _PLAIN.items():
         if config.get(key, value) != value:
-            raise InputError(f"{key} is {config[key]!r}, which the runtime does not do", where=str(source / CONFIG_FILE),
-                             fix=f"save the tokenizer with {key}={value!r}")
+            raise InputError(f"{key} is {config[key]!r}, which the runtime does not do",
+                             where=str(source / CONFIG_FILE), fix=f"save the tokenizer with {key}={value!r}")
     if is_bert(source, config):
         return prepare_bert_tokenizer(source, out, config)
-    whole = _read_object(source / TOKENIZER_FILE)
-    try:
-        names, added, ids = _special_tokens(source, config, whole)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"malformed special tokens: {error!r}", where=str(source),
-                         fix="save the tokenizer again with transformers") from error
+    whole = read_object(source / TOKENIZER_FILE)
+    names, added, ids = special_tokens(source, config, whole)
     if whole is not None:
-        vocab, merges = _from_tokenizer_json(whole, source / TOKENIZER_FILE)
+        vocab, merges = from_tokenizer_json(whole, source / TOKENIZER_FILE)
     elif (source / "vocab.json").is_file() and (source / "merges.txt").is_file():
-        vocab, merges = _from_bpe_files(source / "vocab.json", source / "merges.txt")
+        vocab, merges = from_bpe_files(source / "vocab.json", source / "merges.txt")
     else:
         raise InputError("no tokenizer: neither tokenizer.json nor vocab.json with merges.txt", where=str(source),
                          fix="download the model again")
@@ -290,12 +286,12 @@ def _prepare(source: Path, out: Path) -> int | None:
     if wrong := sorted(t for t, i in ids.items() if written.get(t, i) != i):
         first = wrong[0]
         raise InputError(f"the ids of the added tokens {', '.join(wrong)} contradict the vocabulary: {first} is "
-                         f"{ids[first]} in the files and {written[first]} to transformers 5, which numbers added tokens "
-                         "through after the vocabulary", where=str(source),
+                         f"{ids[first]} in the files and {written[first]} to transformers 5, which numbers added "
+                         "tokens through after the vocabulary", where=str(source),
                          fix="save tokenizer and text encoder again without gaps between the ids")
     length = config.get("model_max_length")
     length = int(length) if isinstance(length, int | float) and 2 < length < _ABSURD_LENGTH else None
-    small = {name: names[name] for name in _MARKERS} | {"model_max_length": length, "tokenizer_class": "CLIPTokenizer"}
+    small = {name: names[name] for name in MARKERS} | {"model_max_length": length, "tokenizer_class": "CLIPTokenizer"}
     out.mkdir(parents=True, exist_ok=True)
     (out / TOKENIZER_FILE).write_text(text, encoding="utf-8")
     (out / CONFIG_FILE).write_text(json.dumps(small, indent=2, sort_keys=True, ensure_ascii=False) + "\n",
@@ -314,7 +310,7 @@ def _clip_json(
         tokenizer = Tokenizer(BPE(vocab=dict(vocab), merges=list(merges), continuing_subword_prefix="",
                                   end_of_word_suffix="</w>", fuse_unk=False, unk_token=names["unk_token"]))
     except Exception as error:  # `tokenizers` raises bare Exception, e.g. for a merge that is not in the vocabulary
-        raise InputError(f"vocabulary and merges do not fit: {_first_line(error)}", where=where) from error
+        raise InputError(f"vocabulary and merges do not fit: {first_line(error)}", where=where) from error
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
@@ -336,99 +332,6 @@ def _numbered(tokenizer: Tokenizer, token: str, where: str) -> tuple[str, int]:
     return token, number
 
 
-def _special_tokens(
-    source: Path, config: Mapping[str, Any], whole: Mapping[str, Any] | None
-) -> tuple[dict[str, str], list[AddedToken], dict[str, int]]:
-    """Names of the markers, the added tokens in the order of their ids, and the ids the source states.
-
-    The precedence is that of transformers' `PreTrainedTokenizerBase._from_pretrained`.
-    """
-    values: dict[str, Any] = {**_MARKERS, **{k: config[k] for k in _NAMED if config.get(k)}}
-    further = next((config[k] for k in _FURTHER if config.get(k)), [])
-    stated: dict[int, AddedToken] = {}
-    if "added_tokens_decoder" in config:
-        stated = {int(i): _token(t) for i, t in config["added_tokens_decoder"].items()}
-    else:
-        special = _read_object(source / "special_tokens_map.json") or {}
-        values |= {k: special[k] for k in _NAMED if special.get(k)}
-        further = next((special[k] for k in _FURTHER if special.get(k)), further)
-        contents = {_content(v) for v in (*values.values(), *further)}
-        for text, i in (_read_object(source / "added_tokens.json") or {}).items():
-            stated[i] = _token({"content": text, "normalized": text not in contents, "special": text in contents})
-        for token in whole.get("added_tokens", []) if whole else []:
-            stated[token["id"]] = _token({k: v for k, v in token.items() if k != "id"})
-    names = {k: _content(v) for k, v in values.items()}
-    added = [token for _, token in sorted(stated.items())]
-    known = {token.content for token in added}
-    added += [t for t in _tokens_of(values) if t.content not in known]
-    known |= {token.content for token in added}
-    added += [t for t in (_token(value) for value in further) if t.content not in known]
-    return names, added, {token.content: i for i, token in stated.items()}
-
-
-def _tokens_of(values: Mapping[str, Any]) -> list[AddedToken]:
-    """The distinct special tokens in transformers' order of names.
-
-    Equal contents with other flags stay: `tokenizers` lets the last of them count, as it does for transformers.
-    """
-    tokens: list[AddedToken] = []
-    for name in _NAMED:
-        if name in values and (token := _token(values[name])) not in tokens:
-            tokens.append(token)
-    return tokens
-
-
-def _token(value: Any) -> AddedToken:
-    from tokenizers import AddedToken
-
-    if isinstance(value, str):
-        return AddedToken(value, special=True)
-    flags = {k: bool(value[k]) for k in ("single_word", "lstrip", "rstrip", "normalized") if k in value}
-    return AddedToken(value["content"], special=bool(value.get("special", True)), **flags)
-
-
-def _content(value: Any) -> str:
-    return value if isinstance(value, str) else str(value["content"])
-
-
-def _from_bpe_files(vocab_file: Path | str, merges_file: Path | str) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    from tokenizers.models import BPE
-
-    try:
-        vocab, merges = BPE.read_file(str(vocab_file), str(merges_file))
-    except Exception as error:  # `tokenizers` raises bare Exception
-        raise InputError(f"cannot read the vocabulary: {_first_line(error)}", where=f"{vocab_file}, {merges_file}",
-                         fix="download the tokenizer again") from error
-    return vocab, merges
-
-
-def _from_tokenizer_json(whole: Mapping[str, Any], file: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    try:
-        model = whole["model"]
-        if model.get("type", "BPE") != "BPE":
-            raise InputError(f"a {model['type']} tokenizer, expected CLIP's byte-pair encoding", where=str(file))
-        pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
-        return dict(model["vocab"]), [(first, second) for first, second in pairs]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"malformed tokenizer: {error!r}", where=str(file), fix="download the model again") from error
-
-
-def _read_object(file: Path) -> dict[str, Any] | None:
-    """A JSON object, or None where there is no such file."""
-    if not file.is_file():
-        return None
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"not valid JSON: {error}", where=str(file)) from error
-    if not isinstance(value, dict):
-        raise InputError("expected a JSON object", where=str(file))
-    return value
-
-
 def _quoted(text: str) -> str:
-    return repr(text) if len(text) <= _LONGEST_QUOTE else f"{text[:_LONGEST_QUOTE]!r} and {len(text):,} characters in all"
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
+    cut = f"{text[:_LONGEST_QUOTE]!r}, {len(text):,} characters in all"
+    return repr(text) if len(text) <= _LONGEST_QUOTE else cut

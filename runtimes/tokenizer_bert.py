@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from runtimes.errors import InputError
+from runtimes.tokenizer_files import FURTHER, content_of, read_object
 
 TOKENIZER_FILE, CONFIG_FILE, VOCABULARY = "tokenizer.json", "tokenizer_config.json", "vocab.txt"
 BERT = "BertTokenizer"
@@ -62,31 +63,22 @@ def prepare_bert_tokenizer(source: Path, out: Path, config: dict[str, Any]) -> i
 def _refuse_own_words(source: Path, config: dict[str, Any]) -> None:
     markers = {"cls_token": _START, "sep_token": _END, "pad_token": _PAD, "unk_token": _UNKNOWN, "mask_token": _MASK}
     try:
-        special, added, whole = (_optional(source / name) for name in
+        special, added, whole = (read_object(source / name) or {} for name in
                                  ("special_tokens_map.json", "added_tokens.json", TOKENIZER_FILE))
         for key, marker in markers.items():
             for found in (config.get(key), special.get(key)):
-                if found and _content(found) != marker:
-                    raise InputError(f"{key} is {_content(found)!r}, expected {marker}", where=str(source),
+                if found and content_of(found) != marker:
+                    raise InputError(f"{key} is {content_of(found)!r}, expected {marker}", where=str(source),
                                      fix="save the tokenizer with BERT's own markers")
         stated = [*(config.get("added_tokens_decoder") or {}).values(), *added, *(whole.get("added_tokens") or []),
-                  *(token for place in (config, special) for key in ("additional_special_tokens", "extra_special_tokens")
-                    for token in place.get(key) or [])]
-        words = sorted({_content(token) for token in stated} - set(markers.values()))
+                  *(token for place in (config, special) for key in FURTHER for token in place.get(key) or [])]
+        words = sorted({content_of(token) for token in stated} - set(markers.values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"malformed special tokens: {error!r}", where=str(source),
                          fix="save the tokenizer again with transformers") from error
     if words:
         raise InputError(f"{words[0]} is an added token, which the runtime does not read for BERT", where=str(source),
                          fix="save the tokenizer without it")
-
-
-def _optional(file: Path) -> dict[str, Any]:
-    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
-
-
-def _content(token: Any) -> str:
-    return token if isinstance(token, str) else str(token["content"])
 
 
 def _vocabulary(source: Path) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Words of several vectors and any prompt at all: our ids equal those that diffusers' pipelines feed the text encoder."""
+"""Words of several vectors and any prompt at all: our ids equal those that diffusers feeds the text encoder."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from tests.runtimes.vocabulary import WORDS, make_vocabulary
 LENGTH = 24
 # several vectors, one of them, a name within another's, odd characters, spaces, letters that CLIP splits off
 ADDED = ["<cat-toy>", "<cat-toy>_1", "<cat-toy>_2", "bad_prompt", "bad_prompt_1", "bad_prompt_version2",
-         "bad_prompt_version2_1", "cat", "<one>", "fünf", "fünf_1", "two words", "two words_1", "#", "#_1", "🍎", "🍎_1",
-         "x_2", *(f"many_{i}" for i in range(1, 12)), "many"]
+         "bad_prompt_version2_1", "cat", "<one>", "fünf", "fünf_1", "two words", "two words_1", "#", "#_1", "🍎",
+         "🍎_1", "x_2", *(f"many_{i}" for i in range(1, 12)), "many"]
 
 
 def read_by_diffusers(tokenizer: Any, text: str, length: int = LENGTH) -> list[int]:
@@ -148,7 +148,8 @@ def test_every_rule_of_added_tokens_is_followed(tmp_path: Path, flag: str, promp
 def layout_decoder(folder: Path, tokens: dict[str, int]) -> None:
     vocab = make_vocabulary()[0]
     start, end = "<|startoftext|>", "<|endoftext|>"
-    decoder = {vocab[start]: {**flags(start, True), "special": True}, vocab[end]: {**flags(end, False), "special": True},
+    decoder = {vocab[start]: {**flags(start, True), "special": True},
+               vocab[end]: {**flags(end, False), "special": True},
                **{i: {**flags(token, True), "special": False} for token, i in tokens.items()}}
     write_old(folder, make_vocabulary(), {"added_tokens_decoder": {str(i): t for i, t in decoder.items()}}, {})
 
