@@ -6,6 +6,7 @@ Ours is what the file says. A comparison with diffusers' loader has to know; doc
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from runtimes.lora import read_keys
@@ -37,8 +38,7 @@ def differences(file: Path) -> tuple[str, ...]:
                 own[what.place] = read_number(file, header, key)
             else:
                 own.setdefault(what.place, None)
-        # Without any alpha, each is its rank there too.
-        if any(len(set(own.values())) > 1 for own in alphas.values()):
+        if any(_mistaken(component, own) for component, own in alphas.items()):
             found.append("alphas")
         unet = [key for key, what in keys.items() if what.component == "unet"]
         if all(any(re.search(pattern, key) for key in unet) for pattern in (_ORIGINAL, _DIFFUSERS)):
@@ -46,3 +46,10 @@ def differences(file: Path) -> tuple[str, ...]:
     if any(re.search(r"\.lora_[AB]\.[^.]+\.weight$", key) for key in keys):
         found.append("adapter-name")
     return tuple(found)
+
+
+def _mistaken(component: str, alphas: Mapping[str, float | None]) -> bool:
+    """Whether the alphas of a component differ where diffusers needs them alike. Without any, it takes the ranks."""
+    alike = len(set(alphas.values())) < 2
+    projections = any(re.search(r"_to_(q|k|v|out_0)$", place) for place in alphas)
+    return not alike and (component != "unet" or projections or None in alphas.values())
