@@ -13,6 +13,7 @@ import numpy as np
 from calibration.masks import draw_mask
 from calibration.prompts import CALLS_PER_EPISODE, STEPS, STRENGTH, Episode, InpaintingEpisode
 from runtimes.bundle import replacing, translated_disk_errors
+from runtimes.cache_store import use
 from runtimes.manifest import digest_of
 from runtimes.pipeline import Pipeline
 from runtimes.session import Arrays, Session
@@ -106,6 +107,7 @@ def record(sessions: Mapping[str, Session], assemble: Assemble, episodes: tuple[
     taps = {name: _Tap(session) for name, session in sessions.items()}
     with translated_disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        use(folder)
         for number, episode in enumerate(episodes):
             if not _intact(_shard(folder, number)):
                 for tap in taps.values():

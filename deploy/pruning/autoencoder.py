@@ -26,6 +26,7 @@ from deploy.pruning.training import Schedule
 from deploy.pruning.widths import AUTOENCODER, config_of, levels_of, uniform_widths
 from exporters.modules import torch_component
 from runtimes.bundle import Bundle, replacing
+from runtimes.cache_store import use
 from runtimes.loading import scheduler_config
 from runtimes.manifest import digest_of, to_json
 
@@ -160,7 +161,7 @@ def own_latents(source: Bundle, config: Mapping[str, Any], count: int) -> Tensor
     key = {"weights": drawn_by, "scheduler": scheduler_config(source), "prompts": config["prompts"],
            "guidance_scale": config["guidance_scale"], "count": count}
     file = default_root() / "recover" / f"latents-{digest_of(to_json(key))}.safetensors"
-    if not file.is_file():
+    if not use(file):
         device = "cuda" if torch.cuda.is_available() else "cpu"
         teacher = Teacher.load(source, DENOISER, config["prompts"], config["guidance_scale"], device)
         err.print(f"prune-vae: drawing {count} pictures to learn from")
