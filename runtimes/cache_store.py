@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from runtimes.places import cache_home
 from runtimes.sizes import parse_bytes
@@ -182,6 +182,19 @@ def trim(root: Path, limit: int) -> Trimmed:
                 owners[inode] -= 1
                 total -= 0 if owners[inode] else size
     return Trimmed(before, total, removed)
+
+
+def summary(root: Path) -> dict[str, Any]:
+    """What `cache show --json` prints: entries, bytes and last use of each kind, in all, and the limit."""
+    found = entries(root)
+    kinds = {}
+    for kind, (about, _) in KINDS.items():
+        of = [entry for entry in found if entry.kind == kind]
+        if of:
+            kinds[kind] = {"about": about, "entries": len(of), "bytes": total_bytes(of),
+                           "used_seconds_ago": round(max(time.time() - max(e.used_ns for e in of) / 1e9, 0.0))}
+    return {"root": str(root), "limit_bytes": limit_bytes(root), "bytes": total_bytes(found), "kinds": kinds,
+            "live": _held_since(root / WORK) < float("inf")}
 
 
 def keep_within_limit() -> None:
