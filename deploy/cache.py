@@ -17,7 +17,7 @@ from deploy.plan import Pass, Step
 from runtimes.bundle import Bundle, link_or_copy, replacing, sha256_of
 from runtimes.cache_store import WORK, scratch, sweep, use
 from runtimes.errors import BundleError
-from runtimes.manifest import Component, digest_of, from_json, to_json
+from runtimes.manifest import Component, Manifest, digest_of, from_json, to_json
 from runtimes.places import cache_home, rooted
 
 __all__ = ["Cache", "assemble", "default_root", "key_of", "rooted", "versions_of"]
@@ -39,17 +39,30 @@ def versions_of(libraries: tuple[str, ...]) -> dict[str, str]:
 def key_of(instance: Pass, step: Step, name: str, source: Bundle) -> str:
     """Cache key of one component written by one step."""
     planned = step.after.components[name]
+    # Only where it is read: another scheduler must not export every network again.
+    pipeline = {"pipeline": pipeline_identity(source.manifest)} if instance.reads_pipeline else {}
     return digest_of(
         {
+            **pipeline,
             "pass": [step.pass_name, step.version, to_json(step.config)],
             "component": name,
             "specs": to_json([planned.inputs, planned.outputs, planned.axes]),
-            # Details too: a pass carries them on into the record that is cached.
-            "reads": {read: [source.component(read).sha256, to_json(source.component(read).details)]
-                      for read in step.reads[name]},
+            "reads": {read: _contents(source.component(read)) for read in step.reads[name]},
             "libraries": versions_of(instance.libraries),
         }
     )
+
+
+def pipeline_identity(manifest: Manifest) -> dict[str, Any]:
+    """Everything about the sampling loop that decides what is drawn with given networks, as JSON."""
+    return {"facts": to_json(manifest.pipeline), "files": {n: r.sha256 for n, r in sorted(manifest.files.items())}}
+
+
+def _contents(component: Component) -> dict[str, Any]:
+    """A component by what its files hold; details too: a pass carries them on into the record that is cached."""
+    record = to_json(component)
+    return {"sha256": component.sha256, **{key: record[key] for key in
+            ("format", "class_name", "precision", "inputs", "outputs", "axes", "details")}}
 
 
 class Cache:

@@ -68,7 +68,7 @@ def record_calibration(source: Bundle, calibration: Mapping[str, Any]) -> Record
     """
     from calibration.prompts import plan_episodes
     from calibration.recorder import record
-    from deploy.cache import default_root
+    from deploy.cache import default_root, pipeline_identity
     from deploy.parity.drawing import assemble_pipeline
     from runtimes.loading import BundleSessions
     from runtimes.session import SessionOptions
@@ -79,9 +79,8 @@ def record_calibration(source: Bundle, calibration: Mapping[str, Any]) -> Record
     facts = at_common_size(source.manifest)
     manifest = replace(source.manifest, pipeline=facts)
     source = replace(source, manifest=manifest)
-    identity = {"size": [facts.height, facts.width],
-                "components": {n: c.sha256 for n, c in sorted(manifest.components.items())},
-                "files": {n: r.sha256 for n, r in sorted(manifest.files.items())}}
+    identity = {"components": {n: c.sha256 for n, c in sorted(manifest.components.items())},
+                **pipeline_identity(manifest)}
     return record(dict(BundleSessions(source, SessionOptions())), lambda sessions: assemble_pipeline(sessions, source),
                   episodes, default_root() / "calibration", source=identity,
                   guidance_scale=calibration["guidance_scale"], steps=steps, strength=strength)

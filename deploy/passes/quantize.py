@@ -48,6 +48,7 @@ class Quantize(Pass):
     version: ClassVar[int] = 5
     libraries: ClassVar[tuple[str, ...]] = ("numpy", "onnx-ir", "onnxruntime")
     verify: ClassVar[bool] = True
+    reads_pipeline: ClassVar[bool] = True
 
     def plan(self, before: Manifest, spec: BuildSpec) -> Planned:
         """Every float32 graph, when the spec says int8, or auto, which searches the U-Net's precisions."""
@@ -60,6 +61,7 @@ class Quantize(Pass):
         if spec.quantization == "dynamic" and spec.target != "onnxruntime":
             raise InputError(f"{spec.target} has no kernels for ranges found at run time", where="quantization",
                              fix="use hybrid or static")
+        from deploy.gate import options_for
         from deploy.parity.budgets import budget_for
         from deploy.quantization import plan_calibration
 
@@ -79,7 +81,9 @@ class Quantize(Pass):
                 raise InputError("the model has no text encoder", where="--text-encoder-bits", fix="leave it out")
             config["blocks"] = BLOCKS[spec.target]
         if "auto" in recipes.values():
-            config["search"] = {"budget": asdict(budget), "prompts": list(spec.prompts)}
+            drawn = options_for(before.source.id, spec.prompts)
+            config["search"] = {"budget": asdict(budget), "prompts": list(drawn.prompts),
+                                "retrieval": len(drawn.retrieval_prompts)}
         if any(recipe in NEEDS_RANGES for recipe in recipes.values()):
             config["calibration"] = plan_calibration(before, spec)
         every = tuple(before.components)
