@@ -177,7 +177,8 @@ def show_bundle(bundle: Bundle) -> None:
         if "not_fp16" in c.details:
             out.print(f"  {name} stays in {c.precision}: in float16, {c.details['not_fp16']}")
     _show_engines(manifest)
-    out.print(_sizes(manifest))
+    if {"unet", "vae_decoder"} <= manifest.components.keys():
+        out.print(_sizes(manifest))
     for name, c in sorted(manifest.components.items()):
         flow = f"{', '.join(_tensor(t) for t in c.inputs)} -> {', '.join(_tensor(t) for t in c.outputs)}"
         out.print(f"  {name}: {flow}")
@@ -250,16 +251,16 @@ def _show_engines(manifest: Manifest) -> None:
     for name, c in sorted(manifest.components.items()):
         if c.format == "tensorrt":
             d = c.details
-            where = ", ".join(d["compute_capabilities"]) or d["gpu"]
-            lines = [f"{d['builder']} {d['builder_version']} for {where}"]
-            lines += [f"without {gpu}: {why}" for gpu, why in d["refused_capabilities"].items()]
-            lines += [] if d["executed"] else [f"engine not executed here: {d['not_executed']}"]
+            where = ", ".join(d.get("compute_capabilities", ())) or d.get("gpu", "")
+            lines = [f"{d.get('builder', '')} {d.get('builder_version', '')} for {where}"]
+            lines += [f"without {gpu}: {why}" for gpu, why in d.get("refused_capabilities", {}).items()]
+            lines += [] if d.get("executed") else [f"engine not executed here: {d.get('not_executed', '')}"]
             engines.setdefault(tuple(lines), []).append(name)
         if (q := c.details.get("quantizers")) is not None:
-            placed = ", ".join(f"{count} of {op}" for op, count in q["inputs"].items())
-            broken = q["broken_attentions"]
+            placed = ", ".join(f"{count} of {op}" for op, count in q.get("inputs", {}).items())
+            broken = q.get("broken_attentions", ())
             fused = Text(f"no fusion of {', '.join(broken)}", "red") if broken else "in none of them"
-            out.print(Text.assemble(f"  Q/DQ in {name}: inputs {placed}; {q['attentions']} attention blocks, ", fused))
+            out.print(Text.assemble(f"  Q/DQ in {name}: inputs {placed}; {q.get('attentions', 0)} attention blocks, ", fused))
     for (first, *more), names in engines.items():
         out.print(f"  engine {', '.join(names)}: {first}")
         for line in more:
