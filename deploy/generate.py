@@ -14,9 +14,9 @@ from runtimes.aspects import parse_aspect
 from runtimes.bundle import replacing
 from runtimes.errors import InputError
 from runtimes.manifest import DEFAULT_STEPS
-from runtimes.memory import parse_bytes
 from runtimes.resident import peak_rss_bytes
 from runtimes.safety import SAFETY_CHECKER
+from runtimes.sizes import parse_bytes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -136,7 +136,7 @@ def generate_files(request: GenerateRequest) -> list[Path]:
     if request.safety != "off":
         bundle.component(SAFETY_CHECKER)  # refused before any work if it has none
     prompts = prompts_of(request, wanted=bool(bundle.manifest.pipeline.text_encoders))
-    budget = parse_bytes(request.memory_budget) if request.memory_budget else None
+    budget = parse_bytes(request.memory_budget, "--memory-budget") if request.memory_budget else None
     pipeline = runtimes.load(bundle, device=request.device, threads=request.threads, hint=request.hint,
                              pin_threads=request.pin_threads, memory_budget=budget,
                              lora=request.lora)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtimes.batching import Described, input_spec
-from runtimes.errors import InputError
+from runtimes.errors import BundleError, InputError
 from runtimes.images import ImageLike, Opened, open_image, open_mask, size_of, to_mask, to_pixels
 from runtimes.manifest import PipelineFacts
 from runtimes.noise import resolve_seeds
@@ -146,7 +146,11 @@ def pixel_limits(facts: PipelineFacts, sessions: Mapping[str, Described], name: 
     position = {"height": 2, "width": 3}[name]
     least, most, multiple = 1, 1 << 20, 1
     for component, tensor in (("unet", "sample"), ("vae_decoder", "latent_sample")):
-        size = input_spec(sessions[component], tensor).shape[position]
+        shape = input_spec(sessions[component], tensor).shape
+        if len(shape) != 4:
+            raise BundleError(f"{tensor} has the shape {shape}, expected (B, C, H/f, W/f)", where=component,
+                              fix="build the bundle again")
+        size = shape[position]
         if isinstance(size, int):
             least, most = max(least, size), min(most, size)
         elif (axis := sessions[component].component.axes.get(size)) is not None:
