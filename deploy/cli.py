@@ -171,7 +171,7 @@ def generate(
     bundle: BundlePath,
     prompt: Annotated[list[str], typer.Argument(help="what to draw")] = [],  # noqa: B006
     prompts: Annotated[Path | None, typer.Option(help="file with one prompt a line, instead of PROMPT")] = None,
-    negative: Annotated[str, typer.Option(help="what not to draw")] = "",
+    negative: Annotated[str | None, typer.Option(help="what not to generate")] = None,
     image: Annotated[Path | None, typer.Option(help="start from this picture (image-to-image)")] = None,
     mask: Annotated[Path | None, typer.Option(help="white where the picture is painted anew (inpainting)")] = None,
     strength: Annotated[float | None, typer.Option(help="how far to leave the image, above 0 to 1; default the "

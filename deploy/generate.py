@@ -36,7 +36,7 @@ class GenerateRequest:
     bundle: Path
     prompts: tuple[str, ...]
     prompts_file: Path | None
-    negative: str
+    negative: str | None
     image: Path | None
     mask: Path | None
     strength: float | None
@@ -234,7 +234,7 @@ def descriptions(
     request: GenerateRequest, options: Mapping[str, Any], digest: str, prompts: list[str], seeds: list[int]
 ) -> list[dict[str, str]]:
     """What each picture's PNG says about how it was made; what is not said was left to its default."""
-    common = {"negative_prompt": request.negative, "bundle": digest, "software": "ldm-deploy",
+    common = {"negative_prompt": request.negative or "", "bundle": digest, "software": "ldm-deploy",
               "lora": ", ".join(Path(option).name for option in request.lora)}
     common |= {name: str(options[name] or "") for name in ("steps", "scheduler", "guidance_scale") if name in options}
     return [{"prompt": prompt, "seed": str(seed), **{k: v for k, v in common.items() if v}}

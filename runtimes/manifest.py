@@ -115,7 +115,7 @@ class PipelineFacts:
         text_encoders: components that read the prompt, their hidden states side by side in this order; none for a
             pipeline without prompts. The tokenizer of "text_encoder_2" is "tokenizer_2".
         time_ids: what the numbers mean that the U-Net's input of that name takes: sizes and crops in pixels.
-        zero_empty_negative: an empty negative prompt is embedded as zeros, not by the text encoders.
+        zero_empty_negative: where no negative prompt is given, zeros stand for it, not the embedded empty text.
         modes: what is drawn by default, by "text", "image" and "mask", as far as diffusers has a class for it.
     """
 
