@@ -144,7 +144,7 @@ def _weights(ratios: list[np.float32], h: np.float32, scale: np.float32, *, corr
         right.append(phi * np.float32(factorial) / scale)
         factorial *= k + 1
         phi = phi / h - np.float32(1 / factorial)
-    table = np.vander(np.array(ratios[:count], dtype=np.float32), increasing=True).T
+    table = np.array(ratios[:count], dtype=np.float32) ** np.arange(count, dtype=np.float32)[:, None]
     if not np.all(np.isfinite(table)) or not np.all(np.isfinite(right)):
         return (np.float32(np.nan),) * count
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,10 @@ from runtimes.pipeline import Pipeline
 from runtimes.tensors import Axis, ShapeRange, TensorSpec
 from runtimes.tokenizer import ClipTokenizer, prepare_tokenizer
 from tests.runtimes.fakes import FakeSession, axes, component
+from tests.runtimes.scheduler_reference import CLASSES, BrownianPath
 from tests.runtimes.vocabulary import make_vocabulary
 
 TOKENS, WIDTH, CHANNELS, FACTOR = 16, 16, 4, 4
-NETWORKS = {"ddim": "DDIMScheduler", "euler": "EulerDiscreteScheduler", "dpm++": "DPMSolverMultistepScheduler",
-            "euler-ancestral": "EulerAncestralDiscreteScheduler", "unipc": "UniPCMultistepScheduler",
-            "pndm": "PNDMScheduler", "lcm": "LCMScheduler"}
 PROMPTS = ["a red apple on the house", "grinning cat, 3d!"]
 NEGATIVES = ["blue", "crying dog"]
 
@@ -66,7 +65,7 @@ def reference(networks, kind=StableDiffusionPipeline, prediction="epsilon", sche
     if scheduler == "pndm":  # as Stable Diffusion's PNDM configs have it
         config["skip_prk_steps"] = True
     if scheduler != "ddim":
-        pipe.scheduler = getattr(diffusers, NETWORKS[scheduler]).from_config(config)
+        pipe.scheduler = CLASSES[scheduler].from_config(config)
     pipe.set_progress_bar_config(disable=True)
     return pipe, config
 
@@ -116,12 +115,14 @@ def share_noise(monkeypatch, seeds) -> None:
     def randn_tensor(shape, generator=None, device=None, dtype=None, layout=None):
         return torch.from_numpy(streams.draw(tuple(shape[1:])))
 
-    for module in ("schedulers.scheduling_ddim", "schedulers.scheduling_euler_ancestral_discrete",
-                   "schedulers.scheduling_lcm", "schedulers.scheduling_dpmsolver_multistep",
-                   "models.autoencoders.vae", "pipelines.stable_diffusion.pipeline_stable_diffusion",
+    for module in ("models.autoencoders.vae", "pipelines.stable_diffusion.pipeline_stable_diffusion",
                    "pipelines.stable_diffusion.pipeline_stable_diffusion_img2img",
                    "pipelines.stable_diffusion.pipeline_stable_diffusion_inpaint"):
         monkeypatch.setattr(f"diffusers.{module}.randn_tensor", randn_tensor)
+    for kind in CLASSES.values():
+        monkeypatch.setattr(sys.modules[kind.__module__], "randn_tensor", randn_tensor, raising=False)
+    monkeypatch.setattr(sys.modules[CLASSES["dpm-sde"].__module__], "BrownianTreeNoiseSampler",
+                        lambda sample, *_: BrownianPath(lambda: streams.draw(tuple(sample.shape[1:]))))
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:

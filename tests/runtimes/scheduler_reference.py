@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import sys
 import types
 import zlib
@@ -61,20 +62,19 @@ class ReferenceNotFinite(Exception):
 
 
 class BrownianPath:
-    """A Brownian path in sigma, sampled downwards from independent normal increments, as diffusers' noise sampler."""
+    """A Brownian path in sigma, sampled downwards from normal increments: diffusers' noise sampler with another tree."""
 
-    def __init__(self) -> None:
-        self.values: dict[float, Any] = {}
+    def __init__(self, draw) -> None:
+        self.draw, self.values = draw, {}
 
     def __call__(self, sigma: torch.Tensor, sigma_next: torch.Tensor) -> torch.Tensor:
-        start, end = float(sigma), float(sigma_next)
+        start, end, fresh = float(sigma), float(sigma_next), self.draw().astype(np.float64)
         if not self.values:
-            self.values[start] = np.zeros(SHAPE)
+            self.values[start] = np.zeros_like(fresh)
         lowest = min(self.values)
-        place = min(self.values, key=lambda known: abs(known - start))
-        fresh = normal("step", len(self.values) - 1).astype(np.float64)
+        known = min(self.values, key=lambda place: abs(place - start))
         self.values[end] = self.values[lowest] + np.sqrt(lowest - end) * fresh
-        return torch.from_numpy((self.values[end] - self.values[place]) / np.sqrt(place - end)).float()
+        return torch.from_numpy((self.values[end] - self.values[known]) / np.sqrt(known - end)).float()
 
 
 def normal(*key):
@@ -107,7 +107,8 @@ def our_trajectory(run, sample):
 def their_trajectory(scheduler, timesteps, sample, eta=0.0):
     samples, module = [sample], sys.modules[type(scheduler).__module__]
     if hasattr(scheduler, "noise_sampler"):
-        scheduler.noise_sampler = BrownianPath()
+        calls = itertools.count()
+        scheduler.noise_sampler = BrownianPath(lambda: normal("step", next(calls)))
     with pytest.MonkeyPatch.context() as patch:
         for i, t in enumerate(timesteps):
             fresh = torch.from_numpy(normal("step", i))
