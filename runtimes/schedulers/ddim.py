@@ -36,13 +36,13 @@ class DdimRun(RunBase):
         """Leave out the `first` of `steps` steps."""
         self._clip = scheduler.clip_sample_range if scheduler.clip_sample else None
         clips = scheduler.clip_sample and not scheduler.thresholding
-        timesteps = scheduler.whole_timesteps(steps, clips=clips)
-        super().__init__(timesteps, [scheduler.levels(int(t)) for t in timesteps], first)
+        super().__init__(*scheduler.visited(scheduler.whole_timesteps(steps), first, clips=clips))
         self._scheduler, self._eta = scheduler, eta
         stride = scheduler.num_train_timesteps // steps
         self._after = [self._signal(int(t) - stride) for t in self.timesteps]
         # sigma_t(eta), eq. 16
-        self._deviations = [np.float32(eta) * root(max(self._variance(i), np.float32(0))) for i in range(len(self._after))]
+        variances = [max(self._variance(i), np.float32(0)) for i in range(len(self._after))]
+        self._deviations = [np.float32(eta) * root(variance) for variance in variances]
 
     def needs_noise(self, i: int) -> bool:
         """Whether eta adds noise."""

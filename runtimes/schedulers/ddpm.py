@@ -46,8 +46,7 @@ class DdpmRun(RunBase):
         """Leave out the `first` of `steps` steps."""
         self._clip = scheduler.clip_sample_range if scheduler.clip_sample else None
         clips = scheduler.clip_sample and not scheduler.thresholding
-        timesteps = scheduler.whole_timesteps(steps, clips=clips)
-        super().__init__(timesteps, [scheduler.levels(int(t)) for t in timesteps], first)
+        super().__init__(*scheduler.visited(scheduler.whole_timesteps(steps), first, clips=clips))
         self._scheduler = scheduler
         signals = scheduler.alphas_cumprod[self.timesteps]
         self._pairs = list(zip(signals, [*signals[1:], ONE], strict=True))

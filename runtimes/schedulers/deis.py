@@ -1,4 +1,4 @@
-"""DEIS: Zhang & Chen, Fast Sampling of Diffusion Models with Exponential Integrator, arXiv 2204.13902; log-rho, multistep.
+"""DEIS: Zhang & Chen, Fast Sampling of Diffusion Models with Exponential Integrator, arXiv 2204.13902; log-rho.
 
 The noise prediction is extrapolated as a polynomial in log(rho), rho = sigma / alpha, and integrated exactly. Runs end
 at the lowest noise level of the training schedule, not at zero.

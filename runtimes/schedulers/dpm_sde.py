@@ -73,7 +73,7 @@ class DpmSdeRun(ExplodingRun):
         """Half a step, then the whole one with the x_0 found in its middle; plain Euler to the clean sample."""
         self._in_order(i)
         if not self.needs_noise(i):
-            return sample + self._slope(model_output, i, sample) * (np.float32(0) - self._sigmas[i])
+            return sample - self._slope(model_output, i, sample) * np.float32(self._sigmas[i])
         original, fresh = self._original(model_output, i, sample), required(noise)
         if self._before is None:
             middle = self._middle(i)

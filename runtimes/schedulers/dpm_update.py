@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -34,9 +35,13 @@ class Update:
     # Lengths of the steps between the outputs used, in units of this step's.
     ratios: tuple[np.float32, ...] = ()
 
-    @property
-    def finite(self) -> bool:
-        """Whether all of it are numbers, the ratios not 0."""
+    def usable(self, stands: bool) -> bool:
+        """Whether all of it are numbers, the ratios not 0.
+
+        A step of no length (`stands`) changes nothing; it only must not come after another.
+        """
+        if stands:
+            return not np.any(np.isnan(self.ratios))
         numbers = [self.sample, *self.outputs, self.noise, *self.ratios]
         return bool(np.all(np.isfinite(numbers))) and all(ratio != 0 for ratio in self.ratios)
 
@@ -87,12 +92,12 @@ def update(algorithm: str, heun: bool, order: int, s: Point, t: Point, ratios: t
 
 
 def multistep_update(algorithm: str, heun: bool, order: int, points: Sequence[Point]) -> Update:
-    """The step from the last but one of `points` to the last; the others are where earlier outputs were, newest last."""
+    """The step from the last but one of `points` to the last; earlier outputs were at the others, newest last."""
     *before, s, t = points
     with np.errstate(all="ignore"):
         h = t.lam - s.lam
         places = [*before, s][-order:]
-        ratios = [(later.lam - earlier.lam) / h for earlier, later in zip(places[:-1], places[1:], strict=True)]
+        ratios = [(later.lam - earlier.lam) / h for earlier, later in pairwise(places)]
     return update(algorithm, heun, order, s, t, tuple(reversed(ratios)))
 
 

@@ -1,4 +1,4 @@
-"""DPM-Solver, multistep: Lu et al., DPM-Solver++, arXiv 2211.01095, Algorithm 2 (2M), of order 1 to 3; as ODE or SDE."""
+"""DPM-Solver, multistep: Lu et al., DPM-Solver++, arXiv 2211.01095, Algorithm 2 (2M), order 1 to 3; as ODE or SDE."""
 
 from __future__ import annotations
 
@@ -107,17 +107,17 @@ class DpmSolverRun(LambdaRun):
 
     def needs_noise(self, i: int) -> bool:
         """Every step of the SDE but one to the clean sample."""
-        return self._solver.stochastic and self._points[i + 1].sigma > 0
+        return self._solver.stochastic and bool(self._points[i + 1].sigma > 0)
 
     def _check_finite(self) -> None:
         """Refuse coefficients that are not numbers, but those of a step of no length, which changes nothing."""
         for i, update in enumerate(self._updates):
-            if not update.finite and not self._stands(i):
+            if not update.usable(self._stands(i)):
                 raise not_finite(len(self.timesteps), i)
 
     def _stands(self, i: int) -> bool:
         """Whether step i has no length: karras sigmas with final_sigmas_type sigma_min end with one."""
-        return self._points[i + 1].lam == self._points[i].lam
+        return bool(self._points[i + 1].lam == self._points[i].lam)
 
     def _converted(self, model_output: Float32, i: int, sample: Float32) -> Float32:
         """The clean sample or the noise, whichever the algorithm remembers."""
@@ -138,7 +138,8 @@ class DpmSolverPPRun(DpmSolverRun):
     def __init__(self, settings: DpmSolverPP, steps: int, first: int) -> None:
         """Leave out the `first` of `steps` steps."""
         super().__init__(settings, steps, first)
-        ends_first, heun = settings.euler_at_final or settings.final_sigmas_type == "zero", settings.solver_type == "heun"
+        heun = settings.solver_type == "heun"
+        ends_first = settings.euler_at_final or settings.final_sigmas_type == "zero"
         count = len(self.timesteps)
         for i in range(count):
             order = order_in_memory(settings, i, count - i, self._total, ends_first=ends_first)

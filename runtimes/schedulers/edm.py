@@ -86,4 +86,5 @@ class EdmRun(RunBase):
         sigma, (variance, deviation) = self._sigmas[i], self._data
         skip = variance / (sigma**2 + variance)
         out = np.float32(self._sign) * sigma * deviation / root(sigma**2 + variance)
-        return skip * sample + out * model_output
+        denoised: Float32 = skip * sample + out * model_output
+        return denoised

@@ -75,7 +75,7 @@ class EdmDpmSolverPPRun(EdmRun):
                                  fix="set solver_order to 2")
             heun = settings.solver_type == "heun"
             self._updates.append(multistep_update(algorithm, heun, order, points[max(i - 2, 0) : i + 2]))
-            if not self._updates[i].finite and not self._stands(i):
+            if not self._updates[i].usable(self._stands(i)):
                 raise not_finite(count, i)
 
     def needs_noise(self, i: int) -> bool:
@@ -93,4 +93,4 @@ class EdmDpmSolverPPRun(EdmRun):
 
     def _stands(self, i: int) -> bool:
         """Whether step i has no length, as the last one of final_sigmas_type sigma_min."""
-        return self._points[i + 1].lam == self._points[i].lam
+        return bool(self._points[i + 1].lam == self._points[i].lam)

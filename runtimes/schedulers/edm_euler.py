@@ -1,4 +1,4 @@
-"""Euler's method over EDM's noise levels: Karras et al., arXiv 2206.00364, Algorithm 1 with the first-order step alone."""
+"""Euler's method over EDM's noise levels: Karras et al., arXiv 2206.00364, Algorithm 1 to first order."""
 
 from __future__ import annotations
 
@@ -30,5 +30,5 @@ class EdmEulerRun(EdmRun):
 
     def step(self, model_output: Float32, i: int, sample: Float32, noise: Float32 | None = None) -> Float32:
         """x + (sigma' - sigma) (x - x_0) / sigma."""
-        slope = np.asarray((sample - self._denoised(model_output, i, sample)) / self._sigmas[i])
+        slope = (sample - self._denoised(model_output, i, sample)) / np.float32(self._sigmas[i])
         return sample + slope * np.float32(self._sigmas[i + 1] - self._sigmas[i])

@@ -35,5 +35,5 @@ class EulerAncestralRun(EulerRun):
     def step(self, model_output: Float32, i: int, sample: Float32, noise: Float32 | None = None) -> Float32:
         """Euler's step to `ancestral_levels`' down, then noise of its up."""
         up, down = ancestral_levels(self._sigmas[i], self._sigmas[i + 1])
-        previous = sample + self._slope(model_output, i, sample) * (down - self._sigmas[i])
+        previous: Float32 = sample + self._slope(model_output, i, sample) * (down - self._sigmas[i])
         return previous + required(noise) * up if self.needs_noise(i) else previous

@@ -59,7 +59,8 @@ class ExplodingRun(RunBase):
         largest = float(levels.max())
         if settings.timestep_spacing == "leading":  # which starts below the noise level of the last training step
             largest = (largest**2 + 1) ** 0.5
-        super().__init__(timesteps.astype(np.float32), [(1.0, level) for level in levels[: len(timesteps)]], first, largest)
+        noise = [(1.0, level) for level in levels[: len(timesteps)]]
+        super().__init__(timesteps.astype(np.float32), noise, first, largest)
         self._kind = settings.prediction_type
         self._sigmas = levels[first:]
 

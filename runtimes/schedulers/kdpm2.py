@@ -6,6 +6,7 @@ Two model calls a step, the second at the geometric mean of its noise levels; on
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar
 
 import numpy as np
@@ -27,7 +28,7 @@ class Kdpm2(SecondOrderSettings):
 
     def _run(self, steps: int, first: int, eta: float) -> Kdpm2Run:
         timesteps, levels = self.schedule(steps)
-        middles = np.array([between(*pair) for pair in zip(levels[:-1], levels[1:], strict=True)], dtype=np.float32)
+        middles = np.array([between(*pair) for pair in pairwise(levels)], dtype=np.float32)
         return Kdpm2Run(self, self._calls(timesteps, middles[:-1]), levels.astype(np.float32), middles, first)
 
     def _calls(self, timesteps: Float32 | Float64, middles: Float32) -> Float32:

@@ -1,8 +1,9 @@
-"""DPM-Solver-2 with ancestral noise: k-diffusion's `sample_dpm_2_ancestral`. Two model calls a step, one for the last."""
+"""DPM-Solver-2 with ancestral noise: k-diffusion's `sample_dpm_2_ancestral`. Two model calls a step but the last."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -19,7 +20,7 @@ class Kdpm2Ancestral(Kdpm2):
     def _run(self, steps: int, first: int, eta: float) -> Kdpm2AncestralRun:
         timesteps, levels = self.schedule(steps)
         float32 = levels.astype(np.float32)
-        pairs = [ancestral_levels(*pair) for pair in zip(float32[:-1], float32[1:], strict=True)]
+        pairs = [ancestral_levels(*pair) for pair in pairwise(float32)]
         ups, downs = (np.array(numbers, dtype=np.float32) for numbers in zip(*pairs, strict=True))
         middles = np.array([between(*pair) for pair in zip(float32[:-1], downs, strict=True)], dtype=np.float32)
         middles[-1] = 0
@@ -46,4 +47,5 @@ class Kdpm2AncestralRun(Kdpm2Run):
         self._in_order(i)
         self._before = None
         slope = self._slope(model_output, i, sample)
-        return start + slope * np.float32(self.downs[i] - self._sigmas[i - 1]) + required(noise) * self.ups[i]
+        below: Float32 = start + slope * np.float32(self.downs[i] - self._sigmas[i - 1])
+        return below + required(noise) * np.float32(self.ups[i])

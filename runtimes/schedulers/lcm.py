@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import ClassVar
 
 import numpy as np
@@ -34,8 +32,8 @@ class DistilledSettings(ThresholdSettings):
     beta_schedule: str = "scaled_linear"
     original_inference_steps: int = 50
 
-    def distilled_timesteps(self, steps: int, *, clips: bool) -> npt.NDArray[np.int64]:
-        """Evenly chosen from the timesteps of the distillation, highest first, checked: (steps,) int64."""
+    def distilled_timesteps(self, steps: int) -> npt.NDArray[np.int64]:
+        """Evenly chosen from the timesteps of the distillation, highest first: (steps,) int64."""
         original = self.original_inference_steps
         if not 1 <= original <= self.num_train_timesteps:
             raise InputError(
@@ -46,9 +44,7 @@ class DistilledSettings(ThresholdSettings):
                 f"{steps} steps of a model distilled over {original}", where="steps", fix=f"take at most {original}"
             )
         distilled = (np.arange(original, 0, -1) * (self.num_train_timesteps // original) - 1).astype(np.int64)
-        timesteps = distilled[np.floor(np.linspace(0, original, num=steps, endpoint=False)).astype(np.int64)]
-        self.check_indices(timesteps, clips=clips)
-        return timesteps
+        return distilled[np.floor(np.linspace(0, original, num=steps, endpoint=False)).astype(np.int64)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +56,7 @@ class Lcm(DistilledSettings):
     timestep_scaling: float = 10.0
 
     def _run(self, steps: int, first: int, eta: float) -> LcmRun:
-        timesteps = self.distilled_timesteps(steps, clips=self.clip_sample and not self.thresholding)
-        return LcmRun(self, timesteps, first)
+        return LcmRun(self, self.distilled_timesteps(steps), first)
 
 
 class LcmRun(RunBase):
@@ -69,7 +64,8 @@ class LcmRun(RunBase):
 
     def __init__(self, scheduler: Lcm, timesteps: npt.NDArray[np.int64], first: int) -> None:
         """Take the steps at `timesteps`, (n,) int64 descending, but the `first` of them."""
-        super().__init__(timesteps, [scheduler.levels(int(t)) for t in timesteps], first)
+        clips = scheduler.clip_sample and not scheduler.thresholding
+        super().__init__(*scheduler.visited(timesteps, first, clips=clips))
         self._scheduler = scheduler
         self._clip = scheduler.clip_sample_range if scheduler.clip_sample else None
 

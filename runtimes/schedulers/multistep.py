@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import numpy as np
 
@@ -123,7 +123,15 @@ class LambdaRun(RunBase):
         self._outputs = [*self._outputs, output][-self._memory :]
 
 
-def order_in_memory(settings: MultistepSettings, i: int, left: int, total: int, *, ends_first: bool) -> int:
+class _Orders(Protocol):
+    @property
+    def solver_order(self) -> int: ...
+
+    @property
+    def lower_order_final(self) -> bool: ...
+
+
+def order_in_memory(settings: _Orders, i: int, left: int, total: int, *, ends_first: bool) -> int:
     """Order of step i: lower at the start for want of a memory, and at the end for stability in few steps.
 
     Args:

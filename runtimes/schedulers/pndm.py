@@ -42,7 +42,7 @@ class Pndm(Settings):
 
     def calls(self, steps: int) -> npt.NDArray[np.int64]:
         """The timestep of each model call: more than `steps`."""
-        timesteps = self.whole_timesteps(steps).astype(np.int64)
+        timesteps = self.whole_timesteps(steps)
         if self.skip_prk_steps:
             return np.concatenate([timesteps[:1], timesteps[1:2], timesteps[1:]])
         half = self.num_train_timesteps // steps // 2
@@ -60,15 +60,15 @@ class PndmRun(RunBase):
         Raises:
             InputError: a step would start outside the training schedule.
         """
-        super().__init__(calls, [scheduler.levels(int(t)) for t in calls], first)
+        super().__init__(*scheduler.visited(calls, first))
         self._scheduler, self._stride = scheduler, stride
         # Image to image has fewer calls, and diffusers' Runge-Kutta steps start where those of the whole schedule do.
         self._starts = calls[: 0 if scheduler.skip_prk_steps else RUNGE_KUTTA_CALLS : 4]
         self._outputs: list[Float32] = []  # newest last, four at most
         self._sum: Float32 | None = None
         self._held: Float32 | None = None  # the sample that a step of several model calls started from
-        if scheduler.skip_prk_steps and len(self.timesteps) > 1:
-            scheduler.check_indices(np.append(self.timesteps[1] + stride, self.timesteps))
+        again = self.timesteps[1:2] + stride if scheduler.skip_prk_steps else self._starts
+        scheduler.check_indices(np.concatenate([calls[first:], again]))
 
     def step(self, model_output: Float32, i: int, sample: Float32, noise: Float32 | None = None) -> Float32:
         """One model call: a quarter of a Runge-Kutta step, or a step of the linear multistep method."""

@@ -17,8 +17,8 @@ Levels = Sequence[tuple[float | np.float32, float | np.float32]]
 class RunBase:
     """The frame of a run; see `protocol.Run`."""
 
-    def __init__(self, timesteps: Timesteps, levels: Levels, first: int, init_noise_sigma: float = 1.0) -> None:
-        """Leave out the `first` of `timesteps`; `levels` are the factors of signal and noise at each.
+    def __init__(self, timesteps: Timesteps, levels: Levels, first: int = 0, init_noise_sigma: float = 1.0) -> None:
+        """Leave out the `first` of `timesteps`; `levels` are the factors of signal and noise at each of them.
 
         Raises:
             InputError: nothing is left.

@@ -76,14 +76,15 @@ class SaSolverRun(LambdaRun):
     def __init__(self, settings: SaSolver, steps: int, first: int) -> None:
         """Leave out the `first` of `steps` steps."""
         super().__init__(settings, steps, first, memory=max(settings.predictor_order, settings.corrector_order - 1))
-        settings.check_indices(self.timesteps, clips=True)
-        self._levels = [settings.levels(int(t)) for t in self.timesteps]  # of images; the samples' are `_points`
+        # of images; the samples' are `_points`
+        self._levels = settings.visited(self.timesteps.astype(np.int64), 0, clips=True)[1]
         self._solver = settings
         self._before: tuple[Float32, Float32] | None = None  # sample and noise of the step before
         count = len(self.timesteps)
         self._predictors = [self._weights(i, min(settings.predictor_order, self._left(i), i + 1)) for i in range(count)]
         self._correctors = [
-            self._weights(i, min(settings.corrector_order, self._left(i) + 1, i + 2), ahead=True) for i in range(count - 1)
+            self._weights(i, min(settings.corrector_order, self._left(i) + 1, i + 2), ahead=True)
+            for i in range(count - 1)
         ]
         for i, weights in enumerate(self._predictors):
             if not np.all(np.isfinite([*weights, *(self._correctors[i] if i + 1 < count else ())])):
@@ -120,9 +121,11 @@ class SaSolverRun(LambdaRun):
             moved = moved + weight * output
         h, one = t.lam - s.lam, np.float32(1)
         if self._solver.predicts_original:
-            kept, fresh = exp(-np.float32(tau) * h) * (t.sigma / s.sigma), t.sigma * root(one - exp(np.float32(-2 * tau) * h))
+            kept = exp(-np.float32(tau) * h) * (t.sigma / s.sigma)
+            fresh = t.sigma * root(one - exp(np.float32(-2 * tau) * h))
         else:
-            kept, fresh = t.alpha / s.alpha, np.float32(tau) * t.sigma * root(exp(np.float32(2) * h) - one)
+            kept = t.alpha / s.alpha
+            fresh = np.float32(tau) * t.sigma * root(exp(np.float32(2) * h) - one)
         return kept * sample + moved + fresh * noise
 
     def _weights(self, i: int, order: int, *, ahead: bool = False) -> list[np.float32]:

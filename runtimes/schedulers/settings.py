@@ -11,11 +11,12 @@ from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from runtimes.errors import InputError
 from runtimes.schedulers import sigmas
 from runtimes.schedulers.prediction import EPSILON, SAMPLE, V_PREDICTION
-from runtimes.schedulers.protocol import Run, Timesteps
+from runtimes.schedulers.protocol import Run
 from runtimes.schedulers.run import levels_of
 from runtimes.schedulers.sigmas import Float32, Float64
 
@@ -153,38 +154,46 @@ class Settings:
             )
         return whole - kept
 
-    def whole_timesteps(self, steps: int, *, clips: bool = False) -> Timesteps:
-        """`sigmas.spaced_timesteps` rounded to indices of the training schedule, checked: (steps,) int64."""
+    def whole_timesteps(self, steps: int) -> npt.NDArray[np.int64]:
+        """`sigmas.spaced_timesteps` rounded to indices of the training schedule: (steps,) int64."""
         spaced = sigmas.spaced_timesteps(self.timestep_spacing, steps, self.num_train_timesteps, self.steps_offset)
-        timesteps = spaced.round().astype(np.int64)
-        self.check_indices(timesteps, clips=clips)
-        return timesteps
+        return spaced.round().astype(np.int64)
 
-    def check_indices(self, timesteps: Timesteps, *, clips: bool = False) -> None:
+    def check_indices(self, timesteps: npt.NDArray[np.int64], *, clips: bool = False) -> None:
         """Refuse timesteps outside the training schedule, and noise prediction where there is no signal.
 
         Args:
-            timesteps: (n,) int64 descending.
+            timesteps: (n,) int64, all that a run looks up.
             clips: the method clips x_0, and so stays finite without a signal.
         """
-        if timesteps[0] >= self.num_train_timesteps:
+        if timesteps.max() >= self.num_train_timesteps:
             raise InputError(
-                f"{len(timesteps)} steps with steps_offset {self.steps_offset} start after the last training timestep",
+                f"timestep {timesteps.max()}, after the last one of the training schedule, "
+                f"{self.num_train_timesteps - 1}",
                 where="steps",
-                fix="take fewer steps",
+                fix="take fewer steps, or set steps_offset to 0 in scheduler_config.json",
             )
-        if timesteps[-1] < 0:  # diffusers takes the noisiest training step for it, the last of its table
+        if timesteps.min() < 0:  # diffusers takes the noisiest training step for it, the last of its table
             raise InputError(
-                f"{len(timesteps) - 1} steps of trailing spacing end at timestep -1, for want of precision",
+                "so many steps of trailing spacing end at timestep -1, for want of precision",
                 where="steps",
-                fix=f"take {len(timesteps)} or {len(timesteps) - 2} steps",
+                fix="take one step more or one less",
             )
-        if self.prediction_type == EPSILON and not clips and self.alphas_cumprod[int(timesteps[0])] == 0:
+        if self.prediction_type == EPSILON and not clips and np.any(self.alphas_cumprod[timesteps] == 0):
             raise InputError(
                 "a model that predicts the noise says nothing at the zero signal-to-noise of the first timestep",
                 where=WHERE,
                 fix="set rescale_betas_zero_snr to false or timestep_spacing to leading",
             )
+
+    def visited(
+        self, timesteps: npt.NDArray[np.int64], first: int, *, clips: bool = False
+    ) -> tuple[npt.NDArray[np.int64], list[tuple[np.float32, np.float32]]]:
+        """`timesteps` without the `first`, checked, and the levels of each; see `check_indices`."""
+        left = timesteps[first:]
+        if len(left):
+            self.check_indices(left, clips=clips)
+        return left, [self.levels(int(t)) for t in left]
 
     def levels(self, timestep: int) -> tuple[np.float32, np.float32]:
         """(alpha, sigma) with alpha^2 + sigma^2 = 1 at a whole training timestep."""
@@ -254,10 +263,11 @@ class ThresholdSettings(Settings):
 def not_finite(steps: int, i: int) -> InputError:
     """What a run is refused with whose step i has coefficients that are not numbers; diffusers' result is then NaN."""
     return InputError(
-        f"step {i + 1} of {steps} is not finite: the schedule repeats a noise level, or ends at zero noise at an order "
-        "above 1",
+        f"step {i + 1} of {steps} is not finite: the schedule repeats a noise level, or ends at zero noise in a form "
+        "of the solver that divides by it",
         where="steps",
-        fix="take fewer steps, or set lower_order_final to true or solver_order to 1",
+        fix="take fewer steps, or set lower_order_final to true or final_sigmas_type to sigma_min in "
+        "scheduler_config.json",
     )
 
 

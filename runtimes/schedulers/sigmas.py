@@ -158,7 +158,7 @@ def beta_sigmas(sigma_max: float, sigma_min: float, steps: int) -> Float64:
 
 
 def lu_sigmas(training: Float32, steps: int) -> Float64:
-    """Levels evenly spaced in lambda over the training schedule: Lu et al., DPM-Solver, arXiv 2206.00927, section 3.4."""
+    """Levels evenly spaced in lambda over the training schedule: Lu et al., DPM-Solver, arXiv 2206.00927, 3.4."""
     logs = np.log(training)
     high, low = float(logs[-1]), float(logs[0])
     return np.asarray(np.exp(high + np.linspace(0, 1, steps) * (low - high)))

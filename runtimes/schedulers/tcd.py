@@ -1,4 +1,4 @@
-"""TCD: Zheng et al., Trajectory Consistency Distillation, arXiv 2402.19159. For models distilled to take 1 to 8 steps."""
+"""TCD: Zheng et al., Trajectory Consistency Distillation, arXiv 2402.19159. For models distilled to few steps."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Tcd(DistilledSettings):
     reads_eta: ClassVar[bool] = True
 
     def _run(self, steps: int, first: int, eta: float) -> TcdRun:
-        return TcdRun(self, self.distilled_timesteps(steps, clips=False), first, eta)
+        return TcdRun(self, self.distilled_timesteps(steps), first, eta)
 
 
 class TcdRun(RunBase):
@@ -31,7 +31,7 @@ class TcdRun(RunBase):
 
     def __init__(self, scheduler: Tcd, timesteps: npt.NDArray[np.int64], first: int, eta: float) -> None:
         """Take the steps at `timesteps`, (n,) int64 descending, but the `first` of them."""
-        super().__init__(timesteps, [scheduler.levels(int(t)) for t in timesteps], first)
+        super().__init__(*scheduler.visited(timesteps, first))
         self._scheduler, self._eta = scheduler, eta
 
     def needs_noise(self, i: int) -> bool:

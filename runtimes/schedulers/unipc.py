@@ -55,8 +55,10 @@ class _Step:
     weights: tuple[np.float32, ...]
     ratios: tuple[np.float32, ...]
 
-    @property
-    def finite(self) -> bool:
+    def usable(self, stands: bool = False) -> bool:
+        """As `dpm_update.Update.usable`."""
+        if stands:
+            return not np.any(np.isnan(self.ratios))
         numbers = [self.sample, self.newest, self.scale, *self.weights, *self.ratios]
         return bool(np.all(np.isfinite(numbers))) and all(ratio != 0 for ratio in self.ratios)
 
@@ -74,8 +76,8 @@ class UniPcRun(LambdaRun):
         self._predictors = [self._coefficients(i, corrects=False) for i in range(count)]
         self._correctors = [self._coefficients(i, corrects=True) for i in range(count - 1)]
         for i, step in enumerate(self._predictors):
-            corrected = i + 1 < count and self._corrects(i) and not self._correctors[i].finite
-            if not (step.finite or self._stands(i)) or corrected:
+            corrects = i + 1 < count and self._corrects(i)
+            if not step.usable(self._stands(i)) or (corrects and not self._correctors[i].usable()):
                 raise not_finite(count, i)
 
     def step(self, model_output: Float32, i: int, sample: Float32, noise: Float32 | None = None) -> Float32:
@@ -93,7 +95,7 @@ class UniPcRun(LambdaRun):
 
     def _stands(self, i: int) -> bool:
         """Whether step i has no length, and so changes nothing: formulas end with one under sigma_min."""
-        return self._points[i + 1].lam == self._points[i].lam
+        return bool(self._points[i + 1].lam == self._points[i].lam)
 
     def _corrects(self, i: int) -> bool:
         """Whether step i is corrected; numbers of steps count from the head of the schedule."""

@@ -20,7 +20,7 @@ from tests.runtimes.fakes import FakeSession, axes, component
 from tests.runtimes.scheduler_reference import CLASSES
 from tests.runtimes.vocabulary import make_vocabulary
 
-# dpm-sde's noise in diffusers is torchsde's, which no generator decides: test_schedulers.py compares it given the noise.
+# Without dpm-sde: its noise in diffusers is torchsde's, which no generator decides; see test_schedulers.py.
 SAMPLERS_OF_BOTH = tuple(name for name in SCHEDULERS if name != "dpm-sde")
 TOKENS, WIDTH, CHANNELS, FACTOR = 16, 16, 4, 4
 PROMPTS = ["a red apple on the house", "grinning cat, 3d!"]
