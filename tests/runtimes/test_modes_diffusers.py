@@ -13,11 +13,11 @@ from PIL import Image
 
 from runtimes.noise import NoiseStreams
 from runtimes.prompts import MAX_WINDOWS
-from runtimes.schedulers import SCHEDULERS
 from tests.runtimes.diffusers_reference import (
     CHANNELS,
     NEGATIVES,
     PROMPTS,
+    SAMPLERS_OF_BOTH,
     TOKENS,
     assert_same,
     generators,
@@ -47,7 +47,7 @@ def mask() -> Image.Image:
 
 
 SAMPLERS = [(*sampler, share) for sampler, share in
-            zip(product(SCHEDULERS, ("epsilon", "v_prediction")), cycle((0.7, 1.0, 1.0, 0.7)))]
+            zip(product(SAMPLERS_OF_BOTH, ("epsilon", "v_prediction")), cycle((0.7, 1.0, 1.0, 0.7)))]
 
 
 def small(pictures):
