@@ -93,7 +93,7 @@ def to_mask(mask: Opened, height: int, width: int) -> NDArray[np.float32]:
         InputError: Pillow cannot make it grey.
     """
     if isinstance(mask, np.ndarray):
-        return (_nearest(mask, height, width)[None] >= 0.5).astype(np.float32)
+        return np.ascontiguousarray(_nearest(mask, height, width) >= 0.5, np.float32)[None]
     try:
         grey = _resized(mask, height, width).convert("L")
     except ValueError as error:
@@ -178,16 +178,19 @@ def _resized(image: Image, height: int, width: int) -> Image:
 
 def _nearest(array: NDArray[Any], height: int, width: int) -> NDArray[Any]:
     """(H, W, ...) at another size, as `torch.nn.functional.interpolate` picks rows and columns."""
-    rows, columns = (_picked(*sizes) for sizes in zip(array.shape[:2], (height, width), strict=True))
+    precise = array.dtype == np.float64
+    rows, columns = (_picked(*sizes, precise) for sizes in zip(array.shape[:2], (height, width), strict=True))
     return array[rows][:, columns]
 
 
-def _picked(source: int, target: int) -> NDArray[np.intp]:
-    """Which of `source` places each of `target` takes: ATen's nearest_idx (native/UpSample.h), in float32 as there."""
+def _picked(source: int, target: int, precise: bool) -> NDArray[np.intp]:
+    """Which of `source` places each of `target` takes: ATen's nearest_idx (native/UpSample.h), in the arithmetic of the
+    numbers that are moved."""
     if target == 2 * source:
         return np.arange(target) // 2
-    scale = np.float32(source) / np.float32(target)
-    return np.minimum(np.floor(np.arange(target, dtype=np.float32) * scale).astype(np.intp), source - 1)
+    kind = np.float64 if precise else np.float32
+    scale = kind(source) / kind(target)
+    return np.minimum(np.floor(np.arange(target, dtype=kind) * scale).astype(np.intp), source - 1)
 
 
 def _huge(where: str) -> InputError:
