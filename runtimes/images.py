@@ -1,7 +1,7 @@
-"""Images and masks in, by the rules of diffusers' `VaeImageProcessor` (image_processor.py); pixels out as Pillow images.
+"""Images and masks in, by the rules of diffusers' `VaeImageProcessor` (image_processor.py), and pixels out.
 
-Files are read as `diffusers.utils.load_image` reads them: turned upright by EXIF, converted to RGB, which drops alpha and
-clips 16 bits. What a caller holds in memory is taken as diffusers' pipelines take it: neither turned nor converted.
+Files are read as `diffusers.utils.load_image` reads them: turned upright by EXIF, converted to RGB, which drops alpha
+and clips 16 bits. What a caller holds in memory is taken as diffusers' pipelines take it: neither turned nor converted.
 Pillow is imported when used.
 """
 
@@ -119,6 +119,8 @@ def _opened(source: ImageLike, where: str) -> Opened:
         where = os.fspath(source)
         with _file(Path(source)) as image:
             _load(image, where)
+            if isinstance(image.info.get("transparency"), bytes):
+                del image.info["transparency"]  # of a palette: Pillow would warn that RGB has none
             try:
                 return ImageOps.exif_transpose(image).convert("RGB")
             except (OSError, ValueError, SyntaxError) as error:
@@ -188,9 +190,9 @@ def _picked(source: int, target: int, precise: bool) -> NDArray[np.intp]:
     numbers that are moved."""
     if target == 2 * source:
         return np.arange(target) // 2
-    kind = np.float64 if precise else np.float32
-    scale = kind(source) / kind(target)
-    return np.minimum(np.floor(np.arange(target, dtype=kind) * scale).astype(np.intp), source - 1)
+    kind = np.dtype(np.float64 if precise else np.float32)
+    places = np.arange(target).astype(kind) * (np.array([source], kind) / np.array([target], kind))
+    return np.minimum(np.floor(places).astype(np.intp), source - 1)
 
 
 def _huge(where: str) -> InputError:

@@ -46,7 +46,7 @@ class Quantize(Pass):
     """float32 graphs to INT8 by the recipe of each component; runs before 16 bits, which take what is left."""
 
     name: ClassVar[str] = "quantize"
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
     libraries: ClassVar[tuple[str, ...]] = ("numpy", "onnx-ir", "onnxruntime")
     verify: ClassVar[bool] = True
 
