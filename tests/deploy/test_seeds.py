@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -45,8 +46,17 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Pipeline, Any]:
+    return make_pair("xl", tmp_path_factory.mktemp("xl"))
+
+
+@pytest.fixture(scope="module")
+def inpainting_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Pipeline, Any]:
+    return make_pair("xl-inpaint", tmp_path_factory.mktemp("xl-inpaint"))
+
+
+def make_pair(name: str, folder: Path) -> tuple[Pipeline, Any]:
     """Our pipeline over the source's PyTorch modules, and diffusers' own."""
-    folder, theirs = tmp_path_factory.mktemp("xl"), make_pipeline("xl")
+    theirs = make_pipeline(name)
     theirs.save_pretrained(folder / "model")
     spec = BuildSpec(model=str(folder / "model"))
     (folder / "work").mkdir()
@@ -58,7 +68,16 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Pipeline, Any]:
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("mode", MODES)
 def test_xl_makes_the_image_of_a_seed_that_diffusers_makes(pair, mode, scheduler):
-    pipeline, source = pair
+    assert_same_image(*pair, mode, scheduler)
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("mode", ["mask", "mask, from noise"])
+def test_an_xl_model_trained_for_inpainting_does_too(inpainting_pair, mode, scheduler):
+    assert_same_image(*inpainting_pair, mode, scheduler)
+
+
+def assert_same_image(pipeline: Pipeline, source: Any, mode: str, scheduler: str) -> None:
     kind, common, given = MODES[mode]
     name, eta = SCHEDULERS[scheduler]
     reference = getattr(diffusers, kind)(**source.components, add_watermarker=False)
