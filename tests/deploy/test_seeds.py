@@ -83,8 +83,9 @@ def assert_same_image(pipeline: Pipeline, source: Any, mode: str, scheduler: str
     reference = getattr(diffusers, kind)(**source.components, add_watermarker=False)
     reference.scheduler = getattr(diffusers, name).from_config(source.scheduler.config)
     reference.set_progress_bar_config(disable=True)
+    ours: dict[str, Any] = {"mask": MASK} if given else {}
     mine = pipeline("a cat", steps=4, guidance_scale=4.0, seed=7, scheduler=scheduler.split(",")[0], eta=eta,
-                    output="numpy", **common, **({"mask": MASK} if given else {}))
+                    output="numpy", **common, **ours)
     theirs = reference("a cat", num_inference_steps=4, guidance_scale=4.0, generator=torch.Generator().manual_seed(7),
                        eta=eta, output_type="np", **common, **given).images
     assert theirs.std() > 0.03, "an image without contrast proves nothing"
