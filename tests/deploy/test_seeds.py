@@ -68,13 +68,15 @@ def make_pair(name: str, folder: Path) -> tuple[Pipeline, Any]:
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("mode", MODES)
 def test_xl_makes_the_image_of_a_seed_that_diffusers_makes(pair, mode, scheduler):
-    assert_same_image(*pair, mode, scheduler)
+    pipeline, source = pair
+    assert_same_image(pipeline, source, mode, scheduler)
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("mode", ["mask", "mask, from noise"])
 def test_an_xl_model_trained_for_inpainting_does_too(inpainting_pair, mode, scheduler):
-    assert_same_image(*inpainting_pair, mode, scheduler)
+    pipeline, source = inpainting_pair
+    assert_same_image(pipeline, source, mode, scheduler)
 
 
 def assert_same_image(pipeline: Pipeline, source: Any, mode: str, scheduler: str) -> None:
