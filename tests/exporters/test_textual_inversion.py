@@ -1,4 +1,4 @@
-"""Embedding files against diffusers' `load_textual_inversion`: the same ids for a prompt, the same vectors behind them."""
+"""Embedding files against diffusers' `load_textual_inversion`: the same ids for a prompt, the same vectors."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def written(file: Path, **tensors: torch.Tensor) -> Path:
     return file
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("count", [None, 1, 3])
 @pytest.mark.parametrize(("key", "token"), [("<cat>", ""), ("<cat>", "other"), ("emb_params", "<cat>"),
                                             ("*", "two words"), ("fünf 🍎", "")])
@@ -160,8 +160,8 @@ def test_the_refiners_one_text_encoder_takes_a_file_of_its_width(pipes: dict[str
 
 
 @pytest.mark.parametrize(("token", "present", "count"), [
-    ("apple", [], 1), ("apple</w>", [], 2), ("<|endoftext|>", [], 1), ("<cat>", ["<cat>"], 1), ("<cat>", ["<cat>_1"], 1),
-    ("<cat>", ["<cat>_1"], 3)])
+    ("apple", [], 1), ("apple</w>", [], 2), ("<|endoftext|>", [], 1), ("<cat>", ["<cat>"], 1),
+    ("<cat>", ["<cat>_1"], 1), ("<cat>", ["<cat>_1"], 3)])
 def test_a_token_that_exists_is_refused_as_by_diffusers(
     pipes: dict[str, Any], token: str, present: list[str], count: int, tmp_path: Path
 ) -> None:
