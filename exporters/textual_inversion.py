@@ -122,7 +122,7 @@ def add_words(module: torch.nn.Module, component: str, embeddings: Sequence[Embe
     from safetensors import safe_open
 
     embeddings = words_of(component, embeddings)
-    tokenizer = _extended(folder, component, embeddings)
+    vocabulary = _extended(folder, component, embeddings).get_vocab(with_added_tokens=True)
     table = module.get_input_embeddings()  # type: ignore[operator]
     weight = table.weight.data
     for embedding in embeddings:
@@ -131,7 +131,7 @@ def add_words(module: torch.nn.Module, component: str, embeddings: Sequence[Embe
             vectors = tensors.get_tensor(key).float().reshape(embedding.vectors[component], -1)
         if not bool(torch.isfinite(vectors).all()):
             raise InputError(f"{key} holds NaN or infinity", where=str(embedding.file), fix="get the file again")
-        ids = [int(tokenizer.token_to_id(token)) for token in embedding.tokens(component)]
+        ids = [vocabulary[token] for token in embedding.tokens(component)]
         if (missing := max(ids) + 1 - len(weight)) > 0:
             weight = torch.cat([weight, weight.new_zeros(missing, weight.shape[1])])
         weight[ids] = vectors

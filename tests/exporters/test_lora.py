@@ -266,6 +266,34 @@ def test_patterns_that_name_text_model_fit_where_transformers_5_has_no_such_name
     one, same = (write(tmp_path / f"{i}.safetensors", tensors, stated("text_encoder", alpha_pattern={key: 9}))
                  for i, key in enumerate((f"text_model.{Q_PROJ}", Q_PROJ)))
     assert worst(merged_by_us(pipe, {one: 1.0}), fused_by_diffusers(pipe, {same: 1.0}), weights_of(pipe)) <= 2e-6
+    theirs = fused_by_diffusers(pipe, {one: 1.0})
+    assert worst(merged_by_us(pipe, {one: 1.0}), theirs, weights_of(pipe)) > 0.1, "mended upstream"
+
+
+def test_files_that_diffusers_fails_on_are_read(pipes: dict[str, Any], tmp_path: Path) -> None:
+    """Alphas in PEFT's format; kohya's text encoder without the projection by which diffusers knows the format."""
+    pipe, found = pipes["sd"], pairs(pipes["sd"], "unet", (TO_Q,))
+    text = pairs(pipe, "text_encoder", (Q_PROJ,))
+    half = {f"unet.{TO_Q}.alpha": torch.tensor(1.0)}
+    for tensors, same, scale in ((dotted("unet", found) | half, dotted("unet", found), 0.5),
+                                 (text_model(kohya("lora_te_", text, 1.0)), dotted("text_encoder", text), 0.5)):
+        file, plain = write(tmp_path / "a.safetensors", tensors), write(tmp_path / "b.safetensors", same)
+        with pytest.raises(ValueError, match=r"Invalid LoRA checkpoint|Could not automatically infer"):
+            fused_by_diffusers(pipe, {file: 1.0})
+        expected = fused_by_diffusers(pipe, {plain: scale})
+        assert worst(merged_by_us(pipe, {file: 1.0}), expected, weights_of(pipe)) <= 2e-6
+
+
+@pytest.mark.parametrize("extra", [
+    {"unet.nowhere.lora_A.weight": torch.ones(2, 2), "unet.nowhere.lora_B.weight": torch.ones(2, 2)},
+    {f"unet.{TO_OUT}.lora_A.weight": torch.ones(2, 16)},
+    {f"unet.{TO_Q}.lora.down.weight": torch.ones(2, 16), f"unet.{TO_Q}.lora.up.weight": torch.ones(16, 2)},
+    {"vae.encoder.lora_A.weight": torch.ones(2, 2)}])
+def test_what_diffusers_passes_over_is_refused(pipes: dict[str, Any], extra: Tensors, tmp_path: Path) -> None:
+    file = write(tmp_path / "lora.safetensors", dotted("unet", pairs(pipes["sd"], "unet", (TO_Q,))) | extra)
+    fused_by_diffusers(pipes["sd"], {file: 1.0})
+    with pytest.raises(InputError):
+        merged_by_us(pipes["sd"], {file: 1.0})
 
 
 @pytest.mark.parametrize("names", [ORIGINAL | UPSAMPLER, {"add_embedding_linear_1": "add_embedding.linear_1"}])
