@@ -106,9 +106,11 @@ def load_words(upstream: Upstream, pipe: Any, name: str, encoder: Any) -> None:
         CannotLoadError: diffusers refuses one.
     """
     tokenizer = getattr(pipe, name.replace("text_encoder", "tokenizer"))
+    widths = {part: int(found.config["hidden_size"]) for part, found in source_of(upstream).components.items()
+              if part.startswith("text_encoder")}
     with upstream_errors():
         for file, token in upstream.embeddings:
-            embedding = read_embedding(file, token)
+            embedding = read_embedding(file, token, widths)
             if name in embedding.keys:
                 vectors = load_file(file)[embedding.keys[name]]
                 pipe.load_textual_inversion({embedding.token: vectors}, token=embedding.token,
