@@ -36,7 +36,7 @@ def open_origin(spec: BuildSpec) -> Bundle:
         InputError: not a pipeline folder, an unknown family, unusable weights, or shapes that do not fit it.
     """
     folder = source_folder(spec)
-    source = as_loaded(open_source(folder))
+    source = as_loaded(open_source(folder, spec.variant))
     check_schedulers(source)
     specs = source.family.components(source, spec.shapes)
     if spec.step_cache:
