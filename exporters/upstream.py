@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -65,13 +65,16 @@ def _classes() -> Mapping[str, Mapping[str, Any]]:
             "mask": auto_pipeline.AUTO_INPAINT_PIPELINES_MAPPING}
 
 
-def upstream_pipeline(source: Source, mode: str, **components: Any) -> Any:
+def upstream_pipeline(source: Source, mode: str, *, read: Collection[str] = (), torch_dtype: Any = None,
+                      variant: str = "", **components: Any) -> Any:
     """diffusers' pipeline for a mode, made by its own `from_pretrained`: it chooses and loads scheduler and tokenizers,
     and corrects configs as it does for every user of the folder.
 
     Args:
         source: the model.
         mode: as of `upstream_class`; where diffusers has no class for it, the folder's own class.
+        read: networks that diffusers loads with their weights, from the files that it chooses; never a pickle.
+        torch_dtype, variant: of those, as `from_pretrained` takes them.
         components: objects by their name in model_index.json, in place of networks on the meta device and of what
             would be loaded; None leaves one out.
 
@@ -84,12 +87,13 @@ def upstream_pipeline(source: Source, mode: str, **components: Any) -> Any:
     kind = upstream_class(source, mode) or own_class(source)
     given = set(inspect.signature(kind.__init__).parameters)
     networks = {name: network(component) for name, component in source.components.items()
-                if name in given and name not in components}
+                if name in given and name not in components and name not in read}
     switches = {**dict.fromkeys(source.ignored), "requires_safety_checker": False, "add_watermarker": False}
     arguments = {**{k: v for k, v in switches.items() if k in given}, **networks, **components}
     try:
         with unwarned():
-            pipe = kind.from_pretrained(str(source.path), local_files_only=True, **arguments)
+            pipe = kind.from_pretrained(str(source.path), local_files_only=True, use_safetensors=True,
+                                        torch_dtype=torch_dtype, variant=variant or None, **arguments)
     except (AttributeError, ImportError, KeyError, OSError, TypeError, ValueError) as error:
         raise InputError(f"diffusers' {kind.__name__} refuses it: {type(error).__name__}: "
                          f"{str(error).partition(chr(10))[0]:.300}", where=str(source.path),
@@ -165,13 +169,15 @@ def _mode(pipe: Any, mode: str, main: Mapping[str, Any]) -> ModeFacts:
 def unwarned() -> Iterator[None]:
     """diffusers warns of each outdated key that it corrects, and shows a bar for every component."""
     from diffusers.utils import logging
+    from transformers.utils import logging as of_encoders
 
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    shown = [module for module in (logging, of_encoders) if module.is_progress_bar_enabled()]
+    for module in shown:
+        module.disable_progress_bar()
     try:
         with quiet(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        if shown:
-            logging.enable_progress_bar()
+        for module in shown:
+            module.enable_progress_bar()
