@@ -14,9 +14,9 @@ from runtimes.aspects import parse_aspect
 from runtimes.bundle import replacing
 from runtimes.errors import InputError
 from runtimes.manifest import DEFAULT_STEPS
-from runtimes.memory import parse_bytes
 from runtimes.resident import peak_rss_bytes
 from runtimes.safety import SAFETY_CHECKER
+from runtimes.sizes import parse_bytes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,7 +36,7 @@ class GenerateRequest:
     bundle: Path
     prompts: tuple[str, ...]
     prompts_file: Path | None
-    negative: str
+    negative: str | None
     image: Path | None
     mask: Path | None
     strength: float | None
@@ -136,7 +136,7 @@ def generate_files(request: GenerateRequest) -> list[Path]:
     if request.safety != "off":
         bundle.component(SAFETY_CHECKER)  # refused before any work if it has none
     prompts = prompts_of(request, wanted=bool(bundle.manifest.pipeline.text_encoders))
-    budget = parse_bytes(request.memory_budget) if request.memory_budget else None
+    budget = parse_bytes(request.memory_budget, "--memory-budget") if request.memory_budget else None
     pipeline = runtimes.load(bundle, device=request.device, threads=request.threads, hint=request.hint,
                              pin_threads=request.pin_threads, memory_budget=budget,
                              lora=request.lora)
@@ -234,7 +234,7 @@ def descriptions(
     request: GenerateRequest, options: Mapping[str, Any], digest: str, prompts: list[str], seeds: list[int]
 ) -> list[dict[str, str]]:
     """What each picture's PNG says about how it was made; what is not said was left to its default."""
-    common = {"negative_prompt": request.negative, "bundle": digest, "software": "ldm-deploy",
+    common = {"negative_prompt": request.negative or "", "bundle": digest, "software": "ldm-deploy",
               "lora": ", ".join(Path(option).name for option in request.lora)}
     common |= {name: str(options[name] or "") for name in ("steps", "scheduler", "guidance_scale") if name in options}
     return [{"prompt": prompt, "seed": str(seed), **{k: v for k, v in common.items() if v}}

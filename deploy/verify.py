@@ -19,6 +19,8 @@ from deploy.sources import model_folder
 from deploy.spec import LOCAL_FILES, REFERENCE, BuildSpec
 from runtimes.bundle import Bundle
 from runtimes.errors import InputError
+from runtimes.guidance import SHALLOW
+from runtimes.safety import SAFETY_CHECKER
 
 __all__ = ["Verification", "verify_bundle"]
 
@@ -44,7 +46,9 @@ def verify_bundle(path: Path, against: str | None = None, *, device: str = "cpu"
     manifest = bundle.manifest
     adapters = manifest.measured.get("adapters", {})
     spec = BuildSpec(model=against or source_of(bundle), target=manifest.target, precision=manifest.precision,  # type: ignore[arg-type]
-                     **{name: adapters[name] for name in LOCAL_FILES if name in adapters})
+                     **{name: adapters[name] for name in LOCAL_FILES if name in adapters},
+                     # What the bundle holds beyond the model's usual networks; the source must answer for it, too.
+                     step_cache=SHALLOW in manifest.components, safety_checker=SAFETY_CHECKER in manifest.components)
     origin = open_origin(spec)
     if against is None and origin.manifest.source.sha256 != manifest.source.sha256:
         raise InputError("the model has changed since the bundle was built", where=str(origin.path),

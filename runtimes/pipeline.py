@@ -80,7 +80,7 @@ class Pipeline:
         return self._cache.stats
 
     def __call__(
-        self, prompt: str | Sequence[str] = "", *, negative_prompt: str | Sequence[str] = "",
+        self, prompt: str | Sequence[str] = "", *, negative_prompt: str | Sequence[str] | None = None,
         steps: int = DEFAULT_STEPS, guidance_scale: float | None = None,
         seed: int | Sequence[int] | None = None, images_per_prompt: int = 1,
         height: int | None = None, width: int | None = None, scheduler: str | None = None, eta: float = 0.0,
@@ -95,7 +95,8 @@ class Pipeline:
 
         Args:
             prompt: one text or several; empty texts for a model without prompts.
-            negative_prompt: what to steer away from: one text, or one per prompt. Unused without guidance.
+            negative_prompt: what to steer away from: one text, or one per prompt. Unused without guidance. None is
+                what the model was trained to have in its place: zeros for Stable Diffusion XL, else the empty text.
             steps: denoising steps.
             guidance_scale: how strongly to follow the prompt; at 1 and below guidance is off and a step costs half. By
                 default what diffusers' class for the mode says: 7.5 for Stable Diffusion, 5 for XL.

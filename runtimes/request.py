@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtimes.batching import Described, input_spec
-from runtimes.errors import InputError
+from runtimes.errors import BundleError, InputError
 from runtimes.images import ImageLike, Opened, open_image, open_mask, size_of, to_mask, to_pixels
 from runtimes.manifest import PipelineFacts
 from runtimes.noise import resolve_seeds
@@ -31,6 +31,7 @@ class Request:
 
     Attributes:
         prompts, negatives: texts; `negatives` is empty where guidance is off.
+        negatives_given: whether the negative prompts were given, though they be empty texts.
         latent_shape: (C, H/f, W/f).
         height, width: pixels.
         tiling: where the networks' tiles lie, or None where they take the whole.
@@ -44,6 +45,7 @@ class Request:
 
     prompts: tuple[str, ...]
     negatives: tuple[str, ...]
+    negatives_given: bool
     latent_shape: tuple[int, int, int]
     height: int
     width: int
@@ -59,7 +61,7 @@ class Request:
 
 def check_request(
     sessions: Mapping[str, Session], facts: PipelineFacts, *, prompt: str | Sequence[str],
-    negative_prompt: str | Sequence[str], images_per_prompt: int, guided: bool,
+    negative_prompt: str | Sequence[str] | None, images_per_prompt: int, guided: bool,
     seed: int | Sequence[int] | None, height: int | None, width: int | None,
     image: ImageLike | Sequence[ImageLike] | None, mask: ImageLike | Sequence[ImageLike] | None, strength: float,
     latents: NDArray[np.float32] | None, tile: int | None,
@@ -75,8 +77,8 @@ def check_request(
     copies = whole(images_per_prompt, "images_per_prompt")
     if not facts.text_encoders and any(prompts):
         raise InputError("this model draws without prompts", where="prompt", fix="leave the prompt empty")
-    negatives = _texts(negative_prompt, "the negative prompt")
-    if isinstance(negative_prompt, str):
+    negatives = _texts("" if negative_prompt is None else negative_prompt, "the negative prompt")
+    if negative_prompt is None or isinstance(negative_prompt, str):
         negatives *= len(prompts)
     if len(negatives) != len(prompts):
         raise InputError(f"{len(negatives)} negative prompts for {len(prompts)} prompts", where="negative_prompt",
@@ -95,6 +97,7 @@ def check_request(
     return Request(
         prompts=_repeated(prompts, copies),
         negatives=_repeated(negatives, copies) if guided else (),
+        negatives_given=negative_prompt is not None,
         latent_shape=shape,
         height=height,
         width=width,
@@ -146,7 +149,11 @@ def pixel_limits(facts: PipelineFacts, sessions: Mapping[str, Described], name: 
     position = {"height": 2, "width": 3}[name]
     least, most, multiple = 1, 1 << 20, 1
     for component, tensor in (("unet", "sample"), ("vae_decoder", "latent_sample")):
-        size = input_spec(sessions[component], tensor).shape[position]
+        shape = input_spec(sessions[component], tensor).shape
+        if len(shape) != 4:
+            raise BundleError(f"{tensor} has the shape {shape}, expected (B, C, H/f, W/f)", where=component,
+                              fix="build the bundle again")
+        size = shape[position]
         if isinstance(size, int):
             least, most = max(least, size), min(most, size)
         elif (axis := sessions[component].component.axes.get(size)) is not None:

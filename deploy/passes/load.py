@@ -67,7 +67,8 @@ class Load(Pass):
 
         origin = as_loaded(_opened(step, source))
         for name, folder in origin.tokenizers.items():
-            prepare_tokenizer(folder, out / name)
+            encoder = step.after.components[name.replace("tokenizer", "text_encoder")].details["source_component"]
+            prepare_tokenizer(folder, out / name, origin.components[encoder].config.get("vocab_size"))
         (out / "scheduler").mkdir()
         text = json.dumps(origin.scheduler_config, indent=2, sort_keys=True) + "\n"
         (out / "scheduler" / "scheduler_config.json").write_text(text, encoding="utf-8")

@@ -40,7 +40,7 @@ from runtimes.session import Session
 Array = np.ndarray[Any, Any]
 # Text encoders run in other batches, and the same sums are made in another order: float32 rounding, added up by the
 # sampler. What a wrong key of a config does is above 1e-3.
-TOLERANCE = 2e-4
+TOLERANCE = 2e-5
 TIMESTEP_TOLERANCE = 1e-3
 
 CAUSES = {
