@@ -14,7 +14,7 @@ from deploy.spec import REFERENCE, BuildSpec
 from exporters.families import ComponentSpec
 from exporters.families.safety_checker import with_safety_checker
 from exporters.families.step_cache import shallow_weights, with_step_cache
-from exporters.source import MODEL_INDEX, ComponentSource, open_source
+from exporters.source import MODEL_INDEX, ComponentSource, open_source, read_json
 from exporters.source import Source as PipelineSource
 from runtimes import schedulers
 from runtimes.bundle import Bundle, record_of, records_below
@@ -81,8 +81,7 @@ def as_loaded(source: PipelineSource) -> PipelineSource:
     Raises:
         InputError: diffusers refuses it.
     """
-    read = {"class": source.pipeline_class, "options": source.options, "scheduler": source.scheduler_config,
-            "scheduler_class": source.scheduler_class, "ignored": source.ignored,
+    read = {"index": read_json(source.path / MODEL_INDEX), "scheduler": source.scheduler_config,
             "networks": {n: [c.library, c.class_name, c.config] for n, c in source.components.items()}}
     key = {"kind": "as diffusers loads", "read": json.dumps(read, sort_keys=True),
            "libraries": versions_of(("diffusers", "transformers"))}
