@@ -227,15 +227,15 @@ def check_vae(source: Source, name: str, *classes: str) -> ComponentSource:
     """The autoencoder, if its config says all that is needed.
 
     Raises:
-        InputError: of another class, a missing number, or latents that are normalized channel by channel.
+        InputError: of another class, a missing number, other images than RGB, or codes of another width.
     """
     vae = check_class(source, name, *(classes or AUTOENCODERS))
     check_numbers(vae, "latent_channels")
     config_value(vae.config, block_key(vae), (list, tuple), place(vae))
-    for key in ("latents_mean", "latents_std"):
-        if vae.config.get(key) is not None:
-            raise InputError(f"{key} is set: latents normalized channel by channel are not supported",
-                             where=place(vae), fix="use a VAE with a scaling_factor alone")
+    for key in ("in_channels", "out_channels"):
+        if vae.config.get(key, 3) != 3:
+            raise InputError(f"{key} is {vae.config[key]}, images have 3 channels", where=place(vae),
+                             fix="use an autoencoder of RGB images")
     if vae.config.get("vq_embed_dim") not in (None, vae.config["latent_channels"]):
         raise InputError(f"vq_embed_dim is {vae.config['vq_embed_dim']}, latent_channels differs", where=place(vae),
                          fix="use a VQModel whose codes are as wide as its latents")
@@ -274,6 +274,26 @@ def vae_factor(vae: ComponentSource) -> int:
 def scaling_factor(vae: ComponentSource) -> float:
     """What latents are multiplied by; absent in configs older than diffusers 0.12."""
     return float(vae.config.get("scaling_factor", 1.0 if vae.class_name == "AutoencoderTiny" else 0.18215))
+
+
+def channel_statistics(vae: ComponentSource) -> dict[str, tuple[float, ...]]:
+    """Mean and deviation of the latents' channels, as XL's classes take them: only if both are there.
+
+    Raises:
+        InputError: not a number for each channel, or a deviation of zero.
+    """
+    values = {key: vae.config.get(key) for key in ("latents_mean", "latents_std")}
+    if any(value is None for value in values.values()):
+        return {}
+    found = {}
+    for key, value in values.items():
+        numbers = value if isinstance(value, list | tuple) else []
+        if len(numbers) != vae.config["latent_channels"] or not all(isinstance(n, int | float) for n in numbers) or (
+                key == "latents_std" and 0 in numbers):
+            raise InputError(f"{key} is {value!r:.60}, expected {vae.config['latent_channels']} numbers, one a channel",
+                             where=place(vae), fix="get the config of this autoencoder again")
+        found[key] = tuple(float(n) for n in numbers)
+    return found
 
 
 def facts(source: Source, vae: ComponentSource, tokens: int, **more: Any) -> PipelineFacts:
