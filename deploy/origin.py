@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from deploy.cache import Cache, default_root, versions_of
-from deploy.sources import source_folder
+from deploy.hub import cached_name
+from deploy.sources import own_folder, source_folder
 from deploy.spec import REFERENCE, BuildSpec
 from exporters.families import ComponentSpec
 from exporters.families.safety_checker import with_safety_checker
@@ -58,8 +59,7 @@ def open_origin(spec: BuildSpec) -> Bundle:
     manifest = Manifest(
         schema=SCHEMA,
         family=source.family.name,
-        source=Source(REFERENCE if spec.model == REFERENCE else Path(spec.model).resolve().name,
-                      {name: record.sha256 for name, record in hashes.items()}),
+        source=_named(spec, {name: record.sha256 for name, record in hashes.items()}),
         target=spec.target,
         precision=spec.precision,
         pipeline=source.family.facts(source),
@@ -71,6 +71,15 @@ def open_origin(spec: BuildSpec) -> Bundle:
         verified=False,
     )
     return Bundle(folder, manifest)
+
+
+def _named(spec: BuildSpec, hashes: Mapping[str, str]) -> Source:
+    """What the model is called: on the Hub, in the Hub's cache, or by its folder."""
+    if spec.model == REFERENCE:
+        return Source(REFERENCE, hashes)
+    folder = own_folder(spec).resolve()
+    name, commit = cached_name(folder)
+    return Source(name or folder.name, hashes, commit)
 
 
 def as_loaded(source: PipelineSource) -> PipelineSource:

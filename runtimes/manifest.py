@@ -149,10 +149,17 @@ class PipelineFacts:
 
 @dataclass(frozen=True)
 class Source:
-    """Where the bundle came from: an id without local folders, and the hash of every weight file."""
+    """Where the bundle came from: an id without local folders, and the hash of every weight file.
+
+    Attributes:
+        id: OWNER/NAME of a model on the Hugging Face Hub, else the name of its folder.
+        sha256: of the weight files, by their path in the model.
+        revision: the commit of a model on the Hub, else empty.
+    """
 
     id: str
     sha256: Mapping[str, str]
+    revision: str = ""
 
 
 @dataclass(frozen=True)
