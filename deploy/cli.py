@@ -51,14 +51,19 @@ BudgetOptions = Annotated[list[str], typer.Option(help="override an accuracy lim
 Verify = Annotated[str, typer.Option(help="compare with PyTorch: full, quick (4 steps of a picture), components, no; "
                                           "auto: full where that takes a minute or two, else quick")]
 NoVerify = Annotated[bool, typer.Option("--no-verify", help="the same as --verify no")]
+Variant = Annotated[str, typer.Option(help="of the weight files: fp16 reads *.fp16.safetensors where there are such")]
+Revision = Annotated[str, typer.Option(help="of a MODEL on the Hub: a branch, a tag or a commit; default main")]
 OutputPng = Annotated[Path, typer.Option("-o", "--output", help="PNG file; several pictures get numbered names")]
 Against = Annotated[str | None, typer.Option(help="the source model; default: where the bundle was built from")]
-ModelArgument = Annotated[str, typer.Argument(help="folder in diffusers layout; default: the model that ships with us")]
+ModelArgument = Annotated[str, typer.Argument(help="folder in diffusers layout, or OWNER/NAME on the Hugging Face Hub; "
+                                                    "default: the model that ships with us")]
 
 
 @app.command()
 def build(
     model: ModelArgument = "",
+    variant: Variant = "",
+    revision: Revision = "",
     target: Target = "",
     precision: Annotated[str, typer.Option(help="fp32, fp16, bf16, int8 or auto")] = "",
     shapes: Shapes = [],  # noqa: B006
@@ -102,7 +107,7 @@ def build(
     options: dict[str, Any] = {k: v for k, v in (
         ("model", model), ("target", target), ("precision", precision), ("quantization", quantization),
         ("range_estimator", range_estimator), ("step_cache", step_cache), ("lora_mode", lora_mode),
-        ("safety_checker", safety_checker), ("cpu", cpu)) if v}
+        ("safety_checker", safety_checker), ("cpu", cpu), ("variant", variant), ("revision", revision)) if v}
     options |= {name: number for name, number in (("text_encoder_bits", text_encoder_bits),
                                                   ("calibration_samples", calibration_samples)) if number is not None}
     if quantization_methods:

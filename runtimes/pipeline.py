@@ -174,7 +174,7 @@ class Pipeline:
             if part[0] > 0 and request.latents is not None:
                 begun = Start(request.latents)
             else:
-                begun = begin(sessions, self.facts.scaling_factor, request, run, noise)
+                begun = begin(sessions, self.facts, request, run, noise)
             predict = self._predictor(sessions, request, conditions, guidance, count, begun.extra, cache_interval,
                                       at_once)
             sample = denoise(predict, run, begun, noise, stop, on_step, count=count)
@@ -204,13 +204,13 @@ class Pipeline:
         """Denoised latents in the form that was asked for."""
         if output == "latents":
             return sample
-        decoder, factor = sessions["vae_decoder"], self.facts.scaling_factor
+        decoder = sessions["vae_decoder"]
         if tiling is not None:
-            pixels = decode.decode_tiled(decoder, sample, factor, tiling, self.facts.vae_scale_factor)
+            pixels = decode.decode_tiled(decoder, sample, self.facts, tiling)
             return pixels if output == "numpy" else to_pil(decode.to_uint8(pixels))
         if output == "numpy":
-            return decode.decode(decoder, sample, factor, at_once)
-        return to_pil(decode.decode_uint8(decoder, sample, factor, at_once))
+            return decode.decode(decoder, sample, self.facts, at_once)
+        return to_pil(decode.decode_uint8(decoder, sample, self.facts, at_once))
 
     def _images_at_once(self, request: Request) -> int | None:
         if self._memory is None:

@@ -47,7 +47,8 @@ def _components(source: Source, shapes: Shapes) -> dict[str, ComponentSpec]:
 def _facts(source: Source) -> PipelineFacts:
     return parts.facts(
         source, _check(source), _tokens(source), text_encoders=_encoders(source), time_ids=_ids(source),
-        zero_empty_negative=bool(source.options.get("force_zeros_for_empty_prompt", True)))
+        zero_empty_negative=bool(source.options.get("force_zeros_for_empty_prompt", True)),
+        **parts.channel_statistics(source.components["vae"]))
 
 
 def _check(source: Source) -> ComponentSource:
