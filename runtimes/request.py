@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 OUTPUTS = ("pil", "numpy", "latents")
 MAX_TILED_SIDE = 8192
+MOST = 10_000  # of steps, images and whatever else is counted: more is a slip of the pen, and takes all memory
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def check_request(
     prompts = _texts(prompt, "the prompt")
     if not prompts:
         raise InputError("no prompt", where="prompt", fix="give at least one; it may be an empty string")
-    copies = whole(images_per_prompt, "images_per_prompt")
+    copies = whole(images_per_prompt, "images_per_prompt", MOST // len(prompts))
     if not facts.text_encoders and any(prompts):
         raise InputError("this model draws without prompts", where="prompt", fix="leave the prompt empty")
     negatives = _texts(negative_prompt, "the negative prompt")
@@ -163,8 +164,8 @@ def pixel_limits(facts: PipelineFacts, sessions: Mapping[str, Described], name: 
     return ShapeRange(least * factor, least * factor, most * factor), multiple * factor
 
 
-def whole(value: object, where: str) -> int:
-    """A whole number from 1 on.
+def whole(value: object, where: str, most: int = MOST) -> int:
+    """A whole number from 1 to `most`.
 
     Raises:
         InputError: anything else.
@@ -176,7 +177,9 @@ def whole(value: object, where: str) -> int:
     except TypeError:
         number = 0
     if number < 1:
-        raise InputError(f"{where} is {value!r}, expected a whole number from 1 on", where=where)
+        raise InputError(f"{where} is {value!r:.60}, expected a whole number from 1 on", where=where)
+    if number > most:
+        raise InputError(f"{where} is {number:.3g}, expected at most {most:,}", where=where)
     return number
 
 
@@ -195,7 +198,7 @@ def finite(value: Any, where: str) -> float:
     return number
 
 
-def interval(value: Any) -> tuple[float, float]:
+def interval(value: Any, where: str) -> tuple[float, float]:
     """Two finite numbers.
 
     Raises:
@@ -204,8 +207,30 @@ def interval(value: Any) -> tuple[float, float]:
     try:
         first, last = value
     except (TypeError, ValueError):
-        raise InputError(f"{value!r} is not a pair of numbers", where="guidance_interval", fix="(0, 1)") from None
-    return finite(first, "guidance_interval"), finite(last, "guidance_interval")
+        raise InputError(f"{value!r} is not a pair of numbers", where=where, fix="(0, 0.8)") from None
+    return finite(first, where), finite(last, where)
+
+
+def flag(value: object, where: str) -> bool:
+    """Yes or no.
+
+    Raises:
+        InputError: anything but True and False.
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise InputError(f"{where} is {value!r:.60}, expected True or False", where=where)
+    return bool(value)
+
+
+def one_of(value: Any, kind: type[Any], where: str) -> Any:
+    """A value of a type of ours, or None.
+
+    Raises:
+        InputError: anything else.
+    """
+    if value is not None and not isinstance(value, kind):
+        raise InputError(f"{where} is {type(value).__name__}, expected {kind.__name__}", where=where)
+    return value
 
 
 def _texts(value: object, what: str) -> tuple[str, ...]:
