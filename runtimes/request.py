@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 OUTPUTS = ("pil", "numpy", "latents")
-MAX_TILED_SIDE = 8192
+MAX_TILED_SIDE, LARGEST_SIDE = 8192, 1 << 31  # the second only keeps numbers sane: the axes have ranges
 MOST = 10_000  # of steps, images and whatever else is counted: more is a slip of the pen, and takes all memory
 
 
@@ -132,7 +132,7 @@ def check_size(facts: PipelineFacts, sessions: Mapping[str, Session], name: str,
         InputError: not a multiple, or outside the range that the bundle was built for.
     """
     limits, multiple = pixel_limits(facts, sessions, name)
-    pixels = whole(pixels, name)
+    pixels = whole(pixels, name, LARGEST_SIDE)
     if pixels % multiple or pixels not in limits:
         steps = f" in steps of {multiple}" if limits.min < limits.max else ""
         near = sorted({min(max(p, limits.min), limits.max)
@@ -284,7 +284,7 @@ def _size(
 def _check_tiled(facts: PipelineFacts, name: str, pixels: int) -> int:
     """Tiles cover any whole number of latents, up to what a picture may have at all."""
     factor = facts.vae_scale_factor
-    if whole(pixels, name) % factor or pixels > MAX_TILED_SIDE:
+    if whole(pixels, name, LARGEST_SIDE) % factor or pixels > MAX_TILED_SIDE:
         raise InputError(f"{name} is {pixels}, expected a multiple of {factor} up to {MAX_TILED_SIDE:,}", where=name,
                          fix=f"nearest: {min(max(round(pixels / factor), 1) * factor, MAX_TILED_SIDE)}")
     return pixels
@@ -294,7 +294,7 @@ def _tiling(
     facts: PipelineFacts, sessions: Mapping[str, Session], height: int, width: int, tile: int
 ) -> Tiling | None:
     """Tiles of `tile` pixels, smaller where the picture is; None if one tile is all of it."""
-    rows = check_size(facts, sessions, "height", min(whole(tile, "tile"), height)) // facts.vae_scale_factor
+    rows = check_size(facts, sessions, "height", min(whole(tile, "tile", LARGEST_SIDE), height)) // facts.vae_scale_factor
     columns = check_size(facts, sessions, "width", min(tile, width)) // facts.vae_scale_factor
     shape = height // facts.vae_scale_factor, width // facts.vae_scale_factor
     return None if shape == (rows, columns) else Tiling(shape, (rows, columns))
