@@ -169,6 +169,7 @@ def run_passes(spec: BuildSpec, origin: Bundle, planned: list[PlannedPass], cach
     bundle, costs = origin, []
     waiting: list[_Done] = []
     gate = Gate(spec, origin.manifest.source.id, cache)
+    of_source = [n for n, p in enumerate(planned) if p.instance.defines_source and isinstance(p.planned, Step)]
     for number, entry in enumerate(planned):
         step = entry.planned
         if not isinstance(step, Step):
@@ -191,6 +192,8 @@ def run_passes(spec: BuildSpec, origin: Bundle, planned: list[PlannedPass], cach
                 gate.rebase(bundle)
         elif entry.instance.defines_source:
             gate.start(bundle)
+            if number == of_source[-1]:
+                gate.check_source(step.pass_name, listener)
         listener.finished(f"{step.pass_name}: {step.summary} ({cost['seconds']:.1f} s"
                           f"{', from the cache' if cost['reused'] == len(step.reads) else ''})")
     return bundle, gate

@@ -171,17 +171,18 @@ def generate(
     bundle: BundlePath,
     prompt: Annotated[list[str], typer.Argument(help="what to draw")] = [],  # noqa: B006
     prompts: Annotated[Path | None, typer.Option(help="file with one prompt a line, instead of PROMPT")] = None,
-    negative: Annotated[str, typer.Option(help="what not to draw")] = "",
+    negative: Annotated[str | None, typer.Option(help="what not to generate")] = None,
     image: Annotated[Path | None, typer.Option(help="start from this picture (image-to-image)")] = None,
     mask: Annotated[Path | None, typer.Option(help="white where the picture is painted anew (inpainting)")] = None,
-    strength: Annotated[float | None, typer.Option(help="how far to leave the picture, 0 to 1; default 0.6, under "
-                                                        "a mask 1")] = None,
+    strength: Annotated[float | None, typer.Option(help="how far to leave the image, above 0 to 1; default the "
+                                                        "model's: 0.8, of XL 0.3, with --mask 1")] = None,
     steps: Annotated[int | None, typer.Option(help="denoising steps; default 25")] = None,
     quality: Annotated[str, typer.Option(help="draft, balanced or high: what `tradeoffs` measured of the bundle; "
                                               "options that are given win")] = "",
     budget_ms: Annotated[float | None, typer.Option(help="the most accurate that takes so long for a picture, as "
                                                          "`tradeoffs` measured")] = None,
-    guidance: Annotated[float | None, typer.Option(help="guidance_scale; default 7.5, 1 is off")] = None,
+    guidance: Annotated[float | None, typer.Option(help="guidance_scale, 1 is off; default the model's: 7.5, of XL "
+                                                        "5")] = None,
     guidance_rescale: Annotated[float, typer.Option(help="against overexposure, 0 to 1")] = 0.0,
     guidance_interval: Annotated[str, typer.Option(help="share of the steps under guidance, as first:last")] = "",
     part: Annotated[str, typer.Option(help="of the schedule: 0:0.8 for a base model, 0.8:1 for a refiner")] = "0:1",

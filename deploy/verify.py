@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+from deploy.against_diffusers import AgainstDiffusers, upstream_of
 from deploy.builder import Silent, load_source, workspace
 from deploy.cache import Cache, default_root
 from deploy.gate import gallery_for, options_for
@@ -12,6 +14,7 @@ from deploy.parity.answers import Reference
 from deploy.parity.budgets import PRUNED, budget_for
 from deploy.parity.effort import LEVELS, choose
 from deploy.parity.gate import Verification, verify
+from deploy.parity.upstream.levels import Levels, merged
 from deploy.sources import model_folder
 from deploy.spec import LOCAL_FILES, REFERENCE, BuildSpec
 from runtimes.bundle import Bundle
@@ -59,8 +62,20 @@ def verify_bundle(path: Path, against: str | None = None, *, device: str = "cpu"
         allowed = PRUNED if pruned else manifest.precision
         chosen = choose(effort, options_for(manifest.source.id, prompts, device), source.manifest.components,
                         source.manifest.pipeline)
-        return verify(reference, bundle, budget_for(allowed, manifest.spec.get("budget")), chosen,
-                      gallery_for(manifest.source.id))
+        budget = budget_for(allowed, manifest.spec.get("budget"))
+        found = verify(reference, bundle, budget, chosen, gallery_for(manifest.source.id))
+        return replace(found, upstream=_against_diffusers(spec, source, bundle, found, cache))
+
+
+def _against_diffusers(spec: BuildSpec, source: Bundle, bundle: Bundle, found: Verification, cache: Cache) -> Levels:
+    """Weights, feeds and images against diffusers' own pipeline; images only where the bundle runs here."""
+    diffusers = AgainstDiffusers(upstream_of(spec), source, cache)
+    levels = diffusers.source_levels()
+    if (feeds := diffusers.feeds_of(bundle)) is not None:
+        levels = merged(levels, "feeds", feeds)
+    runs = not found.components.unverified and not found.pipeline.unverified and not found.pipeline.problem
+    images = diffusers.images(bundle if runs else None, found.effort, found.budget.image_psnr_db)
+    return merged(levels, "images", images)
 
 
 def source_of(bundle: Bundle) -> str:

@@ -28,6 +28,7 @@ from runtimes.tensors import Axis, TensorSpec
 
 SCHEMA = 1
 MANIFEST_FILE = "manifest.json"
+DEFAULT_STEPS = 25  # ours, for every model; diffusers' classes say 50. Other defaults are the model's: `ModeFacts`
 T = TypeVar("T")
 
 
@@ -86,6 +87,22 @@ class PassRecord:
 
 
 @dataclass(frozen=True)
+class ModeFacts:
+    """What diffusers' pipeline class for one mode does by default.
+
+    Attributes:
+        pipeline_class: diffusers' class for the mode.
+        guidance_scale, strength: defaults of its call; strength 1 where it has none.
+        scheduler: keys of scheduler/scheduler_config.json that this class corrects to another value.
+    """
+
+    pipeline_class: str
+    guidance_scale: float = 7.5
+    strength: float = 1.0
+    scheduler: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class PipelineFacts:
     """What the sampling loop must know besides the networks.
 
@@ -98,7 +115,8 @@ class PipelineFacts:
         text_encoders: components that read the prompt, their hidden states side by side in this order; none for a
             pipeline without prompts. The tokenizer of "text_encoder_2" is "tokenizer_2".
         time_ids: what the numbers mean that the U-Net's input of that name takes: sizes and crops in pixels.
-        zero_empty_negative: an empty negative prompt is embedded as zeros, not by the text encoders.
+        zero_empty_negative: where no negative prompt is given, zeros stand for it, not the embedded empty text.
+        modes: what is drawn by default, by "text", "image" and "mask", as far as diffusers has a class for it.
     """
 
     latent_channels: int
@@ -110,6 +128,19 @@ class PipelineFacts:
     text_encoders: tuple[str, ...] = ("text_encoder",)
     time_ids: tuple[str, ...] = ()
     zero_empty_negative: bool = False
+    modes: Mapping[str, ModeFacts] = field(default_factory=dict)
+
+    def mode(self, image: bool, mask: bool) -> ModeFacts:
+        """What is drawn by default with or without an initial image and a mask.
+
+        A mode that diffusers has no class for has the guidance and scheduler of the one it has, and the strength of
+        Stable Diffusion's class. So have bundles built before manifests had modes.
+        """
+        name = "mask" if mask else "image" if image else "text"
+        if name in self.modes:
+            return self.modes[name]
+        known = next(iter(self.modes.values()), ModeFacts("StableDiffusionPipeline"))
+        return dataclasses.replace(known, strength=0.8 if name == "image" else 1.0)
 
 
 @dataclass(frozen=True)
