@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from deploy import cli_cache
-from runtimes.errors import DeployError, UnavailableError
+from runtimes.errors import DeployError, InputError, UnavailableError
 
 app = typer.Typer(
     name="ldm-deploy",
@@ -125,6 +125,8 @@ def build(
         options["engine"] = parse_engine(engine)
     if budget:
         options["budget"] = parse_budget(budget)
+    if verify and no_verify:
+        raise InputError("both --verify and --no-verify are given", where="build", fix="give one of them")
     if verify or no_verify:
         options["verify"] = "no" if no_verify else verify
     build_spec = make_spec(options, spec)
@@ -186,7 +188,8 @@ def generate(
     guidance_rescale: Annotated[float, typer.Option(help="against overexposure, 0 to 1")] = 0.0,
     guidance_interval: Annotated[str, typer.Option(help="share of the steps under guidance, as first:last")] = "",
     part: Annotated[str, typer.Option(help="of the schedule: 0:0.8 for a base model, 0.8:1 for a refiner")] = "0:1",
-    weighting: Annotated[bool, typer.Option("--weighting", help="read (word:1.3), (word), \\[word] as weights")] = False,
+    weighting: Annotated[bool, typer.Option("--weighting", help="read (word:1.3), (word), \\[word] as "
+                                                              "weights")] = False,
     long_prompts: Annotated[bool, typer.Option("--long-prompts", help="read long prompts in windows, do not cut")]
     = False,
     cache_interval: Annotated[int | None, typer.Option(help="compute the U-Net's deep layers every so many steps; "

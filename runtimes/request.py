@@ -327,7 +327,8 @@ def _tiling(
     facts: PipelineFacts, sessions: Mapping[str, Session], height: int, width: int, tile: int
 ) -> Tiling | None:
     """Tiles of `tile` pixels, smaller where the picture is; None if one tile is all of it."""
-    rows = check_size(facts, sessions, "height", min(whole(tile, "tile", LARGEST_SIDE), height)) // facts.vae_scale_factor
+    tile = whole(tile, "tile", LARGEST_SIDE)
+    rows = check_size(facts, sessions, "height", min(tile, height)) // facts.vae_scale_factor
     columns = check_size(facts, sessions, "width", min(tile, width)) // facts.vae_scale_factor
     shape = height // facts.vae_scale_factor, width // facts.vae_scale_factor
     return None if shape == (rows, columns) else Tiling(shape, (rows, columns))

@@ -105,7 +105,8 @@ def written_model() -> Path:
 def built(model: Path, target: str, precision: str, samples: int) -> Bundle:
     """A bundle, not compared with PyTorch: that is tests/deploy/test_real_size.py's part."""
     log.print(f"building {target} {precision}", style="dim")
-    spec = BuildSpec(**{**spec_of(model), "target": target, "precision": precision, "calibration_samples": samples},
+    spec = BuildSpec(**{**spec_of(model), "target": target, "precision": precision,
+                        **({"calibration_samples": samples} if precision == "int8" else {})},
                      verify="no")
     return run_build(spec, FOLDER / f"{target}-{precision}", cache_root=FOLDER / "cache").bundle
 
