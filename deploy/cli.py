@@ -206,7 +206,7 @@ def generate(
     latents: Annotated[Path | None, typer.Option(help="initial latents, .npy float32 (B, C, H/f, W/f)")] = None,
     save_latents: Annotated[Path | None, typer.Option(help="write the final latents as .npy")] = None,
     safety: Annotated[str, typer.Option(help="the bundle's safety checker: off, report, or replace by black")] = "off",
-    grid: Annotated[int, typer.Option(help="write one sheet with this many columns")] = 0,
+    grid: Annotated[int, typer.Option(min=0, help="write one sheet with this many columns")] = 0,
     preview: Annotated[Path | None, typer.Option(help="PNG rewritten after each step: what will come of it")] = None,
     metadata: Annotated[bool, typer.Option("--metadata/--no-metadata", help="prompt, seed and bundle hash in the PNG")]
     = True,
@@ -215,6 +215,7 @@ def generate(
     threads: Threads = 0,
     hint: Hint = "latency",
     pin_threads: PinThreads = False,
+    check: Annotated[bool, typer.Option("--check", help="hash large files again that nobody wrote to since")] = False,
     output: OutputPng = Path("out.png"),
 ) -> None:
     """Draw pictures with a bundle. Needs no PyTorch."""
@@ -228,7 +229,8 @@ def generate(
             long_prompts=long_prompts, cache_interval=cache_interval, seed=seed, count=count, scheduler=scheduler,
             height=height, width=width, aspect=aspect, memory_budget=memory_budget, tile=tile, latents=latents,
             save_latents=save_latents, safety=safety, grid=grid, preview=preview, metadata=metadata,
-            device=device, threads=threads, hint=hint, pin_threads=pin_threads, lora=tuple(lora), output=output,
+            device=device, threads=threads, hint=hint, pin_threads=pin_threads, check=check,
+            lora=tuple(lora), output=output,
         )
     )
 
@@ -277,7 +279,7 @@ def verify(
 def bench(
     bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE...", help="folders that `build` wrote")],
     against: Annotated[str, typer.Option(help="also measure PyTorch: torch,torch.compile")] = "",
-    rounds: Annotated[int, typer.Option(help="interleaved drawings of each that count")] = 7,
+    rounds: Annotated[int, typer.Option(min=1, help="interleaved drawings of each that count")] = 7,
     steps: Annotated[int, typer.Option(help="denoising steps")] = 25,
     guidance: Annotated[float, typer.Option(help="guidance_scale")] = 7.5,
     batch: Annotated[str, typer.Option(help="images at once, several with commas: 1,2,4,8")] = "1",
