@@ -32,7 +32,7 @@ from tests.peers.replaced import BASE, Graphs, Judge, add_latencies, measuring_o
 from tests.peers.results import new_report, save, show
 
 RATIOS = (0.15, 0.3, 0.5)
-log = Console(stderr=True)
+log = Console(stderr=True, markup=False, emoji=False)
 
 
 @dataclass

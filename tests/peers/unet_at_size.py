@@ -43,7 +43,7 @@ BUNDLES = {
     YARDSTICK: ("onnxruntime", "fp32"), "ONNX Runtime INT8": ("onnxruntime", "int8"),
     "OpenVINO fp32": ("openvino", "fp32"), "OpenVINO INT8": ("openvino", "int8"),
 }
-log = Console(stderr=True)
+log = Console(stderr=True, markup=False, emoji=False)
 
 
 def main() -> int:
@@ -129,7 +129,7 @@ def show_engines(options: argparse.Namespace) -> None:
                       f"{cost['peak_rss_bytes'] / 1e9:.1f}",
                       " ".join(bundle.component("unet").details["compute_capabilities"]))
         shutil.rmtree(bundle.path)
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    Console(width=None if sys.stdout.isatty() else 140, markup=False, emoji=False).print(table)
 
 
 def spec_of(model: Path) -> dict[str, Any]:
