@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 from rich.text import Text
 
+from deploy.parity.upstream.levels import in_words
 from deploy.report import grouped
 from deploy.report_sections import pass_rows
 
@@ -274,6 +275,10 @@ def show_parity(parity: Mapping[str, Any]) -> None:
     """The figures of a verification, in the shape of `verify --json`."""
     if (compared := parity.get("compared")) and compared["level"] != "full":
         out.print(Text(f"  compared: {compared['text']}", "yellow"))
+    for level, text, missing in in_words(parity.get("upstream", {})):
+        out.print(f"  {level}: {text}")
+        if missing:
+            out.print(Text(f"  {level} unverified: {missing}", "yellow"))
     images, drift = parity.get("images"), parity.get("trajectory", {}).get("relative_l2")
     if drift:
         first, last = _figure(drift[0], ".1e"), _figure(drift[-1], ".1e")

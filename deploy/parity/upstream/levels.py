@@ -117,6 +117,45 @@ def _code_digest() -> str:
     return digest.hexdigest()
 
 
+def in_words(levels: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Each level for a person, from the JSON of all of them.
+
+    Returns:
+        name, what was compared with which result, and what could not be (empty where nothing is missing).
+    """
+    rows = []
+    for name in LEVELS:
+        if (found := levels.get(name)) is None:
+            continue
+        text = "; ".join(found["different"]) or _WORDS[name](found)
+        rows.append((name, text, "; ".join(found["unverified"])))
+    return rows
+
+
+def _weights_in_words(found: Mapping[str, Any]) -> str:
+    adapted = f", {found['adapted']} of them adapted, by at most {found['max_abs']:.1e}" if found["adapted"] else ""
+    return f"{found['tensors']} tensors, {found['bytes'] / 1e6:.1f} MB, equal what diffusers loads{adapted}"
+
+
+def _feeds_in_words(found: Mapping[str, Any]) -> str:
+    if not found["requests"]:
+        return "nothing was compared"
+    worst = max(found["relative_l2"], key=lambda name: found["relative_l2"][name])
+    return (f"{sum(found['requests'].values())} denoiser calls of {len(found['requests'])} requests equal diffusers', "
+            f"relative L2 at most {found['relative_l2'][worst]:.1e} ({worst})")
+
+
+def _images_in_words(found: Mapping[str, Any]) -> str:
+    said = [f"{who} >= {min(values):.1f} dB" for who, key in (("ours at float32", "source_psnr_db"),
+                                                            ("the bundle", "bundle_psnr_db"))
+            if (values := [v for v in found.get(key, {}).values() if v is not None])]
+    return f"{', '.join(said)} to diffusers' own ({', '.join(found['source_psnr_db'])})" if said else (
+        "no image was compared")
+
+
+_WORDS = {"weights": _weights_in_words, "feeds": _feeds_in_words, "images": _images_in_words}
+
+
 def merged(levels: Levels, name: str, level: Level) -> dict[str, Level]:
     """`levels` with one more, or with what another bundle adds to it."""
     before = levels.get(name, Level())

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from deploy.parity.upstream.standin import stand_in
-from exporters.modules import load_module, empty_network
+from exporters.modules import empty_network, load_module
 from exporters.source import read_json
 
 Array = np.ndarray[Any, Any]
