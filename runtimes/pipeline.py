@@ -143,7 +143,7 @@ class Pipeline:
         if on_step is not None and not callable(on_step):
             raise InputError(f"on_step is {type(on_step).__name__}, expected a function of a Step", where="on_step")
         one_of(cancel, Event, "cancel"), one_of(profile, Profile, "profile"), one_of(sizes, SizeConditions, "sizes")
-        if not isinstance(output, str) or output not in OUTPUTS:
+        if one_of(output, str, "output") not in OUTPUTS:
             raise InputError(f"unknown output {output!r}", where="output", fix=f"one of {', '.join(OUTPUTS)}")
         if whole(cache_interval, "cache_interval") > 1 and SHALLOW not in self.sessions:
             raise InputError("this bundle has no U-Net that reuses deep features", where="cache_interval",

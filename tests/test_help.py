@@ -7,8 +7,8 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-import click
 import pytest
 import typer
 
@@ -28,7 +28,7 @@ def test_a_command_that_measures_says_what_with_help(module: str):
     assert len(described.split()) >= 6 and "options:" not in described, f"{module} does not say what it is"
 
 
-def commands(command: click.Command, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+def commands(command: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
     found = [path] if path else []
     for name, inner in getattr(command, "commands", {}).items():
         found += commands(inner, (*path, name))
@@ -47,9 +47,9 @@ def test_every_help_text_is_printed_whole(monkeypatch, capsys):
         with pytest.raises(SystemExit):
             app([*path, "--help"], standalone_mode=True)
         shown = squeezed(capsys.readouterr().out)
-        command = whole
+        command: Any = whole
         for name in path:
-            command = command.commands[name]  # type: ignore[attr-defined]
+            command = command.commands[name]
         for parameter in command.params:
             text = getattr(parameter, "help", "") or ""
             assert squeezed(text.replace("\\[", "[")) in shown, f"{path} {parameter.name}: {text}"

@@ -76,5 +76,5 @@ def test_a_cached_proof_is_of_the_runtime_that_computed_it(tmp_path: Path, monke
     monkeypatch.setattr("deploy.gate.runtime_identity", lambda device, kind: dict(machine))
     for driver, calls in (("550", 1), ("550", 1), ("560", 2), ("550", 2)):
         machine["driver"] = driver
-        gate._check(SimpleNamespace(identity={}), bundle, "affine")
+        gate._check(SimpleNamespace(identity={}), bundle, "affine")  # type: ignore[arg-type]
         assert len(compared) == calls

@@ -103,5 +103,5 @@ def test_generate_hashes_once_and_again_when_it_is_asked_to(folder: Path, hashed
     for check, read in ((False, True), (False, False), (True, True)):
         hashed.clear()
         with pytest.raises(KeyboardInterrupt):
-            generate.generate_files(SimpleNamespace(**vars(request), check=check))
+            generate.generate_files(SimpleNamespace(**vars(request), check=check))  # type: ignore[arg-type]
         assert ("model.onnx" in hashed) == read

@@ -29,7 +29,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     (tmp_path / "version").write_text("NVRM version: 550.1\nGCC\n")
     monkeypatch.setattr(identity, "gpu_or_none", lambda: found["gpu"])
     monkeypatch.setattr(identity, "cuda_version", lambda: found["cuda"])
-    monkeypatch.setattr(identity.metadata, "version", version)
+    monkeypatch.setattr("runtimes.identity.metadata.version", version)
     monkeypatch.setattr(identity, "DRIVER_FILE", tmp_path / "version")
     return found | {"file": tmp_path / "version", "state": found}
 
