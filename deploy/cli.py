@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from deploy import cli_cache
-from runtimes.errors import DeployError, UnavailableError
+from runtimes.errors import DeployError, InputError, UnavailableError
 
 app = typer.Typer(
     name="ldm-deploy",
@@ -130,6 +130,8 @@ def build(
         options["engine"] = parse_engine(engine)
     if budget:
         options["budget"] = parse_budget(budget)
+    if verify and no_verify:
+        raise InputError("both --verify and --no-verify are given", where="build", fix="give one of them")
     if verify or no_verify:
         options["verify"] = "no" if no_verify else verify
     build_spec = make_spec(options, spec)
@@ -191,7 +193,8 @@ def generate(
     guidance_rescale: Annotated[float, typer.Option(help="against overexposure, 0 to 1")] = 0.0,
     guidance_interval: Annotated[str, typer.Option(help="share of the steps under guidance, as first:last")] = "",
     part: Annotated[str, typer.Option(help="of the schedule: 0:0.8 for a base model, 0.8:1 for a refiner")] = "0:1",
-    weighting: Annotated[bool, typer.Option("--weighting", help="read (word:1.3), (word), \\[word] as weights")] = False,
+    weighting: Annotated[bool, typer.Option("--weighting", help="read (word:1.3), (word), \\[word] as "
+                                                              "weights")] = False,
     long_prompts: Annotated[bool, typer.Option("--long-prompts", help="read long prompts in windows, do not cut")]
     = False,
     cache_interval: Annotated[int | None, typer.Option(help="compute the U-Net's deep layers every so many steps; "
@@ -208,7 +211,7 @@ def generate(
     latents: Annotated[Path | None, typer.Option(help="initial latents, .npy float32 (B, C, H/f, W/f)")] = None,
     save_latents: Annotated[Path | None, typer.Option(help="write the final latents as .npy")] = None,
     safety: Annotated[str, typer.Option(help="the bundle's safety checker: off, report, or replace by black")] = "off",
-    grid: Annotated[int, typer.Option(help="write one sheet with this many columns")] = 0,
+    grid: Annotated[int, typer.Option(min=0, help="write one sheet with this many columns")] = 0,
     preview: Annotated[Path | None, typer.Option(help="PNG rewritten after each step: what will come of it")] = None,
     metadata: Annotated[bool, typer.Option("--metadata/--no-metadata", help="prompt, seed and bundle hash in the PNG")]
     = True,
@@ -217,6 +220,7 @@ def generate(
     threads: Threads = 0,
     hint: Hint = "latency",
     pin_threads: PinThreads = False,
+    check: Annotated[bool, typer.Option("--check", help="hash large files again that nobody wrote to since")] = False,
     output: OutputPng = Path("out.png"),
 ) -> None:
     """Draw pictures with a bundle. Needs no PyTorch."""
@@ -230,7 +234,8 @@ def generate(
             long_prompts=long_prompts, cache_interval=cache_interval, seed=seed, count=count, scheduler=scheduler,
             height=height, width=width, aspect=aspect, memory_budget=memory_budget, tile=tile, latents=latents,
             save_latents=save_latents, safety=safety, grid=grid, preview=preview, metadata=metadata,
-            device=device, threads=threads, hint=hint, pin_threads=pin_threads, lora=tuple(lora), output=output,
+            device=device, threads=threads, hint=hint, pin_threads=pin_threads, check=check,
+            lora=tuple(lora), output=output,
         )
     )
 
@@ -279,7 +284,7 @@ def verify(
 def bench(
     bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE...", help="folders that `build` wrote")],
     against: Annotated[str, typer.Option(help="also measure PyTorch: torch,torch.compile")] = "",
-    rounds: Annotated[int, typer.Option(help="interleaved drawings of each that count")] = 7,
+    rounds: Annotated[int, typer.Option(min=1, help="interleaved drawings of each that count")] = 7,
     steps: Annotated[int, typer.Option(help="denoising steps")] = 25,
     guidance: Annotated[float, typer.Option(help="guidance_scale")] = 7.5,
     batch: Annotated[str, typer.Option(help="images at once, several with commas: 1,2,4,8")] = "1",

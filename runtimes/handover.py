@@ -6,8 +6,6 @@ its StableDiffusionXLImg2ImgPipeline count them.
 
 from __future__ import annotations
 
-from typing import Any
-
 from runtimes.errors import InputError
 from runtimes.schedulers import Run, Scheduler
 
@@ -54,16 +52,3 @@ def _cutoff(total: int, share: float) -> int:
 
 def _empty(part: tuple[float, float], steps: int) -> InputError:
     return InputError(f"none of {steps} steps lies within {part}", where="part", fix="use more steps")
-
-
-def checked_part(value: Any) -> tuple[float, float]:
-    """Two numbers.
-
-    Raises:
-        InputError: anything else.
-    """
-    try:
-        first, last = (float(v) for v in value)
-    except (TypeError, ValueError):
-        raise InputError(f"{value!r} is not a pair of numbers", where="part", fix="(0, 0.8)") from None
-    return first, last

@@ -106,7 +106,7 @@ def resolve_seeds(seed: int | Sequence[int] | None, count: int) -> tuple[int, ..
     if seed is None:
         first = secrets.randbits(32)
         return tuple(first + i for i in range(count))
-    if isinstance(seed, Sequence | np.ndarray) and not isinstance(seed, str):
+    if (isinstance(seed, Sequence) and not isinstance(seed, str)) or (isinstance(seed, np.ndarray) and seed.ndim):
         seeds = tuple(_seed(s) for s in seed)
         if len(seeds) != count:
             raise InputError(f"{len(seeds)} seeds for {count} images", where="seed", fix="give one per image, or one")

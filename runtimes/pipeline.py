@@ -19,7 +19,7 @@ from runtimes.conditions import Conditions, SizeConditions, gather
 from runtimes.denoising import OnStep, Step, Stop, denoise
 from runtimes.errors import BundleError, InputError
 from runtimes.guidance import SHALLOW, Guidance, GuidedUnet
-from runtimes.handover import WHOLE, begin_part, checked_part
+from runtimes.handover import WHOLE, begin_part
 from runtimes.images import ImageLike, to_pil
 from runtimes.manifest import DEFAULT_STEPS, ModeFacts, PipelineFacts
 from runtimes.noise import NoiseStreams
@@ -27,7 +27,7 @@ from runtimes.preview import Colours, fit
 from runtimes.profile import Profile
 from runtimes.prompt_cache import CacheStats, PromptCache
 from runtimes.prompts import PromptStyle, Tokenize
-from runtimes.request import OUTPUTS, Request, check_request, finite, interval, pixel_limits, whole
+from runtimes.request import OUTPUTS, Request, check_request, finite, flag, interval, one_of, pixel_limits, whole
 from runtimes.safety import SAFETY_CHECKER, Preprocessing, flags
 from runtimes.schedulers import Scheduler, from_config
 from runtimes.session import Session
@@ -144,17 +144,22 @@ class Pipeline:
             UnavailableError: out of memory.
         """
         start = perf_counter()
-        if output not in OUTPUTS:
+        part = interval(part, "part")
+        if on_step is not None and not callable(on_step):
+            raise InputError(f"on_step is {type(on_step).__name__}, expected a function of a Step", where="on_step")
+        one_of(cancel, Event, "cancel"), one_of(profile, Profile, "profile"), one_of(sizes, SizeConditions, "sizes")
+        if one_of(output, str, "output") not in OUTPUTS:
             raise InputError(f"unknown output {output!r}", where="output", fix=f"one of {', '.join(OUTPUTS)}")
         if whole(cache_interval, "cache_interval") > 1 and SHALLOW not in self.sessions:
             raise InputError("this bundle has no U-Net that reuses deep features", where="cache_interval",
                              fix="leave it 1, or build with --step-cache")
         mode = self.facts.mode(image is not None, mask is not None)
         scale = mode.guidance_scale if guidance_scale is None else finite(guidance_scale, "guidance_scale")
-        guidance = Guidance(scale, finite(guidance_rescale, "guidance_rescale"), interval(guidance_interval))
+        guidance = Guidance(scale, finite(guidance_rescale, "guidance_rescale"),
+                            interval(guidance_interval, "guidance_interval"))
         share = mode.strength if strength is None else finite(strength, "strength")
-        method, wanted = self._scheduler(scheduler, mode), whole(steps, "steps")
-        run, count = begin_part(method, wanted, checked_part(part), 1.0 if image is None else share,
+        method, wanted = self._scheduler(one_of(scheduler, str, "scheduler"), mode), whole(steps, "steps")
+        run, count = begin_part(method, wanted, part, 1.0 if image is None else share,
                                 finite(eta, "eta"))
         stop = Stop(cancel, count)
         sessions = _Sessions(self.sessions, stop, profile)
@@ -166,7 +171,7 @@ class Pipeline:
             guided=guidance.scale > 1, seed=seed, height=height, width=width, image=image, mask=mask, strength=share,
             latents=latents, tile=tile)
         at_once = self._images_at_once(request)
-        style = PromptStyle(weighting, long_prompts)
+        style = PromptStyle(flag(weighting, "weighting"), flag(long_prompts, "long_prompts"))
         with np.errstate(over="ignore", invalid="ignore"):  # every result is checked to be finite
             conditions = gather(sessions, self.facts, self._tokenizers, self._cache, style, request,
                                 sizes or SizeConditions())
