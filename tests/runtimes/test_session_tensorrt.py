@@ -274,7 +274,7 @@ def test_out_of_memory_starts_the_halving_of_the_batch(session, cuda):
 @pytest.mark.parametrize(("recorded", "kind", "message"), [
     ((ErrorCodeTRT.FAILED_ALLOCATION, "tried to allocate 3 GB"), OutOfMemoryError, r"out of memory \(running\): tried"),
     ((ErrorCodeTRT.FAILED_EXECUTION, "Cuda Runtime (out of memory)"), OutOfMemoryError, "out of memory"),
-    ((ErrorCodeTRT.FAILED_EXECUTION, "Cask  conv failed"), DeployError, r"TensorRT failed \(running\): Cask conv failed"),
+    ((ErrorCodeTRT.FAILED_EXECUTION, "Cask  conv failed"), DeployError, r"failed \(running\): Cask conv failed"),
 ])
 def test_what_tensorrt_recorded_decides_the_error(session, engine, recorded, kind, message):
     """`NvInferRuntimeBase.h:348`, kFAILED_ALLOCATION: "An error occurred when performing an allocation of memory"."""
@@ -379,7 +379,7 @@ def test_a_file_that_is_no_engine_is_refused_before_tensorrt_is_loaded(tmp_path)
 
 def test_an_engine_that_does_not_load_is_said_with_tensorrts_words(cuda, monkeypatch, tmp_path):
     use(monkeypatch, module(None))
-    with pytest.raises(UnavailableError, match=r"TensorRT does not load the engine: .*the plan is not for this runtime"):
+    with pytest.raises(UnavailableError, match=r"does not load the engine: .*the plan is not for this runtime"):
         TensorRtSession(make_bundle(tmp_path / "b"), "affine", OPTIONS)
 
 
