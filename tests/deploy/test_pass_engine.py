@@ -53,7 +53,7 @@ def planned(bundle: Bundle, instance: Any, wanted: Any) -> Step:
     return step
 
 
-# ---- onnxruntime on a GPU -------------------------------------------------------------------------------------------
+# ---- onnxruntime on a GPU ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("device", "mode"), [("cpu", "storage"), ("cuda", "compute"), ("tensorrt", "compute")])
