@@ -31,6 +31,7 @@ class Engine(Pass):
     version: ClassVar[int] = 3
     libraries: ClassVar[tuple[str, ...]] = ("tensorrt", "tensorrt-rtx")
     verify: ClassVar[bool] = True
+    reads_pipeline: ClassVar[bool] = True
 
     def plan(self, before: Manifest, spec: BuildSpec) -> Planned:
         """Choose the builder, resolve every option and profile."""
