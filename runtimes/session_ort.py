@@ -17,6 +17,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as failures
 
 from runtimes import session_ort_kept
 from runtimes.bundle import Bundle
+from runtimes.cache_store import use
 from runtimes.errors import BundleError, DeployError, InputError, OutOfMemoryError, UnavailableError
 from runtimes.manifest import Component
 from runtimes.places import cache_home
@@ -210,6 +211,7 @@ def provider_options(device: str, component: Component) -> dict[str, str]:
         # A folder for each component: the provider's own names hold the graph's names and not its weights.
         cache = cache_place() / "tensorrt" / component.sha256[:32]
         cache.mkdir(parents=True, exist_ok=True)
+        use(cache)
         return {
             "trt_engine_cache_enable": "1",
             "trt_engine_cache_path": str(cache),

@@ -429,7 +429,7 @@ def test_rtx_records_graphs_itself_and_its_kernels_are_kept_on_disk(cuda, monkey
             assert "RTX" in session.not_recorded
         assert engine.config is not None
         assert engine.config.cuda_graph_strategy is fake_engine.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-        (kept,) = (tmp_path / "xdg" / "ldm-deploy" / "tensorrt-rtx").iterdir()
+        (kept,) = (tmp_path / "xdg" / "ldm-deploy" / "tensorrt-rtx").glob("*.rtxcache")
         assert kept.read_bytes() == b"kernels;" * (number + 1)
     assert "capture" not in cuda.log
 
