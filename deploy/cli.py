@@ -78,6 +78,8 @@ def build(
     calibration_prompts: CalibrationPrompts = None,
     calibration_samples: CalibrationSamples = None,
     range_estimator: RangeEstimator = "",
+    device: Annotated[str, typer.Option(help="of onnxruntime, what the bundle will run on: cpu (default), cuda, "
+                                             "tensorrt; on GPUs fp16 computes in float16")] = "",
     cpu: Annotated[str, typer.Option(help="that INT8 is for: auto (this one), vnni, avx2")] = "",
     engine: EngineOptions = [],  # noqa: B006
     step_cache: Annotated[bool, typer.Option("--step-cache", help="a second U-Net graph, for generate "
@@ -107,7 +109,8 @@ def build(
     options: dict[str, Any] = {k: v for k, v in (
         ("model", model), ("target", target), ("precision", precision), ("quantization", quantization),
         ("range_estimator", range_estimator), ("step_cache", step_cache), ("lora_mode", lora_mode),
-        ("safety_checker", safety_checker), ("cpu", cpu), ("variant", variant), ("revision", revision)) if v}
+        ("safety_checker", safety_checker), ("device", device), ("cpu", cpu), ("variant", variant),
+        ("revision", revision)) if v}
     options |= {name: number for name, number in (("text_encoder_bits", text_encoder_bits),
                                                   ("calibration_samples", calibration_samples)) if number is not None}
     if quantization_methods:

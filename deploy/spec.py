@@ -20,7 +20,7 @@ REFERENCE = "reference"
 Target = Literal["onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", "auto"]
 LOCAL_FILES = ("lora", "embedding", "vae")  # fields that name files outside the model
 # Fields that a manifest holds only where they are used.
-LATER_OPTIONS = ("prune_vae", "prune_candidates", "recover_batch", "smoothquant_alpha", "text_encoder_bits",
+LATER_OPTIONS = ("prune_vae", "prune_candidates", "recover_batch", "smoothquant_alpha", "text_encoder_bits", "device",
                  "variant", "revision")
 ENGINE_TARGETS = ("tensorrt", "tensorrt-rtx")
 INTEGERS = ("int8", "auto")  # precisions that quantize
@@ -60,6 +60,8 @@ class BuildSpec(PruningOptions):
         smoothquant_alpha: of the method smoothquant: 0 leaves the difficulty in the activations, 1 in the weights.
         calibration_prompts: what is drawn to find the ranges of activations; the model's own set when empty.
         calibration_samples: U-Net calls that are recorded.
+        device: of onnxruntime: what the bundle will run on. For a GPU, graphs have TensorRT's form: float16 computes in
+            float16 instead of being stored alone, and INT8 is symmetric.
         cpu: that an INT8 bundle for a CPU is made for. "vnni" adds up 8-bit products exactly, as every ARM does; "avx2"
             needs weights of 7 bits where activations are integers, too; "auto" is this machine.
         range_estimator: how a range follows from what was seen (calibration.ranges).
@@ -94,6 +96,7 @@ class BuildSpec(PruningOptions):
     smoothquant_alpha: float = Field(default=0.5, ge=0, le=1)
     calibration_prompts: tuple[str, ...] = ()
     calibration_samples: int = Field(default=128, ge=1)
+    device: Literal["cpu", "cuda", "tensorrt"] = "cpu"
     cpu: Literal["auto", "vnni", "avx2"] = "auto"
     range_estimator: RangeEstimator = "mse"
     step_cache: bool = False
@@ -120,6 +123,24 @@ class BuildSpec(PruningOptions):
         for name in ("static", "keep_graph"):
             if not isinstance(self.engine.get(name, False), bool):
                 raise ValueError(f"engine.{name} is {self.engine[name]!r}, expected true or false")
+        return self
+
+    @property
+    def graph_target(self) -> str:
+        """The target whose form the graphs have: those for a GPU are TensorRT's."""
+        return self.target if self.device == "cpu" else "tensorrt"
+
+    @model_validator(mode="after")
+    def _on_gpus(self) -> BuildSpec:
+        if self.device == "cpu":
+            return self
+        if self.target != "onnxruntime":
+            raise ValueError(f"device {self.device} is for --target onnxruntime; others run where they are made for")
+        if self.lora_mode == "swap":
+            raise ValueError("lora_mode swap is for --device cpu")
+        if self.precision not in ("fp32", "fp16", "bf16", *(("int8",) if self.device == "tensorrt" else ())):
+            raise ValueError(f"{self.precision} is not for --device {self.device}: cuda takes fp32, fp16 and bf16, "
+                             "tensorrt int8 too")
         return self
 
     @model_validator(mode="after")
