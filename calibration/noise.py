@@ -94,10 +94,15 @@ def _parts(layers: Sequence[Layer]) -> Iterator[list[Layer]]:
 def _mixed(model: ir.Model, layers: Sequence[Layer]) -> list[str]:
     """Tensors whose energies the walk back needs: around layers, and around nodes where signals meet."""
     names = [name for layer in layers for name in (layer.source, layer.result)]
+    floats = set(names)  # an optimized graph does not type every tensor; a layer's are known
     for node in model.graph:
-        if node.op_type in ("Add", "Sub", "Sum", "Concat"):
-            names += [v.name or "" for v in (*node.inputs, *node.outputs)
-                      if v is not None and not v.is_initializer() and v.dtype in (None, ir.DataType.FLOAT)]
+        values = [v for v in (*node.inputs, *node.outputs) if v is not None]
+        # All tensors of such a node are of one type; those of integers put shapes together.
+        if node.op_type in ("Add", "Sub", "Sum", "Concat") and any(
+                v.dtype == ir.DataType.FLOAT or v.name in floats for v in values):
+            met = [v.name or "" for v in values if not v.is_initializer()]
+            names += met
+            floats.update(met)
     return list(dict.fromkeys(names))
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from calibration.masks import draw_mask
 from calibration.prompts import CALLS_PER_EPISODE, STEPS, STRENGTH, Episode, InpaintingEpisode
 from runtimes.bundle import replacing, translated_disk_errors
+from runtimes.cache_store import use
 from runtimes.manifest import digest_of
 from runtimes.pipeline import Pipeline
 from runtimes.session import Arrays, Session
@@ -106,6 +107,7 @@ def record(sessions: Mapping[str, Session], assemble: Assemble, episodes: tuple[
     taps = {name: _Tap(session) for name, session in sessions.items()}
     with translated_disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        use(folder)
         for number, episode in enumerate(episodes):
             if not _intact(_shard(folder, number)):
                 for tap in taps.values():
@@ -121,7 +123,8 @@ def _play(taps: Mapping[str, _Tap], assemble: Assemble, episode: Episode, guidan
     pipeline = assemble(taps)
     for name, tap in taps.items():
         tap.begin(episode.keep if name == DENOISER else None)
-    pictures = pipeline(episode.prompt, steps=steps, guidance_scale=guidance_scale, seed=episode.seed)
+    prompt, second_prompt = (episode.prompt, episode.second_prompt) if pipeline.facts.text_encoders else ("", "")
+    pictures = pipeline(prompt, steps=steps, guidance_scale=guidance_scale, seed=episode.seed)
     if not episode.second_keep or "vae_encoder" not in taps:
         return
     taps[DENOISER].begin(episode.second_keep)
@@ -130,7 +133,7 @@ def _play(taps: Mapping[str, _Tap], assemble: Assemble, episode: Episode, guidan
         width, height = pictures[0].size
         how = {"image": pictures[0], "strength": episode.strength, "mask": draw_mask(
             episode.mask, height, width, episode.painted, episode.seed, pipeline.facts.vae_scale_factor)}
-    pipeline(episode.second_prompt, steps=steps, guidance_scale=guidance_scale, seed=episode.seed + 1, **how)
+    pipeline(second_prompt, steps=steps, guidance_scale=guidance_scale, seed=episode.seed + 1, **how)
 
 
 def _shard(folder: Path, number: int) -> Path:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import platform
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +30,7 @@ from runtimes.bundle import (
     translated_disk_errors,
     write_manifest,
 )
+from runtimes.cache_store import WORK, asked_limit_bytes, keep_within_limit, scratch
 from runtimes.errors import BundleError, DeployError, ParityError
 from runtimes.manifest import Component, Manifest, digest_of, to_json
 
@@ -147,13 +146,17 @@ def find_finished(target: Path, key: str) -> Bundle | None:
 
 @contextmanager
 def workspace(root: Path) -> Iterator[Path]:
-    """A folder for the bundles between passes; links only, removed at the end."""
-    (root / "work").mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=root / "work"))
+    """A folder for the bundles between passes; links only, removed at the end.
+
+    While it is there, what this process takes from the cache stays in it; then the cache is brought within its limit.
+    """
+    asked_limit_bytes()  # a limit that cannot be read is said before any work
     try:
-        yield folder
+        with scratch(root / WORK) as folder:
+            yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        with rooted(root):
+            keep_within_limit()
 
 
 def run_passes(spec: BuildSpec, origin: Bundle, planned: list[PlannedPass], cache: Cache, work: Path,
@@ -166,6 +169,7 @@ def run_passes(spec: BuildSpec, origin: Bundle, planned: list[PlannedPass], cach
     bundle, costs = origin, []
     waiting: list[_Done] = []
     gate = Gate(spec, origin.manifest.source.id, cache)
+    of_source = [n for n, p in enumerate(planned) if p.instance.defines_source and isinstance(p.planned, Step)]
     for number, entry in enumerate(planned):
         step = entry.planned
         if not isinstance(step, Step):
@@ -188,6 +192,8 @@ def run_passes(spec: BuildSpec, origin: Bundle, planned: list[PlannedPass], cach
                 gate.rebase(bundle)
         elif entry.instance.defines_source:
             gate.start(bundle)
+            if number == of_source[-1]:
+                gate.check_source(step.pass_name, listener)
         listener.finished(f"{step.pass_name}: {step.summary} ({cost['seconds']:.1f} s"
                           f"{', from the cache' if cost['reused'] == len(step.reads) else ''})")
     return bundle, gate

@@ -7,41 +7,22 @@ Layout: `<root>/passes/<key>/` holds component.json and the component's files at
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from deploy.plan import Pass, Step
 from runtimes.bundle import Bundle, link_or_copy, replacing, sha256_of
+from runtimes.cache_store import WORK, scratch, sweep, use
 from runtimes.errors import BundleError
-from runtimes.manifest import Component, digest_of, from_json, to_json
+from runtimes.manifest import Component, Manifest, digest_of, from_json, to_json
+from runtimes.places import cache_home, rooted
 
+__all__ = ["Cache", "assemble", "default_root", "key_of", "rooted", "versions_of"]
 COMPONENT_FILE = "component.json"
-
-
-_root: ContextVar[Path | None] = ContextVar("_root", default=None)
-
-
-@contextmanager
-def rooted(root: Path) -> Iterator[None]:
-    """What a build caches, recordings and half-done recoveries too, lies below the root that the build was given."""
-    token = _root.set(root)
-    try:
-        yield
-    finally:
-        _root.reset(token)
-
-
-def default_root() -> Path:
-    """The root of the build that is running, else `$LDM_DEPLOY_CACHE`, else `~/.cache/ldm-deploy`."""
-    return _root.get() or Path(os.environ.get("LDM_DEPLOY_CACHE", "~/.cache/ldm-deploy")).expanduser()
+default_root = cache_home  # by the name that it had when there were several
 
 
 def versions_of(libraries: tuple[str, ...]) -> dict[str, str]:
@@ -58,17 +39,30 @@ def versions_of(libraries: tuple[str, ...]) -> dict[str, str]:
 def key_of(instance: Pass, step: Step, name: str, source: Bundle) -> str:
     """Cache key of one component written by one step."""
     planned = step.after.components[name]
+    # Only where it is read: another scheduler must not export every network again.
+    pipeline = {"pipeline": pipeline_identity(source.manifest)} if instance.reads_pipeline else {}
     return digest_of(
         {
+            **pipeline,
             "pass": [step.pass_name, step.version, to_json(step.config)],
             "component": name,
             "specs": to_json([planned.inputs, planned.outputs, planned.axes]),
-            # Details too: a pass carries them on into the record that is cached.
-            "reads": {read: [source.component(read).sha256, to_json(source.component(read).details)]
-                      for read in step.reads[name]},
+            "reads": {read: _contents(source.component(read)) for read in step.reads[name]},
             "libraries": versions_of(instance.libraries),
         }
     )
+
+
+def pipeline_identity(manifest: Manifest) -> dict[str, Any]:
+    """Everything about the sampling loop that decides what is drawn with given networks, as JSON."""
+    return {"facts": to_json(manifest.pipeline), "files": {n: r.sha256 for n, r in sorted(manifest.files.items())}}
+
+
+def _contents(component: Component) -> dict[str, Any]:
+    """A component by what its files hold; details too: a pass carries them on into the record that is cached."""
+    record = to_json(component)
+    return {"sha256": component.sha256, **{key: record[key] for key in
+            ("format", "class_name", "precision", "inputs", "outputs", "axes", "details")}}
 
 
 class Cache:
@@ -80,6 +74,8 @@ class Cache:
     def find(self, key: str) -> tuple[Component, Path] | None:
         """A finished component and the folder its paths are relative to; a damaged entry is dropped."""
         folder = self.root / "passes" / key
+        if not use(folder):
+            return None
         try:
             raw = json.loads((folder / COMPONENT_FILE).read_text(encoding="utf-8"))
             component: Component = from_json(Component, raw, key)
@@ -96,22 +92,21 @@ class Cache:
         """Let `produce` write into a temporary folder, then rename it to the key."""
         passes = self.root / "passes"
         passes.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=passes))
-        try:
+        with scratch(self.root / WORK) as partial:
             component = produce(partial)
             (partial / COMPONENT_FILE).write_text(json.dumps(to_json(component)), encoding="utf-8")
             try:
                 partial.rename(passes / key)
             except OSError:
                 # Another build finished the same component first; its bytes are the same.
-                if not (passes / key / COMPONENT_FILE).is_file():
+                if not use(passes / key):
                     raise
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
         return component, passes / key
 
     def find_fact(self, key_parts: Any) -> dict[str, Any] | None:
         """A small JSON fact stored before, or nothing."""
+        if not use(self._fact_file(key_parts)):
+            return None
         try:
             return dict(json.loads(self._fact_file(key_parts).read_text(encoding="utf-8")))
         except (OSError, ValueError):
@@ -126,11 +121,8 @@ class Cache:
         return self.root / "facts" / f"{digest_of(key_parts)}.json"
 
     def drop_leftovers(self) -> None:
-        """Remove what killed builds left half-written, unless it is young enough to belong to a running one."""
-        passes = self.root / "passes"
-        for partial in [*passes.glob(".partial-*"), *(self.root / "work").glob("*")]:
-            if time.time() - partial.stat().st_mtime > 3600:
-                shutil.rmtree(partial, ignore_errors=True)
+        """Remove what killed builds left half-written."""
+        sweep(self.root / WORK)
 
 
 def assemble(folder: Path, parts: Mapping[str, tuple[Component, Path]]) -> None:

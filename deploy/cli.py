@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from deploy import cli_cache
 from runtimes.errors import DeployError, UnavailableError
 
 app = typer.Typer(
@@ -18,6 +19,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+app.add_typer(cli_cache.app, name="cache")
 
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object instead of text")]
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="folder that `build` wrote")]
@@ -93,6 +96,7 @@ def build(
     """Build a bundle: load, export, optimize, and prove it equal to PyTorch."""
     from deploy import console
     from deploy.builder import plan_build, run_build
+    from deploy.pruning_options import given_options
     from deploy.spec import covering, make_spec, parse_budget, parse_engine, parse_shapes
 
     options: dict[str, Any] = {k: v for k, v in (
@@ -109,7 +113,7 @@ def build(
         options["calibration_prompts"] = read_prompts(calibration_prompts)
     options |= {name: files for name, files in (("lora", tuple(lora)), ("embedding", tuple(embedding)),
                                                 ("vae", vae)) if files}
-    options |= _pruning(prune, prune_vae, prune_method, prune_widths, prune_blocks, mask, recover, recover_prompts)
+    options |= given_options(prune, prune_vae, prune_method, prune_widths, prune_blocks, mask, recover, recover_prompts)
     if shapes:
         profiles = parse_shapes(shapes)
         options["shapes"] = covering(profiles)
@@ -151,9 +155,10 @@ def prune_model(
     """Write a smaller model as a diffusers folder."""
     from deploy import console
     from deploy.prune_folder import prune_folder
+    from deploy.pruning_options import given_options
     from deploy.spec import make_spec, parse_budget
 
-    options = _pruning(prune, prune_vae, prune_method, prune_widths, prune_blocks, mask, recover, recover_prompts)
+    options = given_options(prune, prune_vae, prune_method, prune_widths, prune_blocks, mask, recover, recover_prompts)
     options |= {"model": model} if model else {}
     options |= {"budget": parse_budget(budget), "verify": "no" if no_verify else verify}
     with console.BuildProgress() as progress:
@@ -161,37 +166,27 @@ def prune_model(
     console.show_pruned(components, output)
 
 
-def _pruning(prune: str, vae: float, method: str, widths: str, blocks: str, mask: str, recover: int,
-             prompts: Path | None) -> dict[str, Any]:
-    """What was given of the options that shrink networks."""
-    from calibration.prompts import read_prompts
-    from deploy.pruning_options import parse_shares
-
-    given = {"prune_vae": vae, "prune_method": method, "prune_widths": widths, "prune_blocks": blocks, "mask": mask,
-             "recover": recover, "recover_prompts": read_prompts(prompts) if prompts else (), **parse_shares(prune)}
-    return {name: value for name, value in given.items() if value}
-
-
 @app.command()
 def generate(
     bundle: BundlePath,
     prompt: Annotated[list[str], typer.Argument(help="what to draw")] = [],  # noqa: B006
     prompts: Annotated[Path | None, typer.Option(help="file with one prompt a line, instead of PROMPT")] = None,
-    negative: Annotated[str, typer.Option(help="what not to draw")] = "",
+    negative: Annotated[str | None, typer.Option(help="what not to generate")] = None,
     image: Annotated[Path | None, typer.Option(help="start from this picture (image-to-image)")] = None,
     mask: Annotated[Path | None, typer.Option(help="white where the picture is painted anew (inpainting)")] = None,
-    strength: Annotated[float | None, typer.Option(help="how far to leave the picture, 0 to 1; default 0.6, under "
-                                                        "a mask 1")] = None,
+    strength: Annotated[float | None, typer.Option(help="how far to leave the image, above 0 to 1; default the "
+                                                        "model's: 0.8, of XL 0.3, with --mask 1")] = None,
     steps: Annotated[int | None, typer.Option(help="denoising steps; default 25")] = None,
     quality: Annotated[str, typer.Option(help="draft, balanced or high: what `tradeoffs` measured of the bundle; "
                                               "options that are given win")] = "",
     budget_ms: Annotated[float | None, typer.Option(help="the most accurate that takes so long for a picture, as "
                                                          "`tradeoffs` measured")] = None,
-    guidance: Annotated[float | None, typer.Option(help="guidance_scale; default 7.5, 1 is off")] = None,
+    guidance: Annotated[float | None, typer.Option(help="guidance_scale, 1 is off; default the model's: 7.5, of XL "
+                                                        "5")] = None,
     guidance_rescale: Annotated[float, typer.Option(help="against overexposure, 0 to 1")] = 0.0,
     guidance_interval: Annotated[str, typer.Option(help="share of the steps under guidance, as first:last")] = "",
     part: Annotated[str, typer.Option(help="of the schedule: 0:0.8 for a base model, 0.8:1 for a refiner")] = "0:1",
-    weighting: Annotated[bool, typer.Option("--weighting", help="read (word:1.3), (word), [word] as weights")] = False,
+    weighting: Annotated[bool, typer.Option("--weighting", help="read (word:1.3), (word), \\[word] as weights")] = False,
     long_prompts: Annotated[bool, typer.Option("--long-prompts", help="read long prompts in windows, do not cut")]
     = False,
     cache_interval: Annotated[int | None, typer.Option(help="compute the U-Net's deep layers every so many steps; "

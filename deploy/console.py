@@ -1,4 +1,7 @@
-"""Everything that is printed: rich tables and progress on a terminal, plain lines elsewhere."""
+"""Everything that is printed: rich tables and progress on a terminal, plain lines elsewhere.
+
+A string is printed as it is: brackets and colons in it are no markup. What has a style is a `Text`.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
+from deploy.parity.upstream.levels import in_words
 from deploy.report import grouped
 from deploy.report_sections import pass_rows
 
@@ -31,8 +35,8 @@ if TYPE_CHECKING:
     from runtimes.errors import DeployError
     from runtimes.manifest import Component, Manifest
 
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+out = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
 def megabytes(size: float) -> str:
@@ -48,21 +52,21 @@ def print_json(value: Any) -> None:
 
 def say(text: str) -> None:
     """A line about what is being done, on standard error."""
-    err.print(f"[dim]{escape(text)}[/]")
+    err.print(Text(text, "dim"))
 
 
 def show_error(error: DeployError) -> None:
     """One line: what, where, and what to do."""
-    place = f"{escape(error.where)}: " if error.where else ""
-    remedy = f" [dim]— {escape(error.fix)}[/]" if error.fix else ""
-    err.print(f"[bold red]error:[/] {place}{escape(error.what)}{remedy}")
+    place = f"{error.where}: " if error.where else ""
+    err.print(Text.assemble(("error:", "bold red"), f" {place}{error.what}",
+                            (f" — {error.fix}" if error.fix else "", "dim")))
 
 
 class BuildProgress:
     """Passes and components as they run. Implements `deploy.builder.Listener`."""
 
     def __enter__(self) -> BuildProgress:
-        self._bars = Progress(SpinnerColumn(), TextColumn("{task.description}"), BarColumn(20), TimeElapsedColumn(),
+        self._bars = Progress(SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(20), TimeElapsedColumn(),
                               console=err, transient=True, disable=not err.is_terminal)
         self._bars.start()
         self._task = self._bars.add_task("planning", total=None)
@@ -73,11 +77,11 @@ class BuildProgress:
 
     def working(self, text: str) -> None:
         """Say what is being done now."""
-        self._bars.update(self._task, description=escape(text))
+        self._bars.update(self._task, description=text)
 
     def finished(self, text: str) -> None:
         """Say what is done."""
-        err.print(escape(text))
+        err.print(text)
 
 
 class StepProgress:
@@ -112,9 +116,9 @@ def show_plan(planned: Sequence[PlannedPass], spec: BuildSpec, output: Path | No
         if isinstance(entry.planned, Step):
             table.add_row(entry.instance.name, entry.planned.summary, ", ".join(entry.planned.reads))
         elif isinstance(entry.planned, Skip):
-            table.add_row(f"[dim]{entry.instance.name}[/]", f"[dim]skipped: {escape(entry.planned.reason)}[/]", "")
+            table.add_row(entry.instance.name, f"skipped: {entry.planned.reason}", style="dim")
         else:
-            table.add_row(f"[red]{entry.instance.name}[/]", f"[red]unavailable: {escape(entry.planned.what)}[/]", "")
+            table.add_row(entry.instance.name, f"unavailable: {entry.planned.what}", style="red")
     out.print(table)
     out.print(f"target {spec.target}, precision {spec.precision}, verify {spec.verify}, output {output or 'build/…'}")
 
@@ -136,7 +140,7 @@ def show_pruned(components: Mapping[str, Component], folder: Path) -> None:
 def show_outcome(outcome: Outcome) -> None:
     """What `build` made, where it lies."""
     if outcome.up_to_date:
-        out.print(f"[green]up to date[/] {outcome.bundle.path}")
+        out.print(Text.assemble(("up to date", "green"), f" {outcome.bundle.path}"))
     else:
         show_bundle(outcome.bundle)
     report = outcome.bundle.path / "report" / "report.html"
@@ -162,22 +166,23 @@ def show_bundle(bundle: Bundle) -> None:
     """Components, passes, parity."""
     manifest = bundle.manifest
     size = sum(r.bytes for r in manifest.all_files().values())
-    out.print(f"[bold]{bundle.path}[/]  {manifest.family} from {escape(manifest.source.id)}, target {manifest.target}, "
-              f"{manifest.precision}, {megabytes(size)}")
+    out.print(Text.assemble((str(bundle.path), "bold"), f"  {manifest.family} from {manifest.source.id}, target "
+                            f"{manifest.target}, {manifest.precision}, {megabytes(size)}"))
     out.print(f"digest {manifest.digest}")
     table = Table("component", "format", "precision", "parameters", "size", "relative L2")
     for name, c in sorted(manifest.components.items()):
-        parity = _figure(c.parity["relative_l2"], ".1e") if c.parity else "[bold red]not verified[/]"
+        parity = _figure(c.parity["relative_l2"], ".1e") if c.parity else Text("not verified", "bold red")
         table.add_row(name, c.format, c.precision, f"{c.parameters / 1e6:.2f} M", megabytes(c.bytes), parity)
     out.print(table)
     for name, c in sorted(manifest.components.items()):
         if "not_fp16" in c.details:
             out.print(f"  {name} stays in {c.precision}: in float16, {c.details['not_fp16']}")
     _show_engines(manifest)
-    out.print(_sizes(manifest))
+    if {"unet", "vae_decoder"} <= manifest.components.keys():
+        out.print(_sizes(manifest))
     for name, c in sorted(manifest.components.items()):
         flow = f"{', '.join(_tensor(t) for t in c.inputs)} -> {', '.join(_tensor(t) for t in c.outputs)}"
-        out.print(f"  {name}: {escape(flow)}")
+        out.print(f"  {name}: {flow}")
     axes = {n: a for c in manifest.components.values() for n, a in c.axes.items()}
     ranges: dict[str, list[str]] = {}
     for name, c in sorted(manifest.components.items()):
@@ -185,7 +190,7 @@ def show_bundle(bundle: Bundle) -> None:
             text = f"{a.range.min}:{a.range.opt}:{a.range.max}" + (f" step {a.multiple}" if a.multiple > 1 else "")
             ranges.setdefault(f"{axis} {text} ({axes[axis].meaning})", []).append(name)
     for text, names in ranges.items():
-        out.print(f"  axis {escape(text)}: {', '.join(names)}")
+        out.print(f"  axis {text}: {', '.join(names)}")
     costs = {p["name"]: p for p in pass_rows(manifest)}
     for record in manifest.passes:
         cost = costs.get(record.name)
@@ -197,7 +202,7 @@ def show_bundle(bundle: Bundle) -> None:
     _show_candidates(manifest.measured.get("prune_candidates", []))
     show_search(bundle)
     if not manifest.verified:
-        out.print("[bold red]NOT VERIFIED: built with --no-verify; nothing says that it equals the source[/]")
+        out.print(Text("NOT VERIFIED: built with --no-verify; nothing says that it equals the source", "bold red"))
     elif manifest.parity:
         show_parity(manifest.parity)
 
@@ -212,7 +217,7 @@ def _show_candidates(tried: Sequence[Mapping[str, Any]]) -> None:
         table.add_row(f"{one['prune']:.0%}", megabytes(one["bytes"]), f"{one['macs'] / 1e6:.0f}",
                       _figure(one["seconds"] and one["seconds"] * 1e3, ".1f"),
                       _figure(one["trajectory_relative_l2"], ".3f"), _figure(one["psnr_db"], ".1f"),
-                      _figure(one["retrieval"], ".1%"), escape(one["broken"]) or "kept")
+                      _figure(one["retrieval"], ".1%"), one["broken"] or ("kept" if one["psnr_db"] is not None else "not verified"))
     out.print(table)
 
 
@@ -226,7 +231,7 @@ def show_search(bundle: Bundle) -> None:
     table = Table("trial", "U-Net", "time, x float32", "final latents L2", "worst PSNR", "SSIM", "retrieval", "budget",
                   title="Pareto front of the search")
     for trial in found["front"]:
-        name = f"[bold]{trial['name']} (chosen)[/]" if trial["name"] == chosen else trial["name"]
+        name = Text(f"{trial['name']} (chosen)", "bold") if trial["name"] == chosen else trial["name"]
         table.add_row(name, megabytes(trial["bytes"]), _figure(trial.get("time_ratio"), ".2f"),
                       _figure(trial["trajectory_relative_l2"], ".3f"), _figure(trial["psnr_db"], ".1f"),
                       _figure(trial["ssim"], ".3f"), _figure(trial["retrieval"], ".1%"),
@@ -238,7 +243,7 @@ def show_search(bundle: Bundle) -> None:
     for precision, nodes in sorted(layers.items()):
         worst = sorted(nodes, key=lambda node: -max(found["errors"].get(node, {}).values(), default=0.0))[:3]
         shown = ", ".join(f"{node} ({max(found['errors'].get(node, {}).values(), default=0.0):.2g})" for node in worst)
-        out.print(f"  {len(nodes)} layers {precision}; most error in integers, predicted: {escape(shown)}")
+        out.print(f"  {len(nodes)} layers {precision}; most error in integers, predicted: {shown}")
 
 
 def _show_engines(manifest: Manifest) -> None:
@@ -247,26 +252,30 @@ def _show_engines(manifest: Manifest) -> None:
     for name, c in sorted(manifest.components.items()):
         if c.format == "tensorrt":
             d = c.details
-            where = ", ".join(d["compute_capabilities"]) or d["gpu"]
-            lines = [f"{d['builder']} {d['builder_version']} for {where}"]
-            lines += [f"without {gpu}: {why}" for gpu, why in d["refused_capabilities"].items()]
-            lines += [] if d["executed"] else [f"engine not executed here: {d['not_executed']}"]
+            where = ", ".join(d.get("compute_capabilities", ())) or d.get("gpu", "")
+            lines = [f"{d.get('builder', '')} {d.get('builder_version', '')} for {where}"]
+            lines += [f"without {gpu}: {why}" for gpu, why in d.get("refused_capabilities", {}).items()]
+            lines += [] if d.get("executed") else [f"engine not executed here: {d.get('not_executed', '')}"]
             engines.setdefault(tuple(lines), []).append(name)
         if (q := c.details.get("quantizers")) is not None:
-            placed = ", ".join(f"{count} of {op}" for op, count in q["inputs"].items())
-            broken = q["broken_attentions"]
-            fused = f"[red]no fusion of {escape(', '.join(broken))}[/]" if broken else "in none of them"
-            out.print(f"  Q/DQ in {name}: inputs {placed}; {q['attentions']} attention blocks, {fused}")
+            placed = ", ".join(f"{count} of {op}" for op, count in q.get("inputs", {}).items())
+            broken = q.get("broken_attentions", ())
+            fused = Text(f"no fusion of {', '.join(broken)}", "red") if broken else "in none of them"
+            out.print(Text.assemble(f"  Q/DQ in {name}: inputs {placed}; {q.get('attentions', 0)} attention blocks, ", fused))
     for (first, *more), names in engines.items():
-        out.print(f"  engine {', '.join(names)}: {escape(first)}")
+        out.print(f"  engine {', '.join(names)}: {first}")
         for line in more:
-            out.print(f"    [yellow]{escape(line)}[/]")
+            out.print(Text(f"    {line}", "yellow"))
 
 
 def show_parity(parity: Mapping[str, Any]) -> None:
     """The figures of a verification, in the shape of `verify --json`."""
     if (compared := parity.get("compared")) and compared["level"] != "full":
-        out.print(f"  [yellow]compared: {escape(compared['text'])}[/]")
+        out.print(Text(f"  compared: {compared['text']}", "yellow"))
+    for level, text, missing in in_words(parity.get("upstream", {})):
+        out.print(f"  {level}: {text}")
+        if missing:
+            out.print(Text(f"  {level} unverified: {missing}", "yellow"))
     images, drift = parity.get("images"), parity.get("trajectory", {}).get("relative_l2")
     if drift:
         first, last = _figure(drift[0], ".1e"), _figure(drift[-1], ".1e")
@@ -277,7 +286,7 @@ def show_parity(parity: Mapping[str, Any]) -> None:
     if retrieval := parity.get("retrieval"):
         out.print(f"  retrieval: {retrieval['bundle']:.1%}, reference {retrieval['reference']:.1%}")
     for reason in grouped(parity.get("unverified", [])):
-        out.print(f"  [yellow]unverified: {escape(str(reason))}[/]")
+        out.print(Text(f"  unverified: {reason}", "yellow"))
 
 
 def show_verification(result: Verification) -> None:
@@ -290,17 +299,18 @@ def show_verification(result: Verification) -> None:
                       " ".join("x".join(map(str, s)) for s in c["shapes"]))
     out.print(table)
     show_parity(value)
-    out.print("[bold green]ok[/]" if value["ok"] else "[bold red]budget broken[/]")
+    out.print(Text("ok", "bold green") if result.ok else Text("budget broken", "bold red") if result.broken else
+              Text("not everything could be verified here; what could is within the budget", "bold yellow"))
 
 
 def show_diagnosis(found: Diagnosis) -> None:
     """The four checks: what each found, and what to do."""
     table = Table("check", "", "found", "what to do")
     for check in found.checks:
-        mark = "[bold green]ok[/]" if check.ok else "[bold red]wrong[/]"
-        table.add_row(check.name, mark, escape(check.verdict), escape(check.advice))
+        mark = Text("ok", "bold green") if check.ok else Text("wrong", "bold red")
+        table.add_row(check.name, mark, check.verdict, check.advice)
     out.print(table)
-    out.print("[dim]every figure: --json[/]")
+    out.print(Text("every figure: --json", "dim"))
 
 
 def show_repository(folder: Path, models: Sequence[str]) -> None:
@@ -316,10 +326,29 @@ def show_findings(findings: Mapping[str, Any]) -> None:
     for section in ("build", "run"):
         table = Table(section, "", "detail", "what to do")
         for name, f in findings[section].items():
-            there = "[green]yes[/]" if f["available"] else "[red]no[/]"
-            table.add_row(name, there, escape(f["detail"]), escape(f["fix"]))
+            there = Text("yes", "green") if f["available"] else Text("no", "red")
+            table.add_row(name, there, f["detail"], f["fix"])
         out.print(table)
     out.print(f"GPU: {findings['gpu']['detail']}")
+
+
+def show_cache(found: Mapping[str, Any]) -> None:
+    """What lies in the cache, and its limit."""
+    table = Table("", "what it is", "entries", "size", "last used")
+    for kind, of in found["kinds"].items():
+        table.add_row(kind, of["about"], str(of["entries"]), megabytes(of["bytes"]),
+                      f"{of['used_seconds_ago'] / 3600:.1f} h ago")
+    out.print(table)
+    out.print(f"{found['root']}: {megabytes(found['bytes'])}, limit {megabytes(found['limit_bytes'])}"
+              f"{'; a build is running, what it uses stays' if found['live'] else ''}")
+
+
+def show_trimmed(found: Mapping[str, Any]) -> None:
+    """What `cache trim` and `cache clear` did."""
+    out.print(f"{found['root']}: {megabytes(found['before_bytes'])} before, {megabytes(found['bytes'])} now; removed "
+              f"{found['removed']} entries")
+    if found["bytes"] > found["limit_bytes"]:
+        out.print(Text("more than the limit: the rest is in use by a running build", "yellow"))
 
 
 def show_generated(files: Sequence[Path], *, count: int, load_seconds: float, draw_seconds: float,

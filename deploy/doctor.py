@@ -9,6 +9,9 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
+from runtimes.errors import UnavailableError
+from runtimes.gpu import find_gpu
+
 BUILD_PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "onnx", "onnxscript", "pydantic", "jinja2")
 
 
@@ -90,9 +93,9 @@ def running() -> dict[str, Any]:
     ):
         has = version(distribution)
         needs_gpu = distribution.startswith("tensorrt") and not gpu()["available"]
-        detail = f"{distribution} {has or 'not installed'}" + (", no NVIDIA driver" if needs_gpu else "")
+        detail = f"{distribution} {has or 'not installed'}" + (", no NVIDIA GPU" if needs_gpu else "")
         findings[name] = _finding(has is not None and not needs_gpu, detail,
-                                  "run them on a machine with an NVIDIA driver" if has else fix)
+                                  "run them on a machine with an NVIDIA GPU" if has else fix)
     for device, provider, fix in (
         ("cuda", "CUDAExecutionProvider", "pip install 'ldm-deploy[gpu]' on a machine with an NVIDIA GPU"),
         ("tensorrt", "TensorrtExecutionProvider", "pip install 'ldm-deploy[gpu]' and TensorRT"),
@@ -104,9 +107,12 @@ def running() -> dict[str, Any]:
 
 
 def gpu() -> dict[str, Any]:
-    """Whether an NVIDIA driver answers."""
-    there = Path("/proc/driver/nvidia/version").is_file() or shutil.which("nvidia-smi") is not None
-    return _finding(there, "driver found" if there else "no NVIDIA driver", "install the NVIDIA driver")
+    """Whether CUDA shows a GPU: what every session and the engine builder ask, too (runtimes.gpu)."""
+    try:
+        found = find_gpu()
+    except UnavailableError as error:
+        return _finding(False, error.what, error.fix)
+    return _finding(True, f"{found}, {found.memory_bytes >> 20} MiB")
 
 
 def examine() -> dict[str, Any]:

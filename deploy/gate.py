@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deploy.against_diffusers import AgainstDiffusers, upstream_of
 from deploy.cache import Cache, versions_of
 from deploy.isolation import ABOVE_BYTES, call_isolated, from_request, to_request
 from deploy.observers import measured
@@ -20,6 +21,8 @@ from deploy.parity.options import PROMPTS, ParityOptions
 from deploy.parity.pipelines import PipelineReport, check_pipeline
 from deploy.parity.proof import computes_in_16_bits, provable
 from deploy.parity.retrieval import Gallery
+from deploy.parity.upstream.levels import Level, merged
+from deploy.parity.upstream.levels import enforce as enforce_levels
 from deploy.reference_model import GALLERY_COLUMNS, GALLERY_FILE, GALLERY_TILE, demo_prompts, subject_names
 from deploy.report import Picture
 from deploy.spec import REFERENCE, BuildSpec
@@ -75,6 +78,8 @@ class Gate:
         self._figures: dict[str, Figures] = {}
         self._executed: Bundle | None = None
         self._unverified: dict[str, str] = {}
+        self._diffusers: AgainstDiffusers | None = None
+        self._levels: Mapping[str, Level] = {}
 
     def start(self, source: Bundle) -> None:
         """Take the loaded source model as the reference of everything that follows; choose how much is compared."""
@@ -83,6 +88,25 @@ class Gate:
         self._reference = self._network = Reference(source, cache=self._cache.root)
         self._effort = choose(self._spec.verify, options_for(self._source_id, self._spec.prompts),
                               source.manifest.components, source.manifest.pipeline)
+        self._diffusers = AgainstDiffusers(upstream_of(self._spec), source, self._cache)
+
+    def check_source(self, pass_name: str, listener: Listener) -> None:
+        """Compare the finished source with what diffusers makes of the same files, before anything is made from it.
+
+        Args:
+            pass_name: the last pass that changed the source.
+            listener: told what happens.
+
+        Raises:
+            ParityError: naming the level, what differs, both values and the likely cause.
+        """
+        if self._diffusers is None:
+            return
+        listener.working("comparing weights and feeds with diffusers")
+        with self._timed():
+            self._levels = self._diffusers.source_levels()
+        self.peak_rss_bytes = max(self.peak_rss_bytes, self._diffusers.peak_rss_bytes)
+        enforce_levels(self._levels, f"pass {pass_name}")
 
     @property
     def may_wait(self) -> bool:
@@ -136,31 +160,41 @@ class Gate:
         return bundle
 
     def check_pipeline(self, listener: Listener) -> Mapping[str, Any] | None:
-        """Compare whole drawings of the last bundle that runs here; the result is the manifest's parity.
+        """Compare whole images of the last bundle that runs here; the result is the manifest's parity.
 
         Raises:
             ParityError: naming what is to blame.
         """
-        if self._reference is None or self._executed is None:
+        if self._reference is None or self._executed is None or self._diffusers is None:
             return None
         report = PipelineReport({})
-        if self._effort.level != "components":
-            listener.working("comparing pictures with PyTorch's")
-            components = ComponentReport(self._figures, {})
-            with self._timed():
-                with provable(self._executed, self._executed.manifest.components, self._cache.root / "work") as bundle:
-                    report = check_pipeline(self._reference, bundle, self._budget, self._effort.options,
-                                            components=components, gallery=gallery_for(self._source_id))
-                judged = Verification(components, report, self._budget, self._effort)
-                try:
-                    enforce(report, self._budget, "package")
-                except ParityError as error:
-                    error.figures = judged.to_json()
-                    raise
+        components = ComponentReport(self._figures, {})
+        with self._timed(), provable(self._executed, self._executed.manifest.components,
+                                     self._cache.root / "work") as bundle:
+            if self._effort.level != "components":
+                listener.working("comparing images with PyTorch's")
+                report = check_pipeline(self._reference, bundle, self._budget, self._effort.options,
+                                        components=components, gallery=gallery_for(self._source_id))
+                self._enforce(Verification(components, report, self._budget, self._effort, self._levels))
+            listener.working("comparing images with diffusers'")
+            if (feeds := self._diffusers.feeds_of(bundle)) is not None:
+                self._levels = merged(self._levels, "feeds", feeds)
+            images = self._diffusers.images(bundle, self._effort, self._budget.image_psnr_db)
+            self._levels = merged(self._levels, "images", images)
+            self._enforce(Verification(components, report, self._budget, self._effort, self._levels))
         self.pictures = [Picture(p.prompt, p.scheduler, p.reference, p.candidate, p.psnr_db, p.ssim)
                          for p in report.pairs]
         figures = ComponentReport(self._figures, self._unverified)
-        return Verification(figures, report, self._budget, self._effort).to_json()
+        return Verification(figures, report, self._budget, self._effort, self._levels).to_json()
+
+    def _enforce(self, judged: Verification) -> None:
+        """Stop at a broken budget of whole images, with all figures in the error."""
+        try:
+            enforce(judged.pipeline, self._budget, "package")
+            enforce_levels(judged.upstream, "pass package")
+        except ParityError as error:
+            error.figures = judged.to_json()
+            raise
 
     def _check(self, reference: Reference, bundle: Bundle, name: str) -> ComponentReport:
         """Figures of one component, from the cache when the same bytes were compared before."""

@@ -13,9 +13,10 @@ from deploy.presets import Setting
 from runtimes.aspects import parse_aspect
 from runtimes.bundle import replacing
 from runtimes.errors import InputError
-from runtimes.memory import parse_bytes
+from runtimes.manifest import DEFAULT_STEPS
 from runtimes.resident import peak_rss_bytes
 from runtimes.safety import SAFETY_CHECKER
+from runtimes.sizes import parse_bytes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,9 +26,7 @@ if TYPE_CHECKING:
     from runtimes.denoising import Step
     from runtimes.pipeline import Pipeline
 
-DEFAULT_STEPS = 25
 SAFETY = ("off", "report", "replace")
-IMAGE_STRENGTH = 0.6
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class GenerateRequest:
     bundle: Path
     prompts: tuple[str, ...]
     prompts_file: Path | None
-    negative: str
+    negative: str | None
     image: Path | None
     mask: Path | None
     strength: float | None
@@ -137,7 +136,7 @@ def generate_files(request: GenerateRequest) -> list[Path]:
     if request.safety != "off":
         bundle.component(SAFETY_CHECKER)  # refused before any work if it has none
     prompts = prompts_of(request, wanted=bool(bundle.manifest.pipeline.text_encoders))
-    budget = parse_bytes(request.memory_budget) if request.memory_budget else None
+    budget = parse_bytes(request.memory_budget, "--memory-budget") if request.memory_budget else None
     pipeline = runtimes.load(bundle, device=request.device, threads=request.threads, hint=request.hint,
                              pin_threads=request.pin_threads, memory_budget=budget,
                              lora=request.lora)
@@ -217,15 +216,14 @@ def given_options(request: GenerateRequest) -> dict[str, Any]:
     options: dict[str, Any] = {
         "guidance_rescale": request.guidance_rescale, "part": read_interval(request.part, "--part"),
         "weighting": request.weighting, "long_prompts": request.long_prompts, "mask": request.mask,
-        "tile": request.tile,
+        "tile": request.tile, "image": request.image, "strength": request.strength,
     }
+    if request.strength is not None and request.image is None:
+        raise InputError("a strength without an image", where="--strength", fix="give --image, or leave it out")
     if request.guidance_interval:
         options["guidance_interval"] = read_interval(request.guidance_interval, "--guidance-interval")
     if request.latents is not None:
         options["latents"] = read_latents(request.latents)
-    if request.image is not None:
-        default = IMAGE_STRENGTH if request.mask is None else 1.0
-        options.update(image=request.image, strength=default if request.strength is None else request.strength)
     for name in ("steps", "scheduler", "guidance_scale", "cache_interval"):
         if (value := getattr(request, name)) is not None:
             options[name] = value
@@ -236,7 +234,7 @@ def descriptions(
     request: GenerateRequest, options: Mapping[str, Any], digest: str, prompts: list[str], seeds: list[int]
 ) -> list[dict[str, str]]:
     """What each picture's PNG says about how it was made; what is not said was left to its default."""
-    common = {"negative_prompt": request.negative, "bundle": digest, "software": "ldm-deploy",
+    common = {"negative_prompt": request.negative or "", "bundle": digest, "software": "ldm-deploy",
               "lora": ", ".join(Path(option).name for option in request.lora)}
     common |= {name: str(options[name] or "") for name in ("steps", "scheduler", "guidance_scale") if name in options}
     return [{"prompt": prompt, "seed": str(seed), **{k: v for k, v in common.items() if v}}

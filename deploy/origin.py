@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
+from deploy.cache import Cache, default_root, versions_of
 from deploy.sources import source_folder
 from deploy.spec import REFERENCE, BuildSpec
 from exporters.families import ComponentSpec
 from exporters.families.safety_checker import with_safety_checker
 from exporters.families.step_cache import shallow_weights, with_step_cache
-from exporters.source import ComponentSource, open_source
+from exporters.source import MODEL_INDEX, ComponentSource, open_source
+from exporters.source import Source as PipelineSource
+from runtimes import schedulers
 from runtimes.bundle import Bundle, record_of, records_below
+from runtimes.errors import InputError
 from runtimes.guidance import SHALLOW
-from runtimes.manifest import SCHEMA, Component, FileRecord, Manifest, Source
+from runtimes.manifest import SCHEMA, Component, FileRecord, Manifest, ModeFacts, Source, from_json, to_json
 from runtimes.safety import PREPROCESSOR_FILE, SAFETY_CHECKER
 
 ORIGIN_FORMAT = "diffusers"
@@ -30,7 +36,8 @@ def open_origin(spec: BuildSpec) -> Bundle:
         InputError: not a pipeline folder, an unknown family, unusable weights, or shapes that do not fit it.
     """
     folder = source_folder(spec)
-    source = open_source(folder)
+    source = as_loaded(open_source(folder))
+    check_schedulers(source)
     specs = source.family.components(source, spec.shapes)
     if spec.step_cache:
         unet = source.components["unet"]
@@ -64,6 +71,52 @@ def open_origin(spec: BuildSpec) -> Bundle:
         verified=False,
     )
     return Bundle(folder, manifest)
+
+
+def as_loaded(source: PipelineSource) -> PipelineSource:
+    """The source as diffusers loads it: configs completed and corrected, defaults of each mode.
+
+    `exporters.upstream` asks diffusers, which takes seconds to import; its answer is stored by all that it depends on.
+
+    Raises:
+        InputError: diffusers refuses it.
+    """
+    read = {"class": source.pipeline_class, "options": source.options, "scheduler": source.scheduler_config,
+            "scheduler_class": source.scheduler_class, "ignored": source.ignored,
+            "networks": {n: [c.library, c.class_name, c.config] for n, c in source.components.items()}}
+    key = {"kind": "as diffusers loads", "read": json.dumps(read, sort_keys=True),
+           "libraries": versions_of(("diffusers", "transformers"))}
+    cache = Cache(default_root())
+    if (found := cache.find_fact(key)) is None:
+        from exporters import upstream
+
+        loaded = upstream.as_loaded(source)
+        answer = {"configs": {name: component.config for name, component in loaded.components.items()},
+                  "options": loaded.options, "scheduler": loaded.scheduler_config, "modes": to_json(loaded.modes)}
+        found = {"json": json.dumps(answer)}  # as text: scheduler configs hold infinities, which facts may not
+        cache.store_fact(key, found)
+    answer = json.loads(found["json"])
+    return replace(
+        source, options=answer["options"], scheduler_config=answer["scheduler"],
+        scheduler_class=answer["scheduler"]["_class_name"],
+        components={n: replace(c, config=answer["configs"][n]) for n, c in source.components.items()},
+        modes={name: from_json(ModeFacts, facts, name) for name, facts in answer["modes"].items()})
+
+
+def check_schedulers(source: PipelineSource) -> None:
+    """Refuse a sampler that the runtime does not have, or a setting of it.
+
+    Raises:
+        InputError: an unknown class or a key that would be read wrongly; says what may stand there.
+    """
+    for mode in source.modes.values():
+        try:
+            schedulers.from_config({**source.scheduler_config, **mode.scheduler})
+        except InputError as error:
+            error.where = str(source.path / "scheduler" / "scheduler_config.json")
+            if source.scheduler_class not in schedulers.CLASS_NAMES:
+                error.fix = f'name another in {MODEL_INDEX}, for example "scheduler": ["diffusers", "DDIMScheduler"]'
+            raise
 
 
 def _component(source: ComponentSource, spec: ComponentSpec, folder: Path,

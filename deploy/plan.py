@@ -84,6 +84,7 @@ class Pass(ABC):
         verify: whether the parity gate runs after it (a pass that only moves files needs none).
         defines_source: whether what it leaves is the model that parity is measured against.
         changes_network: whether it means to leave another network, which later passes must then keep.
+        reads_pipeline: whether what `run` writes depends on the sampling loop: facts, scheduler and tokenizers.
     """
 
     name: ClassVar[str]
@@ -92,6 +93,7 @@ class Pass(ABC):
     verify: ClassVar[bool]
     defines_source: ClassVar[bool] = False
     changes_network: ClassVar[bool] = False
+    reads_pipeline: ClassVar[bool] = False
 
     @abstractmethod
     def plan(self, before: Manifest, spec: BuildSpec) -> Planned:

@@ -72,7 +72,7 @@ class Probe:
     def conditions(self, prompts: Sequence[str]) -> Conditions:
         """What the U-Net is told of prompts, one for each picture."""
         request = check_request(
-            self._sessions, self.facts, prompt=list(prompts), negative_prompt="", images_per_prompt=1, guided=False,
+            self._sessions, self.facts, prompt=list(prompts), negative_prompt=None, images_per_prompt=1, guided=False,
             seed=0, height=None, width=None, image=None, mask=None, strength=1.0, latents=None, tile=None)
         return gather(self._sessions, self.facts, self._tokenizers, self._cache, PromptStyle(), request,
                       SizeConditions())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
@@ -79,6 +80,20 @@ def parse_shares(text: str) -> dict[str, Any]:
         return {}
     shares = tuple(_share(part.strip()) for part in text.split(","))
     return {"prune": shares[0]} if len(shares) == 1 else {"prune_candidates": shares}
+
+
+def given_options(prune: str, vae: float, method: str, widths: str, blocks: str, mask: str, recover: int,
+                  prompts: Path | None) -> dict[str, Any]:
+    """What was given on the command line of the options that shrink networks, as fields of `PruningOptions`.
+
+    Raises:
+        InputError: shares that are not numbers, or a file of prompts that cannot be read.
+    """
+    from calibration.prompts import read_prompts
+
+    given = {"prune_vae": vae, "prune_method": method, "prune_widths": widths, "prune_blocks": blocks, "mask": mask,
+             "recover": recover, "recover_prompts": read_prompts(prompts) if prompts else (), **parse_shares(prune)}
+    return {name: value for name, value in given.items() if value}
 
 
 def _share(text: str) -> float:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from deploy.spec import BuildSpec
 
 DEFAULT_PROMPTS = 64
+NEEDS_RANGES = ("hybrid", "static", "auto")
+VAE = ("vae_encoder", "vae_decoder")
 NOISE_CALLS = 6  # that say which layers add most of the error, and how much is left
 
 
@@ -66,7 +68,7 @@ def record_calibration(source: Bundle, calibration: Mapping[str, Any]) -> Record
     """
     from calibration.prompts import plan_episodes
     from calibration.recorder import record
-    from deploy.cache import default_root
+    from deploy.cache import default_root, pipeline_identity
     from deploy.parity.drawing import assemble_pipeline
     from runtimes.loading import BundleSessions
     from runtimes.session import SessionOptions
@@ -77,9 +79,8 @@ def record_calibration(source: Bundle, calibration: Mapping[str, Any]) -> Record
     facts = at_common_size(source.manifest)
     manifest = replace(source.manifest, pipeline=facts)
     source = replace(source, manifest=manifest)
-    identity = {"size": [facts.height, facts.width],
-                "components": {n: c.sha256 for n, c in sorted(manifest.components.items())},
-                "files": {n: r.sha256 for n, r in sorted(manifest.files.items())}}
+    identity = {"components": {n: c.sha256 for n, c in sorted(manifest.components.items())},
+                **pipeline_identity(manifest)}
     return record(dict(BundleSessions(source, SessionOptions())), lambda sessions: assemble_pipeline(sessions, source),
                   episodes, default_root() / "calibration", source=identity,
                   guidance_scale=calibration["guidance_scale"], steps=steps, strength=strength)
@@ -92,6 +93,28 @@ def at_common_size(manifest: Manifest) -> PipelineFacts:
         return facts
     height, width = (facts.vae_scale_factor * unet.axes[name].range.opt for name in ("height", "width"))
     return replace(facts, height=height, width=width)
+
+
+def quantize_by_recipe(source: Bundle, destination: Path, config: Mapping[str, Any], scheme: Scheme, name: str,
+                       recording: Recording | None) -> dict[str, Any]:
+    """Quantize one component by its recipe, or by another where that does not fit: what and why stands in the summary.
+
+    Returns:
+        as `quantize_component` does.
+    """
+    graph, recipe = source.file(source.component(name).file), config["recipes"][name]
+    needs_ranges = recipe in NEEDS_RANGES
+    if needs_ranges and (recording is None or next(recording.calls(name), None) is None):
+        found = quantize_component(graph, destination, "weight-only", config, scheme, name, None)
+        found["summary"]["instead_of"] = f"{recipe}: the pipeline does not call it while calibrating"
+        return found
+    found = quantize_component(graph, destination, recipe, config, scheme, name, recording if needs_ranges else None)
+    if name in VAE and found["relative_l2"] > config["relative_l2"] / 2:
+        # Its error goes into the image directly; half of the budget is left for the latents'.
+        lost = found["relative_l2"]
+        found = quantize_component(graph, destination, "weight-only", config, scheme, name, None)
+        found["summary"]["instead_of"] = f"{recipe}, whose relative L2 was {lost:.2g}"
+    return found
 
 
 def quantize_component(graph: Path, destination: Path, recipe: str, config: Mapping[str, Any], scheme: Scheme,
@@ -217,31 +240,37 @@ def search_unet(source: Bundle, destination: Path, config: Mapping[str, Any], sc
     from calibration.noise import predict_noise
     from calibration.quantize import quantize
     from calibration.sensitivity import assignment_after, promotions
+    from calibration.transforms import ALPHA, channel_means, prepare
     from deploy.parity.budgets import Budget
     from deploy.search import Trials, search
+    from runtimes.loading import needed
 
-    graph = source.file(source.component("unet").file)
-    layers = find_layers(ir.load(graph))
-    start = assign(layers, "static", config["keep"])
-    ranges, observed = find_ranges(graph, start, config, scheme, "unet", recording)
-    calls = recording.spread("unet", NOISE_CALLS)
-    noise = predict_noise(graph, start, ranges, scheme, lambda: calls)
-    path = promotions(layers, noise, start)
-    reports: dict[Path, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="ldm-search-") as scratch:
+        graph = source.file(source.component("unet").file)
+        graph = prepare(graph, config["methods"], lambda: recording.calls("unet"), Path(scratch) / "prepared.onnx",
+                        config.get("smoothquant_alpha", ALPHA))
+        layers = find_layers(ir.load(graph))
+        start = assign(layers, "static", config["keep"])
+        ranges, observed = find_ranges(graph, start, config, scheme, "unet", recording)
+        calls = recording.spread("unet", NOISE_CALLS)
+        noise = predict_noise(graph, start, ranges, scheme, lambda: calls)
+        path = promotions(layers, noise, start)
+        means = channel_means(graph, start, lambda: recording.calls("unet")) if (
+            "bias-correction" in config["methods"]) else {}
+        reports: dict[Path, dict[str, Any]] = {}
+
         def build(name: str, assignment: Mapping[str, str]) -> Path:
             file = Path(scratch) / name / "model.onnx"
             file.parent.mkdir(exist_ok=True)
-            reports[file] = quantize(graph, file, assignment, ranges, scheme).to_json()
+            reports[file] = quantize(graph, file, assignment, ranges, scheme, means).to_json()
             return file
 
         low = {}
-        for other in ("text_encoder", "vae_decoder"):
-            low[other] = Path(scratch) / other / "model.onnx"
-            low[other].parent.mkdir()
-            recipe = config["recipes"][other]
-            quantize_component(source.file(source.component(other).file), low[other], recipe, config, scheme, other,
-                               recording if recipe in ("hybrid", "static") else None)
+        for other in needed(source.manifest.pipeline):
+            if other != "unet":
+                low[other] = Path(scratch) / other / "model.onnx"
+                low[other].parent.mkdir()
+                quantize_by_recipe(source, low[other], config, scheme, other, recording)
         trials = Trials(source, low, Budget(**config["search"]["budget"]), tuple(config["search"]["prompts"]))
         hybrid = relieved(graph, assign(layers, "hybrid", config["keep"]), ranges, scheme, "unet", recording).assignment
         assignments = {"hybrid": hybrid}
@@ -256,8 +285,8 @@ def search_unet(source: Bundle, destination: Path, config: Mapping[str, Any], sc
             shutil.copy(part, destination.parent / part.name)
     report = {key: value for key, value in reports[best].items() if key != "precision_map"}
     return {"summary": {"recipe": "auto", "scheme": asdict(scheme), "estimator": config["estimator"],
-                        "recording": recording.identity, "ranges_sha256": digest_of(observed["ranges"]),
-                        "chosen": name, "trials": len(trials.done), **report},
+                        "recording": recording.identity, "methods": config["methods"],
+                        "ranges_sha256": digest_of(observed["ranges"]), "chosen": name, "trials": len(trials.done), **report},
             "layers": {**observed, "precision_map": dict(sorted(assignments[name].items())),
                        "errors": told(noise), "front": trials.front()},
             "relative_l2": 0.0}

@@ -123,6 +123,7 @@ def render(sections: Sequence[Section]) -> str:
 
 def _laid_out(section: Section, picture_bytes: int) -> Mapping[str, Any]:
     """What the template shows of one bundle."""
+    from deploy.parity.upstream.levels import in_words
     from deploy.report_sections import conversions, drift_chart, layer_maps, pass_rows, picture_rows
 
     manifest = section.manifest
@@ -135,7 +136,7 @@ def _laid_out(section: Section, picture_bytes: int) -> Mapping[str, Any]:
             "seconds": section.seconds, "reported": bool(section.metrics), "passes": pass_rows(manifest),
             "unverified": grouped(section.parity.get("unverified", [])), "drift": drift_chart(section.parity),
             "compared": section.parity.get("compared", {}).get("text", ""),
-            "layers": layer_maps(section),
+            "diffusers": in_words(section.parity.get("upstream", {})), "layers": layer_maps(section),
             "conversions": conversions(manifest), "pictures": pictures, "picture_count": count, "command": command,
             "spec": spec}
 

@@ -77,8 +77,8 @@ def pass_rows(manifest: Manifest) -> list[dict[str, Any]]:
         worst = max(errors, key=lambda name: errors[name], default=None)
         known = "seconds_without_cache" in cost
         rows.append({**cost, "seconds": cost["seconds_without_cache"] if known else cost["seconds"],
-                     "peak_rss_bytes": max(c["peak_rss_bytes"] for c in cost["components"].values()) if known
-                     else cost["peak_rss_bytes"], "known": known, "share": 100 * cost["bytes_out"] / largest,
+                     "peak_rss_bytes": max((c["peak_rss_bytes"] for c in cost["components"].values()), default=0)
+                     if known else cost["peak_rss_bytes"], "known": known, "share": 100 * cost["bytes_out"] / largest,
                      "worst": None if worst is None else {"component": worst, "relative_l2": errors[worst]}})
     return rows
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from deploy.parity.answers import Reference
 from deploy.parity.budgets import Budget
 from deploy.parity.pipelines import check_pipeline
 from runtimes.bundle import Bundle, link_or_copy, records_below, sha256_of
-from runtimes.errors import ParityError
+from runtimes.errors import ParityError, UnavailableError
 from runtimes.loading import BundleSessions
 from runtimes.manifest import to_json
 from runtimes.session import SessionOptions, open_session
@@ -90,8 +91,12 @@ class Trials:
         with candidate_bundle(self._source, {**self._low, "unet": unet}) as bundle:
             report = check_pipeline(self._reference, bundle, ANYTHING, self._options, gallery=self._gallery)
             took = self._time_ratio(bundle)
+        if report.unverified:
+            raise UnavailableError(f"a trial cannot be compared here: {report.unverified}", where="search",
+                                   fix="build with --precision int8, whose recipe needs no trials")
         comparisons = report.comparisons(self._budget)
-        figures = {c.metric: c.measured for c in comparisons}
+        worst = {"trajectory_relative_l2": 1e9, "image_psnr_db": 0.0, "image_ssim": 0.0}  # of one that draws nothing
+        figures = worst | {c.metric: c.measured for c in comparisons if math.isfinite(c.measured)}
         retrieval = None if report.retrieval is None else report.retrieval[1]
         size = sum(part.stat().st_size for part in parts_of(unet))
         return Trial(name, size, figures["trajectory_relative_l2"], figures["image_psnr_db"],

@@ -12,6 +12,7 @@ from deploy.reference_model import WEIGHTS
 from deploy.spec import REFERENCE, BuildSpec
 from exporters.source import MODEL_INDEX, read_json
 from runtimes.bundle import translated_disk_errors
+from runtimes.cache_store import use
 from runtimes.errors import InputError
 from runtimes.manifest import digest_of
 
@@ -71,7 +72,7 @@ def with_vae(model: Path, vae: Path) -> Path:
             if entry.is_dir() and entry.name != name:
                 (partial / entry.name).symlink_to(entry.resolve(), target_is_directory=True)
         (partial / name).symlink_to(vae.resolve(), target_is_directory=True)
-        if view.exists():
+        if use(view):
             shutil.rmtree(partial)
         else:
             partial.rename(view)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+from deploy.against_diffusers import AgainstDiffusers, upstream_of
 from deploy.builder import Silent, load_source, workspace
 from deploy.cache import Cache, default_root
 from deploy.gate import gallery_for, options_for
@@ -12,10 +14,13 @@ from deploy.parity.answers import Reference
 from deploy.parity.budgets import PRUNED, budget_for
 from deploy.parity.effort import LEVELS, choose
 from deploy.parity.gate import Verification, verify
+from deploy.parity.upstream.levels import Levels, merged
 from deploy.sources import model_folder
 from deploy.spec import LOCAL_FILES, REFERENCE, BuildSpec
 from runtimes.bundle import Bundle
 from runtimes.errors import InputError
+from runtimes.guidance import SHALLOW
+from runtimes.safety import SAFETY_CHECKER
 
 __all__ = ["Verification", "verify_bundle"]
 
@@ -41,7 +46,9 @@ def verify_bundle(path: Path, against: str | None = None, *, device: str = "cpu"
     manifest = bundle.manifest
     adapters = manifest.measured.get("adapters", {})
     spec = BuildSpec(model=against or source_of(bundle), target=manifest.target, precision=manifest.precision,  # type: ignore[arg-type]
-                     **{name: adapters[name] for name in LOCAL_FILES if name in adapters})
+                     **{name: adapters[name] for name in LOCAL_FILES if name in adapters},
+                     # What the bundle holds beyond the model's usual networks; the source must answer for it, too.
+                     step_cache=SHALLOW in manifest.components, safety_checker=SAFETY_CHECKER in manifest.components)
     origin = open_origin(spec)
     if against is None and origin.manifest.source.sha256 != manifest.source.sha256:
         raise InputError("the model has changed since the bundle was built", where=str(origin.path),
@@ -55,8 +62,20 @@ def verify_bundle(path: Path, against: str | None = None, *, device: str = "cpu"
         allowed = PRUNED if pruned else manifest.precision
         chosen = choose(effort, options_for(manifest.source.id, prompts, device), source.manifest.components,
                         source.manifest.pipeline)
-        return verify(reference, bundle, budget_for(allowed, manifest.spec.get("budget")), chosen,
-                      gallery_for(manifest.source.id))
+        budget = budget_for(allowed, manifest.spec.get("budget"))
+        found = verify(reference, bundle, budget, chosen, gallery_for(manifest.source.id))
+        return replace(found, upstream=_against_diffusers(spec, source, bundle, found, cache))
+
+
+def _against_diffusers(spec: BuildSpec, source: Bundle, bundle: Bundle, found: Verification, cache: Cache) -> Levels:
+    """Weights, feeds and images against diffusers' own pipeline; images only where the bundle runs here."""
+    diffusers = AgainstDiffusers(upstream_of(spec), source, cache)
+    levels = diffusers.source_levels()
+    if (feeds := diffusers.feeds_of(bundle)) is not None:
+        levels = merged(levels, "feeds", feeds)
+    runs = not found.components.unverified and not found.pipeline.unverified and not found.pipeline.problem
+    images = diffusers.images(bundle if runs else None, found.effort, found.budget.image_psnr_db)
+    return merged(levels, "images", images)
 
 
 def source_of(bundle: Bundle) -> str:

@@ -49,9 +49,9 @@ def add_factors(module: torch.nn.Module, factors: Mapping[str, Factors], where: 
 
 
 def matrices_of(module: torch.nn.Module) -> dict[str, tuple[int, ...]]:
-    """Every module that has a matrix or a convolution -> the shape of its weight."""
+    """Every module that has a matrix or a convolution -> the shape of its weight. Tables of embeddings are neither."""
     return {name: tuple(layer.weight.shape) for name, layer in module.named_modules()
-            if getattr(getattr(layer, "weight", None), "ndim", 0) >= 2}
+            if getattr(getattr(layer, "weight", None), "ndim", 0) >= 2 and not isinstance(layer, torch.nn.Embedding)}
 
 
 def levels_of(module: torch.nn.Module) -> Any:

@@ -82,7 +82,7 @@ def empty_module(folder: Path, library: str, class_name: str) -> tuple[nn.Module
     """
     config = read_json(folder / "config.json")
     with quiet():
-        module = _empty(folder, library, class_name, config)
+        module = empty_network(folder, library, class_name, config)
     wanted = dict(module.state_dict())
     recomputed = {name for name, _ in module.named_buffers()} - set(wanted)
     places: dict[str, Place] = {}
@@ -123,8 +123,18 @@ def filled(module: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
     return module.eval().requires_grad_(False)
 
 
-def _empty(folder: Path, library: str, class_name: str, config: dict[str, Any]) -> nn.Module:
-    """The module with parameters on the meta device; buffers that no file holds are computed for real."""
+def empty_network(folder: Path, library: str, class_name: str, config: Mapping[str, Any]) -> nn.Module:
+    """A network from its config alone: parameters on the meta device, buffers that no file holds computed for real.
+
+    Args:
+        folder: holds config.json, which transformers reads for itself.
+        library: "diffusers" or "transformers".
+        class_name: as in model_index.json.
+        config: what config.json holds.
+
+    Raises:
+        InputError: an unknown class, or a config that it cannot be built from.
+    """
     from accelerate import init_empty_weights
 
     known = library in ("diffusers", "transformers")  # nothing else is imported on a model's word
@@ -136,10 +146,10 @@ def _empty(folder: Path, library: str, class_name: str, config: dict[str, Any]) 
     try:
         with init_empty_weights(include_buffers=False):
             if hasattr(make, "from_config"):
-                module: nn.Module = make.from_config(config)
-            else:
-                module = make(make.config_class.from_dict(config))
-    except (TypeError, ValueError, KeyError, AttributeError, NotImplementedError) as error:
+                module: nn.Module = make.from_config(dict(config))
+            else:  # a CLIP text encoder's config may lie in that of the whole CLIP: transformers looks for it
+                module = make(make.config_class.from_pretrained(str(folder), local_files_only=True))
+    except (OSError, TypeError, ValueError, KeyError, AttributeError, NotImplementedError) as error:
         raise InputError(f"{class_name} cannot be built from its config: {error}", where=str(folder / "config.json"),
                          fix="save the pipeline again") from error
     return module

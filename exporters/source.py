@@ -11,6 +11,7 @@ from typing import Any
 from exporters.families import Family, family_of
 from runtimes.bundle import link_or_copy
 from runtimes.errors import InputError
+from runtimes.manifest import ModeFacts
 from runtimes.weights import read_header
 
 MODEL_INDEX = "model_index.json"
@@ -72,6 +73,7 @@ class Source:
         scheduler_class: class named for the scheduler; scheduler_config: its config.
         ignored: entries of model_index.json that are not used (safety_checker, feature_extractor, ...).
         options: the pipeline's own settings in model_index.json (requires_aesthetics_score, ...).
+        modes: what diffusers' class for a mode does by default, once `exporters.upstream.as_loaded` asked it.
     """
 
     path: Path
@@ -83,6 +85,7 @@ class Source:
     scheduler_config: Mapping[str, Any]
     ignored: tuple[str, ...] = field(default=())
     options: Mapping[str, Any] = field(default_factory=dict)
+    modes: Mapping[str, ModeFacts] = field(default_factory=dict)
 
     def tokenizer_config(self, name: str) -> Mapping[str, Any]:
         """tokenizer_config.json of one tokenizer, empty if it has none.
@@ -137,6 +140,7 @@ def open_source(path: Path | str) -> Source:
             raise InputError(f"{name} is missing", where=str(index_file), fix="save the whole pipeline again")
         if not (folder / name).is_dir():
             raise InputError(f"the folder {name} is missing", where=str(folder), fix="copy the whole pipeline again")
+        _library(folder, name, entries[name])
     used = {*networks, *tokenizers, "scheduler"}
     return Source(
         path=folder,
@@ -155,12 +159,17 @@ def _names_a_class(entry: Any) -> bool:
     return isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry)
 
 
-def _component(pipeline: Path, name: str, entry: list[str]) -> ComponentSource:
-    folder = pipeline / name
+def _library(pipeline: Path, name: str, entry: list[str]) -> str:
+    """The library of an entry of model_index.json; diffusers would import any other, from the folder itself too."""
     library = _LIBRARIES.get(entry[0])
     if library is None:
         raise InputError(f"{name} comes from the library {entry[0]!r}", where=str(pipeline / MODEL_INDEX),
                          fix="only classes of diffusers and transformers are loaded; custom code is never run")
+    return library
+
+
+def _component(pipeline: Path, name: str, entry: list[str]) -> ComponentSource:
+    folder, library = pipeline / name, _library(pipeline, name, entry)
     config = read_json(folder / "config.json")
     weights, index = find_weights(folder)
     return ComponentSource(name, library, entry[1], folder, config, weights, index)

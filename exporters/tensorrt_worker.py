@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 
 from runtimes.child import die_with_parent
 from runtimes.resident import peak_rss_bytes
+from runtimes.tensorrt_errors import error_recorder
 
 # Freeing a network whose build failed crashes TensorRT-RTX 1.7.1; the process ends right after, without clean-up.
 _NEVER_FREED: list[Any] = []
@@ -44,7 +45,7 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
     if not capabilities:
         refused = request["refused"]
         capabilities = [name for name in offered(trt) if name not in refused]
-    answer = _attempt(trt, _recorder(trt), request, capabilities)
+    answer = _attempt(trt, error_recorder(trt), request, capabilities)
     return {**answer, "capabilities": capabilities, "version": trt.__version__}
 
 
@@ -53,38 +54,6 @@ def offered(trt: Any) -> list[str]:
     known = getattr(trt, "ComputeCapability", None)
     names = [] if known is None else [n for n in known.__members__ if n.startswith("SM")]
     return sorted(names, key=lambda n: int(n[2:]))
-
-
-def _recorder(trt: Any) -> Any:
-    class Recorder(trt.IErrorRecorder):  # type: ignore[misc]
-        """Keeps errors for the answer. A logger in Python would do too, but it is called for every line that a verbose
-        log would have, and the builder waits for it: 300 s of calls in a build of 8 s.
-        """
-
-        def __init__(self) -> None:
-            trt.IErrorRecorder.__init__(self)
-            self.errors: list[tuple[Any, str]] = []
-
-        def clear(self) -> None:
-            self.errors.clear()
-
-        def get_error_code(self, index: int) -> Any:
-            return self.errors[index][0]
-
-        def get_error_desc(self, index: int) -> str:
-            return self.errors[index][1]
-
-        def has_overflowed(self) -> bool:
-            return False
-
-        def num_errors(self) -> int:
-            return len(self.errors)
-
-        def report_error(self, code: Any, description: str) -> bool:
-            self.errors.append((code, description))
-            return False
-
-    return Recorder()
 
 
 def _attempt(trt: Any, recorder: Any, request: dict[str, Any], capabilities: list[str]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from runtimes.cache_store import use
 from runtimes.places import cache_home
 
 ABOVE_BYTES = 64 << 20  # smaller ones are hashed in the time that it takes to look for a note
@@ -27,6 +28,8 @@ def state_of(path: Path) -> State:
 
 def was_checked(state: State, sha256: str) -> bool:
     """Whether a file in this state is known to have these contents."""
+    if not use(_note(sha256)):
+        return False
     try:
         known: object = json.loads(_note(sha256).read_text(encoding="utf-8"))
     except (OSError, ValueError):

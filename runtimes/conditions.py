@@ -114,11 +114,9 @@ def gather(
         input_spec(sessions["unet"], SIZES)
         rows = [sizes.numbers(facts.time_ids, request.height, request.width, negative=n) for n in (False, True)]
         added[SIZES], added_uncond[SIZES] = (np.repeat(row[None], images, axis=0) for row in rows)
-    if facts.zero_empty_negative and uncond is not None:
-        for i, text in enumerate(request.negatives):
-            if not text:
-                uncond[i] = np.zeros_like(uncond[i])
-                added_uncond[POOLED][i] = 0
+    if facts.zero_empty_negative and uncond is not None and not request.negatives_given:
+        uncond = [np.zeros_like(row) for row in uncond]
+        added_uncond[POOLED] = np.zeros_like(added_uncond[POOLED])
     return Conditions(cond, uncond, added, added_uncond)
 
 

@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-import json
+import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,24 +15,27 @@ from typing import Any
 import numpy as np
 
 from runtimes.errors import InputError
-from runtimes.weights import read_floats, read_header, read_metadata
+from runtimes.lora_config import LoraConfig, read_config
+from runtimes.lora_names import name_of, spellings
+from runtimes.weights import read_floats, read_header, read_metadata, read_number
 
 Array = np.ndarray[Any, Any]
 
-# suffix of a key -> what it is, in every format that the published files have
-_SUFFIXES = {
-    ".lora_A.weight": "down", ".lora_B.weight": "up",  # PEFT
-    ".lora_A.default.weight": "down", ".lora_B.default.weight": "up",
-    ".lora.down.weight": "down", ".lora.up.weight": "up",  # diffusers 0.17 to 0.25
-    ".lora_linear_layer.down.weight": "down", ".lora_linear_layer.up.weight": "up",
-    "_lora.down.weight": "down", "_lora.up.weight": "up",  # diffusers up to 0.16: attn1.processor.to_q_lora.down
-    ".lora_down.weight": "down", ".lora_up.weight": "up",  # kohya
-    ".alpha": "alpha",
-}
+# ending of a key -> what it is, in every format that the published files have
+_ENDINGS = tuple((re.compile(ending), part) for ending, part in (
+    (r"\.lora_A(\.[^.]+)?\.weight$", "down"), (r"\.lora_B(\.[^.]+)?\.weight$", "up"),  # PEFT
+    (r"\.lora(_linear_layer)?\.down\.weight$", "down"), (r"\.lora(_linear_layer)?\.up\.weight$", "up"),  # since 0.17
+    (r"_lora\.down\.weight$", "down"), (r"_lora\.up\.weight$", "up"),  # up to 0.16: attn1.processor.to_q_lora.down
+    (r"\.lora_down\.weight$", "down"), (r"\.lora_up\.weight$", "up"),  # kohya
+    (r"\.alpha$", "alpha")))
 _PREFIXES = {"lora_unet_": "unet", "lora_te_": "text_encoder", "lora_te1_": "text_encoder",
              "lora_te2_": "text_encoder_2", "unet.": "unet", "text_encoder.": "text_encoder",
              "text_encoder_2.": "text_encoder_2"}
-_METADATA = "lora_adapter_metadata"  # where diffusers keeps PEFT's config, as JSON
+# part of a key -> the kind of adapter that has it
+_OTHERS = {"lora_magnitude_vector": "DoRA", "dora_scale": "DoRA", "lora_mid": "LoCon's CP decomposition",
+           "hada_": "LoHa", "lokr_": "LoKr", "oft_": "OFT", "glora": "GLoRA", ".diff": "a difference of whole weights",
+           "_norm": "a change of norms", ".bias": "a change of biases", "on_input": "IA3",
+           "lora_embedding_": "a change of the table of embeddings", "bundle_emb": "an embedding"}
 
 
 @dataclass(frozen=True)
@@ -63,15 +66,21 @@ def read_keys(file: Path) -> dict[str, LoraKey]:
         raise InputError("no such file", where=str(file), fix="give a LoRA file")
     found = {}
     for key in read_header(file):
-        suffix = next((s for s in _SUFFIXES if key.endswith(s)), None)
         prefix = next((p for p in _PREFIXES if key.startswith(p)), None)
-        if suffix is None or prefix is None:
-            raise InputError(f"{key} is not a key of a LoRA that can be merged", where=str(file),
+        ending = next(((match, part) for match, part in ((e.search(key), part) for e, part in _ENDINGS) if match), None)
+        if prefix is None or ending is None:
+            raise InputError(f"{key} is not a key of a LoRA that can be merged{_reason(key, prefix)}", where=str(file),
                              fix="use a LoRA in diffusers', PEFT's or kohya's format (no DoRA, LoHa or LoKr)")
-        found[key] = LoraKey(_PREFIXES[prefix], key[len(prefix) : -len(suffix)], _SUFFIXES[suffix])
+        match, part = ending
+        found[key] = LoraKey(_PREFIXES[prefix], key[len(prefix) : match.start()], part)
     if not found:
         raise InputError("it holds no weights", where=str(file))
     return found
+
+
+def _reason(key: str, prefix: str | None) -> str:
+    kind = next((f": it is {kind}" for part, kind in _OTHERS.items() if part in key), "")
+    return kind or ("" if prefix else ": it names no component, as unet., text_encoder. or lora_unet_ would")
 
 
 def components_of(file: Path) -> tuple[str, ...]:
@@ -103,8 +112,8 @@ class Factors:
         Raises:
             InputError: it does not fit, or is not finite.
         """
-        wide = self.up.shape[1] == self.down.shape[0] and (self.up.shape[0], *self.down.shape[1:])
-        if not wide or int(np.prod(wide)) != int(np.prod(shape)) or wide[0] != shape[0]:
+        product = (self.up.shape[0], *self.down.shape[1:])
+        if self.up.shape[1] != self.down.shape[0] or _without_ones(product) != _without_ones(shape):
             raise InputError(f"{self.key} is {self.up.shape} x {self.down.shape}, which does not fit {shape}",
                              where=where, fix="use a LoRA that was trained for this architecture")
         found: Array = (self.up @ self.down.reshape(len(self.down), -1)).reshape(shape)
@@ -134,6 +143,8 @@ def parse_lora(option: str) -> tuple[Path, float]:
 def read_factors(file: Path, component: str, scale: float, modules: Iterable[str], levels: Any) -> dict[str, Factors]:
     """A file's part for one component, by the name of the module that it changes.
 
+    The scale of a module is alpha / rank by the file's own alphas or PEFT's config, 1 where neither is there.
+
     Args:
         file: the LoRA.
         component: of the pipeline.
@@ -142,92 +153,67 @@ def read_factors(file: Path, component: str, scale: float, modules: Iterable[str
         levels: the network's `layers_per_block`, by which kohya counts.
 
     Raises:
-        InputError: as `read_keys`; a key that fits nothing in the network, the first one being named; half a pair.
+        InputError: as `read_keys` and `read_config`; a key that fits nothing in the network; two keys for one thing;
+            half a pair or an alpha alone; a rank other than stated. The keys are named.
     """
-    mine = {key: found for key, found in read_keys(file).items() if found.component == component}
-    names, header = _spellings(modules), read_header(file)
-    stated = _stated_scales(read_metadata(file), component)
-    groups: dict[str, dict[str, Any]] = {}
-    for key in sorted(mine):
-        name = _named(mine[key].place, names, levels)
-        if name is None:
-            raise InputError(f"{key} fits nothing in the {component}", where=str(file),
-                             fix="use a LoRA that was trained for this architecture")
-        groups.setdefault(name, {"key": key})[mine[key].part] = read_floats(file, header, key)
-    found: dict[str, Factors] = {}
-    for name, group in groups.items():
-        down, up = group.get("down"), group.get("up")
-        if down is None or up is None:
-            raise InputError(f"{group['key']} lacks its other half", where=str(file), fix="get the file again")
-        alpha = float(group["alpha"]) / down.shape[0] if "alpha" in group else stated(name)
-        found[name] = Factors(group["key"], down, np.float32(scale * alpha) * up.reshape(len(up), -1))
+    modules = list(modules)
+    header, metadata = read_header(file), read_metadata(file)
+    config = read_config(metadata, component, file)
+    found = {}
+    for name, keys in _by_module(file, component, spellings(modules), levels).items():
+        if missing := {"down", "up"} - keys.keys():
+            first = keys.get("down") or keys.get("up") or keys["alpha"]
+            lacks = "lacks its other half" if len(missing) == 1 else "has no weights beside it"
+            raise InputError(f"{first} {lacks}", where=str(file), fix="get the file again")
+        down, up = (read_floats(file, header, keys[part]) for part in ("down", "up"))
+        if min(down.ndim, up.ndim) < 2 or not down.size or not up.size:
+            raise InputError(f"{keys['down']} is {up.shape} x {down.shape}, which are no matrices", where=str(file),
+                             fix="get the file again")
+        own = scale * _module_scale(file, header, keys, name, len(down), config)
+        found[name] = Factors(keys["down"], down, np.float32(own) * up.reshape(len(up), -1))
+    if found:
+        config.say_unused(modules, component, file)
     return found
 
 
-def _spellings(modules: Iterable[str]) -> dict[str, str]:
-    """Every spelling that files have of a module -> its name in the network."""
-    names = {}
-    for name in modules:
-        bare = name.removeprefix("text_model.")
-        for spelling in (bare, f"text_model.{bare}"):
-            names[spelling] = name
-            names[spelling.replace(".", "_")] = name
-    return names
+def _by_module(file: Path, component: str, names: Mapping[str, str], levels: Any) -> dict[str, dict[str, str]]:
+    """Module -> part -> key of the file."""
+    groups: dict[str, dict[str, str]] = {}
+    for key, found in sorted(read_keys(file).items()):
+        if found.component != component:
+            continue
+        name = name_of(found.place, names, levels)
+        if name is None:
+            raise InputError(f"{key} fits nothing in the {component}", where=str(file),
+                             fix="use a LoRA that was trained for this architecture")
+        group = groups.setdefault(name, {})
+        if found.part in group:
+            raise InputError(f"{group[found.part]} and {key} both change {name}", where=str(file),
+                             fix="take one of the two out of the file")
+        group[found.part] = key
+    return groups
 
 
-def _named(place: str, names: Mapping[str, str], layers_per_block: Any) -> str | None:
-    """The network's name of a place."""
-    old = re.sub(r"\.processor\.to_(q|k|v|out)$", r".to_\1", place)
-    candidates = [place, old, f"{old}.0", _from_original(place, layers_per_block)]
-    return next((names[c] for c in candidates if c in names), None)
+def _module_scale(
+    file: Path, header: Mapping[str, Mapping[str, Any]], keys: Mapping[str, str], name: str, rank: int,
+    config: LoraConfig,
+) -> float:
+    if config.stated and config.rank_of(name) != rank:
+        raise InputError(f"{keys['down']} is of rank {rank}, its metadata says {config.rank_of(name):g}",
+                         where=str(file), fix="get the file again")
+    if "alpha" not in keys:
+        return config.scale_of(name)
+    if config.stated:
+        raise InputError(f"{keys['alpha']} is stated a second time by the metadata", where=str(file),
+                         fix="take one of the two out of the file")
+    alpha = read_number(file, header, keys["alpha"])
+    if not math.isfinite(alpha):
+        raise InputError(f"{keys['alpha']} is {alpha}", where=str(file), fix="get the file again")
+    return alpha / rank
 
 
-def _from_original(place: str, layers_per_block: Any) -> str:
-    """kohya's names of Stable Diffusion XL follow the original U-Net's numbering, `openaimodel.py` of CompVis: in each
-    level layers_per_block layers and a change of size, counted through."""
-    layers = layers_per_block if isinstance(layers_per_block, int) else 2
-    match = re.match(r"(input|output|middle)_blocks?_(\d+)_?(\d+)?_(.*)", place)
-    if match is None:
-        return place
-    kind, number, inner, rest = match[1], int(match[2]), match[3], match[4]
-    if kind == "middle":
-        whole = f"{inner}_{rest}" if inner is not None else rest
-        return f"mid_block_attentions_0_{whole}" if number == 1 else f"mid_block_resnets_{number // 2}_{_resnet(whole)}"
-    position = number - 1 if kind == "input" else number
-    block, layer = divmod(position, layers + 1)
-    side = "down" if kind == "input" else "up"
-    if rest == "op":
-        return f"down_blocks_{block}_downsamplers_0_conv"
-    if side == "up" and rest == "conv":
-        return f"up_blocks_{block}_upsamplers_0_conv"
-    if inner == "1":
-        return f"{side}_blocks_{block}_attentions_{layer}_{rest}"
-    return f"{side}_blocks_{block}_resnets_{layer}_{_resnet(rest)}"
-
-
-def _resnet(name: str) -> str:
-    for old, new in (("in_layers_2", "conv1"), ("out_layers_3", "conv2"), ("emb_layers_1", "time_emb_proj"),
-                     ("skip_connection", "conv_shortcut")):
-        name = name.replace(old, new)
-    return name
-
-
-def _stated_scales(metadata: Mapping[str, str], component: str) -> Callable[[str], float]:
-    """alpha / rank of each module by PEFT's config in the file's metadata; 1 where nothing is stated."""
-    try:
-        config = json.loads(metadata.get(_METADATA, "{}"))
-    except ValueError:
-        config = {}
-    own = {key.removeprefix(f"{component}."): value for key, value in config.items() if key.startswith(f"{component}.")}
-
-    def pattern(kind: str, name: str, default: Any) -> Any:
-        return next((v for k, v in (own.get(kind) or {}).items() if name == k or name.endswith(f".{k}")), default)
-
-    def scale(name: str) -> float:
-        rank = pattern("rank_pattern", name, own.get("r"))
-        alpha = pattern("alpha_pattern", name, own.get("lora_alpha"))
-        if not rank or alpha is None:
-            return 1.0
-        return float(alpha / (rank**0.5 if own.get("use_rslora") else rank))
-
-    return scale
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape without the sizes of 1 at its end: a convolution of one pixel is a matrix."""
+    while len(shape) > 2 and shape[-1] == 1:
+        shape = shape[:-1]
+    return shape

@@ -15,11 +15,20 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from runtimes.errors import BundleError
+from runtimes.errors import BundleError, InputError
+from runtimes.manifest_details import (
+    LARGEST,
+    check_component_parity,
+    check_details,
+    check_facts,
+    check_measured,
+    check_parity,
+)
 from runtimes.tensors import Axis, TensorSpec
 
 SCHEMA = 1
 MANIFEST_FILE = "manifest.json"
+DEFAULT_STEPS = 25  # ours, for every model; diffusers' classes say 50. Other defaults are the model's: `ModeFacts`
 T = TypeVar("T")
 
 
@@ -78,6 +87,22 @@ class PassRecord:
 
 
 @dataclass(frozen=True)
+class ModeFacts:
+    """What diffusers' pipeline class for one mode does by default.
+
+    Attributes:
+        pipeline_class: diffusers' class for the mode.
+        guidance_scale, strength: defaults of its call; strength 1 where it has none.
+        scheduler: keys of scheduler/scheduler_config.json that this class corrects to another value.
+    """
+
+    pipeline_class: str
+    guidance_scale: float = 7.5
+    strength: float = 1.0
+    scheduler: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class PipelineFacts:
     """What the sampling loop must know besides the networks.
 
@@ -90,7 +115,8 @@ class PipelineFacts:
         text_encoders: components that read the prompt, their hidden states side by side in this order; none for a
             pipeline without prompts. The tokenizer of "text_encoder_2" is "tokenizer_2".
         time_ids: what the numbers mean that the U-Net's input of that name takes: sizes and crops in pixels.
-        zero_empty_negative: an empty negative prompt is embedded as zeros, not by the text encoders.
+        zero_empty_negative: where no negative prompt is given, zeros stand for it, not the embedded empty text.
+        modes: what is drawn by default, by "text", "image" and "mask", as far as diffusers has a class for it.
     """
 
     latent_channels: int
@@ -102,6 +128,19 @@ class PipelineFacts:
     text_encoders: tuple[str, ...] = ("text_encoder",)
     time_ids: tuple[str, ...] = ()
     zero_empty_negative: bool = False
+    modes: Mapping[str, ModeFacts] = field(default_factory=dict)
+
+    def mode(self, image: bool, mask: bool) -> ModeFacts:
+        """What is drawn by default with or without an initial image and a mask.
+
+        A mode that diffusers has no class for has the guidance and scheduler of the one it has, and the strength of
+        Stable Diffusion's class. So have bundles built before manifests had modes.
+        """
+        name = "mask" if mask else "image" if image else "text"
+        if name in self.modes:
+            return self.modes[name]
+        known = next(iter(self.modes.values()), ModeFacts("StableDiffusionPipeline"))
+        return dataclasses.replace(known, strength=0.8 if name == "image" else 1.0)
 
 
 @dataclass(frozen=True)
@@ -146,8 +185,8 @@ class Manifest:
         records = dict(self.files)
         for component in self.components.values():
             records.update(component.files)
-        for name, record in self.measured.get("files", {}).items():
-            records[name] = FileRecord(**record)
+        records.update(from_json(Mapping[str, FileRecord], self.measured.get("files", {}),
+                                 f"{MANIFEST_FILE}.measured.files"))
         return records
 
 
@@ -186,6 +225,8 @@ def from_json(kind: Any, value: Any, where: str) -> Any:
         return tuple(from_json(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(value))
     if origin is not None and origin is not tuple and isinstance(value, dict):
         return {k: from_json(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
+    if type(value) is int and abs(value) >= LARGEST:
+        raise BundleError("expected a number of 64 bits, found a larger one", where=where)
     if kind is float and type(value) is int:
         return float(value)
     if isinstance(kind, type) and type(value) is kind:
@@ -216,7 +257,11 @@ def _from_object(kind: Any, value: Any, where: str) -> Any:
         raise BundleError(f"missing {', '.join(missing)}", where=where)
     if unknown := sorted(set(value) - set(hints)):
         raise BundleError(f"unknown key {', '.join(unknown)}", where=where)
-    return kind(**{k: from_json(hints[k], v, f"{where}.{k}") for k, v in value.items()})
+    found = {k: from_json(hints[k], v, f"{where}.{k}") for k, v in value.items()}
+    try:
+        return kind(**found)
+    except InputError as error:  # values that do not fit together
+        raise BundleError(error.what, where=where) from error
 
 
 def safe_path(name: str) -> PurePosixPath:
@@ -239,8 +284,8 @@ def parse(text: str, where: str) -> Manifest:
         BundleError: not JSON, another schema, a missing or unknown key, a path that leaves the bundle.
     """
     try:
-        raw = json.loads(text)
-    except json.JSONDecodeError as error:
+        raw = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
         raise BundleError(f"not valid JSON: {error}", where=where) from error
     schema = raw.get("schema") if isinstance(raw, dict) else None
     if schema != SCHEMA:
@@ -254,9 +299,19 @@ def parse(text: str, where: str) -> Manifest:
     for name, component in manifest.components.items():
         if component.file not in component.files:
             raise BundleError(f"{component.file} is not among the files of {name}", where=where)
+    for name, component in manifest.components.items():
+        check_details(component.details, f"{Path(where).name}.components.{name}.details")
+        check_component_parity(component.parity, f"{Path(where).name}.components.{name}.parity")
+    check_facts(manifest.pipeline, f"{Path(where).name}.pipeline")
+    check_parity(manifest.parity, f"{Path(where).name}.parity")
+    check_measured(manifest.measured, f"{Path(where).name}.measured")
     for name in manifest.all_files():
         safe_path(name)
     return manifest
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def dumps(manifest: Manifest) -> str:

@@ -26,6 +26,7 @@ import numpy as np
 
 from runtimes.batching import row_range
 from runtimes.bundle import Bundle, read_object, replacing
+from runtimes.cache_store import use
 from runtimes.child import die_with_parent, last_words, run_child
 from runtimes.errors import BundleError, InputError, UnavailableError
 from runtimes.manifest import digest_of
@@ -41,7 +42,6 @@ ENOUGH_BYTES, ENOUGH_SECONDS = 32_000_000, 20.0
 NOISE_BYTES = 1_000_000
 MARGIN = 1.1  # of what is drawn with, above what is loaded: the least error seen in repeated runs is a few percent
 PICTURE_BYTES = 2 * 3 * 4  # for each pixel: float32 RGB, once more while it is converted
-UNITS = {"": 1, "B": 1, "KB": 1000, "MB": 1000**2, "GB": 1000**3, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
 
 @dataclass(frozen=True)
@@ -94,20 +94,6 @@ class MemoryBudget:
                          fix="draw in smaller tiles, a smaller picture, or raise the budget")
 
 
-def parse_bytes(text: str) -> int:
-    """Read 800MB, 2.5GB or 2GiB.
-
-    Raises:
-        InputError: none of these.
-    """
-    number = text.strip().rstrip("BbGgIiKkMm")
-    with suppress(ValueError, KeyError, OverflowError):
-        size = int(float(number) * UNITS[text.strip()[len(number):].upper()])
-        if size > 0:
-            return size
-    raise InputError(f"{text!r} is not a size", where="memory budget", fix="write 800MB or 2.5GB")
-
-
 def memory_model(bundle: Bundle, options: SessionOptions) -> MemoryModel:
     """The model of a bundle on this machine: kept from an earlier call, or measured now by a few calls elsewhere.
 
@@ -119,9 +105,10 @@ def memory_model(bundle: Bundle, options: SessionOptions) -> MemoryModel:
         raise InputError(f"a memory budget counts this process's memory, not that of {options.device}",
                          where="memory budget", fix="leave it out; where memory runs out, batches become smaller")
     key = digest_of([VERSION, bundle.manifest.digest, asdict(options), os.cpu_count(), platform.platform()])
-    file = Path(os.environ.get("LDM_DEPLOY_CACHE") or cache_home()) / "memory" / f"{key}.json"
-    with suppress(BundleError):
-        return MemoryModel(**read_object(file))
+    file = cache_home() / "memory" / f"{key}.json"
+    if use(file):
+        with suppress(BundleError):
+            return MemoryModel(**read_object(file))
     with tempfile.TemporaryDirectory(prefix="ldm-memory-") as folder:
         request, log = Path(folder) / "request.json", Path(folder) / "log"
         request.write_text(json.dumps({"bundle": str(bundle.path.resolve()), **asdict(options)}), encoding="utf-8")

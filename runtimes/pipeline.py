@@ -21,7 +21,7 @@ from runtimes.errors import BundleError, InputError
 from runtimes.guidance import SHALLOW, Guidance, GuidedUnet
 from runtimes.handover import WHOLE, begin_part, checked_part
 from runtimes.images import ImageLike, to_pil
-from runtimes.manifest import PipelineFacts
+from runtimes.manifest import DEFAULT_STEPS, ModeFacts, PipelineFacts
 from runtimes.noise import NoiseStreams
 from runtimes.preview import Colours, fit
 from runtimes.profile import Profile
@@ -71,7 +71,7 @@ class Pipeline:
         self.sessions, self.facts = sessions, facts
         self._config, self._tokenizers = dict(scheduler_config), tokenizers
         self._cache, self._preprocessing, self._memory = PromptCache(cache_bytes), preprocessing, memory
-        self._schedulers: dict[str | None, Scheduler] = {}
+        self._schedulers: dict[tuple[str | None, str], Scheduler] = {}
         self._colours: Colours | None = None
 
     @property
@@ -80,8 +80,9 @@ class Pipeline:
         return self._cache.stats
 
     def __call__(
-        self, prompt: str | Sequence[str] = "", *, negative_prompt: str | Sequence[str] = "", steps: int = 25,
-        guidance_scale: float = 7.5, seed: int | Sequence[int] | None = None, images_per_prompt: int = 1,
+        self, prompt: str | Sequence[str] = "", *, negative_prompt: str | Sequence[str] | None = None,
+        steps: int = DEFAULT_STEPS, guidance_scale: float | None = None,
+        seed: int | Sequence[int] | None = None, images_per_prompt: int = 1,
         height: int | None = None, width: int | None = None, scheduler: str | None = None, eta: float = 0.0,
         guidance_rescale: float = 0.0, guidance_interval: tuple[float, float] = (0.0, 1.0),
         image: ImageLike | Sequence[ImageLike] | None = None, mask: ImageLike | Sequence[ImageLike] | None = None,
@@ -94,21 +95,24 @@ class Pipeline:
 
         Args:
             prompt: one text or several; empty texts for a model without prompts.
-            negative_prompt: what to steer away from: one text, or one per prompt. Unused without guidance.
+            negative_prompt: what to steer away from: one text, or one per prompt. Unused without guidance. None is
+                what the model was trained to have in its place: zeros for Stable Diffusion XL, else the empty text.
             steps: denoising steps.
-            guidance_scale: how strongly to follow the prompt; at 1 and below guidance is off and a step costs half.
+            guidance_scale: how strongly to follow the prompt; at 1 and below guidance is off and a step costs half. By
+                default what diffusers' class for the mode says: 7.5 for Stable Diffusion, 5 for XL.
             seed: of the first image, the others counting on from it; or one per image; None is unpredictable.
             images_per_prompt: images for each prompt, which follow each other in the result.
             height, width: pixels; by default the latents' or the initial image's, else the model's own size.
-            scheduler: name of a sampling method; by default the bundle's.
+            scheduler: name of a sampling method, over the model's noise schedule; by default the model's own.
             eta: share of fresh noise in DDIM's steps.
             guidance_rescale: share of rescaling against overexposure, 0 to 1; see `guidance.Guidance`.
             guidance_interval: first and last share of the steps under guidance; a step outside costs half.
             image: initial image, or one per prompt: a path, a Pillow image or an array; resized to height and width.
             mask: white where the image is painted anew, black where it is kept; one, or one per prompt. It has the
                 image's shape and may have another size.
-            strength: share of the steps that an initial image goes through, above 0 and at most 1. By default 0.8, and
-                1 under a mask, where it starts from noise alone.
+            strength: share of the steps that an initial image goes through, above 0 and at most 1. By default what
+                diffusers' class for the mode says: 0.8 for Stable Diffusion, 0.3 for XL; under a mask 1, where it
+                starts from noise alone, and 0.9999 for XL.
             weighting: read `(word:1.3)`, `(word)` and `[word]` as weights; see `runtimes.weighting`.
             long_prompts: read prompts that are too long for the text encoder in windows, instead of cutting them. The
                 U-Net must take that many tokens: build with --shapes sequence=...
@@ -140,10 +144,11 @@ class Pipeline:
         if whole(cache_interval, "cache_interval") > 1 and SHALLOW not in self.sessions:
             raise InputError("this bundle has no U-Net that reuses deep features", where="cache_interval",
                              fix="leave it 1, or build with --step-cache")
-        guidance = Guidance(finite(guidance_scale, "guidance_scale"), finite(guidance_rescale, "guidance_rescale"),
-                            interval(guidance_interval))
-        share = (0.8 if mask is None else 1.0) if strength is None else finite(strength, "strength")
-        method, wanted = self._scheduler(scheduler), whole(steps, "steps")
+        mode = self.facts.mode(image is not None, mask is not None)
+        scale = mode.guidance_scale if guidance_scale is None else finite(guidance_scale, "guidance_scale")
+        guidance = Guidance(scale, finite(guidance_rescale, "guidance_rescale"), interval(guidance_interval))
+        share = mode.strength if strength is None else finite(strength, "strength")
+        method, wanted = self._scheduler(scheduler, mode), whole(steps, "steps")
         run, count = begin_part(method, wanted, checked_part(part), 1.0 if image is None else share,
                                 finite(eta, "eta"))
         stop = Stop(cancel, count)
@@ -249,10 +254,11 @@ class Pipeline:
                              fix="build --safety-checker, from a model that has one")
         return flags(self.sessions[SAFETY_CHECKER], self._preprocessing(pictures)) if pictures else []
 
-    def _scheduler(self, name: str | None) -> Scheduler:
-        if name not in self._schedulers:
-            self._schedulers[name] = from_config(self._config, name)
-        return self._schedulers[name]
+    def _scheduler(self, name: str | None, mode: ModeFacts) -> Scheduler:
+        key = name, mode.pipeline_class
+        if key not in self._schedulers:
+            self._schedulers[key] = from_config({**self._config, **mode.scheduler}, name)
+        return self._schedulers[key]
 
 
 class _Sessions(Mapping[str, Session]):

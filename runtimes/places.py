@@ -3,9 +3,32 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
+
+_root: ContextVar[Path | None] = ContextVar("_root", default=None)
+
+
+@contextmanager
+def rooted(root: Path) -> Iterator[None]:
+    """Everything that is cached within lies below this folder: that of the build that is running."""
+    token = _root.set(root)
+    try:
+        yield
+    finally:
+        _root.reset(token)
 
 
 def cache_home() -> Path:
-    """`$XDG_CACHE_HOME/ldm-deploy`, or `~/.cache/ldm-deploy`; it need not be there."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ldm-deploy"
+    """The one folder of every cache; it need not be there.
+
+    That of the build that is running, else `$LDM_DEPLOY_CACHE`, else `$XDG_CACHE_HOME/ldm-deploy`, else
+    `~/.cache/ldm-deploy`. A variable that is empty counts as absent.
+    """
+    if (root := _root.get()) is not None:
+        return root
+    if own := os.environ.get("LDM_DEPLOY_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ldm-deploy"

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from runtimes.batching import Described, input_spec
-from runtimes.errors import InputError
-from runtimes.images import ImageLike, open_image, to_mask, to_pixels
+from runtimes.errors import BundleError, InputError
+from runtimes.images import ImageLike, Opened, open_image, open_mask, size_of, to_mask, to_pixels
 from runtimes.manifest import PipelineFacts
 from runtimes.noise import resolve_seeds
 from runtimes.session import Session
 from runtimes.tensors import ShapeRange
 from runtimes.tiling import Tiling
 from runtimes.tokenizer import check_text
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 OUTPUTS = ("pil", "numpy", "latents")
 MAX_TILED_SIDE = 8192
@@ -34,6 +31,7 @@ class Request:
 
     Attributes:
         prompts, negatives: texts; `negatives` is empty where guidance is off.
+        negatives_given: whether the negative prompts were given, though they be empty texts.
         latent_shape: (C, H/f, W/f).
         height, width: pixels.
         tiling: where the networks' tiles lie, or None where they take the whole.
@@ -47,6 +45,7 @@ class Request:
 
     prompts: tuple[str, ...]
     negatives: tuple[str, ...]
+    negatives_given: bool
     latent_shape: tuple[int, int, int]
     height: int
     width: int
@@ -62,7 +61,7 @@ class Request:
 
 def check_request(
     sessions: Mapping[str, Session], facts: PipelineFacts, *, prompt: str | Sequence[str],
-    negative_prompt: str | Sequence[str], images_per_prompt: int, guided: bool,
+    negative_prompt: str | Sequence[str] | None, images_per_prompt: int, guided: bool,
     seed: int | Sequence[int] | None, height: int | None, width: int | None,
     image: ImageLike | Sequence[ImageLike] | None, mask: ImageLike | Sequence[ImageLike] | None, strength: float,
     latents: NDArray[np.float32] | None, tile: int | None,
@@ -78,33 +77,37 @@ def check_request(
     copies = whole(images_per_prompt, "images_per_prompt")
     if not facts.text_encoders and any(prompts):
         raise InputError("this model draws without prompts", where="prompt", fix="leave the prompt empty")
-    negatives = _texts(negative_prompt, "the negative prompt")
-    if isinstance(negative_prompt, str):
+    negatives = _texts("" if negative_prompt is None else negative_prompt, "the negative prompt")
+    if negative_prompt is None or isinstance(negative_prompt, str):
         negatives *= len(prompts)
     if len(negatives) != len(prompts):
         raise InputError(f"{len(negatives)} negative prompts for {len(prompts)} prompts", where="negative_prompt",
                          fix="give one, or one per prompt")
-    pictures = [] if image is None else _pictures(image, len(prompts), "image")
-    masks = [] if mask is None else _pictures(mask, len(prompts), "mask")
+    count = len(prompts) * copies
+    pictures = [] if image is None else _opened_all(image, open_image, "image", count)
+    masks = [] if mask is None else _opened_all(mask, open_mask, "mask", count)
     if masks and not pictures:
         raise InputError("a mask without an image", where="mask", fix="give the image that it lies over")
-    height, width = _size(facts, sessions, height, width, pictures, latents, tile)
+    if len({len(pictures), len(masks)} - {0, 1}) > 1:
+        raise InputError(f"{len(masks)} masks for {len(pictures)} images", where="mask", fix="give one, or one each")
+    # As diffusers has it, an image sets the size of what is made of it, but not of what is painted into it.
+    height, width = _size(facts, sessions, height, width, None if masks or not pictures else size_of(pictures[0]),
+                          latents, tile)
     shape = facts.latent_channels, height // facts.vae_scale_factor, width // facts.vae_scale_factor
-    count = len(prompts) * copies
     return Request(
         prompts=_repeated(prompts, copies),
         negatives=_repeated(negatives, copies) if guided else (),
+        negatives_given=negative_prompt is not None,
         latent_shape=shape,
         height=height,
         width=width,
         tiling=None if tile is None else _tiling(facts, sessions, height, width, tile),
         seeds=resolve_seeds(seed, count),
         pictures=np.stack([to_pixels(p, height, width) for p in pictures]) if pictures else None,
-        picture_of=_spread(len(pictures), count, copies),
+        picture_of=_dealt(len(pictures), count),
         strength=strength,
-        masks=np.stack([to_mask(m, pictures[min(i, len(pictures) - 1)], height, width) for i, m in enumerate(masks)])
-        if masks else None,
-        mask_of=_spread(len(masks), count, copies),
+        masks=np.stack([to_mask(m, height, width) for m in masks]) if masks else None,
+        mask_of=_dealt(len(masks), count),
         latents=None if latents is None else check_latents(latents, (count, *shape)),
     )
 
@@ -146,7 +149,11 @@ def pixel_limits(facts: PipelineFacts, sessions: Mapping[str, Described], name: 
     position = {"height": 2, "width": 3}[name]
     least, most, multiple = 1, 1 << 20, 1
     for component, tensor in (("unet", "sample"), ("vae_decoder", "latent_sample")):
-        size = input_spec(sessions[component], tensor).shape[position]
+        shape = input_spec(sessions[component], tensor).shape
+        if len(shape) != 4:
+            raise BundleError(f"{tensor} has the shape {shape}, expected (B, C, H/f, W/f)", where=component,
+                              fix="build the bundle again")
+        size = shape[position]
         if isinstance(size, int):
             least, most = max(least, size), min(most, size)
         elif (axis := sessions[component].component.axes.get(size)) is not None:
@@ -218,38 +225,68 @@ def _repeated(values: Sequence[Any], copies: int) -> tuple[Any, ...]:
     return tuple(value for value in values for _ in range(copies))
 
 
-def _spread(distinct: int, count: int, copies: int) -> tuple[int, ...]:
-    """Which of one or of several pictures belongs to each of `count` images."""
-    return (0,) * count if distinct == 1 else _repeated(range(distinct), copies)
+def _dealt(distinct: int, count: int) -> tuple[int, ...]:
+    """Which of several pictures belongs to each of `count` images: in turn, as diffusers repeats a batch of them."""
+    return tuple(i % distinct for i in range(count)) if distinct else ()
 
 
-def _pictures(image: ImageLike | Sequence[ImageLike], prompts: int, what: str) -> list[Image]:
-    several = isinstance(image, Sequence) and not isinstance(image, str)
-    sources: Sequence[Any] = image if several else [image]  # type: ignore[assignment]
-    if len(sources) not in (1, prompts):
-        raise InputError(f"{len(sources)} {what}s for {prompts} prompts", where=what, fix="give one, or one each")
-    return [open_image(source, what) for source in sources]
+def _opened_all(
+    given: ImageLike | Sequence[ImageLike], opened: Callable[[ImageLike, str], Opened], what: str, count: int
+) -> list[Opened]:
+    """One or several images or masks, all arrays of one shape or none an array."""
+    if isinstance(given, np.ndarray):
+        batch = given.ndim == 4 or (what == "mask" and given.ndim == 3 and given.shape[2] != 1)
+        sources: Sequence[Any] = given if batch else [given]  # type: ignore[assignment]
+    else:
+        sources = given if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+    if not len(sources) or count % len(sources):
+        raise InputError(f"{len(sources)} {what}s for {count} image{'s' * (count != 1)} to make", where=what,
+                         fix="give one, or one for each")
+    images = [opened(source, what) for source in sources]
+    kinds = {image.shape if isinstance(image, np.ndarray) else None for image in images}
+    if len(kinds) > 1:
+        raise InputError(f"the {what}s are arrays of different shapes, or not all arrays", where=what,
+                         fix="give all as Pillow images or paths")
+    return images
 
 
 def _size(
     facts: PipelineFacts, sessions: Mapping[str, Session], height: int | None, width: int | None,
-    pictures: Sequence[Image], latents: object, tile: int | None,
+    picture: tuple[int, int] | None, latents: object, tile: int | None,
 ) -> tuple[int, int]:
-    """Height and width in pixels: as asked for, else the latents', else the first picture's rounded down, else the
-    bundle's own."""
+    """Height and width in pixels: as asked for, else the latents', else the picture's rounded down to whole latents, else
+    the model's own."""
+    own = facts.height, facts.width
     sizes = []
-    for name, given, axis, default in (("height", height, 2, facts.height), ("width", width, 3, facts.width)):
+    for axis, (name, given) in enumerate((("height", height), ("width", width))):
         if given is not None:
             size = given
-        elif isinstance(latents, np.ndarray) and latents.ndim == 4 and latents.shape[axis]:
-            size = latents.shape[axis] * facts.vae_scale_factor
-        elif pictures:
-            multiple = facts.vae_scale_factor if tile else pixel_limits(facts, sessions, name)[1]
-            size = max(getattr(pictures[0], name) // multiple, 1) * multiple
+        elif isinstance(latents, np.ndarray) and latents.ndim == 4 and latents.shape[axis + 2]:
+            size = latents.shape[axis + 2] * facts.vae_scale_factor
+        elif picture is not None:
+            sizes.append(_picture_size(facts, sessions, name, picture[axis], tile))
+            continue
         else:
-            size = default
-        sizes.append(check_size(facts, sessions, name, size) if tile is None else _check_tiled(facts, name, size))
+            size = own[axis]
+        sizes.append(_checked_size(facts, sessions, name, size, tile))
     return sizes[0], sizes[1]
+
+
+def _picture_size(
+    facts: PipelineFacts, sessions: Mapping[str, Session], name: str, pixels: int, tile: int | None
+) -> int:
+    """A picture's height or width in whole latents, rounded down as by `VaeImageProcessor.get_default_height_width`."""
+    try:
+        return _checked_size(facts, sessions, name, pixels - pixels % facts.vae_scale_factor, tile)
+    except InputError as error:
+        raise InputError(f"the image's {name} of {pixels} will not do: {error.what}", where="image",
+                         fix=f"give {name}; {error.fix}") from error
+
+
+def _checked_size(
+    facts: PipelineFacts, sessions: Mapping[str, Session], name: str, pixels: int, tile: int | None
+) -> int:
+    return check_size(facts, sessions, name, pixels) if tile is None else _check_tiled(facts, name, pixels)
 
 
 def _check_tiled(facts: PipelineFacts, name: str, pixels: int) -> int:

@@ -6,7 +6,7 @@ import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -71,6 +71,15 @@ class Session(ABC):
             bind_axes(self.component.inputs, feeds, self.component.axes, self.name)
             self._checked = signature
         return self._run(feeds)
+
+    def close(self) -> None:  # noqa: B027 - most backends free everything with their last reference
+        """Give back what the backend holds, where it has a way to; the session cannot be run afterwards."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @abstractmethod
     def _run(self, feeds: Arrays) -> dict[str, np.ndarray[Any, Any]]:

@@ -35,3 +35,7 @@ class LoraSession(Session):
 
     def _run(self, feeds: Arrays) -> dict[str, np.ndarray[Any, Any]]:
         return self._inner.run({**feeds, **self._lora})
+
+    def close(self) -> None:
+        """Close the session below."""
+        self._inner.close()

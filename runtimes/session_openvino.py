@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from runtimes.bundle import Bundle
+from runtimes.cache_store import keep_within_limit, use
 from runtimes.errors import BundleError, DeployError, InputError, OutOfMemoryError, UnavailableError
 from runtimes.manifest import Component
 from runtimes.places import cache_home
@@ -46,8 +47,11 @@ class OpenVinoSession(Session):
         self._tensor = Tensor
         try:
             # From the file, not from a model read before: only then is the cache found again (0.2 s instead of 1.0).
-            self._compiled = _core().compile_model(str(bundle.file(component.file)), device,
-                                                   properties(component, options))
+            wanted = properties(component, options)
+            cached = set(os.listdir(wanted["CACHE_DIR"])) if "CACHE_DIR" in wanted else set()
+            self._compiled = _core().compile_model(str(bundle.file(component.file)), device, wanted)
+            if "CACHE_DIR" in wanted and set(os.listdir(wanted["CACHE_DIR"])) - cached:
+                keep_within_limit()
         except RuntimeError as error:
             raise _explained(error, name, running=False) from error
         self._inputs = self._positions(self._compiled.inputs, [s.name for s in component.inputs])
@@ -145,19 +149,23 @@ def properties(component: Component, options: SessionOptions) -> dict[str, Any]:
         result["INFERENCE_NUM_THREADS"] = options.threads
     if options.device == "cpu" and options.pin_threads:
         result["ENABLE_CPU_PINNING"] = True
-    if (folder := cache_folder()) is not None:
+    if (folder := cache_folder(component)) is not None:
         result["CACHE_DIR"] = str(folder)
         result["CACHE_MODE"] = "OPTIMIZE_SIZE"  # what was compiled, without a second copy of the weights
     return result
 
 
-def cache_folder() -> Path | None:
-    """Where compiled models are kept, keyed by OpenVINO itself; None where nothing can be written."""
-    folder = cache_home() / "openvino"
+def cache_folder(component: Component) -> Path | None:
+    """Where the compiled forms of a component are cached, keyed by OpenVINO itself; None where nothing can be written.
+
+    Components have folders of their own, because OpenVINO does not say which of its files it has read.
+    """
+    folder = cache_home() / "openvino" / component.sha256[:32]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
         return None
+    use(folder)
     return folder if os.access(folder, os.W_OK) else None
 
 

@@ -6,21 +6,19 @@ takes 8 of the 9 seconds of a load. The result suits this processor and this rel
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
-import tempfile
-import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import onnxruntime as ort
 
+from runtimes.cache_store import WORK, keep_within_limit, scratch, use
 from runtimes.manifest import Component, digest_of
+from runtimes.places import cache_home
 
 ABOVE_BYTES = 128 << 20  # smaller ones load in half a second
-KEPT_SECONDS = 30 * 24 * 3600  # since it was last used
 MODEL_FILE, DATA_FILE = "model.onnx", "model.onnx.data"
 
 Open = Callable[[Path, ort.SessionOptions], ort.InferenceSession]
@@ -42,26 +40,24 @@ def open_kept(graph: Path, component: Component, options: Callable[[], ort.Sessi
     wanted = options()
     level = int(wanted.graph_optimization_level.value)
     entry = root / digest_of([component.sha256, ort.__version__, level, processor()])
-    if (entry / MODEL_FILE).is_file():
+    if use(entry):
         wanted.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         try:
             session = open_graph(entry / MODEL_FILE, wanted)
-            os.utime(entry)
         except Exception:  # whatever is wrong with it: the bundle's own graph is still there
             shutil.rmtree(entry, ignore_errors=True)
         else:
             return session
-    try:
-        partial = _room(root, 2 * component.bytes)
-    except OSError:
-        return open_graph(graph, options())
-    try:
+    with ExitStack() as stack:
+        try:
+            partial = stack.enter_context(_room(root, 2 * component.bytes))
+        except OSError:
+            return open_graph(graph, options())
         session = open_graph(graph, _writing(options(), partial))
         with suppress(OSError):  # another process was faster
             partial.rename(entry)
-        return session
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    keep_within_limit()
+    return session
 
 
 def _writing(options: ort.SessionOptions, folder: Path) -> ort.SessionOptions:
@@ -72,19 +68,18 @@ def _writing(options: ort.SessionOptions, folder: Path) -> ort.SessionOptions:
     return options
 
 
-def _room(root: Path, size: int) -> Path:
-    """A folder to write into, after dropping what nobody has used for long.
+@contextmanager
+def _room(root: Path, size: int) -> Iterator[Path]:
+    """A folder to write into.
 
     Raises:
         OSError: it cannot be made, or the disk has no room for so many bytes.
     """
     root.mkdir(parents=True, exist_ok=True)
-    for entry in root.iterdir():
-        if time.time() - entry.stat().st_mtime > KEPT_SECONDS:
-            shutil.rmtree(entry, ignore_errors=True)
     if shutil.disk_usage(root).free < size:
         raise OSError(f"{root} has no room")
-    return Path(tempfile.mkdtemp(prefix=".partial-", dir=root))
+    with scratch(cache_home() / WORK) as folder:
+        yield folder
 
 
 def processor() -> str:

@@ -65,16 +65,19 @@ def begin(
         InputError: the U-Net takes channels that are not those of latents, a mask and a masked picture.
     """
     paints = inpaints(sessions["unet"], request.latent_shape[0])
+    # Under a mask, all of the schedule starts from noise alone, and so do latents that the caller gives.
+    pure = request.masks is not None and (request.strength == 1 or request.latents is not None)
     original: Float32 | None = None
-    if request.pictures is not None and (request.strength < 1 or not paints):
+    if request.pictures is not None and not (paints and pure):
         original = _encoded(sessions, scaling_factor, request.pictures, request.picture_of, request, noise)
     fresh = noise.draw(request.latent_shape) if request.latents is None else request.latents
-    pure = original is None or (request.masks is not None and request.strength == 1)
     sample = fresh * np.float32(run.init_noise_sigma) if pure or original is None else run.add_noise(original, fresh)
     if paints:
         return Start(sample, extra=_conditions(sessions, scaling_factor, request, noise))
     if request.masks is None or original is None:
         return Start(sample)
+    if sessions["vae_encoder"].component.outputs[0].name != "latents":
+        noise.draw(request.latent_shape)  # diffusers encodes the masked image here too, and uses the numbers only
     return Start(sample, kept=Kept(original, fresh, _small(request)))
 
 

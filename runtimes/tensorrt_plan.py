@@ -20,7 +20,10 @@ from runtimes.tensors import DTYPES
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}  # details["builder"] -> module that runs its engines
 PACKAGES = {"tensorrt": "pip install 'ldm-deploy[tensorrt]'", "tensorrt-rtx": "pip install 'ldm-deploy[tensorrt-rtx]'"}
 ALIGNMENT = 256  # what cudaMalloc gives, and TensorRT asks for
-GRAPHS_KEPT = 8  # captured CUDA graphs per engine: each pins workspace for one set of shapes
+GRAPHS_KEPT = 8  # captured CUDA graphs per engine, each with an execution context of its own
+# TensorRT's DataType -> how a TensorSpec says it.
+TYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT8": "int8", "INT32": "int32", "INT64": "int64",
+         "BOOL": "bool", "UINT8": "uint8"}
 _MAGIC = re.compile(rb"[a-z]trt")
 
 Shape = tuple[int, ...]
@@ -65,6 +68,46 @@ def profiles_of(component: Component, where: str) -> tuple[Profile, ...]:
                           fix="build the bundle again") from error
 
 
+def check_engine_profiles(stated: Sequence[Profile], found: Sequence[Profile], where: str) -> None:
+    """Refuse an engine whose profiles are not those that shapes are checked against.
+
+    Raises:
+        BundleError: names the first difference.
+    """
+    if len(stated) != len(found):
+        raise BundleError(f"the engine has {len(found)} profiles, the manifest {len(stated)}", where=where,
+                          fix="build the bundle again")
+    for index, (ours, engines) in enumerate(zip(stated, found, strict=True)):
+        for name, limits in engines.items():
+            if name not in ours or (ours[name].low, ours[name].high) != (limits.low, limits.high):
+                here = _span(ours[name]) if name in ours else "nothing"
+                raise BundleError(f"profile {index} of the engine takes {name} {_span(limits)}, the manifest {here}",
+                                  where=where, fix="build the bundle again")
+
+
+def check_tensors(component: Component, found: Mapping[str, tuple[str, str]], where: str) -> None:
+    """Refuse an engine whose inputs and outputs are not the manifest's.
+
+    Args:
+        component: what the manifest says.
+        found: tensor -> "INPUT" or "OUTPUT", and TensorRT's name of its type.
+        where: for the error.
+
+    Raises:
+        BundleError: names the first tensor that differs, and how.
+    """
+    stated = {**{s.name: ("INPUT", s.dtype) for s in component.inputs},
+              **{s.name: ("OUTPUT", s.dtype) for s in component.outputs}}
+    if set(stated) != set(found):
+        raise BundleError(f"the engine has {sorted(found)}, the manifest {sorted(stated)}", where=where,
+                          fix="build the bundle again")
+    for name, (mode, dtype) in stated.items():
+        has_mode, has_dtype = found[name]
+        if (mode, dtype) != (has_mode, TYPES.get(has_dtype, has_dtype)):
+            raise BundleError(f"{name} is {has_mode.lower()} of {TYPES.get(has_dtype, has_dtype)} in the engine, "
+                              f"{mode.lower()} of {dtype} in the manifest", where=where, fix="build the bundle again")
+
+
 def choose_profile(profiles: Sequence[Profile], shapes: Shapes, where: str) -> int:
     """The profile tuned nearest to these shapes among those that hold them.
 
@@ -102,6 +145,14 @@ class BufferPlan:
     sizes: Mapping[str, int]
     total_bytes: int
 
+    def reserved(self, name: str) -> int:
+        """Bytes up to the next tensor: its size, rounded up to the alignment."""
+        return _aligned(self.sizes[name])
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
 
 def plan_buffers(component: Component, where: str) -> BufferPlan:
     """Lay inputs and outputs out one after the other at their largest.
@@ -119,7 +170,7 @@ def plan_buffers(component: Component, where: str) -> BufferPlan:
                               fix="build the bundle again")
         offsets[spec.name] = total
         sizes[spec.name] = math.prod(spec.resolve(largest)) * np.dtype(DTYPES[spec.dtype]).itemsize
-        total += -(-sizes[spec.name] // ALIGNMENT) * ALIGNMENT
+        total += _aligned(sizes[spec.name])
     return BufferPlan(offsets, sizes, total)
 
 

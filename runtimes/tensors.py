@@ -52,6 +52,10 @@ class Axis:
     range: ShapeRange
     multiple: int = 1
 
+    def __post_init__(self) -> None:
+        if self.multiple < 1:
+            raise InputError(f"sizes cannot be multiples of {self.multiple}")
+
 
 @dataclass(frozen=True)
 class TensorSpec:
@@ -61,6 +65,12 @@ class TensorSpec:
     dtype: str
     shape: tuple[int | str, ...]
     meaning: str = ""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise InputError(f"unknown dtype {self.dtype!r}", where=self.name, fix=f"one of {', '.join(DTYPES)}")
+        if any(isinstance(d, int) and d < 1 for d in self.shape):
+            raise InputError(f"a size of {self.name} is below 1: {self.shape}")
 
     def resolve(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """The concrete shape for given sizes of the named axes."""

@@ -9,32 +9,37 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
+from itertools import count, takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from runtimes.errors import BundleError, InputError
-from runtimes.tokenizer_bert import is_bert, prepare_bert_tokenizer
+from runtimes.tokenizer_bert import BERT, is_bert, prepare_bert_tokenizer
+from runtimes.tokenizer_files import (
+    MARKERS,
+    first_line,
+    from_bpe_files,
+    from_tokenizer_json,
+    read_object,
+    special_tokens,
+    tokens_of,
+)
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
 
-MAX_CHARACTERS = 4000
+MAX_CHARACTERS = 100_000  # far above what any text encoder reads, far below what makes a tokenizer slow
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 
 # transformers/models/clip/tokenization_clip.py; OpenAI CLIP's simple_tokenizer.py
 _WORD = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
-_MARKERS = {
-    "bos_token": "<|startoftext|>",
-    "eos_token": "<|endoftext|>",
-    "unk_token": "<|endoftext|>",
-    "pad_token": "<|endoftext|>",
-}
-_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_LONGEST_QUOTE = 500
+# Settings of tokenizer_config.json that change ids -> the one value that the runtime knows.
+_PLAIN = {"padding_side": "right", "truncation_side": "right", "split_special_tokens": False}
 # transformers writes 10**30 where no length was given
 _ABSURD_LENGTH = 1_000_000
 
@@ -46,20 +51,30 @@ class ClipTokenizer:
 
     Attributes:
         tokens: length of every row, both markers counted.
-        words: token -> number of tokens it becomes: textual inversions with several vectors.
+        words: id of a word -> ids of its further vectors: textual inversions, wherever they were saved.
         pad_id: id that fills a row after the end marker ("!" in Stable Diffusion 2, the end marker elsewhere).
     """
 
-    def __init__(
-        self, tokenizer: Tokenizer, tokens: int, pad_token: str, words: Mapping[str, int] | None = None
-    ) -> None:
+    def __init__(self, tokenizer: Tokenizer, tokens: int, pad_token: str, *, inversions: bool = True) -> None:
+        """Take a tokenizer of `tokenizers`.
+
+        Args:
+            tokenizer: its post-processor adds the markers.
+            tokens: length of every row.
+            pad_token: what fills it.
+            inversions: whether `cat`, `cat_1`, `cat_2` among the added tokens are the vectors of one word.
+
+        Raises:
+            BundleError: the padding token is not in the vocabulary.
+        """
         pad_id = tokenizer.token_to_id(pad_token)
         if pad_id is None:
             raise BundleError(f"the padding token {pad_token!r} is not in the vocabulary", where=TOKENIZER_FILE)
-        self.tokens, self.pad_id, self.words = tokens, int(pad_id), dict(words or {})
-        tokenizer.enable_truncation(tokens)
-        tokenizer.enable_padding(length=tokens, pad_id=self.pad_id, pad_token=pad_token)
-        self._tokenizer = tokenizer
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        self.tokens, self.pad_id, self._tokenizer = tokens, int(pad_id), tokenizer
+        self.words = _words_of_several_vectors(tokenizer) if inversions else {}
+        self._start, self._end = tokenizer.encode("").ids
 
     @classmethod
     def load(cls, folder: Path | str, tokens: int) -> ClipTokenizer:
@@ -74,12 +89,11 @@ class ClipTokenizer:
         try:
             tokenizer = Tokenizer.from_file(str(file))
             config = json.loads((Path(folder) / CONFIG_FILE).read_text(encoding="utf-8"))
-            pad_token = config["pad_token"]
-            words = {str(token): int(count) for token, count in config.get("multi_vector_tokens", {}).items()}
+            pad_token, inversions = config["pad_token"], config.get("tokenizer_class") != BERT
         except Exception as error:  # `tokenizers` raises bare Exception
-            raise BundleError(f"cannot read the tokenizer: {_first_line(error)}", where=str(folder),
+            raise BundleError(f"cannot read the tokenizer: {first_line(error)}", where=str(folder),
                               fix="build the bundle again") from error
-        return cls(tokenizer, tokens, pad_token, words)
+        return cls(tokenizer, tokens, pad_token, inversions=inversions)
 
     def __call__(self, texts: Sequence[str]) -> NDArray[np.int64]:
         """Tokenize prompts.
@@ -91,26 +105,17 @@ class ClipTokenizer:
             (len(texts), tokens) int64, start marker first, end marker last before the padding.
 
         Raises:
-            InputError: a text is not a string, not valid Unicode, or longer than 4,000 characters.
+            InputError: a text is not a string, not valid Unicode, or longer than 100,000 characters.
         """
-        ids = np.empty((len(texts), self.tokens), np.int64)
+        rows = np.empty((len(texts), self.tokens), np.int64)
+        room = self.tokens - 2
         for row, text in enumerate(texts):
-            check_text(text)
-            text = self._spelled_out(text)
-            encoding = self._tokenizer.encode(text)
-            ids[row] = encoding.ids
-            if encoding.overflowing:
-                start = next(s for s, e in encoding.overflowing[0].offsets if e > s)
-                logger.warning("the prompt is longer than %d tokens; this part of it was cut: %r",
-                               self.tokens, text[start:])
-        return ids
-
-    def _spelled_out(self, text: str) -> str:
-        """Each word of several vectors followed by its further tokens, as diffusers' `maybe_convert_prompt` does."""
-        for token, count in self.words.items():
-            if token in text:
-                text = text.replace(token, " ".join([token, *(f"{token}_{i}" for i in range(1, count))]))
-        return text
+            ids, starts = self._read(text)
+            rows[row] = self._row(ids[:room])
+            if len(ids) > room:
+                logger.warning("the prompt is longer than %d tokens; this part of it was cut: %s",
+                               self.tokens, _quoted(text[starts[room]:]))
+        return rows
 
     def windows(self, fragments: Sequence[tuple[str, float]]) -> list[tuple[NDArray[np.int64], NDArray[np.float32]]]:
         """Tokenize a prompt of any length into rows of their own markers, `tokens` - 2 tokens of text each.
@@ -127,37 +132,64 @@ class ClipTokenizer:
         ids: list[int] = []
         weights: list[float] = []
         for text, weight in fragments:
-            check_text(text)
-            found = self._endless.encode(self._spelled_out(text), add_special_tokens=False).ids
+            found, _ = self._read(text)
             ids += found
             weights += [weight] * len(found)
-        (start, end), room = self._tokenizer.encode("").ids[:2], self.tokens - 2
+        room = self.tokens - 2
         windows = []
         for first in range(0, max(len(ids), 1), room):
             part, own = ids[first : first + room], weights[first : first + room]
-            row = np.full(self.tokens, self.pad_id, np.int64)
-            row[: len(part) + 2] = [start, *part, end]
             scale = np.ones(self.tokens, np.float32)
             scale[1 : len(part) + 1] = own
-            windows.append((row, scale))
+            windows.append((self._row(part), scale))
         return windows
 
-    @cached_property
-    def _endless(self) -> Tokenizer:
-        """The same tokenizer without padding and cutting."""
-        from tokenizers import Tokenizer
+    def _read(self, text: str) -> tuple[list[int], list[int]]:
+        """Ids of a text of any length, without markers, and where in the text each begins.
 
-        copy = Tokenizer.from_str(self._tokenizer.to_str())
-        copy.no_padding()
-        copy.no_truncation()
-        return copy
+        A word of several vectors is followed by the further ones. diffusers' `maybe_convert_prompt` writes their names
+        into the text, which finds the word inside other words too; here whole tokens count, as the tokenizer found
+        them: the longest that begins at a place.
+        """
+        check_text(text)
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        if not self.words:
+            return encoding.ids, [start for start, _ in encoding.offsets]
+        ids: list[int] = []
+        starts: list[int] = []
+        for found, (start, _) in zip(encoding.ids, encoding.offsets, strict=True):
+            whole = (found, *self.words.get(found, ()))
+            ids += whole
+            starts += [start] * len(whole)
+        return ids, starts
+
+    def _row(self, ids: Sequence[int]) -> NDArray[np.int64]:
+        """At most `tokens` - 2 ids with their markers and padding: (tokens,) int64."""
+        row = np.full(self.tokens, self.pad_id, np.int64)
+        row[: len(ids) + 2] = [self._start, *ids, self._end]
+        return row
+
+
+def _words_of_several_vectors(tokenizer: Tokenizer) -> dict[int, tuple[int, ...]]:
+    """Among the added tokens, `word`, `word_1`, `word_2` ...: id of the word -> ids of the others.
+
+    The rule of diffusers' `TextualInversionLoaderMixin._maybe_convert_prompt` (loaders/textual_inversion.py), which
+    knows nothing of the files either.
+    """
+    added = {token.content: number for number, token in tokenizer.get_added_tokens_decoder().items()}
+    words = {}
+    for content, number in added.items():
+        names = takewhile(added.__contains__, (f"{content}_{i}" for i in count(1)))
+        if further := tuple(added[name] for name in names):
+            words[number] = further
+    return words
 
 
 def check_text(text: object, what: str = "the prompt") -> None:
     """Refuse what no tokenizer should be given.
 
     Raises:
-        InputError: not a string, not valid Unicode, or longer than 4,000 characters.
+        InputError: not a string, not valid Unicode, or longer than 100,000 characters.
     """
     if not isinstance(text, str):
         raise InputError(f"{what} is {type(text).__name__}, expected a string")
@@ -184,45 +216,82 @@ def tokenizer_json_from_bpe(
     Raises:
         InputError: a file is missing or malformed, or a marker is not in the vocabulary.
     """
-    vocab, merges = _from_bpe_files(vocab_file, merges_file)
-    return _clip_json(vocab, merges, list(added) if added is not None else _tokens_of(_MARKERS), _MARKERS,
+    vocab, merges = from_bpe_files(vocab_file, merges_file)
+    return _clip_json(vocab, merges, list(added) if added is not None else tokens_of(MARKERS), MARKERS,
                       str(vocab_file))
 
 
-def prepare_tokenizer(source_folder: Path | str, out_folder: Path | str) -> int | None:
+def prepare_tokenizer(source_folder: Path | str, out_folder: Path | str, rows: int | None = None) -> int | None:
     """Write tokenizer.json and a small tokenizer_config.json from a published tokenizer folder of either layout.
+
+    Args:
+        source_folder: as transformers saves it.
+        out_folder: receives the files.
+        rows: of the text encoder's table of embeddings, which every id must be below; None leaves that unchecked.
 
     Returns:
         the longest prompt in tokens that the source states, or None where it states none.
 
     Raises:
-        InputError: no tokenizer there, or files that are malformed or contradict each other.
+        InputError: no tokenizer there, files that are malformed or contradict each other, a setting that changes ids
+            and is not honoured, or a token that the text encoder has no row for.
     """
     source, out = Path(source_folder), Path(out_folder)
-    config = _read_object(source / CONFIG_FILE) or {}
+    length = _prepare(source, out)
+    if rows is not None:
+        check_rows(out, rows, str(source))
+    return length
+
+
+def check_rows(folder: Path, rows: int, where: str) -> None:
+    """Refuse a tokenizer of a bundle that gives ids which the text encoder has no embedding for.
+
+    Args:
+        folder: from `prepare_tokenizer`.
+        rows: of the text encoder's table.
+        where: said in the error.
+
+    Raises:
+        InputError: naming the token of the largest id.
+    """
+    from tokenizers import Tokenizer
+
+    vocabulary = Tokenizer.from_file(str(folder / TOKENIZER_FILE)).get_vocab(with_added_tokens=True)
+    token = max(vocabulary, key=vocabulary.__getitem__)
+    if vocabulary[token] >= rows:
+        raise InputError(f"the token {token!r} has id {vocabulary[token]}, the text encoder's table only {rows} rows",
+                         where=where, fix="save tokenizer and text encoder again together "
+                                          "(resize_token_embeddings), or take the token out")
+
+
+def _prepare(source: Path, out: Path) -> int | None:
+    config = read_object(source / CONFIG_FILE) or {}
+    for key, value in _PLAIN.items():
+        if config.get(key, value) != value:
+            raise InputError(f"{key} is {config[key]!r}, which the runtime does not do",
+                             where=str(source / CONFIG_FILE), fix=f"save the tokenizer with {key}={value!r}")
     if is_bert(source, config):
         return prepare_bert_tokenizer(source, out, config)
-    whole = _read_object(source / TOKENIZER_FILE)
-    try:
-        names, added, ids = _special_tokens(source, config, whole)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"malformed special tokens: {error!r}", where=str(source),
-                         fix="save the tokenizer again with transformers") from error
+    whole = read_object(source / TOKENIZER_FILE)
+    names, added, ids = special_tokens(source, config, whole)
     if whole is not None:
-        vocab, merges = _from_tokenizer_json(whole, source / TOKENIZER_FILE)
+        vocab, merges = from_tokenizer_json(whole, source / TOKENIZER_FILE)
     elif (source / "vocab.json").is_file() and (source / "merges.txt").is_file():
-        vocab, merges = _from_bpe_files(source / "vocab.json", source / "merges.txt")
+        vocab, merges = from_bpe_files(source / "vocab.json", source / "merges.txt")
     else:
         raise InputError("no tokenizer: neither tokenizer.json nor vocab.json with merges.txt", where=str(source),
                          fix="download the model again")
     text = _clip_json(vocab, merges, added, names, str(source))
     written = {token["content"]: token["id"] for token in json.loads(text)["added_tokens"]}
     if wrong := sorted(t for t, i in ids.items() if written.get(t, i) != i):
-        raise InputError(f"the ids of the added tokens {', '.join(wrong)} contradict the vocabulary", where=str(source),
-                         fix="save the tokenizer again with transformers")
+        first = wrong[0]
+        raise InputError(f"the ids of the added tokens {', '.join(wrong)} contradict the vocabulary: {first} is "
+                         f"{ids[first]} in the files and {written[first]} to transformers 5, which numbers added "
+                         "tokens through after the vocabulary", where=str(source),
+                         fix="save tokenizer and text encoder again without gaps between the ids")
     length = config.get("model_max_length")
     length = int(length) if isinstance(length, int | float) and 2 < length < _ABSURD_LENGTH else None
-    small = {name: names[name] for name in _MARKERS} | {"model_max_length": length, "tokenizer_class": "CLIPTokenizer"}
+    small = {name: names[name] for name in MARKERS} | {"model_max_length": length, "tokenizer_class": "CLIPTokenizer"}
     out.mkdir(parents=True, exist_ok=True)
     (out / TOKENIZER_FILE).write_text(text, encoding="utf-8")
     (out / CONFIG_FILE).write_text(json.dumps(small, indent=2, sort_keys=True, ensure_ascii=False) + "\n",
@@ -241,7 +310,7 @@ def _clip_json(
         tokenizer = Tokenizer(BPE(vocab=dict(vocab), merges=list(merges), continuing_subword_prefix="",
                                   end_of_word_suffix="</w>", fuse_unk=False, unk_token=names["unk_token"]))
     except Exception as error:  # `tokenizers` raises bare Exception, e.g. for a merge that is not in the vocabulary
-        raise InputError(f"vocabulary and merges do not fit: {_first_line(error)}", where=where) from error
+        raise InputError(f"vocabulary and merges do not fit: {first_line(error)}", where=where) from error
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
@@ -263,91 +332,6 @@ def _numbered(tokenizer: Tokenizer, token: str, where: str) -> tuple[str, int]:
     return token, number
 
 
-def _special_tokens(
-    source: Path, config: Mapping[str, Any], whole: Mapping[str, Any] | None
-) -> tuple[dict[str, str], list[AddedToken], dict[str, int]]:
-    """Names of the markers, the added tokens in the order of their ids, and the ids the source states.
-
-    The precedence is that of transformers' `PreTrainedTokenizerBase._from_pretrained`.
-    """
-    values: dict[str, Any] = {**_MARKERS, **{k: config[k] for k in _NAMED if config.get(k)}}
-    stated: dict[int, AddedToken] = {}
-    if "added_tokens_decoder" in config:
-        stated = {int(i): _token(t) for i, t in config["added_tokens_decoder"].items()}
-    else:
-        special = _read_object(source / "special_tokens_map.json") or {}
-        values |= {k: special[k] for k in _NAMED if special.get(k)}
-        contents = {_content(v) for v in values.values()}
-        for text, i in (_read_object(source / "added_tokens.json") or {}).items():
-            stated[i] = _token({"content": text, "normalized": text not in contents, "special": text in contents})
-        for token in whole.get("added_tokens", []) if whole else []:
-            stated[token["id"]] = _token({k: v for k, v in token.items() if k != "id"})
-    names = {k: _content(v) for k, v in values.items()}
-    added = [token for _, token in sorted(stated.items())]
-    known = {token.content for token in added}
-    added += [t for t in _tokens_of(values) if t.content not in known]
-    return names, added, {token.content: i for i, token in stated.items()}
-
-
-def _tokens_of(values: Mapping[str, Any]) -> list[AddedToken]:
-    """The distinct special tokens in transformers' order of names.
-
-    Equal contents with other flags stay: `tokenizers` lets the last of them count, as it does for transformers.
-    """
-    tokens: list[AddedToken] = []
-    for name in _NAMED:
-        if name in values and (token := _token(values[name])) not in tokens:
-            tokens.append(token)
-    return tokens
-
-
-def _token(value: Any) -> AddedToken:
-    from tokenizers import AddedToken
-
-    if isinstance(value, str):
-        return AddedToken(value, special=True)
-    flags = {k: bool(value[k]) for k in ("single_word", "lstrip", "rstrip", "normalized") if k in value}
-    return AddedToken(value["content"], special=bool(value.get("special", True)), **flags)
-
-
-def _content(value: Any) -> str:
-    return value if isinstance(value, str) else str(value["content"])
-
-
-def _from_bpe_files(vocab_file: Path | str, merges_file: Path | str) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    from tokenizers.models import BPE
-
-    try:
-        vocab, merges = BPE.read_file(str(vocab_file), str(merges_file))
-    except Exception as error:  # `tokenizers` raises bare Exception
-        raise InputError(f"cannot read the vocabulary: {_first_line(error)}", where=f"{vocab_file}, {merges_file}",
-                         fix="download the tokenizer again") from error
-    return vocab, merges
-
-
-def _from_tokenizer_json(whole: Mapping[str, Any], file: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    try:
-        model = whole["model"]
-        if model.get("type", "BPE") != "BPE":
-            raise InputError(f"a {model['type']} tokenizer, expected CLIP's byte-pair encoding", where=str(file))
-        pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
-        return dict(model["vocab"]), [(first, second) for first, second in pairs]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"malformed tokenizer: {error!r}", where=str(file), fix="download the model again") from error
-
-
-def _read_object(file: Path) -> dict[str, Any] | None:
-    """A JSON object, or None where there is no such file."""
-    if not file.is_file():
-        return None
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"not valid JSON: {error}", where=str(file)) from error
-    if not isinstance(value, dict):
-        raise InputError("expected a JSON object", where=str(file))
-    return value
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
+def _quoted(text: str) -> str:
+    cut = f"{text[:_LONGEST_QUOTE]!r}, {len(text):,} characters in all"
+    return repr(text) if len(text) <= _LONGEST_QUOTE else cut

@@ -20,6 +20,8 @@ os.environ |= {
     "COLUMNS": "120",  # rich and typer wrap at the terminal's width; captured output has none
     "NO_COLOR": "1",
 }
+for _variable in ("LDM_DEPLOY_CACHE", "LDM_DEPLOY_CACHE_LIMIT", "XDG_CACHE_HOME"):
+    os.environ.pop(_variable, None)  # a developer's own; tests name theirs
 # The two cores that CI has, shared by the workers of `make test`; sums keep their order on a larger machine.
 for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_variable, "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from deploy.parity.answers import Reference
@@ -13,6 +14,8 @@ from deploy.parity.effort import Effort
 from deploy.parity.metrics import Comparison, worst
 from deploy.parity.pipelines import PipelineReport, check_pipeline
 from deploy.parity.retrieval import Gallery
+from deploy.parity.upstream.levels import LEVELS, Level
+from deploy.parity.upstream.levels import enforce as enforce_levels
 from runtimes.bundle import Bundle
 from runtimes.errors import ParityError
 
@@ -79,12 +82,18 @@ def _loosen(key: str, comparison: Comparison) -> str:
 
 @dataclass(frozen=True)
 class Verification:
-    """Both levels of one bundle against one budget, and how much was compared."""
+    """All levels of one bundle against one budget, and how much was compared.
+
+    Attributes:
+        components, pipeline: against our own loop over PyTorch's networks.
+        upstream: weights, feeds and images against diffusers' own pipeline, by name.
+    """
 
     components: ComponentReport
     pipeline: PipelineReport
     budget: Budget
     effort: Effort
+    upstream: Mapping[str, Level] = field(default_factory=dict)
 
     @property
     def unverified(self) -> list[str]:
@@ -97,9 +106,10 @@ class Verification:
 
     @property
     def broken(self) -> bool:
-        """Whether a figure is outside the budget."""
+        """Whether a figure is outside the budget, or something is not what diffusers does."""
         beyond = self.components.worst(self.budget.component_relative_l2) is not None
-        return beyond or not all(self.pipeline.comparisons(self.budget))
+        other = any(level.different for level in self.upstream.values())
+        return beyond or other or not all(self.pipeline.comparisons(self.budget))
 
     @property
     def ok(self) -> bool:
@@ -107,11 +117,12 @@ class Verification:
         return not self.broken and not self.unverified
 
     def enforce(self, pass_name: str = "verify") -> None:
-        """See `enforce`; components first, because their error says more.
+        """See `enforce`; what differs from diffusers first, then components, whose error says more than an image's.
 
         Raises:
             ParityError: a budget is broken.
         """
+        enforce_levels(self.upstream, pass_name)
         enforce(self.components, self.budget, pass_name)
         enforce(self.pipeline, self.budget, pass_name)
 
@@ -136,6 +147,7 @@ class Verification:
             "budget": asdict(self.budget),
             "broken": [str(c) for c in pipeline.comparisons(self.budget) if not c],
             "culprit": pipeline.culprit or None,
+            "upstream": {name: self.upstream[name].to_json() for name in LEVELS if name in self.upstream},
         }
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from runtimes.bundle import Bundle, link_or_copy, records_below
+from runtimes.cache_store import scratch
 from runtimes.manifest import Component
 
 
@@ -34,9 +34,7 @@ def provable(bundle: Bundle, names: Iterable[str], root: Path) -> Iterator[Bundl
         return
     from exporters.onnx_precision_emulate import emulate
 
-    root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="proof-", dir=root) as temporary:
-        folder = Path(temporary)
+    with scratch(root) as folder:
         components = dict(bundle.manifest.components)
         replaced = {file for name in wanted for file in components[name].files}
         for file in bundle.manifest.all_files():

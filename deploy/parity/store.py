@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from runtimes.bundle import replacing
+from runtimes.cache_store import use
 from runtimes.manifest import digest_of
 
 Arrays = dict[str, np.ndarray[Any, Any]]
@@ -47,8 +48,10 @@ class Store:
         """The arrays stored under `key`; a damaged file counts as none and is replaced by the next `put`."""
         if self._folder is None:
             return self._memory.get(digest_of(key))
+        file = self._file(self._folder, key)
+        use(file)
         try:
-            with self._file(self._folder, key).open("rb") as stream:
+            with file.open("rb") as stream:
                 archive = np.load(stream, allow_pickle=False)
                 return {name: archive[name] for name in archive.files}  # zip checks the CRC of each
         except (OSError, ValueError, EOFError, AttributeError, KeyError, zipfile.BadZipFile):

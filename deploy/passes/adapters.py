@@ -30,6 +30,7 @@ class Adapters(Pass):
     libraries: ClassVar[tuple[str, ...]] = ("torch", "diffusers", "transformers", "safetensors", "tokenizers")
     verify: ClassVar[bool] = False
     defines_source: ClassVar[bool] = True
+    reads_pipeline: ClassVar[bool] = True
 
     def plan(self, before: Manifest, spec: BuildSpec) -> Planned:
         """Read the files' headers; which components they change."""

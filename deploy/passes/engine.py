@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from deploy.passes.quantize import carry_layers
 from deploy.plan import Pass, Planned, Skip, Step, Unavailable, require_onnx
 from runtimes.bundle import Bundle, link_or_copy, records_below
 from runtimes.errors import InputError
+from runtimes.gpu import gpu_or_none
 from runtimes.manifest import Component, Manifest
 from runtimes.tensors import Axis, ShapeRange
 
@@ -31,6 +31,7 @@ class Engine(Pass):
     version: ClassVar[int] = 3
     libraries: ClassVar[tuple[str, ...]] = ("tensorrt", "tensorrt-rtx")
     verify: ClassVar[bool] = True
+    reads_pipeline: ClassVar[bool] = True
 
     def plan(self, before: Manifest, spec: BuildSpec) -> Planned:
         """Choose the builder, resolve every option and profile."""
@@ -106,13 +107,12 @@ def choose_builder(target: str, gpu: str) -> str | Unavailable:
 
 
 def gpu_here() -> str:
-    """Name and compute capability of the first NVIDIA GPU, "NVIDIA H100, 9.0"; empty without driver or GPU."""
-    try:
-        result = subprocess.run(["nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader"],
-                                capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return (result.stdout.strip().splitlines() or [""])[0]
+    """Name and compute capability of the GPU that CUDA shows first, "NVIDIA H100, 9.0"; empty without one.
+
+    It is the one that the builder builds for: nvidia-smi lists others too, where CUDA_VISIBLE_DEVICES hides them.
+    """
+    gpu = gpu_or_none()
+    return str(gpu) if gpu is not None else ""
 
 
 def timing_cache(options: EngineOptions, gpu: str) -> Path | None:

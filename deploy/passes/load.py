@@ -22,7 +22,7 @@ class Load(Pass):
     """Link configs and weights, check every tensor, rewrite tokenizers so that `tokenizers` alone reads them."""
 
     name: ClassVar[str] = "load"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     libraries: ClassVar[tuple[str, ...]] = ("torch", "diffusers", "transformers", "safetensors", "tokenizers")
     verify: ClassVar[bool] = False
     defines_source: ClassVar[bool] = True
@@ -60,19 +60,17 @@ class Load(Pass):
         return replace(planned, files=records_below(folder, out, known))
 
     def write_files(self, step: Step, source: Bundle, out: Path) -> dict[str, FileRecord]:
-        """Tokenizers in the one form the runtime reads, and the scheduler's config."""
+        """Tokenizers in the one form the runtime reads, and the scheduler's config as diffusers corrects it."""
+        from deploy.origin import as_loaded
         from exporters.source import open_source
-        from runtimes.schedulers import stable_diffusion_config
         from runtimes.tokenizer import prepare_tokenizer
 
-        origin = open_source(source.path)
+        origin = as_loaded(open_source(source.path))
         for name, folder in origin.tokenizers.items():
-            prepare_tokenizer(folder, out / name)
-        config = dict(origin.scheduler_config)
-        if origin.family.corrects_scheduler:
-            config = stable_diffusion_config(config)
+            encoder = step.after.components[name.replace("tokenizer", "text_encoder")].details["source_component"]
+            prepare_tokenizer(folder, out / name, origin.components[encoder].config.get("vocab_size"))
         (out / "scheduler").mkdir()
-        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+        text = json.dumps(origin.scheduler_config, indent=2, sort_keys=True) + "\n"
         (out / "scheduler" / "scheduler_config.json").write_text(text, encoding="utf-8")
         written = [*origin.tokenizers, "scheduler"]
         if SAFETY_CHECKER in step.after.components:

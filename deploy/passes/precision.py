@@ -33,6 +33,7 @@ class Precision(Pass):
     version: ClassVar[int] = 3
     libraries: ClassVar[tuple[str, ...]] = ("onnx", "onnxscript", "onnx-ir", "ml-dtypes")
     verify: ClassVar[bool] = True
+    reads_pipeline: ClassVar[bool] = True
 
     def plan(self, before: Manifest, spec: BuildSpec) -> Planned:
         """Every float32 graph when the spec says fp16 or bf16; for TensorRT also what INT8 left in float32."""

@@ -30,6 +30,7 @@ class PruneVae(Pass):
     libraries: ClassVar[tuple[str, ...]] = ("torch", "diffusers", "torch-pruning")
     verify: ClassVar[bool] = True
     changes_network: ClassVar[bool] = True
+    reads_pipeline: ClassVar[bool] = True
 
     def plan(self, before: Manifest, spec: BuildSpec) -> Planned:
         """Encoder and decoder, when the spec asks for it."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from deploy.plan import Pass, Planned, Skip, Step
+from deploy.quantization import NEEDS_RANGES
 from runtimes.bundle import Bundle, link_or_copy, records_below
 from runtimes.errors import InputError
 from runtimes.manifest import Component, Manifest
@@ -35,8 +36,6 @@ BLOCKS: Mapping[str, dict[str, Any]] = {
 }
 CPU_TARGETS = ("onnxruntime", "openvino")
 LIMIT_OF_16_BIT_SUMS = 63
-NEEDS_RANGES = ("hybrid", "static", "auto")
-VAE = ("vae_encoder", "vae_decoder")
 EXPLAINED_CALLS, EXPLAINED_LAYERS = 8, 3
 WORTH_SAYING = 0.97  # of bytes or seconds: what is nearer to 1 is within the noise
 TIMED_CALLS = 21
@@ -46,9 +45,10 @@ class Quantize(Pass):
     """float32 graphs to INT8 by the recipe of each component; runs before 16 bits, which take what is left."""
 
     name: ClassVar[str] = "quantize"
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
     libraries: ClassVar[tuple[str, ...]] = ("numpy", "onnx-ir", "onnxruntime")
     verify: ClassVar[bool] = True
+    reads_pipeline: ClassVar[bool] = True
 
     def plan(self, before: Manifest, spec: BuildSpec) -> Planned:
         """Every float32 graph, when the spec says int8, or auto, which searches the U-Net's precisions."""
@@ -61,6 +61,7 @@ class Quantize(Pass):
         if spec.quantization == "dynamic" and spec.target != "onnxruntime":
             raise InputError(f"{spec.target} has no kernels for ranges found at run time", where="quantization",
                              fix="use hybrid or static")
+        from deploy.gate import options_for
         from deploy.parity.budgets import budget_for
         from deploy.quantization import plan_calibration
 
@@ -80,7 +81,9 @@ class Quantize(Pass):
                 raise InputError("the model has no text encoder", where="--text-encoder-bits", fix="leave it out")
             config["blocks"] = BLOCKS[spec.target]
         if "auto" in recipes.values():
-            config["search"] = {"budget": asdict(budget), "prompts": list(spec.prompts)}
+            drawn = options_for(before.source.id, spec.prompts)
+            config["search"] = {"budget": asdict(budget), "prompts": list(drawn.prompts),
+                                "retrieval": len(drawn.retrieval_prompts)}
         if any(recipe in NEEDS_RANGES for recipe in recipes.values()):
             config["calibration"] = plan_calibration(before, spec)
         every = tuple(before.components)
@@ -95,28 +98,19 @@ class Quantize(Pass):
         """Quantize one graph; which layer became what, and every range, lies beside it."""
         from calibration.layers import check_patterns
         from calibration.ranges import Scheme
-        from deploy.quantization import names_in, quantize_component, record_calibration, search_unet
+        from deploy.quantization import names_in, quantize_by_recipe, record_calibration, search_unet
 
         planned, config = step.after.components[name], step.config
         check_patterns(config["keep"], names_in(source))
         folder = out / "components" / name
         folder.mkdir(parents=True)
-        graph, scheme = source.file(source.component(name).file), Scheme(**config["scheme"])
-        recipe, recording = config["recipes"][name], None
+        scheme, recipe, recording = Scheme(**config["scheme"]), config["recipes"][name], None
         if recipe in NEEDS_RANGES:
             recording = record_calibration(source, config["calibration"])
-        if recording is not None and next(recording.calls(name), None) is None:
-            found = quantize_component(graph, folder / "model.onnx", "weight-only", config, scheme, name, None)
-            found["summary"]["instead_of"] = f"{recipe}: the pipeline does not call it while calibrating"
-        elif recording is not None and recipe == "auto":
+        if recording is not None and recipe == "auto":
             found = search_unet(source, folder / "model.onnx", config, scheme, recording)
         else:
-            found = quantize_component(graph, folder / "model.onnx", recipe, config, scheme, name, recording)
-        if name in VAE and found["relative_l2"] > config["relative_l2"] / 2:
-            # Its error goes into the picture directly; half of the budget is left for the latents'.
-            lost = found["relative_l2"]
-            found = quantize_component(graph, folder / "model.onnx", "weight-only", config, scheme, name, None)
-            found["summary"]["instead_of"] = f"{recipe}, whose relative L2 was {lost:.2g}"
+            found = quantize_by_recipe(source, folder / "model.onnx", config, scheme, name, recording)
         (folder / DETAILS_FILE).write_text(json.dumps(found["layers"], sort_keys=True), encoding="utf-8")
         return replace(planned, files=records_below(folder, out),
                        details={**source.component(name).details, "quantization": found["summary"]})

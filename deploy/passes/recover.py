@@ -25,6 +25,7 @@ class Recover(Pass):
     libraries: ClassVar[tuple[str, ...]] = ("torch", "diffusers")
     verify: ClassVar[bool] = True
     changes_network: ClassVar[bool] = True
+    reads_pipeline: ClassVar[bool] = True
 
     def plan(self, before: Manifest, spec: BuildSpec) -> Planned:
         """The pruned U-Net, when the spec gives it steps to learn in."""

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deploy.cache import default_root
+from deploy.cache import default_root, pipeline_identity
 from deploy.console import err
 from deploy.pruning.importance import scorer_of
 from deploy.pruning.network import size_of
@@ -26,7 +26,7 @@ from deploy.pruning.training import Schedule
 from deploy.pruning.widths import AUTOENCODER, config_of, levels_of, uniform_widths
 from exporters.modules import torch_component
 from runtimes.bundle import Bundle, replacing
-from runtimes.loading import scheduler_config
+from runtimes.cache_store import use
 from runtimes.manifest import digest_of, to_json
 
 ENCODER, DECODER = HALVES[AUTOENCODER]
@@ -157,10 +157,10 @@ def own_latents(source: Bundle, config: Mapping[str, Any], count: int) -> Tensor
         InputError: a U-Net with other inputs than sample, timestep and text.
     """
     drawn_by = {name: source.component(name).sha256 for name in (DENOISER, "text_encoder")}
-    key = {"weights": drawn_by, "scheduler": scheduler_config(source), "prompts": config["prompts"],
+    key = {"weights": drawn_by, "pipeline": pipeline_identity(source.manifest), "prompts": config["prompts"],
            "guidance_scale": config["guidance_scale"], "count": count}
     file = default_root() / "recover" / f"latents-{digest_of(to_json(key))}.safetensors"
-    if not file.is_file():
+    if not use(file):
         device = "cuda" if torch.cuda.is_available() else "cpu"
         teacher = Teacher.load(source, DENOISER, config["prompts"], config["guidance_scale"], device)
         err.print(f"prune-vae: drawing {count} pictures to learn from")
@@ -201,7 +201,8 @@ def _recover(source: Bundle, name: str, network: Any, smaller: Any, latents: Ten
     inputs, wanted = _example(decoder, encoder, latents[LEARNED:])
     before = _relative_l2(student, inputs, wanted)
     read = {part: source.component(part).sha256 for part in (name, DENOISER, "text_encoder")}
-    train(task, recipe, {"weights": read, "half": name, "config": to_json(config)})
+    train(task, recipe, {"weights": read, "half": name, "config": to_json(config),
+                         "pipeline": pipeline_identity(source.manifest)})
     return {"steps": recipe.steps, "device": device, "relative_l2_before": round(before, 5),
             "relative_l2_after": round(_relative_l2(student, inputs, wanted), 5)}
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from deploy.cache import default_root
+from deploy.cache import default_root, pipeline_identity
 from deploy.console import err
 from deploy.pruning.distill import Distillation, Recipe
 from deploy.pruning.network import relative_error
@@ -52,8 +52,8 @@ def recover_unet(source: Bundle, name: str, teacher_name: str, config: Mapping[s
     weights = {n: source.component(n).sha256 for n in (name, teacher_name, "text_encoder")}
     task = Distillation(student, teacher.observed, teacher.trajectories(batch, recipe.seed), recipe,
                         teacher.guidance_scale)
-    network = train(task, recipe, {"weights": weights, "config": to_json(config)}, root,
-                    keep_zeros=config["keep_zeros"])
+    key = {"weights": weights, "config": to_json(config), "pipeline": pipeline_identity(source.manifest)}
+    network = train(task, recipe, key, root, keep_zeros=config["keep_zeros"])
     return network, {"steps": recipe.steps, "device": device, "relative_l2_before": round(before, 5),
                      "relative_l2_after": round(relative_error(network, batches), 5)}
 

@@ -33,8 +33,9 @@ from deploy.reference_model.architecture import (
 )
 from deploy.reference_model.data import Subject, load_subjects, on_white, render_all
 from runtimes.errors import ParityError
+from runtimes.places import cache_home
 
-CHECKPOINTS = Path("~/.cache/ldm-deploy/reference_model").expanduser()
+CHECKPOINTS = cache_home() / "reference_model"
 CAPTION_FORMS = ("{}",) * 6 + ("a {}", "the {}", "a picture of {}", "{} emoji")
 
 

@@ -55,7 +55,6 @@ class Family:
         optional: networks and tokenizers that a pipeline of this kind may lack, with null in model_index.json.
         components: what to export from a source; raises InputError for a config that the pipeline cannot feed.
         facts: what the sampling loop must know.
-        corrects_scheduler: whether the PyTorch pipeline corrects outdated scheduler configs when it loads them.
     """
 
     name: str
@@ -64,7 +63,6 @@ class Family:
     components: Callable[[Source, Shapes], dict[str, ComponentSpec]]
     facts: Callable[[Source], PipelineFacts]
     optional: tuple[str, ...] = ()
-    corrects_scheduler: bool = False
 
 
 def check_shapes(shapes: Shapes) -> None:

@@ -255,7 +255,7 @@ def facts(source: Source, vae: ComponentSource, tokens: int, **more: Any) -> Pip
     factor, (rows, columns) = vae_factor(vae), sample_size(source)
     return PipelineFacts(latent_channels=vae.config["latent_channels"], vae_scale_factor=factor,
                          scaling_factor=scaling_factor(vae), height=rows * factor, width=columns * factor,
-                         tokens=tokens, **more)
+                         tokens=tokens, modes=source.modes, **more)
 
 
 def tokens_of(source: Source, tokenizer: str, positions: int) -> int:

@@ -57,5 +57,4 @@ STABLE_DIFFUSION = Family(
     tokenizers=("tokenizer",),
     components=_components,
     facts=_facts,
-    corrects_scheduler=True,
 )

@@ -19,7 +19,7 @@ from runtimes.schedulers.pndm import Pndm
 from runtimes.schedulers.protocol import Run, Scheduler
 from runtimes.schedulers.unipc import UniPc
 
-__all__ = ["CLASS_NAMES", "SCHEDULERS", "Run", "Scheduler", "from_config", "method_of", "stable_diffusion_config"]
+__all__ = ["CLASS_NAMES", "DEFAULTED", "SCHEDULERS", "Run", "Scheduler", "from_config", "method_of"]
 
 SCHEDULERS: Mapping[str, Callable[[Mapping[str, Any]], Scheduler]] = MappingProxyType(
     {
@@ -75,14 +75,3 @@ def from_config(config: Mapping[str, Any], name: str | None = None) -> Scheduler
     if CLASS_NAMES.get(str(config.get("_class_name"))) != name:
         config = {key: value for key, value in config.items() if key not in config.get(DEFAULTED, ())}
     return SCHEDULERS[name](config)
-
-
-def stable_diffusion_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config as StableDiffusionPipeline corrects it when it is loaded: steps_offset 1, and x_0 never clipped.
-
-    Keys that the file lacked are marked as such: diffusers does not carry them over to another scheduler class.
-    """
-    fixed = {**config, "steps_offset": 1}
-    if config.get("clip_sample", config.get("_class_name") == "DDIMScheduler") is True:
-        fixed["clip_sample"] = False
-    return {**fixed, DEFAULTED: sorted({*config.get(DEFAULTED, ()), *(fixed.keys() - config.keys())})}

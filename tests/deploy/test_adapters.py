@@ -154,7 +154,7 @@ def test_kohyas_names_of_xl_are_read_as_diffusers_reads_them() -> None:
 
     from diffusers.loaders.lora_conversion_utils import _maybe_map_sgm_blocks_to_diffusers
 
-    from runtimes.lora import _from_original
+    from runtimes.lora_names import from_original
 
     places = ["input_blocks_4_1_transformer_blocks_0_attn1_to_q", "input_blocks_8_1_proj_in",
               "middle_block_1_transformer_blocks_9_ff_net_2", "output_blocks_0_1_transformer_blocks_0_attn2_to_out_0",
@@ -166,10 +166,10 @@ def test_kohyas_names_of_xl_are_read_as_diffusers_reads_them() -> None:
     for theirs_side, side in sides:
         read = {key.replace(theirs_side, side) for key in read}
     # Their mapping leaves the convolution that makes a picture smaller under its old name.
-    ours = {re.sub("downsamplers_0_conv$", "downsamplers_0_op", _from_original(place, 2)) for place in places}
+    ours = {re.sub("downsamplers_0_conv$", "downsamplers_0_op", from_original(place, 2)) for place in places}
     assert ours == read
-    assert _from_original("input_blocks_1_0_in_layers_2", 2) == "down_blocks_0_resnets_0_conv1"
-    assert _from_original("middle_block_2_out_layers_3", 2) == "mid_block_resnets_1_conv2"
+    assert from_original("input_blocks_1_0_in_layers_2", 2) == "down_blocks_0_resnets_0_conv1"
+    assert from_original("middle_block_2_out_layers_3", 2) == "mid_block_resnets_1_conv2"
 
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`")  # two adapters, as intended

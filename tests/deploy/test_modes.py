@@ -1,4 +1,4 @@
-"""Modes of a finished bundle against diffusers' own pipeline of its source, on the same random numbers.
+"""Modes of a finished bundle against diffusers' own pipeline of its source, with the same seeds.
 
 Inpainting is compared in tests/runtimes/test_modes_diffusers.py: diffusers refuses it for this model's 8 channels.
 """
@@ -15,7 +15,7 @@ from PIL import Image
 
 import runtimes
 from deploy.reference_model import WEIGHTS
-from tests.runtimes.diffusers_reference import assert_same, share_noise
+from tests.runtimes.diffusers_reference import assert_same, generators
 
 # diffusers 0.42 hands tensors to numpy functions
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -34,12 +34,12 @@ MODES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_bundle_draws_what_diffusers_draws_of_its_source(reference_bundle, mode, monkeypatch):
+def test_a_bundle_draws_what_diffusers_draws_of_its_source(reference_bundle, mode):
     kind, given_theirs, given = MODES[mode]
     source = kind.from_pretrained(WEIGHTS, safety_checker=None, dtype=torch.float32)
     source.set_progress_bar_config(disable=True)
-    share_noise(monkeypatch, SEEDS)
     prompts = ["a red apple", "a cat"]
-    theirs = source(prompts, num_inference_steps=STEPS, guidance_scale=5.0, output_type="np", **given_theirs).images
+    theirs = source(prompts, num_inference_steps=STEPS, guidance_scale=5.0, output_type="np",
+                    generator=generators(SEEDS), **given_theirs).images
     pipeline = runtimes.load(reference_bundle, threads=1, check_hashes=False)
     assert_same(pipeline(prompts, steps=STEPS, guidance_scale=5.0, seed=SEEDS, output="numpy", **given), theirs)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 
-from deploy.builder import Silent, _run_pass
+from deploy.builder import Silent, _run_pass, workspace
 from deploy.cache import Cache, key_of
-from deploy.plan import Pass, Skip, Step, plan_all
+from deploy.passes import PASSES
+from deploy.plan import Pass, Skip, Step, load_passes, plan_all
 from deploy.spec import BuildSpec
 from runtimes.bundle import Bundle, records_below, write_manifest
 from runtimes.errors import DeployError, InputError
-from runtimes.manifest import SCHEMA, Component, Manifest, PipelineFacts, Source
+from runtimes.manifest import SCHEMA, Component, FileRecord, Manifest, PipelineFacts, Source, digest_of
+from runtimes.tensors import Axis, ShapeRange
 
 
 class Shout(Pass):
@@ -115,6 +118,78 @@ def test_a_new_version_of_the_pass_or_a_new_config_has_another_key(bundle: Bundl
     keys = {key_of(Shout(), s, "unet", bundle) for s in (
         step, dataclasses.replace(step, version=2), dataclasses.replace(step, config={"volume": 11}))}
     assert len(keys) == 3
+
+
+class Drawing(Shout):
+    """What it writes depends on the sampling loop."""
+
+    reads_pipeline: ClassVar[bool] = True
+
+
+@pytest.mark.parametrize("change", [
+    {"files": {"scheduler/scheduler_config.json": FileRecord(2, "b")}},
+    {"files": {"tokenizer/tokenizer.json": FileRecord(2, "b")}},
+    {"pipeline": PipelineFacts(4, 8, 0.5, 64, 64, 16)},
+], ids=["scheduler", "tokenizer", "facts"])
+def test_a_pass_that_reads_the_sampling_loop_has_its_own_key_for_each_and_others_do_not(bundle: Bundle, change: Any):
+    other = Bundle(bundle.path, dataclasses.replace(bundle.manifest, **change))
+    for kind, differs in ((Drawing, True), (Shout, False)):
+        step = kind().plan(bundle.manifest, BuildSpec())
+        keys = {key_of(kind(), step, "unet", b) for b in (bundle, other)}
+        assert (len(keys) == 2) == differs
+
+
+def test_the_passes_that_draw_or_calibrate_say_that_they_read_the_sampling_loop():
+    reading = {instance.name for instance in load_passes(PASSES) if instance.reads_pipeline}
+    assert reading == {"adapters", "prune-vae", "prune", "recover", "quantize", "precision", "engine"}
+
+
+@pytest.mark.parametrize("change", [{"class_name": "Other"}, {"details": {"library": "x"}}, {"precision": "fp16"},
+                                    {"axes": {"batch": Axis("images", ShapeRange(1, 2, 3))}}])
+def test_what_a_read_component_is_counts_and_where_it_lies_does_not(bundle: Bundle, change: Any):
+    step = Shout().plan(bundle.manifest, BuildSpec())
+    parts = {**bundle.manifest.components, "unet": dataclasses.replace(bundle.component("unet"), **change)}
+    changed = Bundle(bundle.path, dataclasses.replace(bundle.manifest, components=parts))
+    assert key_of(Shout(), step, "unet", changed) != key_of(Shout(), step, "unet", bundle)
+    assert key_of(Shout(), step, "vae", changed) == key_of(Shout(), step, "vae", bundle)
+    moved = Bundle(Path("elsewhere"), bundle.manifest)
+    assert key_of(Shout(), step, "unet", moved) == key_of(Shout(), step, "unet", bundle)
+
+
+def test_calibration_recordings_know_the_facts(bundle: Bundle, monkeypatch, tmp_path: Path):
+    """Two models of the same networks that scale latents differently are recorded apart."""
+    from deploy import quantization
+
+    seen: list[Any] = []
+    monkeypatch.setattr("calibration.recorder.record", lambda *_, source, **__: seen.append(digest_of(source)))
+    calibration = {"steps": 20, "strength": 0.6, "prompts": ["a cat"], "samples": 8, "guidance_scale": 5.0}
+    other = Bundle(bundle.path, dataclasses.replace(bundle.manifest, pipeline=PipelineFacts(4, 8, 0.5, 64, 64, 16)))
+    monkeypatch.setattr("runtimes.loading.BundleSessions", lambda *_: {})
+    for b in (bundle, other, bundle):
+        quantization.record_calibration(b, calibration)
+    assert seen[0] == seen[2] != seen[1]
+
+
+def test_a_damaged_workspace_never_belongs_to_a_running_build(tmp_path: Path):
+    """However old: the lock decides, not the clock."""
+    cache = Cache(tmp_path)
+    with workspace(tmp_path) as work:
+        os.utime(work, (0, 0))
+        cache.drop_leftovers()
+        assert work.is_dir()
+    assert not work.exists()
+
+
+def test_a_build_ends_within_the_limit_and_takes_nothing_from_one_that_runs(bundle: Bundle, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("LDM_DEPLOY_CACHE_LIMIT", "0")
+    cache = Cache(tmp_path / "cache")
+    with workspace(cache.root):
+        made, _ = run(Shout(), bundle, cache, tmp_path / "1")
+        with workspace(cache.root):
+            pass
+        assert run(Shout(), bundle, cache, tmp_path / "2")[1]["reused"] == 2, "an inner build trimmed what this one uses"
+    assert not list((cache.root / "passes").glob("[!.]*")), "nothing runs any more"
+    assert Bundle.open(made.path).file("components/vae/model.txt").read_text() == "VAE", "bundles are links, not entries"
 
 
 def test_an_interrupted_pass_goes_on_at_the_component_it_was_in(bundle: Bundle, tmp_path: Path):

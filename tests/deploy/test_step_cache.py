@@ -38,6 +38,8 @@ def test_both_entries_are_built_verified_and_used_and_share_their_weights(
     assert cli(*options, "-o", "plain.png").code == cli(*options, "--cache-interval", "2", "-o", "reused.png").code == 0
     assert Path("plain.png").read_bytes() != Path("reused.png").read_bytes()
     assert_its_tradeoffs_are_measured(cli)
+    verified = cli("verify", "cached", "--effort", "components", "--json")
+    assert verified.code == 0 and json.loads(verified.out)["components"]["unet_shallow"]["ok"], verified.err
 
 
 def assert_its_tradeoffs_are_measured(cli: Cli) -> None:

@@ -144,6 +144,20 @@ def test_the_served_pipeline_draws_what_the_bundle_draws(bundle, served):
     assert set(served.triton.calls) == {"ldm_text_encoder", "ldm_unet", "ldm_vae_decoder"}
 
 
+def test_a_bundle_with_a_step_cache_is_served_every_step_whole(bundle, tmp_path, monkeypatch):
+    parts = {**bundle.manifest.components, "unet_shallow": bundle.component("unet")}
+    cached = Bundle(bundle.path, dataclasses.replace(bundle.manifest, components=parts))
+    names = export_triton(cached, tmp_path / "repo")
+    assert "ldm_unet_shallow" not in names
+    folder = tmp_path / "repo" / "ldm"
+    triton = FakeTriton(bundle, json.loads((folder / "1" / "triton.json").read_text()))
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", triton)
+    model = runpy.run_path(str(folder / "1" / "model.py"))["TritonPythonModel"]()
+    model.initialize({"model_repository": str(folder), "model_version": "1"})
+    (response,) = model.execute([triton.request(prompt=[b"cat"], steps=[2])])
+    assert not response.has_error() and response.tensors["images"].as_numpy().shape == (1, 32, 32, 3)
+
+
 def test_a_bad_request_gets_its_error_and_the_others_their_images(served):
     good = served.triton.request(prompt=[b"cat"], steps=[2])
     bad = served.triton.request(prompt=[b"cat"], steps=[0])

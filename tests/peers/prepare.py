@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runtimes.errors import UnavailableError
+from runtimes.places import cache_home
 
 if TYPE_CHECKING:
     from deploy.spec import BuildSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "deploy" / "reference_model" / "weights"
-PEERS = Path("~/.cache/ldm-deploy/peers").expanduser()
+PEERS = cache_home() / "peers"
 # optimum-onnx 0.1.0 wants optimum ~= 2.1 and transformers < 4.58. torch by its local version: PyPI's is a CUDA build.
 OPTIMUM_PINS = (
     "torch==2.13.0+cpu", "optimum-onnx==0.1.0", "optimum==2.1.0", "transformers==4.57.6", "diffusers==0.35.2",

@@ -1,4 +1,4 @@
-"""diffusers' own pipelines and ours over the very same small networks, sharing every random number."""
+"""diffusers' own pipelines and ours over the very same small networks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from runtimes.manifest import PipelineFacts
-from runtimes.noise import NoiseStreams
 from runtimes.pipeline import Pipeline
 from runtimes.tensors import Axis, ShapeRange, TensorSpec
 from runtimes.tokenizer import ClipTokenizer, prepare_tokenizer
@@ -109,19 +108,9 @@ def ours(networks, config, folder, batch: int = 8) -> Pipeline:
     return Pipeline(sessions, facts, config, ClipTokenizer.load(folder / "ours", TOKENS))
 
 
-def share_noise(monkeypatch, seeds) -> None:
-    """Every random number that diffusers draws comes from the streams of our seeds, in the order it asks."""
-    streams = NoiseStreams(seeds)
-
-    def randn_tensor(shape, generator=None, device=None, dtype=None, layout=None):
-        return torch.from_numpy(streams.draw(tuple(shape[1:])))
-
-    for module in ("schedulers.scheduling_ddim", "schedulers.scheduling_euler_ancestral_discrete",
-                   "schedulers.scheduling_lcm", "schedulers.scheduling_dpmsolver_multistep",
-                   "models.autoencoders.vae", "pipelines.stable_diffusion.pipeline_stable_diffusion",
-                   "pipelines.stable_diffusion.pipeline_stable_diffusion_img2img",
-                   "pipelines.stable_diffusion.pipeline_stable_diffusion_inpaint"):
-        monkeypatch.setattr(f"diffusers.{module}.randn_tensor", randn_tensor)
+def generators(seeds) -> list[torch.Generator]:
+    """What diffusers takes for a seed per image."""
+    return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:

@@ -1,203 +1,233 @@
-"""A GPU and a TensorRT of numpy: memory is a byte array, an engine computes y = x @ w + b, graphs are replayed."""
+"""A CUDA runtime of numpy as strict as the real one: argument counts and kinds come from cuda-bindings' own signatures,
+memory has bounds, a capture refuses what CUDA refuses, and what is used after it was given back is an error.
+"""
 
 from __future__ import annotations
 
-import enum
-from types import SimpleNamespace
+import ctypes
+import functools
+import re
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from cuda.bindings import runtime as real
 
-from runtimes.errors import UnavailableError
+from runtimes.gpu import Gpu
 
-W = np.arange(12, dtype=np.float32).reshape(4, 3)
-B = np.array([1, 2, 3], np.float32)
+GPU = Gpu("NVIDIA Fake", (8, 9), 1 << 20)
+ERROR = real.cudaError_t
+ALIGNMENT = 256  # "any address of a variable ... is always aligned to at least 256 bytes" (CUDA C++ guide, 5.3.2)
 
 
-class FakeDevice:
-    """Counts what is asked of it in `log`; runs work at once, or records it while a capture is open."""
+def signature(name: str) -> list[str]:
+    """The parameters of a cuda-bindings function as its docstring declares them, `size_t count` or `kind: Enum`."""
+    first = (getattr(real, name).__doc__ or "").splitlines()[0]
+    inside = re.fullmatch(rf"{name}\((.*)\)", first)
+    assert inside, f"cuda-bindings documents no {name}: {first!r}"
+    return [part.strip() for part in inside[1].split(",") if part.strip()]
 
-    name, capability, stream = "NVIDIA Fake", (8, 9), 7
 
-    def __init__(self, memory_bytes: int = 1 << 20) -> None:
-        self.memory = np.zeros(memory_bytes, np.uint8)
-        self.log: list[str] = []
-        self.recording: list[Any] | None = None
-        self._next = 256
+def strict(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuses what cuda-bindings would: another number of arguments, no integer, another enumeration."""
+    declared = signature(method.__name__)
 
-    def allocate(self, size: int) -> int:
-        if self._next + size > self.memory.nbytes:
-            raise UnavailableError("the GPU is out of memory", where=self.name)
-        address, self._next = self._next, self._next + size
-        self.log.append(f"allocate {size}")
-        return address
+    @functools.wraps(method)
+    def checked(self: FakeCuda, *arguments: Any) -> Any:
+        assert len(arguments) == len(declared), f"{method.__name__} takes {declared}, got {arguments}"
+        for text, value in zip(declared, arguments, strict=True):
+            if ": " in text:
+                assert isinstance(value, getattr(real, text.partition(": ")[2])), f"{text}: {value!r}"
+            elif " " in text:
+                assert isinstance(value, int | np.integer), f"{text}: {value!r}"
+        return method(self, *arguments)
 
-    def free(self, address: int) -> None:
-        self.log.append("free")
+    return checked
 
-    def upload(self, address: int, array: np.ndarray) -> None:
-        assert array.flags.c_contiguous
-        self.memory[address:address + array.nbytes] = np.frombuffer(array.tobytes(), np.uint8)
 
-    def download(self, array: np.ndarray, address: int) -> None:
-        array[...] = self.view(address, array.shape, array.dtype)
+@dataclass
+class Recording:
+    """A cudaGraph_t or, instantiated, a cudaGraphExec_t."""
 
-    def view(self, address: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        return self.memory[address:address + size].view(dtype).reshape(shape)
+    work: list[Callable[[], None]]
+    alive: bool = True
 
-    def synchronize(self) -> None:
+
+@dataclass
+class FakeCuda:
+    """The functions that `CudaDevice` calls. Every one answers as cuda-bindings does: a tuple, the status first."""
+
+    memory_bytes: int = 1 << 20
+    ordinal: int = 0
+    log: list[str] = field(default_factory=list)
+    allocations: dict[int, np.ndarray] = field(default_factory=dict)
+    streams: set[int] = field(default_factory=set)
+    graphs: list[Recording] = field(default_factory=list)
+    capturing: list[Callable[[], None]] | None = None
+    invalidated: bool = False
+    last_error: Any = ERROR.cudaSuccess
+    fail_instantiate: bool = False
+
+    def __post_init__(self) -> None:
+        self._next, self._current = 0x7F0000000000, threading.local()
+
+    def __getattr__(self, name: str) -> Any:
+        """Constants and enumerations are the real ones; a function that is not faked is missing."""
+        value = getattr(real, name)
+        if callable(value) and not isinstance(value, type):
+            raise AttributeError(f"the fake has no {name}")
+        return value
+
+    def leaks(self) -> list[str]:
+        """What was never given back."""
+        return [*(f"{a.nbytes} bytes" for a in self.allocations.values()), *(f"stream {s}" for s in self.streams),
+                *("graph" for g in self.graphs if g.alive)]
+
+    def _answer(self, status: Any, *values: Any) -> tuple[Any, ...]:
+        if status != ERROR.cudaSuccess:
+            self.last_error = status
+        return status, *values
+
+    def _illegal_while_capturing(self) -> bool:
+        """cudaStreamCaptureModeThreadLocal: potentially unsafe calls of the thread fail and invalidate the capture."""
+        if self.capturing is None:
+            return False
+        self.invalidated = True
+        return True
+
+    def _here(self) -> None:
+        current = getattr(self._current, "ordinal", 0)
+        assert current == self.ordinal, f"device {current} is current in this thread, the memory is of {self.ordinal}"
+
+    @strict
+    def cudaSetDevice(self, device: int) -> Any:
+        self._current.ordinal = device
+        return self._answer(ERROR.cudaSuccess)
+
+    @strict
+    def cudaStreamCreateWithFlags(self, flags: int) -> Any:
+        self._here()
+        assert flags == real.cudaStreamNonBlocking
+        self.streams.add(7)
+        return self._answer(ERROR.cudaSuccess, real.cudaStream_t(7))
+
+    @strict
+    def cudaStreamDestroy(self, stream: int) -> Any:
+        self.streams.remove(int(stream))
+        return self._answer(ERROR.cudaSuccess)
+
+    @strict
+    def cudaStreamSynchronize(self, stream: int) -> Any:
+        assert int(stream) in self.streams
+        if self._illegal_while_capturing():
+            return self._answer(ERROR.cudaErrorStreamCaptureUnsupported)
         self.log.append("synchronize")
+        return self._answer(ERROR.cudaSuccess)
 
-    def submit(self, work: Any) -> None:
-        if self.recording is not None:
-            self.recording.append(work)
+    @strict
+    def cudaMalloc(self, size: int) -> Any:
+        self._here()
+        if self._illegal_while_capturing():
+            return self._answer(ERROR.cudaErrorStreamCaptureUnsupported, 0)
+        if sum(a.nbytes for a in self.allocations.values()) + size > self.memory_bytes:
+            return self._answer(ERROR.cudaErrorMemoryAllocation, 0)
+        address, self._next = self._next, self._next + -(-size // ALIGNMENT) * ALIGNMENT + ALIGNMENT
+        self.allocations[address] = np.full(size, 0xAA, np.uint8)
+        self.log.append(f"allocate {size}")
+        return self._answer(ERROR.cudaSuccess, address)
+
+    @strict
+    def cudaFree(self, devPtr: int) -> Any:
+        if self._illegal_while_capturing():
+            return self._answer(ERROR.cudaErrorStreamCaptureUnsupported)
+        del self.allocations[devPtr]
+        self.log.append("free")
+        return self._answer(ERROR.cudaSuccess)
+
+    def view(self, address: int, size: int) -> np.ndarray:
+        """Bytes of device memory.
+
+        Raises:
+            AssertionError: not all of them lie in one allocation that was not given back.
+        """
+        for start, memory in self.allocations.items():
+            if start <= address and address + size <= start + memory.nbytes:
+                return memory[address - start:address - start + size]
+        raise AssertionError(f"{size} bytes at {address:#x} are outside of every allocation")
+
+    @strict
+    def cudaMemcpyAsync(self, dst: int, src: int, count: int, kind: Any, stream: int) -> Any:
+        assert int(stream) in self.streams
+        self._here()
+        upload = kind == real.cudaMemcpyKind.cudaMemcpyHostToDevice
+        device = self.view(dst if upload else src, count).ctypes.data
+        ctypes.memmove(device if upload else dst, src if upload else device, count)
+        return self._answer(ERROR.cudaSuccess)
+
+    def submit(self, work: Callable[[], None]) -> None:
+        """A kernel: runs at once, or is recorded."""
+        self._here()
+        if self.capturing is not None:
+            self.capturing.append(work)
         else:
             work()
 
-    def begin_capture(self) -> None:
-        self.recording = []
+    @strict
+    def cudaStreamBeginCapture(self, stream: int, mode: Any) -> Any:
+        assert int(stream) in self.streams
+        if self.capturing is not None:
+            return self._answer(ERROR.cudaErrorIllegalState)
+        self.capturing, self.invalidated = [], False
+        return self._answer(ERROR.cudaSuccess)
 
-    def end_capture(self) -> Any:
-        graph, self.recording = self.recording, None
+    @strict
+    def cudaStreamEndCapture(self, stream: int) -> Any:
+        """"If capture was invalidated ... then a NULL graph will be returned" (cuda-bindings, cudaStreamEndCapture)."""
+        assert self.capturing is not None, "no capture is open"
+        work, self.capturing = self.capturing, None
+        if self.invalidated:
+            return self._answer(ERROR.cudaErrorStreamCaptureInvalidated, None)
+        self.graphs.append(Recording(work))
         self.log.append("capture")
-        return graph
+        return self._answer(ERROR.cudaSuccess, self.graphs[-1])
 
-    def launch(self, graph: Any) -> None:
-        self.log.append("launch")
-        for work in graph:
-            work()
+    @strict
+    def cudaGraphInstantiate(self, graph: Recording, flags: int) -> Any:
+        assert graph.alive
+        if self.fail_instantiate:
+            return self._answer(ERROR.cudaErrorInvalidValue, None)
+        self.graphs.append(Recording(graph.work))
+        return self._answer(ERROR.cudaSuccess, self.graphs[-1])
 
-    def release(self, graph: Any) -> None:
+    @strict
+    def cudaGraphDestroy(self, graph: Recording) -> Any:
+        assert graph.alive
+        graph.alive = False
+        return self._answer(ERROR.cudaSuccess)
+
+    @strict
+    def cudaGraphExecDestroy(self, graph: Recording) -> Any:
+        assert graph.alive, "destroyed twice"
+        graph.alive = False
         self.log.append("release")
+        return self._answer(ERROR.cudaSuccess)
 
+    @strict
+    def cudaGraphLaunch(self, graph: Recording, stream: int) -> Any:
+        assert graph.alive and int(stream) in self.streams
+        self._here()
+        self.log.append("launch")
+        for work in graph.work:
+            work()
+        return self._answer(ERROR.cudaSuccess)
 
-class Context:
-    """Fails where real TensorRT would: a shape outside the active profile, an address that was not set."""
+    @strict
+    def cudaGetLastError(self) -> Any:
+        status, self.last_error = self.last_error, ERROR.cudaSuccess
+        return (status,)
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine, self.profile = engine, -1
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.addresses: dict[str, int] = {}
-
-    def set_optimization_profile_async(self, index: int, stream: int) -> bool:
-        assert stream == FakeDevice.stream
-        self.engine.device.log.append(f"profile {index}")
-        self.profile, self.shapes = index, {}
-        return 0 <= index < self.engine.num_optimization_profiles
-
-    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        low, high = self.engine.limits[self.profile]
-        self.shapes[name] = shape
-        self.engine.device.log.append(f"shape {shape[0]}")
-        return low <= shape[0] <= high
-
-    def set_tensor_address(self, name: str, address: int) -> bool:
-        self.addresses[name] = address
-        return True
-
-    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        return (self.shapes["x"][0], 3)
-
-    def execute_async_v3(self, stream: int) -> bool:
-        shape, device, addresses = self.shapes["x"], self.engine.device, dict(self.addresses)
-
-        def work() -> None:
-            x = device.view(addresses["x"], shape, np.float32)
-            device.view(addresses["y"], (shape[0], 3), np.float32)[...] = x @ W + B
-
-        self.engine.device.log.append("execute")
-        device.submit(work)
-        return not self.engine.fails
-
-
-class Cache:
-    def __init__(self) -> None:
-        self.content = b""
-
-    def deserialize(self, blob: bytes) -> bool:
-        self.content = bytes(blob)
-        return True
-
-    def serialize(self) -> bytes:
-        return self.content + b"kernels;"
-
-
-class RuntimeConfig:
-    cuda_graph_strategy: Any = None
-    cache: Cache | None = None
-
-    def create_runtime_cache(self) -> Cache:
-        return Cache()
-
-    def set_runtime_cache(self, cache: Cache) -> bool:
-        self.cache = cache
-        return True
-
-
-class Engine:
-    names = ("x", "y")
-
-    def __init__(self, device: FakeDevice, limits: list[tuple[int, int]]) -> None:
-        self.device, self.limits, self.fails = device, limits, False
-        self.num_io_tensors, self.num_optimization_profiles = 2, len(limits)
-        self.weight_streaming_budget_v2 = 0
-        self.config: RuntimeConfig | None = None
-
-    def get_tensor_name(self, index: int) -> str:
-        return self.names[index]
-
-    def create_execution_context(self, config: RuntimeConfig | None = None) -> Context:
-        self.config = config
-        return Context(self)
-
-    def create_runtime_config(self) -> RuntimeConfig:
-        return RuntimeConfig()
-
-    def get_weight_streaming_automatic_budget(self) -> int:
-        return 123
-
-
-class Validity(enum.Enum):
-    INVALID = 0
-    SUBOPTIMAL = 1
-    VALID = 2
-
-
-class Diagnostics(enum.IntFlag):
-    VERSION_MISMATCH = 1
-    UNSUPPORTED_CC = 2
-
-
-def module(engine: Engine | None, *, version: str = "11.4.0", validity: tuple[Validity, int] | None = None,
-           refits: list[str] | None = None, fits: bool = True) -> Any:
-    """A module `tensorrt` (or `tensorrt_rtx`, if it can tell an engine's validity)."""
-
-    class Runtime:
-        def __init__(self, logger: Any) -> None:
-            pass
-
-        def deserialize_cuda_engine(self, content: Any) -> Engine | None:
-            assert bytes(content[1:4]) == b"trt"
-            return engine
-
-    if validity is not None:
-        Runtime.get_engine_validity = lambda self, content: validity  # type: ignore[attr-defined]
-
-    class Logger:
-        ERROR = 1
-
-        def __init__(self, severity: int) -> None:
-            pass
-
-    def refit_from_file(file: str) -> bool:
-        if refits is not None:
-            refits.append(file)
-        return fits
-
-    parser = SimpleNamespace(refit_from_file=refit_from_file)
-    return SimpleNamespace(
-        __version__=version, Runtime=Runtime, Logger=Logger, EngineValidity=Validity,
-        EngineInvalidityDiagnostics=Diagnostics, CudaGraphStrategy=SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole"),
-        Refitter=lambda engine, logger: SimpleNamespace(refit_cuda_engine=lambda: True),
-        OnnxParserRefitter=lambda refitter, logger: parser)
+    @strict
+    def cudaGetErrorString(self, error: Any) -> Any:
+        return real.cudaGetErrorString(error)

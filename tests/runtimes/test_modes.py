@@ -28,10 +28,14 @@ def make() -> Pipeline:
 
 @pytest.mark.parametrize(("options", "word"), [
     ({"mask": Image.new("L", SIZE)}, "without an image"),
-    ({"image": Image.new("RGB", SIZE), "mask": Image.new("L", (32, 16))}, "cannot lie over"),
-    ({"image": Image.new("RGB", SIZE), "mask": [Image.new("L", SIZE)] * 3}, "3 masks for 1 prompts"),
+    ({"image": Image.new("RGB", SIZE), "mask": [Image.new("L", SIZE)] * 3}, "3 masks for 1 image to make"),
+    ({"image": [Image.new("RGB", SIZE)] * 2, "mask": [Image.new("L", SIZE)] * 4, "images_per_prompt": 4},
+     "4 masks for 2 images"),
+    ({"image": [], "mask": []}, "0 images for 1 image to make"),
+    ({"image": [Image.new("RGB", SIZE), np.zeros((32, 32, 3))], "images_per_prompt": 2}, "not all arrays"),
+    ({"image": np.zeros((1, 32, 32, 3)), "mask": np.zeros((2, 32, 32))}, "2 masks for 1 image to make"),
     ({"image": Image.new("RGB", SIZE), "mask": "nowhere.png"}, "nowhere.png"),
-    ({"image": Image.new("RGB", SIZE), "mask": np.zeros((0, 4), np.uint8)}, "not an image"),
+    ({"image": Image.new("RGB", SIZE), "mask": np.zeros((0, 4), np.uint8)}, "is not a mask"),
     ({"guidance_rescale": 1.5}, "guidance_rescale"), ({"guidance_rescale": float("nan")}, "guidance_rescale"),
     ({"guidance_interval": (0.7, 0.2)}, "interval"), ({"guidance_interval": 0.5}, "pair"),
     ({"guidance_interval": (0, 2)}, "interval"), ({"weighting": True}, "plain prompts only"),
@@ -43,8 +47,8 @@ def test_unusable_modes_are_refused_before_the_unet_runs(options, word):
     assert not calls_of(pipeline, "unet")
 
 
-@pytest.mark.parametrize("size", [(32, 32), (64, 64), (17, 17), (301, 300)])
-def test_a_mask_may_be_of_another_size_than_its_image(size):
+@pytest.mark.parametrize("size", [(32, 32), (64, 64), (17, 17), (301, 300), (32, 16), (8, 90)])
+def test_a_mask_may_be_of_another_size_and_shape_than_its_image(size):
     picture = Image.effect_noise(SIZE, 90).convert("RGB")
     pixels = np.zeros((size[1], size[0]), np.uint8)
     pixels[:, size[0] // 2:] = 255

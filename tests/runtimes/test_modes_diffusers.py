@@ -20,11 +20,11 @@ from tests.runtimes.diffusers_reference import (
     PROMPTS,
     TOKENS,
     assert_same,
+    generators,
     make_networks,
     ours,
     psnr,
     reference,
-    share_noise,
 )
 from tests.runtimes.fakes import calls_of
 
@@ -56,39 +56,37 @@ def small(pictures):
 
 @pytest.mark.parametrize(("scheduler", "prediction", "strength"), SAMPLERS)
 def test_inpainting_by_blending_equals_diffusers(
-    networks, folder, pictures, mask, monkeypatch, scheduler, prediction, strength
+    networks, folder, pictures, mask, scheduler, prediction, strength
 ):
     pipe, config = reference(networks, StableDiffusionInpaintPipeline, prediction, scheduler)
     seeds = [21, 22]
-    share_noise(monkeypatch, seeds)
-    # Theirs encodes the masked picture too, for nothing, and draws for it; latents of it given, it does not.
     theirs = pipe(PROMPTS, image=small(pictures), mask_image=[mask] * 2, strength=strength, negative_prompt=NEGATIVES,
                   num_inference_steps=8, guidance_scale=4.0, height=32, width=40, output_type="np",
-                  masked_image_latents=torch.zeros(2, CHANNELS, 8, 10)).images
+                  generator=generators(seeds)).images
     mine = ours(networks, config, folder)(
         PROMPTS, image=small(pictures), mask=mask, strength=strength, negative_prompt=NEGATIVES, steps=8,
-        guidance_scale=4.0, seed=seeds, scheduler=scheduler, output="numpy")
+        height=32, width=40, guidance_scale=4.0, seed=seeds, scheduler=scheduler, output="numpy")
     assert_same(mine, theirs)
 
 
 @pytest.mark.parametrize(("scheduler", "prediction", "strength"), SAMPLERS)
 def test_inpainting_with_a_unet_trained_for_it_equals_diffusers(
-    inpainting_networks, folder, networks, pictures, mask, monkeypatch, scheduler, prediction, strength
+    inpainting_networks, folder, networks, pictures, mask, scheduler, prediction, strength
 ):
     pipe, config = reference(inpainting_networks, StableDiffusionInpaintPipeline, prediction, scheduler)
     seeds = [3, 4]
-    share_noise(monkeypatch, seeds)
     theirs = pipe(PROMPTS, image=small(pictures), mask_image=[mask] * 2, strength=strength, negative_prompt=NEGATIVES,
-                  num_inference_steps=8, guidance_scale=4.0, height=32, width=40, output_type="np").images
+                  num_inference_steps=8, guidance_scale=4.0, height=32, width=40, output_type="np",
+                  generator=generators(seeds)).images
     mine = ours(inpainting_networks, config, folder)(
         PROMPTS, image=small(pictures), mask=mask, strength=strength, negative_prompt=NEGATIVES, steps=8,
-        guidance_scale=4.0, seed=seeds, scheduler=scheduler, output="numpy")
+        height=32, width=40, guidance_scale=4.0, seed=seeds, scheduler=scheduler, output="numpy")
     assert_same(mine, theirs)
 
 
 def test_blending_keeps_what_the_mask_keeps(networks, folder, pictures, mask):
     pipeline = ours(networks, reference(networks)[1], folder)
-    options: dict[str, Any] = {"steps": 6, "seed": 1, "output": "latents"}
+    options: dict[str, Any] = {"steps": 6, "seed": 1, "height": 32, "width": 40, "output": "latents"}
     keep_all = Image.new("L", (40, 32), 0)
     kept = [pipeline(p, image=small(pictures)[0], mask=keep_all, **options) for p in PROMPTS]
     np.testing.assert_array_equal(kept[0], kept[1])  # the prompt cannot matter where nothing is painted

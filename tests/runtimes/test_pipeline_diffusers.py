@@ -11,6 +11,7 @@ import torch
 from diffusers import StableDiffusionImg2ImgPipeline
 from PIL import Image
 
+from runtimes.errors import InputError
 from runtimes.noise import NoiseStreams
 from runtimes.schedulers import SCHEDULERS
 from tests.runtimes.diffusers_reference import (
@@ -18,10 +19,10 @@ from tests.runtimes.diffusers_reference import (
     NEGATIVES,
     PROMPTS,
     assert_same,
+    generators,
     ours,
     psnr,
     reference,
-    share_noise,
 )
 from tests.runtimes.fakes import calls_of
 
@@ -33,12 +34,11 @@ CASES = [*((*sampler, 0.0) for sampler in product(SCHEDULERS, ("epsilon", "v_pre
 
 
 @pytest.mark.parametrize(("scheduler", "prediction", "eta"), CASES)
-def test_text_to_image_equals_diffusers(networks, folder, monkeypatch, scheduler, prediction, eta):
+def test_text_to_image_equals_diffusers(networks, folder, scheduler, prediction, eta):
     pipe, config = reference(networks, prediction=prediction, scheduler=scheduler)
     seeds = [11, 5]
-    share_noise(monkeypatch, seeds)
     theirs = pipe(PROMPTS, negative_prompt=NEGATIVES, num_inference_steps=6, guidance_scale=5.0, height=32, width=40,
-                  eta=eta, output_type="np").images
+                  eta=eta, generator=generators(seeds), output_type="np").images
     mine = ours(networks, config, folder)(
         PROMPTS, negative_prompt=NEGATIVES, steps=6, guidance_scale=5.0, height=32, width=40, eta=eta, seed=seeds,
         scheduler=scheduler, output="numpy")
@@ -85,21 +85,32 @@ def test_latents_output_equals_diffusers(networks, folder):
 @pytest.mark.parametrize(("scheduler", "prediction", "strength"), [
     *((*sampler, 0.6) for sampler in product(SCHEDULERS, ("epsilon", "v_prediction"))), ("ddim", "v_prediction", 0.35),
     ("ddim", "epsilon", 1.0)])
-def test_image_to_image_equals_diffusers(networks, folder, pictures, monkeypatch, scheduler, prediction, strength):
+def test_image_to_image_equals_diffusers(networks, folder, pictures, scheduler, prediction, strength):
     pipe, config = reference(networks, StableDiffusionImg2ImgPipeline, prediction, scheduler)
     seeds = [21, 22]
-    share_noise(monkeypatch, seeds)
     theirs = pipe(PROMPTS, image=[p.resize((40, 32), Image.Resampling.LANCZOS) for p in pictures], strength=strength,
-                  negative_prompt=NEGATIVES, num_inference_steps=8, guidance_scale=4.0, output_type="np").images
+                  negative_prompt=NEGATIVES, num_inference_steps=8, guidance_scale=4.0, generator=generators(seeds),
+                  output_type="np").images
     mine = ours(networks, config, folder)(
         PROMPTS, image=pictures, strength=strength, negative_prompt=NEGATIVES, steps=8, guidance_scale=4.0, seed=seeds,
         height=32, width=40, scheduler=scheduler, output="numpy")
     assert_same(mine, theirs)
 
 
-def test_an_image_is_rounded_down_to_a_size_the_networks_take(networks, folder, pictures):
-    mine = ours(networks, reference(networks)[1], folder)("", image=pictures[0], steps=2, seed=0, output="numpy")
-    assert mine.shape == (1, 32, 40, 3)  # from 38 x 45, in steps of 4 pixels per latent and 2 latents
+def test_an_image_is_rounded_down_to_whole_latents_as_diffusers_does(networks, folder, pictures):
+    pipe, config = reference(networks, StableDiffusionImg2ImgPipeline)
+    odd = pictures[0].resize((43, 35))
+    theirs = pipe("cat", image=odd, num_inference_steps=4, generator=generators([7]), output_type="np").images
+    mine = ours(networks, config, folder)("cat", image=odd, steps=4, strength=0.8, seed=7, output="numpy")
+    assert mine.shape == (1, 32, 40, 3)
+    assert_same(mine, theirs)
+
+
+def test_an_image_of_a_size_that_the_networks_do_not_take_is_refused(networks, folder, pictures):
+    pipeline = ours(networks, reference(networks)[1], folder)  # of two latents, 8 pixels
+    with pytest.raises(InputError, match="image: the image's height of 38 will not do: height is 36, the bundle makes "
+                                         r"16 to 128 in steps of 8 \(give height; nearest: 32 or 40"):
+        pipeline("cat", image=pictures[0], steps=2)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 8])

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from runtimes import schedulers
-from runtimes.schedulers import CLASS_NAMES, SCHEDULERS, method_of, stable_diffusion_config
+from runtimes.schedulers import CLASS_NAMES, SCHEDULERS, method_of
 
 # Any: the tests look at what the concrete samplers hold, which the protocol does not promise.
 from_config: Any = schedulers.from_config
@@ -245,22 +245,6 @@ def test_another_method_reads_a_config_as_diffusers_from_config_does(source, mon
         compare(dict(written.config), 12, monkeypatch, name=target)
         prediction = {"prediction_type": "v_prediction"}  # noise prediction has no meaning at zero terminal SNR
         compare({**bare, **prediction}, 12, monkeypatch, name=target)
-
-
-@pytest.mark.filterwarnings("ignore:The configuration file of this scheduler:FutureWarning")
-@pytest.mark.parametrize("source", SCHEDULERS)
-def test_stable_diffusion_config_is_what_the_pipeline_makes_of_it(source):
-    for config in (base_config(source), base_config(source, steps_offset=0, clip_sample=True)):
-        scheduler = CLASSES[source].from_config(config)
-        parts = dict.fromkeys(("vae", "text_encoder", "tokenizer", "unet", "safety_checker", "feature_extractor"))
-        diffusers.StableDiffusionPipeline(**parts, scheduler=scheduler, requires_safety_checker=False)
-        fixed = stable_diffusion_config(config)
-        assert from_config(fixed).steps_offset == scheduler.config.steps_offset == 1
-        assert fixed.get("clip_sample", False) == scheduler.config.get("clip_sample", False)
-        for target in set(SCHEDULERS) - {source}:
-            ours, theirs = from_config(fixed, target), CLASSES[target].from_config(scheduler.config)
-            for key in ("steps_offset", "clip_sample"):
-                assert getattr(ours, key, None) == theirs.config.get(key) or not hasattr(ours, key), (target, key)
 
 
 @pytest.mark.parametrize("options", [*SCHEDULES.values(), {"trained_betas": np.linspace(0.001, 0.5, 1000).tolist()}])

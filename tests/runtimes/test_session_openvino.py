@@ -141,5 +141,5 @@ def test_threads_and_hints_reach_openvino():
 def test_a_home_that_cannot_be_written_only_costs_the_cache(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert cache_folder() is None
+    assert cache_folder(PART) is None
     assert "CACHE_DIR" not in properties(PART, CPU)

@@ -103,6 +103,7 @@ def test_image_to_image_and_inpainting_work_in_tiles():
     mask = np.zeros((128, 96), np.uint8)
     mask[:, 48:] = 255
     options: dict[str, Any] = {"seed": 0, "steps": 4, "tile": 32, "output": "latents"}
+    options |= {"height": 128, "width": 96}
     kept = make(side=(4, 8))("x", image=picture, mask=Image.new("L", (96, 128)), **options)
     half = make(side=(4, 8))("x", image=picture, mask=mask, **options)
     assert half.shape == (1, CHANNELS, 128 // FACTOR, 96 // FACTOR)

@@ -147,7 +147,7 @@ def test_a_cut_prompt_is_logged_with_what_was_cut(tokenizer, caplog):
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("a" * 10_000, "10,000 characters"), ("\ud800", "not valid Unicode"), (None, "NoneType"), (b"a", "bytes"),
+    ("a" * 100_001, "100,001 characters"), ("\ud800", "not valid Unicode"), (None, "NoneType"), (b"a", "bytes"),
 ])
 def test_a_prompt_no_tokenizer_takes_is_one_clear_line(tokenizer, text, message):
     with pytest.raises(InputError, match=message):

@@ -46,7 +46,8 @@ class Sessions(Mapping):
 
     def __init__(self, bundle, models):
         """Make the sessions; none is called yet."""
-        self._sessions = {n: TritonSession(n, c, models[n]) for n, c in bundle.manifest.components.items()}
+        self._sessions = {n: TritonSession(n, c, models[n]) for n, c in bundle.manifest.components.items()
+                          if n in models}
 
     def __getitem__(self, name):
         return self._sessions[name]

@@ -1,0 +1,58 @@
+"""`verify` asks the source for what the bundle holds; the comparing itself is tested in tests/parity."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from deploy import verify as module
+from deploy.console import show_verification
+from deploy.parity.budgets import budget_for
+from deploy.parity.components import ComponentReport, Figures
+from deploy.parity.effort import Effort
+from deploy.parity.gate import Verification
+from deploy.parity.options import ParityOptions
+from deploy.parity.pipelines import PipelineReport
+from tests.runtimes.fakes import AFFINE, write_bundle
+
+
+class Asked(Exception):
+    """What the origin was opened with."""
+
+
+@pytest.mark.parametrize(("name", "option"), [("unet_shallow", "step_cache"), ("safety_checker", "safety_checker")])
+def test_the_source_is_opened_with_what_the_bundle_was_built_with(tmp_path: Path, monkeypatch, name: str, option: str):
+    def asked(spec):
+        raise Asked(spec.step_cache, spec.safety_checker)
+
+    monkeypatch.setattr(module, "open_origin", asked)
+    parts = {}
+    for part in ("unet", name):
+        file = tmp_path / "b" / "components" / part / "model.onnx"
+        file.parent.mkdir(parents=True)
+        file.write_bytes(b"graph")
+        parts[part] = replace(AFFINE, file=f"components/{part}/model.onnx")
+    bundle = write_bundle(tmp_path / "b", parts)
+    with pytest.raises(Asked) as caught:
+        module.verify_bundle(bundle.path, str(tmp_path))
+    assert caught.value.args == (option == "step_cache", option == "safety_checker")
+
+
+def verification(relative_l2: float = 0.0, unverified: str = "") -> Verification:
+    figures = Figures(0.0, relative_l2, 1.0, 0, ((1, 4),), "y", (1, 4))
+    report = ComponentReport({"unet": figures}, {"vae_decoder": unverified} if unverified else {})
+    return Verification(report, PipelineReport({}), budget_for("fp32"), Effort("components", ParityOptions()))
+
+
+@pytest.mark.parametrize(("result", "said", "unsaid"), [
+    (verification(), "ok", "broken"),
+    (verification(relative_l2=1.0), "budget broken", "could be verified"),
+    (verification(relative_l2=1.0, unverified="no GPU"), "budget broken", "could be verified"),
+    (verification(unverified="no GPU"), "not everything could be verified here", "broken"),
+])
+def test_only_a_broken_budget_is_called_broken(result: Verification, said: str, unsaid: str, capsys):
+    show_verification(result)
+    out = capsys.readouterr().out
+    assert said in out.splitlines()[-1] and unsaid not in out

@@ -1,0 +1,160 @@
+"""diffusers' own pipelines say what a folder's configs mean: corrections by class, defaults by mode, the sampler."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import diffusers
+import pytest
+
+from deploy.origin import as_loaded, check_schedulers, open_origin
+from deploy.spec import BuildSpec
+from exporters import upstream
+from exporters.source import open_source
+from runtimes.errors import InputError
+from runtimes.manifest import from_json, to_json
+from runtimes.schedulers import from_config
+from tests.exporters.family_pipelines import PIPELINES, write_pipeline_of
+from tests.exporters.pipelines import edit_json
+
+SCHEDULER, INDEX, UNET = "scheduler/scheduler_config.json", "model_index.json", "unet/config.json"
+CLASSES = {
+    "sd2": ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"),
+    "inpaint": (None, None, "StableDiffusionInpaintPipeline"),
+    "tiny-decoder": ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"),
+    "xl": ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline"),
+    "refiner": (None, "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline"),
+    "ldm": ("LDMPipeline", None, None),
+    "ldm-text": ("LDMTextToImagePipeline", None, None),
+}
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a small pipeline, written once; not to be changed."""
+    root = tmp_path_factory.mktemp("families")
+    return lambda name: root / name if (root / name).is_dir() else write_pipeline_of(name, root / name)
+
+
+@pytest.fixture
+def model(written: Callable[[str], Path], tmp_path: Path) -> Callable[[str], Path]:
+    """A copy that a test may edit."""
+    return lambda name: Path(shutil.copytree(written(name), tmp_path / name))
+
+
+@pytest.fixture(autouse=True)
+def _cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LDM_DEPLOY_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_each_mode_has_the_defaults_of_its_diffusers_class(written, name):
+    source = as_loaded(open_source(written(name)))
+    classes = {mode: cls for mode, cls in zip(upstream.MODES, CLASSES[name], strict=True) if cls}
+    assert {mode: facts.pipeline_class for mode, facts in source.modes.items()} == classes
+    for facts in source.modes.values():
+        signature = inspect.signature(getattr(diffusers, facts.pipeline_class).__call__).parameters
+        for key in ("guidance_scale", "strength"):
+            assert getattr(facts, key) == (signature[key].default if key in signature else 1.0)
+
+
+def test_a_mode_that_diffusers_lacks_has_the_guidance_of_the_one_it_has(written):
+    facts = open_origin(BuildSpec(model=str(written("refiner")))).manifest.pipeline
+    assert facts.mode(image=False, mask=False).guidance_scale == 5.0
+    old = from_json(type(facts), {k: v for k, v in to_json(facts).items() if k != "modes"}, "manifest")
+    assert [old.mode(image, mask).strength for image, mask in ((False, False), (True, False), (True, True))] == [
+        1.0, 0.8, 1.0]
+
+
+@pytest.mark.parametrize(("name", "side"), [("sd2", 64), ("xl", 32)])
+def test_old_sample_size_is_corrected_by_the_classes_that_correct_it(model, name, side):
+    folder = model(name)
+    edit_json(folder / UNET, _diffusers_version="0.6.0", sample_size=32)
+    facts = open_origin(BuildSpec(model=str(folder))).manifest.pipeline
+    assert (facts.height, facts.width) == (side * facts.vae_scale_factor,) * 2
+
+
+@pytest.mark.parametrize(("kind", "outdated", "text", "mask"), [
+    ("PNDMScheduler", {"skip_prk_steps": False}, {"skip_prk_steps": False}, {"skip_prk_steps": True}),
+    ("DDIMScheduler", {"clip_sample": True}, {"clip_sample": False}, {"clip_sample": True}),
+    ("DDIMScheduler", {"steps_offset": 0}, {"steps_offset": 1}, {"steps_offset": 1}),
+])
+def test_outdated_scheduler_keys_are_corrected_by_the_class_of_the_mode(model, kind, outdated, text, mask):
+    folder = model("sd2")
+    getattr(diffusers, kind)(steps_offset=1).save_pretrained(folder / "scheduler")
+    edit_json(folder / INDEX, scheduler=["diffusers", kind])
+    edit_json(folder / SCHEDULER, **outdated)
+    source = as_loaded(open_source(folder))
+    for mode, wanted in (("text", text), ("image", text), ("mask", mask)):
+        config = {**source.scheduler_config, **source.modes[mode].scheduler}
+        assert {key: config[key] for key in wanted} == wanted, mode
+
+
+def test_a_default_of_the_scheduler_is_not_carried_over_to_another_class(model):
+    folder = model("sd2")
+    config = {"_class_name": "PNDMScheduler", "beta_schedule": "scaled_linear", "skip_prk_steps": True}
+    (folder / SCHEDULER).write_text(json.dumps(config))
+    edit_json(folder / INDEX, scheduler=["diffusers", "PNDMScheduler"])
+    ours = from_config(as_loaded(open_source(folder)).scheduler_config, "ddim")
+    with upstream.unwarned():
+        pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    theirs = diffusers.DDIMScheduler.from_config(pipe.scheduler.config).config
+    assert (ours.beta_schedule, ours.steps_offset, ours.clip_sample) == (
+        theirs["beta_schedule"], theirs["steps_offset"], theirs["clip_sample"])
+
+
+def test_model_index_decides_the_sampler(model):
+    folder = model("sd2")
+    edit_json(folder / INDEX, scheduler=["diffusers", "EulerDiscreteScheduler"])
+    source = as_loaded(open_source(folder))
+    assert source.scheduler_class == source.scheduler_config["_class_name"] == "EulerDiscreteScheduler"
+
+
+def test_an_unknown_sampler_is_refused_when_building_with_what_to_name(model):
+    folder = model("sd2")
+    edit_json(folder / INDEX, scheduler=["diffusers", "RePaintScheduler"])
+    with pytest.raises(InputError, match="RePaintScheduler") as caught:
+        open_origin(BuildSpec(model=str(folder)))
+    assert '"scheduler": ["diffusers", "DDIMScheduler"]' in caught.value.fix
+
+
+def test_a_scheduler_key_of_unknown_value_is_refused_when_building(model):
+    folder = model("sd2")
+    edit_json(folder / SCHEDULER, prediction_type="flow")
+    with pytest.raises(InputError, match="prediction_type") as caught:
+        check_schedulers(as_loaded(open_source(folder)))
+    assert caught.value.where == str(folder / SCHEDULER)
+
+
+@pytest.mark.parametrize("name", ["scheduler", "tokenizer"])
+def test_code_of_the_folder_is_never_run(model, name):
+    folder = model("sd2")
+    edit_json(folder / INDEX, **{name: ["mine", "Mine"]})
+    (folder / name / "mine.py").write_text("raise SystemExit('the code of the model ran')")
+    with pytest.raises(InputError, match="'mine'"):
+        open_source(folder)
+
+
+def test_what_diffusers_refuses_is_said_in_one_line(model):
+    folder = model("sd2")
+    edit_json(folder / INDEX, scheduler=["diffusers", "NoSuchScheduler"])
+    with pytest.raises(InputError, match="diffusers' StableDiffusionPipeline refuses it"):
+        upstream.upstream_pipeline(open_source(folder), "text")
+
+
+def test_given_components_replace_the_empty_ones(written):
+    source = open_source(written("sd2"))
+    vae = diffusers.AutoencoderKL.from_pretrained(written("sd2") / "vae")
+    pipe = upstream.upstream_pipeline(source, "image", vae=vae)
+    assert pipe.vae is vae and pipe.unet.device.type == "meta" and pipe.safety_checker is None
+    assert type(pipe).__name__ == "StableDiffusionImg2ImgPipeline" and pipe.tokenizer is not None
+
+
+def test_diffusers_is_asked_once_for_the_same_configs(written, monkeypatch):
+    first = as_loaded(open_source(written("xl")))
+    monkeypatch.setattr(upstream, "as_loaded", None)
+    assert as_loaded(open_source(written("xl"))) == first
