@@ -21,8 +21,7 @@ INVALID = ("size", "strength", "weight files", "pickle", "class for other channe
 
 def make(choices: Choices) -> Case:
     """One case: a model folder, adapters for it, and a request."""
-    if choices.flag("invalid input", often=6):
-        choices.invalid = choices.pick("invalid", INVALID)
+    choices.invalid = choices.pick("invalid", ("", *INVALID), often=5 * len(INVALID))
     model = folders.choose(choices)
     loras = adapters.choose_loras(choices, model)
     embeddings = adapters.choose_embeddings(choices, model)

@@ -59,6 +59,7 @@ def choose(choices: Choices) -> Model:
     networks = NETWORKS.get(kind, SD_NETWORKS)
     for name in networks:
         edits[f"{name}/config.json"] = _network(choices, kind, name, build)
+    edits = {file: changes for file, changes in edits.items() if changes}
     layout, dtype = _layout(choices), choices.pick("files.dtype", ("float32", "float16", "bfloat16"), often=4)
     layouts = {} if layout == "plain" else {choices.pick(f"files.network of {kind}", networks): layout}
     dtypes = {} if dtype == "float32" else {choices.pick(f"files.network of {kind}", networks): dtype}
@@ -66,9 +67,10 @@ def choose(choices: Choices) -> Model:
     if kind.startswith("ldm"):
         return Model(kind, build, edits, layouts, dtypes, old)
     for name in _tokenizers(networks):
-        edits[f"{name}/tokenizer_config.json"] = _some(choices, "tokenizer", TOKENIZER, often=2)
         if choices.invalid == "tokenizer longer than its encoder":
-            edits[f"{name}/tokenizer_config.json"]["model_max_length"] = 77
+            edits[f"{name}/tokenizer_config.json"] = {"model_max_length": 77}
+        elif changes := _some(choices, "tokenizer", TOKENIZER, often=2):
+            edits[f"{name}/tokenizer_config.json"] = changes
     vae = choices.pick("model.vae=", ("", "plain", "plain-vae", "tiny-vae"), often=12)
     return Model(kind, build, edits, layouts, dtypes, old, choices.flag("tokenizer.old files", often=2),
                  choices.pick("tokenizer.words", WORDS, often=5), vae)
@@ -92,8 +94,9 @@ def _index(choices: Choices, kind: str) -> dict[str, Any]:
     _edit(choices, "model._diffusers_version", "_diffusers_version", VERSIONS, edits)
     if kind in ("sd", "sd2", "inpaint"):
         checker = choices.pick("model.safety_checker", ("null", "absent", "without its folder"), often=4)
-        edits["safety_checker"] = {"null": [None, None], "absent": ABSENT}.get(
-            checker, ["stable_diffusion", "StableDiffusionSafetyChecker"])
+        if checker != "null":
+            edits["safety_checker"] = (
+                ABSENT if checker == "absent" else ["stable_diffusion", "StableDiffusionSafetyChecker"])
         _edit(choices, "model.requires_safety_checker", "requires_safety_checker", (False, True, ABSENT), edits)
     if kind in ("xl", "refiner"):
         usual = kind == "xl"

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.fuzz.case import ABSENT, Model
 from tests.fuzz.models import base
+from tests.fuzz.schedulers import TRAINED_BETAS
 
 Tensors = dict[str, Any]
 
@@ -29,6 +30,8 @@ def write(model: Model, out: Path) -> Path:
         _rewrite(out / name, model.layouts.get(name, "plain"), model.dtypes.get(name), name in model.old_names)
     for file, changes in model.edits.items():
         if file.startswith("scheduler/"):
+            if changes.get("trained_betas") == TRAINED_BETAS:
+                changes = {**changes, "trained_betas": [round(0.0005 + 0.00001 * i, 6) for i in range(1000)]}
             replace_text(out / file, json.dumps(changes))
         elif changes:
             edit(out / file, changes)
