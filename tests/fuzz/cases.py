@@ -15,8 +15,9 @@ from tests.fuzz.choices import Choices
 # What a case may have that is refused, or that diffusers cannot run.
 INVALID = ("size", "strength", "weight files", "pickle", "class for other channels", "attention mask", "sample_size",
            "word twice", "word of the vocabulary", "LoRA", "eta", "no scheduler class", "prompt",
-           "mode of other networks", "scipy", "U-Net without a version",
-           "tokenizer longer than its encoder")
+           "mode of other networks", "scipy", "image mode", "unknown key",
+           "latents_mean of Stable Diffusion", "U-Net without a version", "tokenizer longer than its encoder",
+           "stale files")
 
 
 def make(choices: Choices) -> Case:

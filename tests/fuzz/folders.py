@@ -9,7 +9,7 @@ from tests.fuzz import schedulers
 from tests.fuzz.case import ABSENT, Model
 from tests.fuzz.choices import Choices
 from tests.fuzz.models import KINDS
-from tests.fuzz.weight_files import LAYOUTS, UNREADABLE
+from tests.fuzz.weight_files import LAYOUTS, STALE, UNREADABLE
 
 VERSIONS = ("0.42.1", "0.6.0", "0.8.1", "0.9.0", "0.18.2", ABSENT)
 NETWORKS = {"ldm": ("unet", "vqvae"), "ldm-text": ("bert", "unet", "vqvae"),
@@ -32,16 +32,14 @@ UNET: Mapping[str, tuple[Any, ...]] = {
     "sample_size": (8, 32, 64, [8, 12]), "center_input_sample": (False, True),
     "flip_sin_to_cos": (True, False), "freq_shift": (0, 1), "act_fn": ("silu", "gelu"), "norm_eps": (1e-5, 1e-3),
     "mid_block_scale_factor": (1, 2.0), "upcast_attention": (False, True), "resnet_skip_time_act": (False, True),
-    "timestep_post_act": (None, "silu"), "dropout": (0.0, 0.1), "foo": (ABSENT, 1), "only_cross_attention": (False,),
-    "in_channels": (4,)}
+    "timestep_post_act": (None, "silu"), "dropout": (0.0, 0.1)}
 VAE: Mapping[str, tuple[Any, ...]] = {
     "scaling_factor": (0.18215, 0.35, ABSENT), "force_upcast": (True, False, ABSENT), "shift_factor": (None, 0.1),
-    "latents_mean": (None, [0.1, -0.2, 0.05, 0.3]), "latents_std": (None, [0.9, 1.1, 1.3, 0.8]),
-    "sample_size": (32, 64, ABSENT), "act_fn": ("silu",), "foo": (ABSENT, 1)}
+    "sample_size": (32, 64, ABSENT)}
 TEXT: Mapping[str, tuple[Any, ...]] = {
     "eos_token_id": (None, 2, ABSENT), "hidden_act": ("quick_gelu", "gelu"), "layer_norm_eps": (1e-5, 1e-3),
     "torch_dtype": (ABSENT, "float16"), "dtype": ("float32", "float16"), "pad_token_id": (None, 1, 0),
-    "attention_dropout": (0.0, 0.1), "foo": (ABSENT, 1)}
+    "attention_dropout": (0.0, 0.1)}
 TOKENIZER: Mapping[str, tuple[Any, ...]] = {
     "pad_token": ("<|endoftext|>", "!"), "model_max_length": (16, 12), "tokenizer_class": ("CLIPTokenizer", ABSENT),
     "add_prefix_space": (ABSENT, False, True), "do_lower_case": (ABSENT, True, False),
@@ -79,7 +77,10 @@ def choose(choices: Choices) -> Model:
 def _layout(choices: Choices) -> str:
     if choices.invalid in ("weight files", "pickle"):
         return "pickle alone" if choices.invalid == "pickle" else choices.pick("files.unreadable", UNREADABLE)
-    return choices.pick("files.layout", tuple(n for n in LAYOUTS if n not in (*UNREADABLE, "pickle alone")), often=8)
+    if choices.invalid == "stale files":
+        return choices.pick("files.stale", STALE)
+    apart = (*UNREADABLE, *STALE, "pickle alone")
+    return choices.pick("files.layout", tuple(name for name in LAYOUTS if name not in apart), often=8)
 
 
 def _tokenizers(networks: tuple[str, ...]) -> tuple[str, ...]:
@@ -115,10 +116,16 @@ def _network(choices: Choices, kind: str, name: str, build: str) -> dict[str, An
             edits["sample_size"] = ABSENT
     elif name == "vae":
         edits = _some(choices, "vae", VAE, often=2)
+        normalized = choices.flag("vae.latents_mean and latents_std", often=3) if kind in ("xl", "refiner") else (
+            choices.invalid == "latents_mean of Stable Diffusion")
+        if normalized:
+            edits |= {"latents_mean": [0.1, -0.2, 0.05, 0.3], "latents_std": [0.9, 1.1, 1.3, 0.8]}
     elif name.startswith("text_encoder"):
         edits = _some(choices, "text_encoder", TEXT, often=2)
         if choices.invalid == "attention mask":
             edits["use_attention_mask"] = True
+    if choices.invalid == "unknown key":
+        edits["foo"] = 1
     if not name.startswith(("text_encoder", "bert")):
         versions = VERSIONS[:-1] if name == "unet" else VERSIONS
         _edit(choices, f"{name}._diffusers_version", "_diffusers_version", versions, edits)
@@ -130,10 +137,9 @@ def _network(choices: Choices, kind: str, name: str, build: str) -> dict[str, An
 def _some(choices: Choices, part: str, values: Mapping[str, tuple[Any, ...]], often: int) -> dict[str, Any]:
     """None, one or two keys with another value."""
     edits: dict[str, Any] = {}
-    changed = {key: found for key, found in values.items() if len(found) > 1}
     for _ in range(choices.pick(f"{part}.edits", (0, 1, 2), often)):
-        key = choices.pick(f"{part}.key", tuple(changed))
-        _edit(choices, f"{part}.{key}", key, changed[key], edits)
+        key = choices.pick(f"{part}.key", tuple(values))
+        _edit(choices, f"{part}.{key}", key, values[key], edits)
     return edits
 
 

@@ -51,7 +51,7 @@ def choose(choices: Choices, model: Model, embeddings: tuple[Embedding, ...]) ->
         size = choices.pick("request.size", SIZES, often=2)
         if choices.invalid == "size":
             size = choices.pick("request.bad size", BAD_SIZES)
-    latents = choices.flag("request.latents") if mode == "text" or model.kind == "xl" else False
+    latents = choices.flag("request.latents") if mode == "text" and model.kind != "ldm" else False
     negative = None if model.kind == "ldm" else _negative(choices, model, embeddings, len(prompts))
     if model.kind == "ldm-text":
         negative = None
@@ -104,6 +104,8 @@ def _picture(choices: Choices, what: str, shows: tuple[str, ...], like: Picture 
         form = "png"
     if form == "png" and mode in ("CMYK", "F", "I"):
         form = "tiff"
+    if form == "pil" and what == "image" and choices.invalid != "image mode":
+        mode = "RGB"  # diffusers takes three channels only from a caller; files it converts
     if form == "array":
         mode = "RGB" if what == "image" else "L"
     return Picture(choices.pick(f"{what}.shows", shows), mode,

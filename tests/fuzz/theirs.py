@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ METHODS = {method: name for name, method in CLASS_NAMES.items()}
 SIZES = {"original": (64, 48), "crop": (4, 8), "target": (40, 24)}
 
 
-def run(case: Case, folder: Path, files: Mapping[str, Path], pictures: Mapping[str, Any]) -> Trace | Stopped:
+def run(case: Case, folder: Path, files: Mapping[str, Path], pictures: Mapping[str, Any],
+        mend: Callable[[Any, list[Any]], None] | None = None) -> Trace | Stopped:
     """Load and call diffusers' pipeline.
 
     Args:
@@ -29,6 +30,7 @@ def run(case: Case, folder: Path, files: Mapping[str, Path], pictures: Mapping[s
         folder: of the model.
         files: adapter files by name, "lora0", "embedding1".
         pictures: "image" and "mask" as the caller has them.
+        mend: of a known fault; given the loaded pipeline and the request's generators.
     """
     trace, stage = Trace(), "build"
     with warnings.catch_warnings():
@@ -38,7 +40,10 @@ def run(case: Case, folder: Path, files: Mapping[str, Path], pictures: Mapping[s
             _adapt(pipe, case, files)
             stage = "request"
             record_diffusers(pipe, trace)
-            trace.result = _call(pipe, case.request, pictures)
+            generators = make_generators(case.request)
+            if mend is not None:
+                mend(pipe, generators)
+            trace.result = _call(pipe, case.request, pictures, generators)
         except Exception as error:  # whatever a library raises over a generated folder
             return Stopped(stage, type(error).__name__, str(error).strip().partition("\n")[0][:300],
                            networks_ran=bool(trace.calls))
@@ -99,10 +104,14 @@ def make_latents(request: Request, channels: int, rows: int, columns: int) -> np
     return np.random.default_rng(request.seeds[0]).standard_normal(shape).astype(np.float32)
 
 
-def _call(pipe: Any, request: Request, pictures: Mapping[str, Any]) -> np.ndarray[Any, Any]:
+def make_generators(request: Request) -> list[Any]:
+    """One for each image."""
     import torch
 
-    generators = [torch.Generator("cpu").manual_seed(seed) for seed in request.seeds]
+    return [torch.Generator("cpu").manual_seed(seed) for seed in request.seeds]
+
+
+def _call(pipe: Any, request: Request, pictures: Mapping[str, Any], generators: list[Any]) -> np.ndarray[Any, Any]:
     options: dict[str, Any] = {
         "num_inference_steps": request.steps, "eta": request.eta, "guidance_scale": request.guidance,
         "generator": generators if len(generators) > 1 else generators[0],
@@ -117,15 +126,15 @@ def _call(pipe: Any, request: Request, pictures: Mapping[str, Any]) -> np.ndarra
     options |= {"height": request.height, "width": request.width}
     if kind != "LDMTextToImagePipeline":
         options |= _of_clip_pipelines(pipe, request, pictures)
-    elif request.images_per_prompt > 1:
-        options["prompt"] = [p for p in request.prompts for _ in range(request.images_per_prompt)]
+    else:
+        if request.images_per_prompt > 1:
+            options["prompt"] = [p for p in request.prompts for _ in range(request.images_per_prompt)]
+        options["latents"] = _latents(pipe, request)
     return _as_array(pipe(**{k: v for k, v in options.items() if v is not None}).images)
 
 
 def _of_clip_pipelines(pipe: Any, request: Request, pictures: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of the Stable Diffusion and XL classes."""
-    import torch
-
     options: dict[str, Any] = {"num_images_per_prompt": request.images_per_prompt, "strength": request.strength}
     if request.negative is not None:
         texts, one = list(request.negative), len(request.prompts) == 1
@@ -134,11 +143,7 @@ def _of_clip_pipelines(pipe: Any, request: Request, pictures: Mapping[str, Any])
         options["guidance_rescale"] = request.rescale
     if request.last < 1:
         options["denoising_end"] = request.last
-    if request.latents:
-        height, width = default_size(pipe) if request.height is None else (request.height, request.width or 0)
-        factor = pipe.vae_scale_factor
-        options["latents"] = torch.from_numpy(
-            make_latents(request, pipe.vae.config.latent_channels, height // factor, width // factor))
+    options["latents"] = _latents(pipe, request)
     for name, argument in (("image", "image"), ("mask", "mask_image")):
         if name in pictures:
             options[argument] = _opened(pictures[name])
@@ -150,13 +155,23 @@ def _of_clip_pipelines(pipe: Any, request: Request, pictures: Mapping[str, Any])
     return options
 
 
+def _latents(pipe: Any, request: Request) -> Any:
+    import torch
+
+    if not request.latents:
+        return None
+    height, width = default_size(pipe) if request.height is None else (request.height, request.width or 0)
+    factor = pipe.vae_scale_factor
+    return torch.from_numpy(make_latents(request, pipe.unet.config.out_channels, height // factor, width // factor))
+
+
 def _opened(picture: Any) -> Any:
-    """A path or a Pillow image by diffusers' own reader; an array as a batch of one."""
+    """A path by diffusers' own reader; an array as a batch of one."""
     from diffusers.utils import load_image
 
-    if isinstance(picture, np.ndarray):
-        return picture[None]
-    return load_image(str(picture) if isinstance(picture, Path) else picture)
+    if isinstance(picture, Path):
+        return load_image(str(picture))
+    return picture[None] if isinstance(picture, np.ndarray) else picture
 
 
 def _as_array(images: Any) -> np.ndarray[Any, Any]:

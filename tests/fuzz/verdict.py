@@ -93,7 +93,9 @@ def _call_difference(mine: dict[str, Array], theirs: dict[str, Array], i: int) -
         if ours.shape != other.shape:
             return f"shape of {name}", f"call {i}: ours {ours.shape}, theirs {other.shape}"
         tolerance = {"timestep": TIMESTEPS, "sample": SAMPLES}.get(name, CONDITIONS)
-        if not _close(ours, other, tolerance):
+        # Timesteps near zero are differences of larger numbers.
+        near = name == "timestep" and np.abs(ours - other).max() <= 1e-4
+        if not near and not _close(ours, other, tolerance):
             return name, f"call {i}: {_amount(ours, other)}"
     return None
 

@@ -182,6 +182,7 @@ LAYOUTS: Mapping[str, Callable[[Path, str, Tensors], Any]] = {
     "lost tensor": _lost_tensor,
 }
 UNREADABLE = ("shard missing", "truncated", "lost tensor", "two variants")
+STALE = ("shards beside a stale file",)  # refused, since nobody can know which of them is meant
 OF_VARIANTS = ("variant alone", "variant in shards", "two variants")
 
 
