@@ -21,7 +21,7 @@ from exporters.source import Source, open_source, read_json
 from exporters.textual_inversion import read_embedding
 from exporters.upstream import upstream_pipeline
 from runtimes.bundle import Bundle
-from runtimes.errors import InputError
+from runtimes.errors import DeployError
 from runtimes.lora_inputs import DETAILS, own_file
 from runtimes.manifest import Component
 
@@ -39,8 +39,10 @@ def upstream_errors() -> Iterator[None]:
         with quiet(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
-    except (InputError, CannotLoadError) as error:
-        raise CannotLoadError(str(error)) from error
+    except CannotLoadError:
+        raise
+    except DeployError as error:
+        raise CannotLoadError(error.what) from error
     except Exception as error:
         first = str(error).strip().partition("\n")[0]
         raise CannotLoadError(f"{type(error).__name__}: {first:.300}") from error
