@@ -51,14 +51,19 @@ BudgetOptions = Annotated[list[str], typer.Option(help="override an accuracy lim
 Verify = Annotated[str, typer.Option(help="compare with PyTorch: full, quick (4 steps of a picture), components, no; "
                                           "auto: full where that takes a minute or two, else quick")]
 NoVerify = Annotated[bool, typer.Option("--no-verify", help="the same as --verify no")]
+Variant = Annotated[str, typer.Option(help="of the weight files: fp16 reads *.fp16.safetensors where there are such")]
+Revision = Annotated[str, typer.Option(help="of a MODEL on the Hub: a branch, a tag or a commit; default main")]
 OutputPng = Annotated[Path, typer.Option("-o", "--output", help="PNG file; several pictures get numbered names")]
 Against = Annotated[str | None, typer.Option(help="the source model; default: where the bundle was built from")]
-ModelArgument = Annotated[str, typer.Argument(help="folder in diffusers layout; default: the model that ships with us")]
+ModelArgument = Annotated[str, typer.Argument(help="folder in diffusers layout, or OWNER/NAME on the Hugging Face Hub; "
+                                                    "default: the model that ships with us")]
 
 
 @app.command()
 def build(
     model: ModelArgument = "",
+    variant: Variant = "",
+    revision: Revision = "",
     target: Target = "",
     precision: Annotated[str, typer.Option(help="fp32, fp16, bf16, int8 or auto")] = "",
     shapes: Shapes = [],  # noqa: B006
@@ -102,7 +107,7 @@ def build(
     options: dict[str, Any] = {k: v for k, v in (
         ("model", model), ("target", target), ("precision", precision), ("quantization", quantization),
         ("range_estimator", range_estimator), ("step_cache", step_cache), ("lora_mode", lora_mode),
-        ("safety_checker", safety_checker), ("cpu", cpu)) if v}
+        ("safety_checker", safety_checker), ("cpu", cpu), ("variant", variant), ("revision", revision)) if v}
     options |= {name: number for name, number in (("text_encoder_bits", text_encoder_bits),
                                                   ("calibration_samples", calibration_samples)) if number is not None}
     if quantization_methods:
@@ -175,7 +180,7 @@ def generate(
     prompts: Annotated[Path | None, typer.Option(help="file with one prompt a line, instead of PROMPT")] = None,
     negative: Annotated[str | None, typer.Option(help="what not to generate")] = None,
     image: Annotated[Path | None, typer.Option(help="start from this picture (image-to-image)")] = None,
-    mask: Annotated[Path | None, typer.Option(help="white where the picture is painted anew (inpainting)")] = None,
+    mask: Annotated[Path | None, typer.Option(help="white where the image is painted anew (inpainting)")] = None,
     strength: Annotated[float | None, typer.Option(help="how far to leave the image, above 0 to 1; default the "
                                                         "model's: 0.8, of XL 0.3, with --mask 1")] = None,
     steps: Annotated[int | None, typer.Option(help="denoising steps; default 25")] = None,
@@ -194,7 +199,7 @@ def generate(
     = False,
     cache_interval: Annotated[int | None, typer.Option(help="compute the U-Net's deep layers every so many steps; "
                                                             "needs a bundle built with --step-cache")] = None,
-    seed: Annotated[int, typer.Option(help="the first picture's seed; the next ones count up")] = 0,
+    seed: Annotated[int, typer.Option(help="the first image's seed, as PyTorch's; the next ones count up")] = 0,
     count: Annotated[int, typer.Option("-n", "--count", min=1, help="pictures for each prompt")] = 1,
     scheduler: Annotated[str | None, typer.Option(help="ddim, euler, euler-ancestral, dpm++, unipc, lcm, pndm")] = None,
     height: Annotated[int | None, typer.Option(help="pixels")] = None,

@@ -25,7 +25,7 @@ from runtimes.session import SessionOptions, open_session
 
 TIMED_CALLS = 9
 ANYTHING = Budget(1e9, 1e9, 0.0, 0.0, 100.0)  # nothing is to blame while searching: the caller judges
-VERSION = 2  # of what a trial draws and counts
+VERSION = 3  # of what a trial draws and counts
 
 
 @dataclass(frozen=True)

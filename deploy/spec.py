@@ -20,7 +20,8 @@ REFERENCE = "reference"
 Target = Literal["onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", "auto"]
 LOCAL_FILES = ("lora", "embedding", "vae")  # fields that name files outside the model
 # Fields that a manifest holds only where they are used.
-LATER_OPTIONS = ("prune_vae", "prune_candidates", "recover_batch", "smoothquant_alpha", "text_encoder_bits")
+LATER_OPTIONS = ("prune_vae", "prune_candidates", "recover_batch", "smoothquant_alpha", "text_encoder_bits",
+                 "variant", "revision")
 ENGINE_TARGETS = ("tensorrt", "tensorrt-rtx")
 INTEGERS = ("int8", "auto")  # precisions that quantize
 HOW_TO_WRITE = "write options of `build` as keys with _ for -, a line each, such as `precision: fp16`"
@@ -35,7 +36,10 @@ class BuildSpec(PruningOptions):
     """A whole build. Every field has the default that `build` without options uses.
 
     Attributes:
-        model: folder in diffusers layout, or "reference" for the model that ships with the package.
+        model: folder in diffusers layout, "owner/name" of a model on the Hugging Face Hub, or "reference" for the model
+            that ships with the package.
+        variant: of the weight files, such as "fp16"; a component without files of it has its plain ones.
+        revision: of a model on the Hub: a branch, a tag or a commit.
         target: what the bundle runs on; "auto" is the CPU runtime that measures faster here (deploy.auto_target).
         precision: by default what the target is made for: float16 for TensorRT, float32 elsewhere.
         shapes: axis -> min:opt:max; batch in images, height and width in pixels, sequence in tokens.
@@ -70,6 +74,8 @@ class BuildSpec(PruningOptions):
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
     model: str = REFERENCE
+    variant: str = Field(default="", pattern=r"^[A-Za-z0-9_-]*$")
+    revision: str = ""
     target: Target = "onnxruntime"
     precision: Precision = "fp32"
     shapes: dict[str, ShapeRange] = Field(default_factory=dict)

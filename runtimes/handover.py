@@ -35,10 +35,11 @@ def begin_part(scheduler: Scheduler, steps: int, part: tuple[float, float], stre
     total, run = scheduler.num_train_timesteps, scheduler.start(steps, 1.0 if first > 0 else strength, eta)
     if first > 0:
         kept = sum(float(t) < _cutoff(total, first) for t in run.timesteps)
-        if kept < 1:
+        if scheduler.order == 2 and kept % 2 == 0:
+            kept += 1  # not in the middle of a step, as diffusers counts
+        if not 1 <= kept <= len(run.timesteps):
             raise _empty(part, steps)
-        # Halfway between two numbers of steps, so that rounding cannot change it.
-        run = scheduler.start(steps, min((kept + 0.5) / steps, 1.0), eta)
+        run = scheduler.start(steps, 1.0, eta, skip=len(run.timesteps) - kept)
     count = len(run.timesteps) if last >= 1 else sum(float(t) >= _cutoff(total, last) for t in run.timesteps)
     if count < 1:
         raise _empty(part, steps)

@@ -279,8 +279,8 @@ def _size(
     facts: PipelineFacts, sessions: Mapping[str, Session], height: int | None, width: int | None,
     picture: tuple[int, int] | None, latents: object, tile: int | None,
 ) -> tuple[int, int]:
-    """Height and width in pixels: as asked for, else the latents', else the picture's rounded down to whole latents, else
-    the model's own."""
+    """Height and width in pixels: as asked for, else the latents', else the picture's rounded down to whole latents,
+    else the model's own."""
     own = facts.height, facts.width
     sizes = []
     for axis, (name, given) in enumerate((("height", height), ("width", width))):
