@@ -193,8 +193,7 @@ def generate(
     guidance_rescale: Annotated[float, typer.Option(help="against overexposure, 0 to 1")] = 0.0,
     guidance_interval: Annotated[str, typer.Option(help="share of the steps under guidance, as first:last")] = "",
     part: Annotated[str, typer.Option(help="of the schedule: 0:0.8 for a base model, 0.8:1 for a refiner")] = "0:1",
-    weighting: Annotated[bool, typer.Option("--weighting", help="read (word:1.3), (word), \\[word] as "
-                                                              "weights")] = False,
+    weighting: Annotated[bool, typer.Option("--weighting", help="weigh (word:1.3), (word), \\[word]")] = False,
     long_prompts: Annotated[bool, typer.Option("--long-prompts", help="read long prompts in windows, do not cut")]
     = False,
     cache_interval: Annotated[int | None, typer.Option(help="compute the U-Net's deep layers every so many steps; "
