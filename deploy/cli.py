@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from deploy import cli_cache
+from deploy import cli_machine
 from runtimes.errors import DeployError, InputError, UnavailableError
 
 app = typer.Typer(
@@ -20,7 +20,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-app.add_typer(cli_cache.app, name="cache")
+app.add_typer(cli_machine.app, name="cache")
+app.command()(cli_machine.doctor)
 
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object instead of text")]
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="folder that `build` wrote")]
@@ -376,16 +377,6 @@ def export_triton(
 
     options = repository.TritonOptions(instances=instances, gpu=gpu)
     console.show_repository(output, repository.export_triton(Bundle.open(bundle), output, options))
-
-
-@app.command()
-def doctor(json: Json = False) -> None:
-    """Show what this machine can build and run, and what is missing for the rest."""
-    from deploy import console
-    from deploy.doctor import examine
-
-    findings = examine()
-    console.print_json(findings) if json else console.show_findings(findings)
 
 
 def main() -> None:
