@@ -27,7 +27,7 @@ from runtimes.manifest import Component, to_json
 from runtimes.safety import CLIP_INPUT, SAFETY_CHECKER
 from runtimes.session import Session
 
-VERSION = 1  # raised whenever the same key would mean other arrays
+VERSION = 2  # raised whenever the same key would mean other arrays
 DECODER, ENCODER = "vae_decoder", "vae_encoder"
 
 Opener = Callable[[Bundle, int], Mapping[str, Session]]

@@ -45,7 +45,7 @@ class Quantize(Pass):
     """float32 graphs to INT8 by the recipe of each component; runs before 16 bits, which take what is left."""
 
     name: ClassVar[str] = "quantize"
-    version: ClassVar[int] = 5
+    version: ClassVar[int] = 6
     libraries: ClassVar[tuple[str, ...]] = ("numpy", "onnx-ir", "onnxruntime")
     verify: ClassVar[bool] = True
     reads_pipeline: ClassVar[bool] = True

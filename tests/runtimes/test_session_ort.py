@@ -13,11 +13,13 @@ import pytest
 from onnx import TensorProto, helper
 
 from runtimes import session_ort
+from runtimes.bundle import Bundle
 from runtimes.errors import BundleError, DeployError, InputError, UnavailableError
 from runtimes.session import SessionOptions, open_session
 from runtimes.session_ort import OrtSession, profile_shapes, provider_options, session_options
 from runtimes.tensors import Axis, ShapeRange, TensorSpec
 from tests.runtimes.fakes import AFFINE, affine_bundle, affine_model, component, components, graph
+from tests.runtimes.hub_cache import as_hub_snapshot
 
 CPU = SessionOptions(threads=1)
 X = np.arange(8, dtype=np.float32).reshape(2, 4)
@@ -219,6 +221,13 @@ def test_external_data_is_read_in_place(tmp_path):
     bundle = affine_bundle(tmp_path / "b", save_as_external_data=True, location="model.onnx.data", size_threshold=0)
     assert "components/affine/model.onnx.data" in bundle.component("affine").files
     np.testing.assert_allclose(open_session(bundle, "affine", CPU).run({"x": X})["y"], Y, rtol=1e-6)
+
+
+def test_external_data_is_read_through_the_links_of_the_hubs_cache(tmp_path):
+    """ONNX Runtime demands that external data stays in the model's folder: allowed is that of the linked graph, too."""
+    bundle = affine_bundle(tmp_path / "b", save_as_external_data=True, location="model.onnx.data", size_threshold=0)
+    linked = Bundle.open(as_hub_snapshot(bundle.path, tmp_path / "models--acme--affine"))
+    np.testing.assert_allclose(open_session(linked, "affine", CPU).run({"x": X})["y"], Y, rtol=1e-6)
 
 
 @pytest.mark.parametrize(("details", "level"), [
