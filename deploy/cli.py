@@ -204,7 +204,10 @@ def generate(
                                                             "needs a bundle built with --step-cache")] = None,
     seed: Annotated[int, typer.Option(help="the first image's seed, as PyTorch's; the next ones count up")] = 0,
     count: Annotated[int, typer.Option("-n", "--count", min=1, help="pictures for each prompt")] = 1,
-    scheduler: Annotated[str | None, typer.Option(help="ddim, euler, euler-ancestral, dpm++, unipc, lcm, pndm")] = None,
+    scheduler: Annotated[str | None, typer.Option(
+        help="sampling method, by default the model's: ddim, ddpm, euler, euler-ancestral, heun, kdpm2, "
+             "kdpm2-ancestral, lms, dpm++, dpm-single, dpm-sde, deis, unipc, sa-solver, lcm, tcd, pndm, "
+             "edm-euler or edm-dpm++")] = None,
     height: Annotated[int | None, typer.Option(help="pixels")] = None,
     width: Annotated[int | None, typer.Option(help="pixels")] = None,
     aspect: Annotated[str, typer.Option(help="width:height, as 16:9; the bundle's nearest size")] = "",
