@@ -9,12 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from deploy.cache import Cache, default_root, versions_of
-from deploy.sources import source_folder
+from deploy.hub import cached_name
+from deploy.sources import own_folder, source_folder
 from deploy.spec import REFERENCE, BuildSpec
 from exporters.families import ComponentSpec
 from exporters.families.safety_checker import with_safety_checker
 from exporters.families.step_cache import shallow_weights, with_step_cache
-from exporters.source import MODEL_INDEX, ComponentSource, open_source
+from exporters.source import MODEL_INDEX, ComponentSource, open_source, read_json
 from exporters.source import Source as PipelineSource
 from runtimes import schedulers
 from runtimes.bundle import Bundle, record_of, records_below
@@ -36,7 +37,7 @@ def open_origin(spec: BuildSpec) -> Bundle:
         InputError: not a pipeline folder, an unknown family, unusable weights, or shapes that do not fit it.
     """
     folder = source_folder(spec)
-    source = as_loaded(open_source(folder))
+    source = as_loaded(open_source(folder, spec.variant))
     check_schedulers(source)
     specs = source.family.components(source, spec.shapes)
     if spec.step_cache:
@@ -58,8 +59,7 @@ def open_origin(spec: BuildSpec) -> Bundle:
     manifest = Manifest(
         schema=SCHEMA,
         family=source.family.name,
-        source=Source(REFERENCE if spec.model == REFERENCE else Path(spec.model).resolve().name,
-                      {name: record.sha256 for name, record in hashes.items()}),
+        source=_named(spec, {name: record.sha256 for name, record in hashes.items()}),
         target=spec.target,
         precision=spec.precision,
         pipeline=source.family.facts(source),
@@ -73,6 +73,15 @@ def open_origin(spec: BuildSpec) -> Bundle:
     return Bundle(folder, manifest)
 
 
+def _named(spec: BuildSpec, hashes: Mapping[str, str]) -> Source:
+    """What the model is called: on the Hub, in the Hub's cache, or by its folder."""
+    if spec.model == REFERENCE:
+        return Source(REFERENCE, hashes)
+    folder = own_folder(spec).resolve()
+    name, commit = cached_name(folder)
+    return Source(name or folder.name, hashes, commit)
+
+
 def as_loaded(source: PipelineSource) -> PipelineSource:
     """The source as diffusers loads it: configs completed and corrected, defaults of each mode.
 
@@ -81,8 +90,7 @@ def as_loaded(source: PipelineSource) -> PipelineSource:
     Raises:
         InputError: diffusers refuses it.
     """
-    read = {"class": source.pipeline_class, "options": source.options, "scheduler": source.scheduler_config,
-            "scheduler_class": source.scheduler_class, "ignored": source.ignored,
+    read = {"index": read_json(source.path / MODEL_INDEX), "scheduler": source.scheduler_config,
             "networks": {n: [c.library, c.class_name, c.config] for n, c in source.components.items()}}
     key = {"kind": "as diffusers loads", "read": json.dumps(read, sort_keys=True),
            "libraries": versions_of(("diffusers", "transformers"))}

@@ -16,9 +16,10 @@ from typing import Any
 
 import diffusers
 
+from exporters.config_keys import check_network, check_pipeline
 from exporters.modules import empty_network
 from exporters.quiet import quiet
-from exporters.source import ComponentSource, Source
+from exporters.source import MODEL_INDEX, ComponentSource, Source, read_json
 from runtimes.errors import InputError
 from runtimes.manifest import ModeFacts
 from runtimes.schedulers import DEFAULTED
@@ -122,6 +123,7 @@ def as_loaded(source: Source) -> Source:
         InputError: diffusers refuses it.
     """
     networks = {name: network(component) for name, component in source.components.items()}
+    _check_keys(source, networks)
     complete = {name: replace(source.components[name], config=_config(module)) for name, module in networks.items()}
     source = replace(source, components=complete)
     tokenizers = dict.fromkeys(source.tokenizers)
@@ -140,6 +142,19 @@ def as_loaded(source: Source) -> Source:
     return replace(source, components=components, options=options, scheduler_class=scheduler["_class_name"],
                    scheduler_config=scheduler,
                    modes={mode: _mode(pipe, mode, scheduler) for mode, pipe in pipes.items()})
+
+
+def _check_keys(source: Source, networks: Mapping[str, Any]) -> None:
+    """Refuse what a config asks and neither its class nor anything here does."""
+    for name, module in networks.items():
+        component, config = source.components[name], module.config
+        known = set(inspect.signature(type(module).__init__).parameters) if isinstance(config, dict) else set(
+            type(config)().to_dict())
+        check_network(component.class_name, source.family.name, component.config, known,
+                      component.folder / "config.json")
+    classes = [cls for cls in (own_class(source), *(upstream_class(source, mode) for mode in MODES)) if cls]
+    known = {name for cls in classes for name in inspect.signature(cls.__init__).parameters}
+    check_pipeline(source.pipeline_class, read_json(source.path / MODEL_INDEX), known, source.path / MODEL_INDEX)
 
 
 def _config(module: Any) -> dict[str, Any]:

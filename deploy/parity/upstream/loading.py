@@ -22,6 +22,7 @@ from exporters.textual_inversion import read_embedding
 from exporters.upstream import upstream_pipeline
 from runtimes.bundle import Bundle
 from runtimes.errors import InputError
+from runtimes.lora_inputs import DETAILS, own_file
 from runtimes.manifest import Component
 
 VAES = ("vae", "vqvae")
@@ -124,7 +125,8 @@ def part_of(component: Component) -> str:
 def network_of(bundle: Bundle, name: str) -> Network:
     """Where a source bundle has a component."""
     component = bundle.component(name)
-    return Network(bundle.file(component.file).parent, component.details["library"], component.class_name)
+    beside = bundle.file(own_file(name)) if DETAILS in component.details else None
+    return Network(bundle.file(component.file).parent, component.details["library"], component.class_name, name, beside)
 
 
 def small_encoder(encoder: Any) -> Any:
