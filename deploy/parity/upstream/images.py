@@ -20,6 +20,7 @@ from deploy.parity.upstream.loading import (
     load_loras,
     load_pipeline,
     load_words,
+    loader_faults,
     source_of,
     upstream_errors,
 )
@@ -62,6 +63,8 @@ def compare_images(upstream: Upstream, source: Bundle, networks: Mapping[str, Se
         bundle: a bundle made from it, with its `sessions`; the source alone without.
     """
     report = ImagesReport()
+    if faults := loader_faults(upstream):
+        return ImagesReport(unverified={asked.mode: "; ".join(faults) for asked in requests})
     for asked in requests:
         try:
             expected, parameters = _theirs(upstream, source, asked)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from deploy.parity.upstream.model import Upstream
 from deploy.parity.upstream.networks import Network
+from exporters.lora_differences import DIFFERENCES, differences
 from exporters.quiet import quiet
 from exporters.source import Source, open_source, read_json
 from exporters.textual_inversion import read_embedding
@@ -93,6 +94,12 @@ def load_loras(upstream: Upstream, pipe: Any) -> None:
             pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)
         if names:
             pipe.set_adapters(names, [scale for _, scale in upstream.loras])
+
+
+def loader_faults(upstream: Upstream) -> list[str]:
+    """What diffusers is known to read otherwise than a LoRA file says; ours is what the file says."""
+    return [f"{DIFFERENCES[name]}; ours is what the file says"
+            for name in sorted({name for file, _ in upstream.loras for name in differences(file)})]
 
 
 def load_words(upstream: Upstream, pipe: Any, name: str, encoder: Any) -> None:
