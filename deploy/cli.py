@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from deploy import cli_cache
-from runtimes.errors import DeployError, UnavailableError
+from runtimes.errors import DeployError, InputError, UnavailableError
 
 app = typer.Typer(
     name="ldm-deploy",
@@ -78,6 +78,8 @@ def build(
     calibration_prompts: CalibrationPrompts = None,
     calibration_samples: CalibrationSamples = None,
     range_estimator: RangeEstimator = "",
+    device: Annotated[str, typer.Option(help="of onnxruntime, what the bundle will run on: cpu (default), cuda, "
+                                             "tensorrt; on GPUs fp16 computes in float16")] = "",
     cpu: Annotated[str, typer.Option(help="that INT8 is for: auto (this one), vnni, avx2")] = "",
     engine: EngineOptions = [],  # noqa: B006
     step_cache: Annotated[bool, typer.Option("--step-cache", help="a second U-Net graph, for generate "
@@ -107,7 +109,8 @@ def build(
     options: dict[str, Any] = {k: v for k, v in (
         ("model", model), ("target", target), ("precision", precision), ("quantization", quantization),
         ("range_estimator", range_estimator), ("step_cache", step_cache), ("lora_mode", lora_mode),
-        ("safety_checker", safety_checker), ("cpu", cpu), ("variant", variant), ("revision", revision)) if v}
+        ("safety_checker", safety_checker), ("device", device), ("cpu", cpu), ("variant", variant),
+        ("revision", revision)) if v}
     options |= {name: number for name, number in (("text_encoder_bits", text_encoder_bits),
                                                   ("calibration_samples", calibration_samples)) if number is not None}
     if quantization_methods:
@@ -130,6 +133,8 @@ def build(
         options["engine"] = parse_engine(engine)
     if budget:
         options["budget"] = parse_budget(budget)
+    if verify and no_verify:
+        raise InputError("both --verify and --no-verify are given", where="build", fix="give one of them")
     if verify or no_verify:
         options["verify"] = "no" if no_verify else verify
     build_spec = make_spec(options, spec)
@@ -178,7 +183,7 @@ def generate(
     prompts: Annotated[Path | None, typer.Option(help="file with one prompt a line, instead of PROMPT")] = None,
     negative: Annotated[str | None, typer.Option(help="what not to generate")] = None,
     image: Annotated[Path | None, typer.Option(help="start from this picture (image-to-image)")] = None,
-    mask: Annotated[Path | None, typer.Option(help="white where the picture is painted anew (inpainting)")] = None,
+    mask: Annotated[Path | None, typer.Option(help="white where the image is painted anew (inpainting)")] = None,
     strength: Annotated[float | None, typer.Option(help="how far to leave the image, above 0 to 1; default the "
                                                         "model's: 0.8, of XL 0.3, with --mask 1")] = None,
     steps: Annotated[int | None, typer.Option(help="denoising steps; default 25")] = None,
@@ -191,12 +196,13 @@ def generate(
     guidance_rescale: Annotated[float, typer.Option(help="against overexposure, 0 to 1")] = 0.0,
     guidance_interval: Annotated[str, typer.Option(help="share of the steps under guidance, as first:last")] = "",
     part: Annotated[str, typer.Option(help="of the schedule: 0:0.8 for a base model, 0.8:1 for a refiner")] = "0:1",
-    weighting: Annotated[bool, typer.Option("--weighting", help="read (word:1.3), (word), \\[word] as weights")] = False,
+    weighting: Annotated[bool, typer.Option("--weighting", help="read (word:1.3), (word), \\[word] as "
+                                                              "weights")] = False,
     long_prompts: Annotated[bool, typer.Option("--long-prompts", help="read long prompts in windows, do not cut")]
     = False,
     cache_interval: Annotated[int | None, typer.Option(help="compute the U-Net's deep layers every so many steps; "
                                                             "needs a bundle built with --step-cache")] = None,
-    seed: Annotated[int, typer.Option(help="the first picture's seed; the next ones count up")] = 0,
+    seed: Annotated[int, typer.Option(help="the first image's seed, as PyTorch's; the next ones count up")] = 0,
     count: Annotated[int, typer.Option("-n", "--count", min=1, help="pictures for each prompt")] = 1,
     scheduler: Annotated[str | None, typer.Option(help="ddim, euler, euler-ancestral, dpm++, unipc, lcm, pndm")] = None,
     height: Annotated[int | None, typer.Option(help="pixels")] = None,
@@ -208,7 +214,7 @@ def generate(
     latents: Annotated[Path | None, typer.Option(help="initial latents, .npy float32 (B, C, H/f, W/f)")] = None,
     save_latents: Annotated[Path | None, typer.Option(help="write the final latents as .npy")] = None,
     safety: Annotated[str, typer.Option(help="the bundle's safety checker: off, report, or replace by black")] = "off",
-    grid: Annotated[int, typer.Option(help="write one sheet with this many columns")] = 0,
+    grid: Annotated[int, typer.Option(min=0, help="write one sheet with this many columns")] = 0,
     preview: Annotated[Path | None, typer.Option(help="PNG rewritten after each step: what will come of it")] = None,
     metadata: Annotated[bool, typer.Option("--metadata/--no-metadata", help="prompt, seed and bundle hash in the PNG")]
     = True,
@@ -217,6 +223,7 @@ def generate(
     threads: Threads = 0,
     hint: Hint = "latency",
     pin_threads: PinThreads = False,
+    check: Annotated[bool, typer.Option("--check", help="hash large files again that nobody wrote to since")] = False,
     output: OutputPng = Path("out.png"),
 ) -> None:
     """Draw pictures with a bundle. Needs no PyTorch."""
@@ -230,7 +237,8 @@ def generate(
             long_prompts=long_prompts, cache_interval=cache_interval, seed=seed, count=count, scheduler=scheduler,
             height=height, width=width, aspect=aspect, memory_budget=memory_budget, tile=tile, latents=latents,
             save_latents=save_latents, safety=safety, grid=grid, preview=preview, metadata=metadata,
-            device=device, threads=threads, hint=hint, pin_threads=pin_threads, lora=tuple(lora), output=output,
+            device=device, threads=threads, hint=hint, pin_threads=pin_threads, check=check,
+            lora=tuple(lora), output=output,
         )
     )
 
@@ -279,7 +287,7 @@ def verify(
 def bench(
     bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE...", help="folders that `build` wrote")],
     against: Annotated[str, typer.Option(help="also measure PyTorch: torch,torch.compile")] = "",
-    rounds: Annotated[int, typer.Option(help="interleaved drawings of each that count")] = 7,
+    rounds: Annotated[int, typer.Option(min=1, help="interleaved drawings of each that count")] = 7,
     steps: Annotated[int, typer.Option(help="denoising steps")] = 25,
     guidance: Annotated[float, typer.Option(help="guidance_scale")] = 7.5,
     batch: Annotated[str, typer.Option(help="images at once, several with commas: 1,2,4,8")] = "1",

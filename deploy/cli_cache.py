@@ -1,4 +1,4 @@
-"""`cache`: what lies in the cache, and making it smaller. Arguments only; the cache itself is `runtimes.cache_store`."""
+"""`cache`: what lies in the cache, and making it smaller. Arguments only; the work is `runtimes.cache_store`'s."""
 
 from __future__ import annotations
 

@@ -52,14 +52,14 @@ def _special_tokens(
     source: Path, config: Mapping[str, Any], whole: Mapping[str, Any] | None
 ) -> tuple[dict[str, str], list[AddedToken], dict[str, int]]:
     values: dict[str, Any] = {**MARKERS, **{k: config[k] for k in _NAMED if config.get(k)}}
-    further = next((config[k] for k in FURTHER if config.get(k)), [])
+    further: list[Any] = next((config[k] for k in FURTHER if config.get(k)), [])
     stated: dict[int, AddedToken] = {}
     if "added_tokens_decoder" in config:
         stated = {int(i): _token(t) for i, t in config["added_tokens_decoder"].items()}
     else:
         special = read_object(source / "special_tokens_map.json") or {}
         values |= {k: special[k] for k in _NAMED if special.get(k)}
-        further = next((special[k] for k in FURTHER if special.get(k)), further)
+        further: list[Any] = next((special[k] for k in FURTHER if special.get(k)), further)
         contents = {content_of(v) for v in (*values.values(), *further)}
         for text, i in (read_object(source / "added_tokens.json") or {}).items():
             stated[i] = _token({"content": text, "normalized": text not in contents, "special": text in contents})

@@ -23,7 +23,7 @@ class Load(Pass):
     """Link configs and weights, check every tensor, rewrite tokenizers so that `tokenizers` alone reads them."""
 
     name: ClassVar[str] = "load"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     libraries: ClassVar[tuple[str, ...]] = ("torch", "diffusers", "transformers", "safetensors", "tokenizers")
     verify: ClassVar[bool] = False
     defines_source: ClassVar[bool] = True

@@ -38,7 +38,7 @@ class Precision(Pass):
 
     def plan(self, before: Manifest, spec: BuildSpec) -> Planned:
         """Every float32 graph when the spec says fp16 or bf16; for TensorRT also what INT8 left in float32."""
-        mode = MODES[spec.target]
+        mode = MODES[spec.graph_target]
         beside_integers = spec.precision in ("int8", "auto") and mode == "compute"
         if spec.precision not in NAMES and not beside_integers:
             return Skip(f"the build is {spec.precision}")

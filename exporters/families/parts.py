@@ -216,8 +216,8 @@ def check_unet(source: Source, vae: ComponentSource, *, added: str | None = None
             f"in_channels is {given}, the VAE has {latent} latent channels"
             + (": an inpainting U-Net that also takes a mask and the masked image" if inpaint else ""),
             where=place(found),
-            fix="name StableDiffusionInpaintPipeline as _class_name in model_index.json" if inpaint
-            else "use a U-Net whose in_channels are the VAE's latent_channels")
+            fix=f"name StableDiffusion{'XL' * bool(added)}InpaintPipeline as _class_name in model_index.json"
+            if inpaint else "use a U-Net whose in_channels are the VAE's latent_channels")
     if found.config["out_channels"] != latent:
         raise InputError(f"out_channels is {found.config['out_channels']}, the VAE has {latent} latent channels",
                          where=place(found), fix="variance-predicting U-Nets are not supported")

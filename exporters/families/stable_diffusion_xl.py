@@ -17,6 +17,7 @@ from runtimes.tensors import TensorSpec
 if TYPE_CHECKING:
     from exporters.source import ComponentSource, Source
 
+INPAINTING = "StableDiffusionXLInpaintPipeline"  # its U-Net may also take a mask and the masked image, 9 channels
 FIRST, SECOND = "text_encoder", "text_encoder_2"
 _CLASSES = {FIRST: "CLIPTextModel", SECOND: "CLIPTextModelWithProjection"}
 # What the numbers of `time_ids` mean, in order: StableDiffusionXLPipeline._get_add_time_ids.
@@ -62,7 +63,7 @@ def _check(source: Source) -> ComponentSource:
     parts.check_numbers(source.components[SECOND], "projection_dim")
     unet = parts.check_class(source, "unet", "UNet2DConditionModel")
     vae = parts.check_vae(source, "vae", "AutoencoderKL", "AutoencoderTiny")
-    parts.check_unet(source, vae, added="text_time")
+    parts.check_unet(source, vae, added="text_time", inpaints=source.pipeline_class == INPAINTING)
     parts.check_context(source, _context(source), "hidden sizes together")
     each = config_value(unet.config, "addition_time_embed_dim", int, parts.place(unet))
     wanted = config_value(unet.config, "projection_class_embeddings_input_dim", int, parts.place(unet))

@@ -144,7 +144,8 @@ def calibrate(bundle_folder: str, samples: int) -> dict[str, int]:
     components = {**opened.manifest.components, "unet": replace(unet, axes=axes)}
     small = replace(opened, manifest=replace(opened.manifest, components=components))
     with measured() as recording_cost:
-        recording = record_calibration(small, plan_calibration(small.manifest, BuildSpec(calibration_samples=samples)))
+        recording = record_calibration(small, plan_calibration(small.manifest, BuildSpec(
+            precision="int8", calibration_samples=samples)))
     graph = small.file(small.component("unet").file)
     with measured() as ranges_cost:
         import onnx_ir as ir

@@ -90,6 +90,12 @@ def xl(numbers: int = 6, vae: dict[str, Any] | None = None, **unet: Any) -> Any:
         scheduler=scheduler(), add_watermarker=False)
 
 
+def xl_inpainting() -> Any:
+    from diffusers import StableDiffusionXLInpaintPipeline
+
+    return StableDiffusionXLInpaintPipeline(**xl(in_channels=9).components, add_watermarker=False)
+
+
 def refiner() -> Any:
     from diffusers import StableDiffusionXLImg2ImgPipeline
 
@@ -135,6 +141,7 @@ PIPELINES: dict[str, Callable[[], Any]] = {
     "inpaint": lambda: stable_diffusion("StableDiffusionInpaintPipeline", channels=9),
     "tiny-decoder": tiny_decoder,
     "xl": xl,
+    "xl-inpaint": xl_inpainting,
     "xl-normalized": lambda: xl(vae=STATISTICS),
     "sd-normalized": lambda: stable_diffusion(vae=autoencoder(**STATISTICS)),
     "refiner": refiner,

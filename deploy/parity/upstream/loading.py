@@ -22,6 +22,7 @@ from exporters.textual_inversion import read_embedding
 from exporters.upstream import upstream_pipeline
 from runtimes.bundle import Bundle
 from runtimes.errors import InputError
+from runtimes.lora_inputs import DETAILS, own_file
 from runtimes.manifest import Component
 
 VAES = ("vae", "vqvae")
@@ -105,9 +106,11 @@ def load_words(upstream: Upstream, pipe: Any, name: str, encoder: Any) -> None:
         CannotLoadError: diffusers refuses one.
     """
     tokenizer = getattr(pipe, name.replace("text_encoder", "tokenizer"))
+    widths = {part: int(found.config["hidden_size"]) for part, found in source_of(upstream).components.items()
+              if part.startswith("text_encoder")}
     with upstream_errors():
         for file, token in upstream.embeddings:
-            embedding = read_embedding(file, token)
+            embedding = read_embedding(file, token, widths)
             if name in embedding.keys:
                 vectors = load_file(file)[embedding.keys[name]]
                 pipe.load_textual_inversion({embedding.token: vectors}, token=embedding.token,
@@ -122,7 +125,8 @@ def part_of(component: Component) -> str:
 def network_of(bundle: Bundle, name: str) -> Network:
     """Where a source bundle has a component."""
     component = bundle.component(name)
-    return Network(bundle.file(component.file).parent, component.details["library"], component.class_name)
+    beside = bundle.file(own_file(name)) if DETAILS in component.details else None
+    return Network(bundle.file(component.file).parent, component.details["library"], component.class_name, name, beside)
 
 
 def small_encoder(encoder: Any) -> Any:

@@ -89,7 +89,7 @@ def _compare_network(report: WeightsReport, upstream: Upstream, source: Bundle, 
         report.unverified.append(f"{part}: diffusers does not load it: {error}")
         return
     try:
-        deltas = _deltas(upstream, part)
+        deltas = _deltas(upstream, source, part)
     except CannotLoadError as error:
         report.unverified.append(f"{part}: diffusers does not load the LoRAs: {error}")
         return
@@ -165,21 +165,23 @@ class _Ours:
         return found.float() + torch.from_numpy(factors.delta(tuple(found.shape), key))
 
 
-def _deltas(upstream: Upstream, part: str) -> dict[str, Any]:
-    """What PEFT adds to which weight of a network.
+def _deltas(upstream: Upstream, source: Bundle, part: str) -> dict[str, Any]:
+    """What PEFT adds to which weight of a network; the weights themselves are never read nor given memory.
 
     Raises:
         CannotLoadError: diffusers or PEFT refuses a LoRA.
     """
     if not upstream.loras:
         return {}
-    pipe = load_pipeline(upstream, "text", {})
+    # Not on the meta device, where PEFT would put its own weights too.
+    unread = {part_of(c): network_of(source, name).unread() for name, c in source.manifest.components.items()}
+    pipe = load_pipeline(upstream, "text", unread)
     load_loras(upstream, pipe)
     found: dict[str, Any] = {}
     for place, layer in getattr(pipe, part).named_modules():
         for adapter in getattr(layer, "active_adapters", ()) if hasattr(layer, "lora_A") else ():
             if adapter in layer.lora_A:
-                delta = layer.get_delta_weight(adapter).float()
+                delta = layer.get_delta_weight(adapter).detach().float()
                 found[f"{place}.weight"] = found.get(f"{place}.weight", 0) + delta
     return found
 

@@ -1,0 +1,1 @@
+"""The differential fuzzer: generated pipelines and requests, ours against diffusers', equal or refused in one line."""

@@ -1,0 +1,94 @@
+"""Our side of a case: the passes that define the source, PyTorch sessions under the bundle's ranges, one call."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runtimes.errors import DeployError
+from tests.fuzz.case import Case
+from tests.fuzz.models import other_vae, root
+from tests.fuzz.theirs import SIZES, make_latents
+from tests.fuzz.trace import Recorded, Stopped, Trace
+from tests.fuzz.weight_files import OF_VARIANTS
+
+
+def run(case: Case, folder: Path, files: Mapping[str, Path], pictures: Mapping[str, Any]) -> Trace | Stopped:
+    """Build as far as parity's reference goes, and call the pipeline; see `theirs.run`."""
+    trace, stage = Trace(), "build"
+    work = Path(f"{folder}-work")
+    work.mkdir()
+    try:
+        pipeline = assemble(case, folder, files, work, trace)
+        stage = "request"
+        trace.result = _call(pipeline, case, pictures)
+        return trace
+    except Exception as error:  # a crash is a finding, not the fuzzer's end
+        deploy = isinstance(error, DeployError)
+        return Stopped(stage, type(error).__name__, str(getattr(error, "what", error)), str(getattr(error, "where", "")),
+                       int(getattr(error, "exit_code", 1)) if deploy else 1, bool(trace.calls))
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def make_spec(case: Case, folder: Path, files: Mapping[str, Path]) -> Any:
+    """What `build` would be given."""
+    from deploy.spec import BuildSpec
+
+    model, options = case.model, dict[str, Any]()
+    if any(layout in OF_VARIANTS for layout in model.layouts.values()) and "variant" in BuildSpec.model_fields:
+        options["variant"] = "fp16"
+    return BuildSpec(
+        model=str(folder), vae=str(other_vae(model.vae)) if model.vae else "",
+        lora=tuple(f"{files[f'lora{i}']}:{lora.scale}" for i, lora in enumerate(case.loras)),
+        embedding=tuple(f"{files[f'embedding{i}']}:{e.token}" for i, e in enumerate(case.embeddings)), **options)
+
+
+def assemble(case: Case, folder: Path, files: Mapping[str, Path], work: Path, trace: Trace) -> Any:
+    """The pipeline over PyTorch sessions, as parity's reference has it."""
+    from deploy.builder import Silent, load_source
+    from deploy.cache import Cache
+    from deploy.origin import open_origin
+    from deploy.parity.drawing import assemble_pipeline
+    from deploy.reference import reference_sessions
+
+    spec = make_spec(case, folder, files)
+    bundle = load_source(open_origin(spec), spec, Cache(root() / "cache"), work, Silent())
+    sessions = reference_sessions(bundle)
+    recorded = {name: Recorded(session, bundle.component(name), trace) for name, session in sessions.items()}
+    return assemble_pipeline(recorded, bundle)
+
+
+def _call(pipeline: Any, case: Case, pictures: Mapping[str, Any]) -> np.ndarray[Any, Any]:
+    from runtimes.conditions import SizeConditions
+
+    request = case.request
+    options: dict[str, Any] = {
+        "prompt": request.prompts[0] if len(request.prompts) == 1 else list(request.prompts), "steps": request.steps,
+        "guidance_scale": request.guidance, "eta": request.eta, "guidance_rescale": request.rescale,
+        "seed": list(request.seeds), "images_per_prompt": request.images_per_prompt, "output": request.output,
+        "height": request.height, "width": request.width, "strength": request.strength,
+        "scheduler": request.scheduler, **pictures}
+    if request.negative is not None:
+        options["negative_prompt"] = request.negative[0] if len(request.negative) == 1 else list(request.negative)
+    if request.last < 1:
+        options["part"] = (0.0, request.last)
+    if request.latents:
+        facts = pipeline.facts
+        height, width = request.height or facts.height, request.width or facts.width
+        factor = facts.vae_scale_factor
+        options["latents"] = make_latents(request, facts.latent_channels, height // factor, width // factor)
+    if request.sizes != "none":
+        wanted = {k: SIZES[k] for k in SIZES if request.sizes in (k, "all")}
+        if request.sizes == "all" and case.request.mode == "image":
+            wanted |= {"aesthetic_score": 7.5, "negative_aesthetic_score": 1.0}
+        options["sizes"] = SizeConditions(**wanted)
+    result = pipeline(**{k: v for k, v in options.items() if v is not None})
+    if request.output == "pil":
+        return np.stack([np.asarray(image, np.float32) / 255 for image in result])
+    array: np.ndarray[Any, Any] = result
+    return array
