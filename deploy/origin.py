@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import exporters
 from deploy.cache import Cache, default_root, versions_of
 from deploy.hub import cached_name
 from deploy.sources import own_folder, source_folder
@@ -18,7 +19,7 @@ from exporters.families.step_cache import shallow_weights, with_step_cache
 from exporters.source import MODEL_INDEX, ComponentSource, open_source, read_json
 from exporters.source import Source as PipelineSource
 from runtimes import schedulers
-from runtimes.bundle import Bundle, record_of, records_below
+from runtimes.bundle import Bundle, record_of, records_below, sha256_of
 from runtimes.errors import InputError
 from runtimes.guidance import SHALLOW
 from runtimes.manifest import SCHEMA, Component, FileRecord, Manifest, ModeFacts, PipelineFacts, Source, to_json
@@ -97,7 +98,7 @@ def _own_size(facts: PipelineFacts, unet: ComponentSpec) -> tuple[PipelineFacts,
         return facts, []
     note = (f"without a size it makes {sizes['height']} x {sizes['width']} pixels: --shapes leave out the model's own "
             f"{facts.height} x {facts.width}")
-    return replace(facts, **sizes), [note]
+    return replace(facts, height=sizes["height"], width=sizes["width"]), [note]
 
 
 def as_loaded(source: PipelineSource) -> PipelineSource:
@@ -111,7 +112,8 @@ def as_loaded(source: PipelineSource) -> PipelineSource:
     read = {"index": read_json(source.path / MODEL_INDEX), "scheduler": source.scheduler_config,
             "networks": {n: [c.library, c.class_name, c.config] for n, c in source.components.items()}}
     key = {"kind": "as diffusers loads", "read": json.dumps(read, sort_keys=True),
-           "libraries": versions_of(("diffusers", "transformers"))}
+           "libraries": versions_of(("diffusers", "transformers")),
+           "asked": [sha256_of(Path(exporters.__path__[0]) / f"{name}.py") for name in ("upstream", "config_keys")]}
     cache = Cache(default_root())
     if (found := cache.find_fact(key)) is None:
         from exporters import upstream

@@ -133,7 +133,8 @@ def as_loaded(source: Source) -> Source:
 
     def loaded(mode: str) -> Any:
         shared = {name: copy.copy(module) for name, module in networks.items()}  # a correction stays in its pipeline
-        return upstream_pipeline(source, mode, **shared, **tokenizers)
+        components: dict[str, Any] = {**shared, **tokenizers}
+        return upstream_pipeline(source, mode, **components)
 
     pipes = {mode: loaded(mode) for mode in MODES if upstream_class(source, mode)}
     main = pipes.get("text") or next(iter(pipes.values()))

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import pytest
@@ -18,6 +19,7 @@ from exporters.source import open_source
 from runtimes.errors import InputError
 from runtimes.manifest import from_json, to_json
 from runtimes.schedulers import from_config
+from runtimes.tensors import ShapeRange
 from tests.exporters.family_pipelines import PIPELINES, write_pipeline_of
 from tests.exporters.pipelines import edit_json
 
@@ -27,6 +29,7 @@ CLASSES = {
     "inpaint": (None, None, "StableDiffusionInpaintPipeline"),
     "tiny-decoder": ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"),
     "xl": ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline"),
+    "xl-inpaint": (None, None, "StableDiffusionXLInpaintPipeline"),
     "xl-normalized": ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline",
                       "StableDiffusionXLInpaintPipeline"),
     "sd-normalized": ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"),
@@ -102,7 +105,7 @@ def test_a_default_of_the_scheduler_is_not_carried_over_to_another_class(model):
     config = {"_class_name": "PNDMScheduler", "beta_schedule": "scaled_linear", "skip_prk_steps": True}
     (folder / SCHEDULER).write_text(json.dumps(config))
     edit_json(folder / INDEX, scheduler=["diffusers", "PNDMScheduler"])
-    ours = from_config(as_loaded(open_source(folder)).scheduler_config, "ddim")
+    ours: Any = from_config(as_loaded(open_source(folder)).scheduler_config, "ddim")
     with upstream.unwarned():
         pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
     theirs = diffusers.DDIMScheduler.from_config(pipe.scheduler.config).config
@@ -224,7 +227,7 @@ def test_corrections_are_said(model):
 
 
 def test_a_bundle_whose_shapes_leave_out_the_models_own_size_makes_another_and_says_so(written):
-    spec = BuildSpec(model=str(written("sd2")), shapes={"height": "16:24:24"})
+    spec = BuildSpec(model=str(written("sd2")), shapes={"height": ShapeRange(16, 24, 24)})
     manifest = open_origin(spec).manifest
     assert (manifest.pipeline.height, manifest.pipeline.width) == (24, 32)
     assert "--shapes leave out the model's own 32 x 32" in manifest.measured["notes"][0]
