@@ -46,7 +46,7 @@ def upstream_of(spec: BuildSpec) -> Upstream:
     """
     return Upstream(own_folder(spec).absolute(), Path(spec.vae) if spec.vae else None,
                     tuple(parse_lora(option) for option in spec.lora),
-                    tuple(parse_embedding(option) for option in spec.embedding))
+                    tuple(parse_embedding(option) for option in spec.embedding), spec.variant)
 
 
 class AgainstDiffusers:

@@ -366,7 +366,7 @@ def convert(
     from deploy import console
     from exporters.single_file import convert_single_file
 
-    console.say(f"wrote {convert_single_file(checkpoint, configs, output)}")
+    console.say(f"wrote {convert_single_file(checkpoint, configs, output, console.say)}")
 
 
 @app.command("export-triton")

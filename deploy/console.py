@@ -144,6 +144,8 @@ def show_outcome(outcome: Outcome) -> None:
         out.print(Text.assemble(("up to date", "green"), f" {outcome.bundle.path}"))
     else:
         show_bundle(outcome.bundle)
+    for note in outcome.bundle.manifest.measured.get("notes", ()):
+        out.print(f"note: {note}", markup=False)
     report = outcome.bundle.path / "report" / "report.html"
     if report.is_file():
         out.print(f"report: {report}")

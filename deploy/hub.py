@@ -139,6 +139,7 @@ def _listed(model: str, snapshot: Path) -> list[str]:
 def _explained(model: str, revision: str) -> Iterator[None]:
     """The Hub's errors as ours, most specific first."""
     from huggingface_hub import errors
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of the client below, httpx by name
 
     offline = f"connect, or download it elsewhere with `hf download {model}`; HF_HUB_OFFLINE=1 uses the cache alone"
     try:
@@ -167,6 +168,6 @@ def _explained(model: str, revision: str) -> Iterator[None]:
                              fix="log in with `hf auth login`, as somebody who may read it") from error
         raise UnavailableError(f"the Hub answers {error.response.status_code}", where=model,
                                fix="try again later") from error
-    except (errors.HTTPError, OSError) as error:  # a download that broke off
+    except (HTTPError, OSError) as error:  # a download that broke off
         raise UnavailableError(f"the download failed: {str(error).partition(chr(10))[0]:.200}", where=model,
                                fix="run again: what is there already is not downloaded twice") from error

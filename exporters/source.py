@@ -75,6 +75,7 @@ class Source:
         options: the pipeline's own settings in model_index.json (requires_aesthetics_score, ...).
         modes: what diffusers' class for a mode does by default, once `exporters.upstream.as_loaded` asked it.
         variant: of the weight files, or "".
+        notes: what diffusers corrected in the configs, for the user.
     """
 
     path: Path
@@ -88,6 +89,7 @@ class Source:
     options: Mapping[str, Any] = field(default_factory=dict)
     modes: Mapping[str, ModeFacts] = field(default_factory=dict)
     variant: str = ""
+    notes: tuple[str, ...] = ()
 
     def tokenizer_config(self, name: str) -> Mapping[str, Any]:
         """tokenizer_config.json of one tokenizer, empty if it has none.

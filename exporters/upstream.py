@@ -36,7 +36,8 @@ def upstream_class(source: Source, mode: str) -> Any | None:
 
     Returns:
         the class; None where diffusers has none that runs this model in that mode: latent diffusion of 2021 knows
-        text alone, a U-Net that takes a mask knows inpainting alone, and XL's refiner wants an image.
+        text alone, a U-Net that takes a mask knows inpainting alone, XL's refiner wants an image, and a U-Net whose
+        sample_size is a pair stops Stable Diffusion's classes for images.
     """
     own, by_mode = own_class(source), _classes()
     kind = next((kind for classes in by_mode.values() for kind, cls in classes.items() if cls is own), None)
@@ -45,6 +46,8 @@ def upstream_class(source: Source, mode: str) -> Any | None:
     unet, vae = source.components["unet"].config, source.components["vae"].config
     if mode != "mask" and unet.get("in_channels", 4) != vae.get("latent_channels", 4):
         return None
+    if mode != "text" and kind == "stable-diffusion" and not isinstance(unet.get("sample_size"), int):
+        return None  # these two classes compare it with a number (`is_unet_sample_size_less_64`)
     if mode == "text" and own is not by_mode["text"][kind] and source.options.get("requires_aesthetics_score"):
         return None
     return by_mode[mode].get(kind)
@@ -130,7 +133,8 @@ def as_loaded(source: Source) -> Source:
 
     def loaded(mode: str) -> Any:
         shared = {name: copy.copy(module) for name, module in networks.items()}  # a correction stays in its pipeline
-        return upstream_pipeline(source, mode, **shared, **tokenizers)
+        components: dict[str, Any] = {**shared, **tokenizers}
+        return upstream_pipeline(source, mode, **components)
 
     pipes = {}
     for mode in (mode for mode in MODES if upstream_class(source, mode)):
@@ -147,7 +151,8 @@ def as_loaded(source: Source) -> Source:
                if isinstance(value, bool | int | float | str) and not key.startswith("_")}
     return replace(source, components=components, options=options, scheduler_class=scheduler["_class_name"],
                    scheduler_config=scheduler,
-                   modes={mode: _mode(pipe, mode, scheduler) for mode, pipe in pipes.items()})
+                   modes={mode: _mode(pipe, mode, scheduler) for mode, pipe in pipes.items()},
+                   notes=_corrections(source, pipes, complete["unet"].config))
 
 
 def _check_keys(source: Source, networks: Mapping[str, Any]) -> None:
@@ -168,6 +173,25 @@ def _config(module: Any) -> dict[str, Any]:
     config = module.config
     found: dict[str, Any] = dict(config) if isinstance(config, dict) else config.to_dict()
     return found
+
+
+def _corrections(source: Source, pipes: Mapping[str, Any], unet: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the pipelines made of their configs when they were loaded, one line each."""
+    found: dict[str, list[str]] = {}
+    for mode, pipe in pipes.items():
+        with unwarned():
+            loaded = type(pipe.scheduler).from_pretrained(str(source.path), subfolder="scheduler").config
+        for what, before, after in (("the scheduler", loaded, pipe.scheduler.config),
+                                    ("the U-Net", unet, pipe.unet.config)):
+            for key, value in after.items():
+                if not key.startswith("_") and before.get(key) != value:
+                    found.setdefault(f"{key} of {what}, {before.get(key)} -> {value}", []).append(mode)
+    notes = [f"corrected as diffusers does: {what} ({', '.join(modes)})" for what, modes in found.items()]
+    named = source.scheduler_config.get("_class_name")
+    if named != source.scheduler_class and named is not None:
+        notes.append(f"the sampler is {source.scheduler_class}, of model_index.json; scheduler_config.json is "
+                     f"{named}'s")
+    return tuple(notes)
 
 
 def _scheduler(pipe: Any) -> dict[str, Any]:

@@ -97,8 +97,10 @@ def test_an_empty_negative_prompt_is_zeros_for_xl(pair: Callable[[str], Pair]) -
     assert psnr(mine, other) < 60  # diffusers encodes an empty string that is given
 
 
-@pytest.mark.parametrize("mode", ["text", "image", "mask"])
-@pytest.mark.parametrize("family", ["xl", "xl-normalized", "sd2", "sd-normalized"])
+@pytest.mark.parametrize(("family", "mode"), [
+    *((family, mode) for family in ("xl", "xl-normalized", "sd2", "sd-normalized")
+      for mode in ("text", "image", "mask")),
+    ("xl-inpaint", "mask"), ("inpaint", "mask")])
 def test_every_mode_is_drawn_with_the_defaults_of_its_diffusers_class(
     family: str, mode: str, pair: Callable[[str], Pair]
 ) -> None:
@@ -108,7 +110,7 @@ def test_every_mode_is_drawn_with_the_defaults_of_its_diffusers_class(
             "mask": diffusers.AutoPipelineForInpainting}[mode]
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)).resize((32, 32))
     mask = Image.fromarray(np.pad(np.full((16, 16), 255, np.uint8), 8))
-    given = {"text": {}, "image": {"image": picture}, "mask": {"image": picture, "mask": mask}}[mode]
+    given: dict[str, Any] = {"text": {}, "image": {"image": picture}, "mask": {"image": picture, "mask": mask}}[mode]
     theirs = {{"mask": "mask_image"}.get(key, key): value for key, value in given.items()}
     sizes = {"height": 32, "width": 32} if mode == "mask" else {}  # else diffusers' class enlarges the image
     mine = pipeline("a cat", seed=[5], steps=12, output="numpy", **given)

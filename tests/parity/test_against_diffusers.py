@@ -74,7 +74,7 @@ def test_every_family_equals_diffusers_in_weights_and_feeds(make, family):
     assert not levels["weights"].different and not levels["weights"].unverified
     assert levels["weights"].figures["tensors"] > 200
     assert not levels["feeds"].different
-    assert sum(levels["feeds"].figures["requests"].values()) >= 8
+    assert sum(levels["feeds"].figures["requests"].values()) >= 7
     assert max(levels["feeds"].figures["relative_l2"].values()) < 2e-6
 
 
@@ -243,7 +243,7 @@ def test_a_lora_that_diffusers_misreads_is_unverified_by_name_and_the_rest_is_co
                                 ("mid_block_attentions_0_transformer_blocks_0_attn2_to_v", (32, 16), 4.0)):
         tensors |= {f"lora_unet_{place}.lora_down.weight": random.standard_normal((4, shape[1])).astype(np.float32),
                     f"lora_unet_{place}.lora_up.weight": random.standard_normal((shape[0], 4)).astype(np.float32),
-                    f"lora_unet_{place}.alpha": np.float32(alpha)}
+                    f"lora_unet_{place}.alpha": np.array(alpha, np.float32)}
     file = tmp_path_factory.mktemp("kohya") / "style.safetensors"
     save_file(tensors, file)
     weights = compare_source(*make("sd2", lora=(str(file),)))["weights"]

@@ -17,6 +17,7 @@ from deploy.parity.drawing import assemble_pipeline
 from deploy.parity.metrics import psnr_db
 from deploy.parity.upstream.loading import (
     CannotLoadError,
+    check_noise,
     load_loras,
     load_pipeline,
     load_words,
@@ -97,6 +98,7 @@ def _theirs(upstream: Upstream, source: Bundle, asked: Asked) -> tuple[Array, fr
     if upstream_class(model, asked.mode) is None:
         raise CannotLoadError("diffusers has no pipeline for it")
     pipe = load_pipeline(upstream, asked.mode, {}, read=tuple(model.components), dtype=torch.float32)
+    check_noise(pipe)
     load_loras(upstream, pipe)
     for name in source.manifest.pipeline.text_encoders if upstream.embeddings else ():
         load_words(upstream, pipe, name, getattr(pipe, name))

@@ -126,6 +126,16 @@ def load_words(upstream: Upstream, pipe: Any, name: str, encoder: Any) -> None:
                                             text_encoder=encoder, tokenizer=tokenizer)
 
 
+def check_noise(pipe: Any) -> None:
+    """Refuse a sampler whose noise no generator decides: two runs of diffusers itself differ.
+
+    Raises:
+        CannotLoadError: scheduling_dpmsolver_sde.py draws from torchsde's Brownian tree, seeded by the global state.
+    """
+    if type(pipe.scheduler).__name__ == "DPMSolverSDEScheduler":
+        raise CannotLoadError("the noise of diffusers' DPMSolverSDEScheduler follows from no generator")
+
+
 def part_of(component: Component) -> str:
     """A component's name in model_index.json."""
     return str(component.details["source_component"])
