@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from deploy import cli_machine
+from deploy import cli_files, cli_machine
 from runtimes.errors import DeployError, InputError, UnavailableError
 
 app = typer.Typer(
@@ -20,8 +20,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-app.add_typer(cli_machine.app, name="cache")
-app.command()(cli_machine.doctor)
 
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object instead of text")]
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="folder that `build` wrote")]
@@ -356,33 +354,10 @@ def inspect(bundle: BundlePath, json: Json = False) -> None:
     console.print_json(to_json(opened.manifest)) if json else console.show_bundle(opened)
 
 
-@app.command()
-def convert(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help=".safetensors file with all networks")],
-    configs: Annotated[Path, typer.Option(help="diffusers folder of the same architecture; weights are not needed")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="folder to write, for `build`")],
-) -> None:
-    """Turn a single-file checkpoint (CompVis, A1111) into a diffusers folder. Nothing is downloaded."""
-    from deploy import console
-    from exporters.single_file import convert_single_file
-
-    console.say(f"wrote {convert_single_file(checkpoint, configs, output, console.say)}")
-
-
-@app.command("export-triton")
-def export_triton(
-    bundle: BundlePath,
-    output: Annotated[Path, typer.Option("-o", "--output", help="folder of the model repository")],
-    instances: Annotated[int, typer.Option(min=1, help="copies of each model that serve at once")] = 1,
-    gpu: Annotated[bool, typer.Option("--gpu", help="place the models on GPUs")] = False,
-) -> None:
-    """Write a model repository for the Triton Inference Server."""
-    from deploy import console
-    from deploy import triton as repository
-    from runtimes.bundle import Bundle
-
-    options = repository.TritonOptions(instances=instances, gpu=gpu)
-    console.show_repository(output, repository.export_triton(Bundle.open(bundle), output, options))
+app.command()(cli_files.convert)
+app.command("export-triton")(cli_files.export_triton)
+app.command()(cli_machine.doctor)
+app.add_typer(cli_machine.app, name="cache")
 
 
 def main() -> None:
