@@ -102,7 +102,8 @@ def test_the_target_decides_the_precision_that_is_not_asked_for():
 # ---- every option is honoured or refused by name ---------------------------------------------------------------
 
 # Fields that every build uses, or that say what they need in a validator of their own.
-ALWAYS = {"model", "variant", "revision", "target", "precision", "shapes", "lora", "lora_mode", "embedding", "vae", "opset", "verify",
+ALWAYS = {"model", "variant", "revision", "target", "precision", "shapes", "lora", "lora_mode", "embedding", "vae", "opset",
+          "verify",
           "step_cache", "safety_checker", "prune", "prune_vae", "prune_blocks", "mask", "recover", "recover_prompts"}
 OTHER_VALUES: dict[str, Any] = {
     "profiles": ({"batch": "1:1:1"},), "engine": {"static": True}, "keep": ("conv_in",), "quantization": "static",
