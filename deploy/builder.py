@@ -178,7 +178,8 @@ def run_passes(spec: BuildSpec, origin: Bundle, planned: list[PlannedPass], cach
         folder = work / f"{number:02d}-{step.pass_name}"
         bundle, cost = _run_pass(entry.instance, step, before, folder, cache, listener)
         costs.append(cost)
-        bundle = replace(bundle, manifest=replace(bundle.manifest, measured={**origin.manifest.measured, "passes": list(costs)}))
+        measurements = {**origin.manifest.measured, "passes": list(costs)}
+        bundle = replace(bundle, manifest=replace(bundle.manifest, measured=measurements))
         if entry.instance.verify and not step.provisional:
             done = _Done(entry.instance, step, before, bundle)
             if gate.may_wait and _is_rewritten(done, planned[number + 1 :]):

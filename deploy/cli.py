@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from deploy import cli_cache
+from deploy import cli_machine
 from runtimes.errors import DeployError, InputError, UnavailableError
 
 app = typer.Typer(
@@ -20,7 +20,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-app.add_typer(cli_cache.app, name="cache")
+app.add_typer(cli_machine.app, name="cache")
+app.command()(cli_machine.doctor)
 
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object instead of text")]
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="folder that `build` wrote")]
@@ -196,15 +197,17 @@ def generate(
     guidance_rescale: Annotated[float, typer.Option(help="against overexposure, 0 to 1")] = 0.0,
     guidance_interval: Annotated[str, typer.Option(help="share of the steps under guidance, as first:last")] = "",
     part: Annotated[str, typer.Option(help="of the schedule: 0:0.8 for a base model, 0.8:1 for a refiner")] = "0:1",
-    weighting: Annotated[bool, typer.Option("--weighting", help="read (word:1.3), (word), \\[word] as "
-                                                              "weights")] = False,
+    weighting: Annotated[bool, typer.Option("--weighting", help="weigh (word:1.3), (word), \\[word]")] = False,
     long_prompts: Annotated[bool, typer.Option("--long-prompts", help="read long prompts in windows, do not cut")]
     = False,
     cache_interval: Annotated[int | None, typer.Option(help="compute the U-Net's deep layers every so many steps; "
                                                             "needs a bundle built with --step-cache")] = None,
     seed: Annotated[int, typer.Option(help="the first image's seed, as PyTorch's; the next ones count up")] = 0,
     count: Annotated[int, typer.Option("-n", "--count", min=1, help="pictures for each prompt")] = 1,
-    scheduler: Annotated[str | None, typer.Option(help="ddim, euler, euler-ancestral, dpm++, unipc, lcm, pndm")] = None,
+    scheduler: Annotated[str | None, typer.Option(
+        help="sampling method, by default the model's: ddim, ddpm, euler, euler-ancestral, heun, kdpm2, "
+             "kdpm2-ancestral, lms, dpm++, dpm-single, dpm-sde, deis, unipc, sa-solver, lcm, tcd, pndm, "
+             "edm-euler or edm-dpm++")] = None,
     height: Annotated[int | None, typer.Option(help="pixels")] = None,
     width: Annotated[int | None, typer.Option(help="pixels")] = None,
     aspect: Annotated[str, typer.Option(help="width:height, as 16:9; the bundle's nearest size")] = "",
@@ -380,16 +383,6 @@ def export_triton(
 
     options = repository.TritonOptions(instances=instances, gpu=gpu)
     console.show_repository(output, repository.export_triton(Bundle.open(bundle), output, options))
-
-
-@app.command()
-def doctor(json: Json = False) -> None:
-    """Show what this machine can build and run, and what is missing for the rest."""
-    from deploy import console
-    from deploy.doctor import examine
-
-    findings = examine()
-    console.print_json(findings) if json else console.show_findings(findings)
 
 
 def main() -> None:

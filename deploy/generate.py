@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from PIL.PngImagePlugin import PngInfo
 
-    from runtimes.denoising import Step
     from runtimes.bundle import Bundle
+    from runtimes.denoising import Step
     from runtimes.pipeline import Pipeline
 
 SAFETY = ("off", "report", "replace")

@@ -136,7 +136,13 @@ def as_loaded(source: Source) -> Source:
         components: dict[str, Any] = {**shared, **tokenizers}
         return upstream_pipeline(source, mode, **components)
 
-    pipes = {mode: loaded(mode) for mode in MODES if upstream_class(source, mode)}
+    pipes = {}
+    for mode in (mode for mode in MODES if upstream_class(source, mode)):
+        try:
+            pipes[mode] = loaded(mode)
+        except InputError:  # a class of another mode may ask for more than the folder's own does
+            if upstream_class(source, mode) is own_class(source):
+                raise
     main = pipes.get("text") or next(iter(pipes.values()))
     scheduler = _scheduler(main)
     components = {**complete, "unet": replace(complete["unet"], config=_config(main.unet))}

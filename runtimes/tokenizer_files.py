@@ -59,7 +59,7 @@ def _special_tokens(
     else:
         special = read_object(source / "special_tokens_map.json") or {}
         values |= {k: special[k] for k in _NAMED if special.get(k)}
-        further: list[Any] = next((special[k] for k in FURTHER if special.get(k)), further)
+        further = next((special[k] for k in FURTHER if special.get(k)), further)
         contents = {content_of(v) for v in (*values.values(), *further)}
         for text, i in (read_object(source / "added_tokens.json") or {}).items():
             stated[i] = _token({"content": text, "normalized": text not in contents, "special": text in contents})

@@ -202,6 +202,20 @@ def test_textual_inversion_draws_as_diffusers_does(model: Path, loaded: Callable
     assert [(entry["token"], entry["vectors"]) for entry in record] == [("<cat-toy>", 3), ("<style>", 1)]
 
 
+def test_a_model_whose_tokenizer_knows_more_words_than_its_text_encoder_is_refused(model: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from transformers import CLIPTokenizer
+
+    shutil.copytree(model, tmp_path / "model")
+    tokenizer = CLIPTokenizer.from_pretrained(model / "tokenizer")
+    tokenizer.add_tokens(["<cat-toy>", "<cat-toy>_1"])
+    tokenizer.save_pretrained(tmp_path / "model" / "tokenizer")
+    spec = BuildSpec(model=str(tmp_path / "model"))
+    with pytest.raises(InputError, match=r"the token '<cat-toy>_1' has id .* the text encoder's table only"):
+        load_source(open_origin(spec), spec, Cache(tmp_path / "cache"), tmp_path, Silent())
+
+
 def test_a_lora_for_another_architecture_is_refused_by_its_first_key(
     loaded: Callable[..., Bundle], tmp_path: Path
 ) -> None:

@@ -13,7 +13,6 @@ from transformers import CLIPTokenizer
 
 from deploy import console
 from deploy.bench.table import show_bench
-from runtimes.bundle import Bundle
 from runtimes.errors import InputError
 from runtimes.tokenizer import prepare_tokenizer
 from tests.deploy.conftest import Cli
@@ -52,7 +51,8 @@ def test_commands_print_the_whole_path_of_a_bundle(odd: Path, cli: Cli):
     ("export-triton", "{}", "-o", "t"), ("build",), ("prune", "{}", "--prune", "0.3"),
     ("convert", "{}", "--configs", "c", "-o", "d"), ("build", "--spec", "{}"), ("build", "--lora", "{}"),
     ("generate", "b", "--prompts", "{}"), ("build", "--target", "{}"), ("build", "--shapes", "{}"),
-    ("build", "--budget", "{}"), ("build", "--target", "tensorrt", "--engine", "{}"), ("cache", "trim", "--limit", "{}"),
+    ("build", "--budget", "{}"), ("build", "--target", "tensorrt", "--engine", "{}"),
+    ("cache", "trim", "--limit", "{}"),
 ])
 def test_what_is_refused_is_named_whole(command: tuple[str, ...], cli: Cli):
     arguments = [part.format(NAME) for part in command]

@@ -221,7 +221,7 @@ def plain_names(component: str) -> dict[str, str]:
 def test_each_module_has_its_own_alpha_where_diffusers_takes_the_most_common(
     pipes: dict[str, Any], alphas: tuple[Any, ...], family: str, component: str, prefix: str, tmp_path: Path
 ) -> None:
-    """`get_peft_kwargs` (utils/peft_utils.py:168-180) makes patterns of names that no module has: `to_q_lora.down`."""
+    """`get_peft_kwargs` (utils/peft_utils.py:179-189) makes patterns of names that no module has: `to_q_lora.down`."""
     pipe = pipes[family]
     tensors = kohya(prefix, pairs(pipe, component), *alphas)
     tensors = tensors if component == "unet" else text_model(tensors)
@@ -233,7 +233,7 @@ def test_each_module_has_its_own_alpha_where_diffusers_takes_the_most_common(
 
 
 def test_mixed_numberings_are_merged_where_diffusers_drops_one(pipes: dict[str, Any], tmp_path: Path) -> None:
-    """`_maybe_map_sgm_blocks_to_diffusers` (loaders/lora_conversion_utils.py:49-53) pops the original's keys."""
+    """`_maybe_map_sgm_blocks_to_diffusers` (loaders/lora_conversion_utils.py:48-52) pops the original's keys."""
     pipe = pipes["xl"]
     names = {"down_blocks_0_downsamplers_0_conv": "down_blocks.0.downsamplers.0.conv",
              "input_blocks_1_1_proj_in": "down_blocks.0.attentions.0.proj_in"}

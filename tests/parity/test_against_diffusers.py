@@ -74,7 +74,7 @@ def test_every_family_equals_diffusers_in_weights_and_feeds(make, family):
     assert not levels["weights"].different and not levels["weights"].unverified
     assert levels["weights"].figures["tensors"] > 200
     assert not levels["feeds"].different
-    assert sum(levels["feeds"].figures["requests"].values()) >= 8
+    assert sum(levels["feeds"].figures["requests"].values()) >= 7
     assert max(levels["feeds"].figures["relative_l2"].values()) < 2e-6
 
 
@@ -235,3 +235,17 @@ def test_a_stand_in_feels_every_input_smoothly():
             nudged.flat[position] += 0.5
             change = np.abs(stand_in({**feeds, name: nudged}, 4) - before).max()
             assert 1e-5 < change < 0.5, (name, position, change)
+
+
+def test_a_lora_that_diffusers_misreads_is_unverified_by_name_and_the_rest_is_compared(make, tmp_path_factory):
+    random, tensors = np.random.default_rng(0), {}
+    for place, shape, alpha in (("down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q", (16, 16), 2.0),
+                                ("mid_block_attentions_0_transformer_blocks_0_attn2_to_v", (32, 16), 4.0)):
+        tensors |= {f"lora_unet_{place}.lora_down.weight": random.standard_normal((4, shape[1])).astype(np.float32),
+                    f"lora_unet_{place}.lora_up.weight": random.standard_normal((shape[0], 4)).astype(np.float32),
+                    f"lora_unet_{place}.alpha": np.array(alpha, np.float32)}
+    file = tmp_path_factory.mktemp("kohya") / "style.safetensors"
+    save_file(tensors, file)
+    weights = compare_source(*make("sd2", lora=(str(file),)))["weights"]
+    assert not weights.different and weights.figures["tensors"] > 390
+    assert "the most common alpha" in weights.unverified[0]

@@ -39,24 +39,32 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "squaredcos_cap_v2": {"beta_schedule": "squaredcos_cap_v2"},
 }
 
-# What diffusers 0.42.1 runs with a finite result and ours refuses or does otherwise, with the place where it goes wrong.
+# Where diffusers 0.42.1 goes wrong, file and line of it, and what ours does.
 KNOWN_FAULTS = {
     "trailing schedules one timestep too long": (
-        "scheduling_ddim.py set_timesteps (DDPM, PNDM, SA-Solver alike): arange(T, 0, -T / steps) has one element more "
-        "for 31 of the step counts up to 500 (61, 103, ...), and timestep -1 reads alphas_cumprod[-1], the noisiest; "
-        "refused. Methods that interpolate noise levels take it as timestep 0, there and here."
+        "scheduling_ddim.py:375 (DDPM, PNDM, SA-Solver alike): arange(T, 0, -T / steps) has one element more for 29 "
+        "of the step counts up to 500 (61, 103, 121, ...), and timestep -1 reads alphas_cumprod[-1], the noisiest. "
+        "Refused. Methods that interpolate noise levels take it as timestep 0, there and here."
     ),
     "third-order sde-dpmsolver++": (
-        "scheduling_dpmsolver_multistep.py multistep_dpm_solver_third_order_update (singlestep alike): the coefficient "
-        "of D2 tends to -1, not to 0, with the length of the step; here as there."
+        "scheduling_dpmsolver_multistep.py:1139 (singlestep alike): the coefficient of D2 tends to -1, not to 0, with "
+        "the length of the step. Here as there."
+    ),
+    "image to image by LMS": (
+        "scheduling_lms_discrete.py:606: the first steps integrate a polynomial through slopes that were never taken, "
+        "and leave their share out. Here as there."
     ),
     "noise_sampler_seed of DPMSolverSDE": (
-        "scheduling_dpmsolver_sde.py BatchedBrownianTree: noise is torchsde's, from a seed that no generator decides; "
-        "here it comes from the caller, and a seed in the config is refused."
+        "scheduling_dpmsolver_sde.py:65: noise is torchsde's, from a seed that no generator decides. Here it comes "
+        "from the caller, and a seed in the config is refused."
     ),
     "standard deviations from a negative rounding error": (
-        "scheduling_euler_ancestral_discrete.py step (KDPM2 ancestral alike): sigma_down is the root of a difference "
-        "that may round below 0, and the sample NaN; here 0."
+        "scheduling_euler_ancestral_discrete.py:448 (KDPM2 ancestral alike): sigma_down is the root of a difference "
+        "that may round below 0, and the sample NaN. Here 0."
+    ),
+    "a last step of no length": (
+        "scheduling_dpmsolver_multistep.py:1112: with Karras' sigmas and final_sigmas_type sigma_min the last two "
+        "levels may be one, and order 2 (heun) and 3 divide by their distance: NaN. Here the step changes nothing."
     ),
 }
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from deploy import cli
 from runtimes.errors import InputError
 from tests.runtimes.scheduler_reference import SCHEDULERS, base_config, from_config, keys_of, normal
+
+NOISE = {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}
 
 
 @pytest.mark.parametrize("name", ["euler-ancestral", "lcm"])
@@ -82,7 +87,7 @@ def test_eta_is_read_by_ddim_and_tcd_alone(name):
         ("dpm++", {"thresholding": True, "dynamic_thresholding_ratio": 1.5}, "dynamic_thresholding_ratio"),
         ("dpm-single", {"solver_order": 4}, "solver_order"),
         ("dpm-single", {"algorithm_type": "sde-dpmsolver", "final_sigmas_type": "sigma_min"}, "algorithm_type"),
-        ("dpm-single", {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min", "thresholding": True}, "thresh"),
+        ("dpm-single", {**NOISE, "thresholding": True}, "thres"),
         ("dpm-sde", {"noise_sampler_seed": 0}, "noise_sampler_seed"),
         ("deis", {"use_flow_sigmas": True}, "use_flow_sigmas"),
         ("deis", {"algorithm_type": "sde-dpmsolver++"}, "algorithm_type"),
@@ -172,6 +177,12 @@ def test_schedules_that_leave_the_training_range_or_repeat_a_level_are_refused()
         from_config(base_config("unipc", lower_order_final=False)).start(10)
     with pytest.raises(InputError, match="no third order"):
         from_config(base_config("edm-dpm++", algorithm_type="sde-dpmsolver++", solver_order=3)).start(30)
+
+
+def test_the_help_of_generate_names_every_sampler():
+    parameters = inspect.signature(cli.generate, eval_str=True).parameters
+    text = parameters["scheduler"].annotation.__metadata__[0].help
+    assert re.split(r", | or ", text.partition(": ")[2]) == list(SCHEDULERS)
 
 
 def test_importing_the_samplers_brings_in_numpy_alone():

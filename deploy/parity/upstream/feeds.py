@@ -20,6 +20,7 @@ from deploy.parity.recorder import Recorder
 from deploy.parity.upstream.loading import (
     VAES,
     CannotLoadError,
+    check_noise,
     load_pipeline,
     load_words,
     network_of,
@@ -159,6 +160,7 @@ class Theirs:
             elif part in VAES:
                 parts[part] = autoencoder(network, self._calls, facts.vae_scale_factor)
         self._pipe = load_pipeline(upstream, mode, parts)
+        check_noise(self._pipe)
         for name in facts.text_encoders if upstream.embeddings else ():
             load_words(upstream, self._pipe, name, small_encoder(parts[part_of(source.component(name))]))
         self.parameters = frozenset(inspect.signature(self._pipe.__call__).parameters)

@@ -16,12 +16,13 @@ from safetensors.torch import load_file
 
 from deploy.parity.upstream.model import Upstream
 from deploy.parity.upstream.networks import Network
+from exporters.lora_differences import DIFFERENCES, differences
 from exporters.quiet import quiet
 from exporters.source import Source, open_source, read_json
 from exporters.textual_inversion import read_embedding
 from exporters.upstream import upstream_pipeline
 from runtimes.bundle import Bundle
-from runtimes.errors import InputError
+from runtimes.errors import DeployError
 from runtimes.lora_inputs import DETAILS, own_file
 from runtimes.manifest import Component
 
@@ -39,8 +40,10 @@ def upstream_errors() -> Iterator[None]:
         with quiet(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
-    except (InputError, CannotLoadError) as error:
-        raise CannotLoadError(str(error)) from error
+    except CannotLoadError:
+        raise
+    except DeployError as error:
+        raise CannotLoadError(error.what) from error
     except Exception as error:
         first = str(error).strip().partition("\n")[0]
         raise CannotLoadError(f"{type(error).__name__}: {first:.300}") from error
@@ -93,6 +96,12 @@ def load_loras(upstream: Upstream, pipe: Any) -> None:
             pipe.set_adapters(names, [scale for _, scale in upstream.loras])
 
 
+def loader_faults(upstream: Upstream) -> list[str]:
+    """What diffusers is known to read otherwise than a LoRA file says; ours is what the file says."""
+    return [f"{DIFFERENCES[name]}; ours is what the file says"
+            for name in sorted({name for file, _ in upstream.loras for name in differences(file)})]
+
+
 def load_words(upstream: Upstream, pipe: Any, name: str, encoder: Any) -> None:
     """All embeddings into one text encoder and its tokenizer.
 
@@ -115,6 +124,16 @@ def load_words(upstream: Upstream, pipe: Any, name: str, encoder: Any) -> None:
                 vectors = load_file(file)[embedding.keys[name]]
                 pipe.load_textual_inversion({embedding.token: vectors}, token=embedding.token,
                                             text_encoder=encoder, tokenizer=tokenizer)
+
+
+def check_noise(pipe: Any) -> None:
+    """Refuse a sampler whose noise no generator decides: two runs of diffusers itself differ.
+
+    Raises:
+        CannotLoadError: scheduling_dpmsolver_sde.py draws from torchsde's Brownian tree, seeded by the global state.
+    """
+    if type(pipe.scheduler).__name__ == "DPMSolverSDEScheduler":
+        raise CannotLoadError("the noise of diffusers' DPMSolverSDEScheduler follows from no generator")
 
 
 def part_of(component: Component) -> str:

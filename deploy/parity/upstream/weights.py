@@ -24,6 +24,7 @@ from deploy.parity.upstream.loading import (
     load_loras,
     load_pipeline,
     load_words,
+    loader_faults,
     network_of,
     part_of,
     source_of,
@@ -94,10 +95,14 @@ def _compare_network(report: WeightsReport, upstream: Upstream, source: Bundle, 
         report.unverified.append(f"{part}: diffusers does not load the LoRAs: {error}")
         return
     ours, state, rows = _Ours(source, name), theirs.state_dict(), _table(theirs)
-    passed_over = sorted(key for key in ours.adapted(upstream) if key not in deltas)
+    adapted = ours.adapted(upstream)
+    passed_over = sorted(adapted - set(deltas))
     if passed_over:
         report.unverified.append(f"{part}: diffusers passes over {len(passed_over)} weights that the LoRAs name, "
                                  f"{', '.join(passed_over[:SHOWN])} among them")
+    if adapted and (faults := loader_faults(upstream)):
+        report.unverified += [f"{part}: {fault}" for fault in faults]
+        passed_over, deltas = sorted(adapted), {}
     if extra := sorted(set(ours.names) ^ set(state)):
         report.different.append((part, extra[0], f"only {'ours' if extra[0] in ours.names else 'diffusers'} has it"))
     mapped = _file_mappings()
