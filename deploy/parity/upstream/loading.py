@@ -55,7 +55,7 @@ def source_of(upstream: Upstream) -> Source:
     Raises:
         InputError: it cannot be read.
     """
-    return open_source(upstream.folder)
+    return open_source(upstream.folder, upstream.variant)
 
 
 def load_pipeline(upstream: Upstream, mode: str, parts: Mapping[str, Any], read: Collection[str] = (),
