@@ -102,4 +102,4 @@ class Probe:
     def signal(self, timestep: int) -> float:
         """Share of the variance at a timestep that is the picture's: the squared error of the best linear guess of the
         noise, sigma x_t, where latents are white and of unit variance."""
-        return self._schedule.levels(timestep)[0] ** 2
+        return float(self._schedule.levels(timestep)[0]) ** 2

@@ -125,8 +125,12 @@ def test_a_search_quantizes_whatever_else_draws_and_takes_the_methods(tmp_path: 
         manifest=SimpleNamespace(pipeline=SimpleNamespace(text_encoders=encoders)), file=lambda _: file,
         component=lambda name: SimpleNamespace(file={n: n for n in parts}[name]))
     recording: Any = SimpleNamespace(calls=lambda _: iter(()), spread=lambda *_: [])
-    monkeypatch.setattr("calibration.transforms.prepare",
-                        lambda graph, methods, *_: (prepared.append(methods), graph)[1])
+
+    def prepare(graph: Any, methods: Any, *_: Any) -> Any:
+        prepared.append(methods)
+        return graph
+
+    monkeypatch.setattr("calibration.transforms.prepare", prepare)
     monkeypatch.setattr("calibration.transforms.channel_means", lambda *_: prepared.append("means"))
     monkeypatch.setattr("calibration.layers.find_layers", lambda _: [])
     monkeypatch.setattr("calibration.noise.predict_noise", lambda *_: {})

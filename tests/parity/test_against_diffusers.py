@@ -123,11 +123,12 @@ def test_another_default_of_the_modes_class_is_named(make):
 
 
 def test_an_inverted_mask_is_named(make, monkeypatch):
-    from runtimes import request
+    from runtimes import images
 
-    original = request.to_mask
-    monkeypatch.setattr(request, "to_mask", lambda *arguments: 1 - original(*arguments))
-    said = told(compare_bundle_feeds(*make("inpaint"), make("inpaint")[1]))
+    original = images.to_mask
+    monkeypatch.setattr("runtimes.request.to_mask", lambda *arguments: 1 - original(*arguments))
+    upstream, source = make("inpaint")
+    said = told(compare_bundle_feeds(upstream, source, source))
     assert said.startswith(("mask at call 1", "images to encode"))
 
 
@@ -238,7 +239,8 @@ def test_a_stand_in_feels_every_input_smoothly():
 
 
 def test_a_lora_that_diffusers_misreads_is_unverified_by_name_and_the_rest_is_compared(make, tmp_path_factory):
-    random, tensors = np.random.default_rng(0), {}
+    random = np.random.default_rng(0)
+    tensors: dict[str, np.ndarray[Any, Any]] = {}
     for place, shape, alpha in (("down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q", (16, 16), 2.0),
                                 ("mid_block_attentions_0_transformer_blocks_0_attn2_to_v", (32, 16), 4.0)):
         tensors |= {f"lora_unet_{place}.lora_down.weight": random.standard_normal((4, shape[1])).astype(np.float32),

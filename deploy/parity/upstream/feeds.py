@@ -212,8 +212,8 @@ def _compare(report: FeedsReport, asked: Asked, theirs: Calls, ours: Calls, chan
 def _first_difference(report: FeedsReport, theirs: Calls, ours: Calls, channels: int) -> _Found | None:
     """In the order in which an error would spread."""
     for name, rows in theirs.text.items():
-        if (wrong := _unknown_prompt(rows, ours.text.get(name, []))) is not None:
-            return "token ids", 0, *wrong
+        if (ids := _unknown_prompt(rows, ours.text.get(name, []))) is not None:
+            return "token ids", 0, *ids
     for image in ours.encoded:
         if not any(_close(image, other) for other in theirs.encoded):
             return "images to encode", 0, _shown(image), _shown(*theirs.encoded[:1])
