@@ -136,13 +136,17 @@ def as_loaded(source: Source) -> Source:
         components: dict[str, Any] = {**shared, **tokenizers}
         return upstream_pipeline(source, mode, **components)
 
-    pipes = {}
+    pipes, refused = {}, InputError("diffusers has no pipeline that runs it", where=str(source.path),
+                                    fix="check model_index.json and the U-Net's in_channels")
     for mode in (mode for mode in MODES if upstream_class(source, mode)):
         try:
             pipes[mode] = loaded(mode)
-        except InputError:  # a class of another mode may ask for more than the folder's own does
+        except InputError as error:  # a class of another mode may ask for more than the folder's own does
+            refused = error
             if upstream_class(source, mode) is own_class(source):
                 raise
+    if not pipes:
+        raise refused
     main = pipes.get("text") or next(iter(pipes.values()))
     scheduler = _scheduler(main)
     components = {**complete, "unet": replace(complete["unet"], config=_config(main.unet))}
