@@ -14,16 +14,14 @@ from typing import Any
 from deploy.cache import Cache, versions_of
 from deploy.isolation import ABOVE_BYTES, call_isolated, from_request, to_request
 from deploy.parity.answers import total_bytes
-from deploy.parity.components import open_candidate
 from deploy.parity.effort import Effort
-from deploy.parity.pool import SessionPool
 from deploy.parity.upstream.levels import (
     Level,
     Levels,
     compare_bundle_feeds,
+    compare_bundle_images,
     compare_source,
     identity,
-    images_level,
 )
 from deploy.parity.upstream.model import Upstream
 from deploy.parity.upstream.requests import IMAGE, MASK, TEXT, Asked
@@ -33,6 +31,7 @@ from deploy.spec import BuildSpec
 from runtimes.bundle import Bundle
 from runtimes.lora import parse_lora
 from runtimes.manifest import from_json, to_json
+from runtimes.session import SessionOptions
 
 IMAGE_STEPS = 8
 LIBRARIES = ("accelerate", "diffusers", "numpy", "peft", "safetensors", "tokenizers", "torch", "transformers")
@@ -84,22 +83,9 @@ class AgainstDiffusers:
         """
         if effort.level == "components":
             return Level(unverified=(f"no image is generated: {effort.why}",))
-        from deploy.parity.upstream.images import compare_images
-        from deploy.reference import reference_sessions
-
-        networks = reference_sessions(self._source, capacity=1 if self._large else None)
-        pool = None
-        if bundle is not None:
-            parts = bundle.manifest.components
-            pool = SessionPool(parts, lambda name: open_candidate(bundle, name, effort.options.session),
-                               1 if self._large else len(parts))
-        try:
-            report = compare_images(self._upstream, self._source, networks, image_requests(effort, self._source),
-                                    bundle, None if pool is None else pool.sessions)
-        finally:
-            if pool is not None:
-                pool.close()
-        return images_level(report.source_psnr_db, report.bundle_psnr_db, report.problems, report.unverified, least_db)
+        asked = {"requests": [to_json(asked) for asked in image_requests(effort, self._source)],
+                 "options": to_json(effort.options.session), "least_db": least_db}
+        return _level(self._call("images", bundle, **asked)["images"])
 
     def _remembered(self, kind: str, bundle: Bundle, compute: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
         """A comparison that found no difference is not made again for the same files, code and libraries."""
@@ -113,9 +99,9 @@ class AgainstDiffusers:
             self._cache.store_fact(key, found)
         return found
 
-    def _call(self, kind: str, bundle: Bundle) -> Mapping[str, Any]:
+    def _call(self, kind: str, bundle: Bundle | None, **more: Any) -> Mapping[str, Any]:
         request = {"kind": kind, "upstream": _to_json(self._upstream), "source": to_request(self._source),
-                   "bundle": to_request(bundle)}
+                   "bundle": None if bundle is None else to_request(bundle), "large": self._large, **more}
         if not self._large:
             return compare_request(request)
         found, peak = call_isolated("deploy.against_diffusers:compare_request", request, "comparing with diffusers")
@@ -127,8 +113,17 @@ class AgainstDiffusers:
 def compare_request(request: Mapping[str, Any]) -> dict[str, Any]:
     """What `AgainstDiffusers` does, in this process or in a child: JSON in, JSON out."""
     upstream, source = _from_json(request["upstream"]), from_request(request["source"])
-    levels = compare_source(upstream, source) if request["kind"] == "source" else {
-        "feeds": compare_bundle_feeds(upstream, source, from_request(request["bundle"]))}
+    bundle = None if request["bundle"] is None else from_request(request["bundle"])
+    levels: Levels
+    if request["kind"] == "images":
+        asked = [from_json(Asked, content, "request") for content in request["requests"]]
+        options: SessionOptions = from_json(SessionOptions, request["options"], "options")
+        levels = {"images": compare_bundle_images(upstream, source, bundle, asked, options, request["least_db"],
+                                                  one_at_a_time=request["large"])}
+    elif request["kind"] == "feeds" and bundle is not None:
+        levels = {"feeds": compare_bundle_feeds(upstream, source, bundle)}
+    else:
+        levels = compare_source(upstream, source)
     return {name: to_json(level) for name, level in levels.items()}
 
 

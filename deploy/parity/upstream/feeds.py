@@ -9,7 +9,7 @@ import inspect
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,7 @@ from deploy.parity.upstream.model import Upstream
 from deploy.parity.upstream.networks import Calls, autoencoder, denoiser, text_encoder
 from deploy.parity.upstream.requests import Asked, plan_requests
 from deploy.parity.upstream.sessions import DECODER, DENOISER, ENCODER, recorded_pipeline
-from exporters.upstream import upstream_class
+from exporters.upstream import as_loaded, upstream_class
 from runtimes.bundle import Bundle
 from runtimes.errors import DeployError
 from runtimes.session import Session
@@ -113,9 +113,12 @@ def compare_feeds(upstream: Upstream, source: Bundle, bundle: Bundle, networks: 
     """
     report, facts = FeedsReport(), bundle.manifest.pipeline
     sides: dict[str, Theirs] = {}
+    moved = _has_moved(upstream, bundle)
     for asked in plan_requests(8 * facts.vae_scale_factor, min(facts.height, facts.width)):
         if asked.mode in report.unverified:
             continue
+        if asked.size is None and moved:
+            asked = replace(asked, size=(facts.height, facts.width))
         try:
             if asked.mode not in sides:
                 sides[asked.mode] = Theirs(upstream, source, asked.mode)
@@ -134,6 +137,14 @@ def compare_feeds(upstream: Upstream, source: Bundle, bundle: Bundle, networks: 
             continue
         _compare(report, asked, theirs, _recorded(recorders, source), facts.latent_channels)
     return report
+
+
+def _has_moved(upstream: Upstream, bundle: Bundle) -> bool:
+    """Whether the model's own size is none that the bundle makes, which the build has said."""
+    model = as_loaded(source_of(upstream))
+    own, axes = model.family.facts(model), bundle.component(DENOISER).axes
+    sides = {"height": own.height // own.vae_scale_factor, "width": own.width // own.vae_scale_factor}
+    return any(rows not in axes[name].range or rows % axes[name].multiple for name, rows in sides.items())
 
 
 class Theirs:

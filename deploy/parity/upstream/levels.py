@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import runtimes
+from deploy.parity.components import open_candidate
+from deploy.parity.pool import SessionPool
 from deploy.parity.upstream.model import Upstream
+from deploy.parity.upstream.requests import Asked
 from runtimes.bundle import Bundle, sha256_of
 from runtimes.errors import ParityError
+from runtimes.session import SessionOptions
 
 LEVELS = ("weights", "feeds", "images")
 LEAST_PSNR_DB = 60.0  # what two float32 implementations of the same arithmetic reach
@@ -79,6 +83,36 @@ def compare_bundle_feeds(upstream: Upstream, source: Bundle, bundle: Bundle) -> 
     figures = {"requests": report.requests, "relative_l2": report.relative_l2}
     unverified = tuple(f"{mode}: {why}" for mode, why in report.unverified.items())
     return Level(figures, tuple(map(str, report.different)), unverified)
+
+
+def compare_bundle_images(upstream: Upstream, source: Bundle, bundle: Bundle | None, requests: Sequence[Asked],
+                          options: SessionOptions, least_db: float, *, one_at_a_time: bool) -> Level:
+    """Level *images* of the source and, where it runs here, of a bundle. Imports torch.
+
+    Args:
+        upstream: the model as its user has it.
+        source: the same model after the passes `load` and `adapters`.
+        bundle: made from it; None where nothing here runs it.
+        requests: what is generated.
+        options: how the bundle runs.
+        least_db: budget of the bundle's images.
+        one_at_a_time: whether only one network of each side is in memory.
+    """
+    from deploy.parity.upstream.images import compare_images
+    from deploy.reference import reference_sessions
+
+    networks = reference_sessions(source, capacity=1 if one_at_a_time else None)
+    pool = None
+    if bundle is not None:
+        parts = bundle.manifest.components
+        pool = SessionPool(parts, lambda name: open_candidate(bundle, name, options),
+                           1 if one_at_a_time else len(parts))
+    try:
+        report = compare_images(upstream, source, networks, requests, bundle, None if pool is None else pool.sessions)
+    finally:
+        if pool is not None:
+            pool.close()
+    return images_level(report.source_psnr_db, report.bundle_psnr_db, report.problems, report.unverified, least_db)
 
 
 def images_level(source_psnr_db: Mapping[str, float], bundle_psnr_db: Mapping[str, float],
