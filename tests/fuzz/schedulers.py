@@ -45,7 +45,7 @@ VALUES: Mapping[str, tuple[Any, ...]] = {
     "steps_offset": (1, 0, 2),
     "clip_sample_range": (1.0, 2.5),
     "dynamic_thresholding_ratio": (0.995, 0.7), "sample_max_value": (1.0, 1.5),
-    "variance_type": ("fixed_small", "fixed_large", "fixed_small_log", None),
+    "variance_type": ("fixed_small", "fixed_large", "fixed_small_log"),  # of DDPM; DPM++ has none or a learned one
     "interpolation_type": ("linear", "log_linear"),
     "sigma_min": (None, 0.05), "sigma_max": (None, 10.0),
     "timestep_type": ("discrete", "continuous"),
@@ -68,7 +68,7 @@ def keys_of(class_name: str) -> tuple[str, ...]:
     import diffusers
 
     found = signature(getattr(diffusers, class_name).__init__).parameters
-    return tuple(key for key in found if key in VALUES)
+    return tuple(key for key in found if key in VALUES and (key != "variance_type" or class_name == "DDPMScheduler"))
 
 
 def config(choices: Choices, class_name: str) -> dict[str, Any]:

@@ -37,7 +37,8 @@ class Verdict:
 
 def judge(mine: Trace | Stopped, theirs: Trace | Stopped) -> Verdict:
     """Compare what both sides did."""
-    broken = isinstance(theirs, Stopped) or theirs.result is None or not np.isfinite(theirs.result).all()
+    broken = isinstance(theirs, Stopped) or theirs.result is None or not all(
+        np.isfinite(array).all() for array in (theirs.result, *theirs.decoded))  # Pillow makes black of NaN
     if isinstance(mine, Stopped):
         detail = f"{mine.stage}: {mine.kind}: {mine.text} [{mine.where}]"
         reason = normalized(f"{mine.text}")
