@@ -160,6 +160,11 @@ FAULTS: Mapping[str, Fault] = {
     "the images' order": Fault("runtimes.pipeline:Pipeline._finished", _changed_result(_reversed_order)),
     "a seed": Fault("runtimes.pipeline:NoiseStreams", lambda original: lambda seeds: original([s + 1 for s in seeds])),
     "strength": Fault("runtimes.schedulers.settings:Settings.check_start", _later_start),
+    "the default size": Fault("runtimes.request:_size", _changed_argument(
+        0, lambda facts: replace(facts, height=facts.height // 2, width=facts.width // 2))),
+    "zeros for no negative prompt": Fault("runtimes.pipeline:gather", _changed_argument(
+        1, lambda facts: replace(facts, zero_empty_negative=not facts.zero_empty_negative))),
+    "eta": Fault("runtimes.pipeline:begin_part", _changed_argument(4, lambda eta: 0.0)),
     "a stale weight file": Fault("exporters.weight_files:_forms", _changed_result(lambda forms: forms[::-1])),
 }
 
