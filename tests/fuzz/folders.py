@@ -115,7 +115,7 @@ def _network(choices: Choices, kind: str, name: str, build: str) -> dict[str, An
         if choices.invalid == "sample_size":
             edits["sample_size"] = ABSENT
     elif name == "vae":
-        edits = _some(choices, "vae", VAE, often=2)
+        edits = {} if build.startswith("tiny") else _some(choices, "vae", VAE, often=2)
         normalized = choices.flag("vae.latents_mean and latents_std", often=3) if kind in ("xl", "refiner") else (
             choices.invalid == "latents_mean of Stable Diffusion")
         if normalized:

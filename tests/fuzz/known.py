@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from tests.fuzz.case import Case
@@ -57,8 +58,8 @@ def _pass_generators(pipe: Any, generators: list[Any]) -> None:
 
     step = pipe.scheduler.step
     if "generator" in signature(step).parameters:
-        given = generators if len(generators) > 1 else generators[0]
-        pipe.scheduler.step = lambda *args, **kwargs: step(*args, **{"generator": given, **kwargs})
+        # `partial` keeps the signature, by which pipelines decide what they pass on.
+        pipe.scheduler.step = partial(step, generator=generators if len(generators) > 1 else generators[0])
 
 
 def _has_words(case: Case) -> bool:
