@@ -17,7 +17,7 @@ PIP_ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint slow large gpu peers clean
+.PHONY: help setup demo test lint slow large gpu fuzz peers clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,6 +45,9 @@ large: $(STAMP) ## pipelines of real size: hours, and tens of GB of disk
 
 gpu: $(STAMP) ## the tests that need an NVIDIA GPU
 	$(BIN)/pytest -m gpu
+
+fuzz: $(STAMP) ## generated pipelines and requests against diffusers: CASES=500 SEED=0, or PLANTED=1
+	$(BIN)/python -m tests.fuzz $(if $(PLANTED),--planted,$(or $(CASES),500) --seed $(or $(SEED),0))
 
 peers: $(STAMP) ## measure against other projects, each in an environment of its own
 	@for peer in $(PEERS); do $(BIN)/python -m tests.peers.$$peer || exit; done
