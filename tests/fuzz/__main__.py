@@ -35,7 +35,7 @@ def run_number(number: int) -> Result:
         return Result(number, "fuzzer broke", f"{type(error).__name__}: {error}"[:200], "", False,
                       tuple(choices.met), time.perf_counter() - began)
     return Result(number, verdict.status, verdict.reason, verdict.detail, verdict.diffusers_runs,
-                  tuple(dict.fromkeys(choices.met)), time.perf_counter() - began)
+                  tuple(set(choices.met)), time.perf_counter() - began)
 
 
 def start_worker() -> None:
