@@ -214,7 +214,7 @@ def find(names: list[str]) -> dict[str, tuple[int, str] | None]:
 
 def find_all(workers: int) -> int:
     """Plant each, print after how many cases it was found; 0 if all were."""
-    from tests.fuzz.__main__ import start_worker
+    from tests.fuzz.workers import start_worker
 
     names, missed = list(FAULTS), 0
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=start_worker) as pool:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.fuzz import case as cases_on_disk
-from tests.fuzz.__main__ import run_number, start_worker
+from tests.fuzz.workers import run_number, start_worker
 from tests.fuzz.cases import make
 from tests.fuzz.choices import Choices
 from tests.fuzz.report import Report
