@@ -8,6 +8,7 @@ from pathlib import Path
 
 from calibration.masks import KINDS
 from runtimes.errors import InputError
+from runtimes.text_files import lines_of, read_text
 
 CALLS_PER_EPISODE = 8
 SECOND_CALLS, MASKED_CALLS = 2, 4  # of these in the second drawing: image to image, inpainting
@@ -24,16 +25,9 @@ def read_prompts(file: Path) -> tuple[str, ...]:
     """Prompts of a text file, one a line; empty lines do not count.
 
     Raises:
-        InputError: unreadable, not UTF-8, or without a prompt.
+        InputError: as `read_text`, or a file without a prompt.
     """
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}", where=str(file),
-                         fix="save it as UTF-8, one prompt a line") from error
-    except OSError as error:
-        raise InputError(f"cannot read it: {error.strerror}", where=str(file)) from error
-    prompts = tuple(line.strip() for line in text.splitlines() if line.strip())
+    prompts = tuple(line.strip() for line in lines_of(read_text(file)) if line.strip())
     if not prompts:
         raise InputError("there is no prompt in it", where=str(file), fix="write one prompt a line")
     return prompts

@@ -18,7 +18,7 @@ from runtimes.manifest import digest_of
 from runtimes.pipeline import Pipeline
 from runtimes.session import Arrays, Session
 
-VERSION = 1  # raised whenever equal keys would give other recordings
+VERSION = 2  # raised whenever equal keys would give other recordings
 DENOISER = "unet"
 Feeds = dict[str, np.ndarray[Any, Any]]
 Assemble = Callable[[Mapping[str, Session]], Pipeline]

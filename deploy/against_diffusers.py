@@ -28,7 +28,7 @@ from deploy.parity.upstream.levels import (
 from deploy.parity.upstream.model import Upstream
 from deploy.parity.upstream.requests import IMAGE, MASK, TEXT, Asked
 from deploy.passes.adapters import parse_embedding
-from deploy.sources import model_folder
+from deploy.sources import own_folder
 from deploy.spec import BuildSpec
 from runtimes.bundle import Bundle
 from runtimes.lora import parse_lora
@@ -44,9 +44,9 @@ def upstream_of(spec: BuildSpec) -> Upstream:
     Raises:
         InputError: the model is not there, or an option of an adapter cannot be read.
     """
-    return Upstream(model_folder(spec.model).absolute(), Path(spec.vae) if spec.vae else None,
+    return Upstream(own_folder(spec).absolute(), Path(spec.vae) if spec.vae else None,
                     tuple(parse_lora(option) for option in spec.lora),
-                    tuple(parse_embedding(option) for option in spec.embedding))
+                    tuple(parse_embedding(option) for option in spec.embedding), spec.variant)
 
 
 class AgainstDiffusers:

@@ -75,7 +75,7 @@ def plan_build(spec: BuildSpec) -> list[PlannedPass]:
 
 def default_output(spec: BuildSpec, origin: Bundle) -> Path:
     """`build/<model>-<target>-<precision>`."""
-    return Path("build") / f"{origin.manifest.source.id}-{spec.target}-{spec.precision}"
+    return Path("build") / f"{Path(origin.manifest.source.id).name}-{spec.target}-{spec.precision}"
 
 
 def run_build(spec: BuildSpec, output: Path | None = None, *, progress: Listener | None = None,
@@ -178,7 +178,8 @@ def run_passes(spec: BuildSpec, origin: Bundle, planned: list[PlannedPass], cach
         folder = work / f"{number:02d}-{step.pass_name}"
         bundle, cost = _run_pass(entry.instance, step, before, folder, cache, listener)
         costs.append(cost)
-        bundle = replace(bundle, manifest=replace(bundle.manifest, measured={"passes": list(costs)}))
+        measurements = {**origin.manifest.measured, "passes": list(costs)}
+        bundle = replace(bundle, manifest=replace(bundle.manifest, measured=measurements))
         if entry.instance.verify and not step.provisional:
             done = _Done(entry.instance, step, before, bundle)
             if gate.may_wait and _is_rewritten(done, planned[number + 1 :]):

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from deploy import cli_cache
-from runtimes.errors import DeployError, UnavailableError
+from deploy import cli_files, cli_machine
+from runtimes.errors import DeployError, InputError, UnavailableError
 
 app = typer.Typer(
     name="ldm-deploy",
@@ -20,7 +20,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-app.add_typer(cli_cache.app, name="cache")
 
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object instead of text")]
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="folder that `build` wrote")]
@@ -51,14 +50,19 @@ BudgetOptions = Annotated[list[str], typer.Option(help="override an accuracy lim
 Verify = Annotated[str, typer.Option(help="compare with PyTorch: full, quick (4 steps of a picture), components, no; "
                                           "auto: full where that takes a minute or two, else quick")]
 NoVerify = Annotated[bool, typer.Option("--no-verify", help="the same as --verify no")]
+Variant = Annotated[str, typer.Option(help="of the weight files: fp16 reads *.fp16.safetensors where there are such")]
+Revision = Annotated[str, typer.Option(help="of a MODEL on the Hub: a branch, a tag or a commit; default main")]
 OutputPng = Annotated[Path, typer.Option("-o", "--output", help="PNG file; several pictures get numbered names")]
 Against = Annotated[str | None, typer.Option(help="the source model; default: where the bundle was built from")]
-ModelArgument = Annotated[str, typer.Argument(help="folder in diffusers layout; default: the model that ships with us")]
+ModelArgument = Annotated[str, typer.Argument(help="folder in diffusers layout, or OWNER/NAME on the Hugging Face Hub; "
+                                                    "default: the model that ships with us")]
 
 
 @app.command()
 def build(
     model: ModelArgument = "",
+    variant: Variant = "",
+    revision: Revision = "",
     target: Target = "",
     precision: Annotated[str, typer.Option(help="fp32, fp16, bf16, int8 or auto")] = "",
     shapes: Shapes = [],  # noqa: B006
@@ -73,6 +77,8 @@ def build(
     calibration_prompts: CalibrationPrompts = None,
     calibration_samples: CalibrationSamples = None,
     range_estimator: RangeEstimator = "",
+    device: Annotated[str, typer.Option(help="of onnxruntime, what the bundle will run on: cpu (default), cuda, "
+                                             "tensorrt; on GPUs fp16 computes in float16")] = "",
     cpu: Annotated[str, typer.Option(help="that INT8 is for: auto (this one), vnni, avx2")] = "",
     engine: EngineOptions = [],  # noqa: B006
     step_cache: Annotated[bool, typer.Option("--step-cache", help="a second U-Net graph, for generate "
@@ -102,7 +108,8 @@ def build(
     options: dict[str, Any] = {k: v for k, v in (
         ("model", model), ("target", target), ("precision", precision), ("quantization", quantization),
         ("range_estimator", range_estimator), ("step_cache", step_cache), ("lora_mode", lora_mode),
-        ("safety_checker", safety_checker), ("cpu", cpu)) if v}
+        ("safety_checker", safety_checker), ("device", device), ("cpu", cpu), ("variant", variant),
+        ("revision", revision)) if v}
     options |= {name: number for name, number in (("text_encoder_bits", text_encoder_bits),
                                                   ("calibration_samples", calibration_samples)) if number is not None}
     if quantization_methods:
@@ -125,6 +132,8 @@ def build(
         options["engine"] = parse_engine(engine)
     if budget:
         options["budget"] = parse_budget(budget)
+    if verify and no_verify:
+        raise InputError("both --verify and --no-verify are given", where="build", fix="give one of them")
     if verify or no_verify:
         options["verify"] = "no" if no_verify else verify
     build_spec = make_spec(options, spec)
@@ -173,7 +182,7 @@ def generate(
     prompts: Annotated[Path | None, typer.Option(help="file with one prompt a line, instead of PROMPT")] = None,
     negative: Annotated[str | None, typer.Option(help="what not to generate")] = None,
     image: Annotated[Path | None, typer.Option(help="start from this picture (image-to-image)")] = None,
-    mask: Annotated[Path | None, typer.Option(help="white where the picture is painted anew (inpainting)")] = None,
+    mask: Annotated[Path | None, typer.Option(help="white where the image is painted anew (inpainting)")] = None,
     strength: Annotated[float | None, typer.Option(help="how far to leave the image, above 0 to 1; default the "
                                                         "model's: 0.8, of XL 0.3, with --mask 1")] = None,
     steps: Annotated[int | None, typer.Option(help="denoising steps; default 25")] = None,
@@ -186,14 +195,17 @@ def generate(
     guidance_rescale: Annotated[float, typer.Option(help="against overexposure, 0 to 1")] = 0.0,
     guidance_interval: Annotated[str, typer.Option(help="share of the steps under guidance, as first:last")] = "",
     part: Annotated[str, typer.Option(help="of the schedule: 0:0.8 for a base model, 0.8:1 for a refiner")] = "0:1",
-    weighting: Annotated[bool, typer.Option("--weighting", help="read (word:1.3), (word), \\[word] as weights")] = False,
+    weighting: Annotated[bool, typer.Option("--weighting", help="weigh (word:1.3), (word), \\[word]")] = False,
     long_prompts: Annotated[bool, typer.Option("--long-prompts", help="read long prompts in windows, do not cut")]
     = False,
     cache_interval: Annotated[int | None, typer.Option(help="compute the U-Net's deep layers every so many steps; "
                                                             "needs a bundle built with --step-cache")] = None,
-    seed: Annotated[int, typer.Option(help="the first picture's seed; the next ones count up")] = 0,
+    seed: Annotated[int, typer.Option(help="the first image's seed, as PyTorch's; the next ones count up")] = 0,
     count: Annotated[int, typer.Option("-n", "--count", min=1, help="pictures for each prompt")] = 1,
-    scheduler: Annotated[str | None, typer.Option(help="ddim, euler, euler-ancestral, dpm++, unipc, lcm, pndm")] = None,
+    scheduler: Annotated[str | None, typer.Option(
+        help="sampling method, by default the model's: ddim, ddpm, euler, euler-ancestral, heun, kdpm2, "
+             "kdpm2-ancestral, lms, dpm++, dpm-single, dpm-sde, deis, unipc, sa-solver, lcm, tcd, pndm, "
+             "edm-euler or edm-dpm++")] = None,
     height: Annotated[int | None, typer.Option(help="pixels")] = None,
     width: Annotated[int | None, typer.Option(help="pixels")] = None,
     aspect: Annotated[str, typer.Option(help="width:height, as 16:9; the bundle's nearest size")] = "",
@@ -203,7 +215,7 @@ def generate(
     latents: Annotated[Path | None, typer.Option(help="initial latents, .npy float32 (B, C, H/f, W/f)")] = None,
     save_latents: Annotated[Path | None, typer.Option(help="write the final latents as .npy")] = None,
     safety: Annotated[str, typer.Option(help="the bundle's safety checker: off, report, or replace by black")] = "off",
-    grid: Annotated[int, typer.Option(help="write one sheet with this many columns")] = 0,
+    grid: Annotated[int, typer.Option(min=0, help="write one sheet with this many columns")] = 0,
     preview: Annotated[Path | None, typer.Option(help="PNG rewritten after each step: what will come of it")] = None,
     metadata: Annotated[bool, typer.Option("--metadata/--no-metadata", help="prompt, seed and bundle hash in the PNG")]
     = True,
@@ -212,6 +224,7 @@ def generate(
     threads: Threads = 0,
     hint: Hint = "latency",
     pin_threads: PinThreads = False,
+    check: Annotated[bool, typer.Option("--check", help="hash large files again that nobody wrote to since")] = False,
     output: OutputPng = Path("out.png"),
 ) -> None:
     """Draw pictures with a bundle. Needs no PyTorch."""
@@ -225,7 +238,8 @@ def generate(
             long_prompts=long_prompts, cache_interval=cache_interval, seed=seed, count=count, scheduler=scheduler,
             height=height, width=width, aspect=aspect, memory_budget=memory_budget, tile=tile, latents=latents,
             save_latents=save_latents, safety=safety, grid=grid, preview=preview, metadata=metadata,
-            device=device, threads=threads, hint=hint, pin_threads=pin_threads, lora=tuple(lora), output=output,
+            device=device, threads=threads, hint=hint, pin_threads=pin_threads, check=check,
+            lora=tuple(lora), output=output,
         )
     )
 
@@ -274,7 +288,7 @@ def verify(
 def bench(
     bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE...", help="folders that `build` wrote")],
     against: Annotated[str, typer.Option(help="also measure PyTorch: torch,torch.compile")] = "",
-    rounds: Annotated[int, typer.Option(help="interleaved drawings of each that count")] = 7,
+    rounds: Annotated[int, typer.Option(min=1, help="interleaved drawings of each that count")] = 7,
     steps: Annotated[int, typer.Option(help="denoising steps")] = 25,
     guidance: Annotated[float, typer.Option(help="guidance_scale")] = 7.5,
     batch: Annotated[str, typer.Option(help="images at once, several with commas: 1,2,4,8")] = "1",
@@ -340,43 +354,10 @@ def inspect(bundle: BundlePath, json: Json = False) -> None:
     console.print_json(to_json(opened.manifest)) if json else console.show_bundle(opened)
 
 
-@app.command()
-def convert(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help=".safetensors file with all networks")],
-    configs: Annotated[Path, typer.Option(help="diffusers folder of the same architecture; weights are not needed")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="folder to write, for `build`")],
-) -> None:
-    """Turn a single-file checkpoint (CompVis, A1111) into a diffusers folder. Nothing is downloaded."""
-    from deploy import console
-    from exporters.single_file import convert_single_file
-
-    console.say(f"wrote {convert_single_file(checkpoint, configs, output)}")
-
-
-@app.command("export-triton")
-def export_triton(
-    bundle: BundlePath,
-    output: Annotated[Path, typer.Option("-o", "--output", help="folder of the model repository")],
-    instances: Annotated[int, typer.Option(min=1, help="copies of each model that serve at once")] = 1,
-    gpu: Annotated[bool, typer.Option("--gpu", help="place the models on GPUs")] = False,
-) -> None:
-    """Write a model repository for the Triton Inference Server."""
-    from deploy import console
-    from deploy import triton as repository
-    from runtimes.bundle import Bundle
-
-    options = repository.TritonOptions(instances=instances, gpu=gpu)
-    console.show_repository(output, repository.export_triton(Bundle.open(bundle), output, options))
-
-
-@app.command()
-def doctor(json: Json = False) -> None:
-    """Show what this machine can build and run, and what is missing for the rest."""
-    from deploy import console
-    from deploy.doctor import examine
-
-    findings = examine()
-    console.print_json(findings) if json else console.show_findings(findings)
+app.command()(cli_files.convert)
+app.command("export-triton")(cli_files.export_triton)
+app.command()(cli_machine.doctor)
+app.add_typer(cli_machine.app, name="cache")
 
 
 def main() -> None:

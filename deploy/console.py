@@ -66,7 +66,8 @@ class BuildProgress:
     """Passes and components as they run. Implements `deploy.builder.Listener`."""
 
     def __enter__(self) -> BuildProgress:
-        self._bars = Progress(SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(20), TimeElapsedColumn(),
+        self._bars = Progress(SpinnerColumn(), TextColumn("{task.description}", markup=False),
+                              BarColumn(20), TimeElapsedColumn(),
                               console=err, transient=True, disable=not err.is_terminal)
         self._bars.start()
         self._task = self._bars.add_task("planning", total=None)
@@ -143,6 +144,8 @@ def show_outcome(outcome: Outcome) -> None:
         out.print(Text.assemble(("up to date", "green"), f" {outcome.bundle.path}"))
     else:
         show_bundle(outcome.bundle)
+    for note in outcome.bundle.manifest.measured.get("notes", ()):
+        out.print(f"note: {note}", markup=False)
     report = outcome.bundle.path / "report" / "report.html"
     if report.is_file():
         out.print(f"report: {report}")
@@ -217,7 +220,8 @@ def _show_candidates(tried: Sequence[Mapping[str, Any]]) -> None:
         table.add_row(f"{one['prune']:.0%}", megabytes(one["bytes"]), f"{one['macs'] / 1e6:.0f}",
                       _figure(one["seconds"] and one["seconds"] * 1e3, ".1f"),
                       _figure(one["trajectory_relative_l2"], ".3f"), _figure(one["psnr_db"], ".1f"),
-                      _figure(one["retrieval"], ".1%"), one["broken"] or ("kept" if one["psnr_db"] is not None else "not verified"))
+                      _figure(one["retrieval"], ".1%"),
+                      one["broken"] or ("kept" if one["psnr_db"] is not None else "not verified"))
     out.print(table)
 
 
@@ -261,7 +265,8 @@ def _show_engines(manifest: Manifest) -> None:
             placed = ", ".join(f"{count} of {op}" for op, count in q.get("inputs", {}).items())
             broken = q.get("broken_attentions", ())
             fused = Text(f"no fusion of {', '.join(broken)}", "red") if broken else "in none of them"
-            out.print(Text.assemble(f"  Q/DQ in {name}: inputs {placed}; {q.get('attentions', 0)} attention blocks, ", fused))
+            out.print(Text.assemble(f"  Q/DQ in {name}: inputs {placed}; {q.get('attentions', 0)} attention blocks, ",
+                                    fused))
     for (first, *more), names in engines.items():
         out.print(f"  engine {', '.join(names)}: {first}")
         for line in more:

@@ -57,6 +57,9 @@ def opened(target: str, device: str) -> Iterator[tuple[Mapping[str, Session], Bu
         bundle = Bundle.open(target)
         yield BundleSessions(bundle, SessionOptions(device)), bundle
         return
+    if device.lower() != "cpu":
+        raise InputError("a model is diagnosed in PyTorch on the CPU", where="--device",
+                         fix="leave it out, or build a bundle and diagnose that")
     from deploy.builder import Silent, load_source, workspace
     from deploy.cache import Cache, default_root
     from deploy.origin import open_origin

@@ -79,6 +79,7 @@ def running() -> dict[str, Any]:
     """What `generate` can run on."""
     findings: dict[str, Any] = {}
     providers: list[str] = []
+    here = gpu()["available"]
     if util.find_spec("onnxruntime") is not None:
         import onnxruntime
 
@@ -92,17 +93,18 @@ def running() -> dict[str, Any]:
         ("tensorrt-rtx bundles", "tensorrt-rtx", "pip install 'ldm-deploy[tensorrt-rtx]'"),
     ):
         has = version(distribution)
-        needs_gpu = distribution.startswith("tensorrt") and not gpu()["available"]
+        needs_gpu = distribution.startswith("tensorrt") and not here
         detail = f"{distribution} {has or 'not installed'}" + (", no NVIDIA GPU" if needs_gpu else "")
         findings[name] = _finding(has is not None and not needs_gpu, detail,
                                   "run them on a machine with an NVIDIA GPU" if has else fix)
     for device, provider, fix in (
         ("cuda", "CUDAExecutionProvider", "pip install 'ldm-deploy[gpu]' on a machine with an NVIDIA GPU"),
-        ("tensorrt", "TensorrtExecutionProvider", "pip install 'ldm-deploy[gpu]' and TensorRT"),
-        ("tensorrt-rtx", "NvTensorRTRTXExecutionProvider", "an onnxruntime build with the TensorRT-RTX provider"),
+        ("tensorrt", "TensorrtExecutionProvider", "pip install 'ldm-deploy[gpu]', and TensorRT, on a machine with an "
+                                                  "NVIDIA GPU"),
     ):
         there = provider in providers
-        findings[device] = _finding(there, provider if there else f"this onnxruntime has no {provider}", fix)
+        detail = provider if there else f"this onnxruntime has no {provider}"
+        findings[device] = _finding(there and here, detail + ("" if here else ", no NVIDIA GPU"), fix)
     return findings
 
 

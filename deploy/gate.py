@@ -28,6 +28,7 @@ from deploy.report import Picture
 from deploy.spec import REFERENCE, BuildSpec
 from runtimes.bundle import Bundle
 from runtimes.errors import ParityError
+from runtimes.identity import runtime_identity
 from runtimes.manifest import digest_of, from_json, to_json
 from runtimes.session import SessionOptions
 
@@ -203,7 +204,9 @@ class Gate:
                "inputs": to_json(component.inputs), "axes": to_json(component.axes),
                "emulated": computes_in_16_bits(component),
                "facts": to_json(bundle.manifest.pipeline), "options": digest_of(to_json(self._effort.options)),
-               "format": component.format, "libraries": versions_of(("onnxruntime", "openvino", "torch"))}
+               "format": component.format,
+               "runtime": runtime_identity(self._effort.options.session.device, component.format),
+               "libraries": versions_of(("torch",))}
         if (known := self._cache.find_fact(key)) is not None:
             shapes = tuple(tuple(s) for s in known.pop("shapes"))
             figures = Figures(**{**known, "shapes": shapes, "worst_shape": tuple(known["worst_shape"])})

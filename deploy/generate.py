@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from PIL.PngImagePlugin import PngInfo
 
+    from runtimes.bundle import Bundle
     from runtimes.denoising import Step
     from runtimes.pipeline import Pipeline
 
@@ -68,6 +69,7 @@ class GenerateRequest:
     threads: int
     hint: str
     pin_threads: bool
+    check: bool
     lora: tuple[str, ...]
     output: Path
 
@@ -132,7 +134,8 @@ def generate_files(request: GenerateRequest) -> list[Path]:
     if request.safety not in SAFETY:
         raise InputError(f"unknown {request.safety!r}", where="--safety", fix=f"one of {', '.join(SAFETY)}")
     began = time.perf_counter()
-    bundle = runtimes.Bundle.open(request.bundle)
+    bundle = runtimes.Bundle.open(request.bundle, trust_notes=not request.check)
+    check_session(request, bundle)
     if request.safety != "off":
         bundle.component(SAFETY_CHECKER)  # refused before any work if it has none
     prompts = prompts_of(request, wanted=bool(bundle.manifest.pipeline.text_encoders))
@@ -164,6 +167,19 @@ def generate_files(request: GenerateRequest) -> list[Path]:
     console.show_generated(files, count=len(result), load_seconds=loaded - began, draw_seconds=drawn - loaded,
                            peak_rss_bytes=peak_rss_bytes())
     return files
+
+
+def check_session(request: GenerateRequest, bundle: Bundle) -> None:
+    """Refuse what the bundle's backend would not look at.
+
+    Raises:
+        InputError: an option of another backend.
+    """
+    formats = {component.format for component in bundle.manifest.components.values()}
+    if request.hint != "latency" and "openvino" not in formats:
+        raise InputError(f"only OpenVINO takes the hint {request.hint!r}", where="--hint", fix="leave it out")
+    if request.pin_threads and (request.device.lower() != "cpu" or "tensorrt" in formats):
+        raise InputError("threads are pinned on a CPU only", where="--pin-threads", fix="leave it out")
 
 
 def checked(pipeline: Pipeline, pictures: list[Image], *, replace: bool) -> list[Image]:

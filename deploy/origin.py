@@ -8,19 +8,22 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import exporters
 from deploy.cache import Cache, default_root, versions_of
-from deploy.sources import source_folder
+from deploy.hub import cached_name
+from deploy.sources import own_folder, source_folder
 from deploy.spec import REFERENCE, BuildSpec
 from exporters.families import ComponentSpec
 from exporters.families.safety_checker import with_safety_checker
 from exporters.families.step_cache import shallow_weights, with_step_cache
-from exporters.source import MODEL_INDEX, ComponentSource, open_source
+from exporters.source import MODEL_INDEX, ComponentSource, open_source, read_json
 from exporters.source import Source as PipelineSource
 from runtimes import schedulers
-from runtimes.bundle import Bundle, record_of, records_below
+from runtimes.bundle import Bundle, record_of, records_below, sha256_of
 from runtimes.errors import InputError
 from runtimes.guidance import SHALLOW
-from runtimes.manifest import SCHEMA, Component, FileRecord, Manifest, ModeFacts, Source, from_json, to_json
+from runtimes.manifest import SCHEMA, Component, FileRecord, Manifest, ModeFacts, PipelineFacts, Source, to_json
+from runtimes.manifest import from_json as parsed
 from runtimes.safety import PREPROCESSOR_FILE, SAFETY_CHECKER
 
 ORIGIN_FORMAT = "diffusers"
@@ -36,7 +39,7 @@ def open_origin(spec: BuildSpec) -> Bundle:
         InputError: not a pipeline folder, an unknown family, unusable weights, or shapes that do not fit it.
     """
     folder = source_folder(spec)
-    source = as_loaded(open_source(folder))
+    source = as_loaded(open_source(folder, spec.variant))
     check_schedulers(source)
     specs = source.family.components(source, spec.shapes)
     if spec.step_cache:
@@ -55,22 +58,47 @@ def open_origin(spec: BuildSpec) -> Bundle:
     files.update(records_below(folder / "scheduler", folder))
     if spec.safety_checker:
         files[PREPROCESSOR_FILE] = record_of(folder / PREPROCESSOR_FILE)
+    facts, notes = _own_size(source.family.facts(source), specs["unet"])
+    notes = [*source.notes, *notes]
     manifest = Manifest(
         schema=SCHEMA,
         family=source.family.name,
-        source=Source(REFERENCE if spec.model == REFERENCE else Path(spec.model).resolve().name,
-                      {name: record.sha256 for name, record in hashes.items()}),
+        source=_named(spec, {name: record.sha256 for name, record in hashes.items()}),
         target=spec.target,
         precision=spec.precision,
-        pipeline=source.family.facts(source),
+        pipeline=facts,
         components=dict(sorted(components.items())),
         passes=(),
         files=files,
         tools={},
         spec=spec.resolved(),
         verified=False,
+        measured={"notes": notes} if notes else {},
     )
     return Bundle(folder, manifest)
+
+
+def _named(spec: BuildSpec, hashes: Mapping[str, str]) -> Source:
+    """What the model is called: on the Hub, in the Hub's cache, or by its folder."""
+    if spec.model == REFERENCE:
+        return Source(REFERENCE, hashes)
+    folder = own_folder(spec).resolve()
+    name, commit = cached_name(folder)
+    return Source(name or folder.name, hashes, commit)
+
+
+def _own_size(facts: PipelineFacts, unet: ComponentSpec) -> tuple[PipelineFacts, list[str]]:
+    """The facts, with a default size that the bundle can make: the model's own, or what --shapes prefer."""
+    sizes = {}
+    for name in ("height", "width"):
+        axis, rows = unet.axes[name], getattr(facts, name) // facts.vae_scale_factor
+        fits = rows in axis.range and rows % axis.multiple == 0
+        sizes[name] = (rows if fits else axis.range.opt) * facts.vae_scale_factor
+    if sizes == {"height": facts.height, "width": facts.width}:
+        return facts, []
+    note = (f"without a size it makes {sizes['height']} x {sizes['width']} pixels: --shapes leave out the model's own "
+            f"{facts.height} x {facts.width}")
+    return replace(facts, height=sizes["height"], width=sizes["width"]), [note]
 
 
 def as_loaded(source: PipelineSource) -> PipelineSource:
@@ -81,26 +109,27 @@ def as_loaded(source: PipelineSource) -> PipelineSource:
     Raises:
         InputError: diffusers refuses it.
     """
-    read = {"class": source.pipeline_class, "options": source.options, "scheduler": source.scheduler_config,
-            "scheduler_class": source.scheduler_class, "ignored": source.ignored,
+    read = {"index": read_json(source.path / MODEL_INDEX), "scheduler": source.scheduler_config,
             "networks": {n: [c.library, c.class_name, c.config] for n, c in source.components.items()}}
     key = {"kind": "as diffusers loads", "read": json.dumps(read, sort_keys=True),
-           "libraries": versions_of(("diffusers", "transformers"))}
+           "libraries": versions_of(("diffusers", "transformers")),
+           "asked": [sha256_of(Path(exporters.__path__[0]) / f"{name}.py") for name in ("upstream", "config_keys")]}
     cache = Cache(default_root())
     if (found := cache.find_fact(key)) is None:
         from exporters import upstream
 
         loaded = upstream.as_loaded(source)
         answer = {"configs": {name: component.config for name, component in loaded.components.items()},
+                  "notes": loaded.notes,
                   "options": loaded.options, "scheduler": loaded.scheduler_config, "modes": to_json(loaded.modes)}
         found = {"json": json.dumps(answer)}  # as text: scheduler configs hold infinities, which facts may not
         cache.store_fact(key, found)
     answer = json.loads(found["json"])
     return replace(
-        source, options=answer["options"], scheduler_config=answer["scheduler"],
+        source, options=answer["options"], notes=tuple(answer["notes"]), scheduler_config=answer["scheduler"],
         scheduler_class=answer["scheduler"]["_class_name"],
         components={n: replace(c, config=answer["configs"][n]) for n, c in source.components.items()},
-        modes={name: from_json(ModeFacts, facts, name) for name, facts in answer["modes"].items()})
+        modes={name: parsed(ModeFacts, facts, name) for name, facts in answer["modes"].items()})
 
 
 def check_schedulers(source: PipelineSource) -> None:

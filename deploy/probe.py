@@ -63,11 +63,11 @@ class Probe:
             (B, C, H/f, W/f) float32.
         """
         mean, _ = decode.encode(self._sessions["vae_encoder"], pixels)
-        return mean * np.float32(self.facts.scaling_factor)
+        return decode.scaled(self.facts, mean)
 
     def decode(self, latents: Float32) -> Float32:
         """(B, C, H/f, W/f) float32 scaled latents to (B, H, W, 3) float32 pixels in 0..1."""
-        return decode.decode(self._sessions["vae_decoder"], latents, self.facts.scaling_factor)
+        return decode.decode(self._sessions["vae_decoder"], latents, self.facts)
 
     def conditions(self, prompts: Sequence[str]) -> Conditions:
         """What the U-Net is told of prompts, one for each picture."""
@@ -102,4 +102,4 @@ class Probe:
     def signal(self, timestep: int) -> float:
         """Share of the variance at a timestep that is the picture's: the squared error of the best linear guess of the
         noise, sigma x_t, where latents are white and of unit variance."""
-        return self._schedule.levels(timestep)[0] ** 2
+        return float(self._schedule.levels(timestep)[0]) ** 2

@@ -286,7 +286,8 @@ def search_unet(source: Bundle, destination: Path, config: Mapping[str, Any], sc
     report = {key: value for key, value in reports[best].items() if key != "precision_map"}
     return {"summary": {"recipe": "auto", "scheme": asdict(scheme), "estimator": config["estimator"],
                         "recording": recording.identity, "methods": config["methods"],
-                        "ranges_sha256": digest_of(observed["ranges"]), "chosen": name, "trials": len(trials.done), **report},
+                        "ranges_sha256": digest_of(observed["ranges"]), "chosen": name, "trials": len(trials.done),
+                        **report},
             "layers": {**observed, "precision_map": dict(sorted(assignments[name].items())),
                        "errors": told(noise), "front": trials.front()},
             "relative_l2": 0.0}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,10 +12,11 @@ import numpy as np
 import torch
 
 from deploy.parity.pool import SessionPool
+from deploy.parity.shapes import spatial_spec
 from exporters.lora import merge
-from exporters.modules import load_module, torch_component
+from exporters.modules import empty_module, load_module, torch_component
 from runtimes.bundle import Bundle
-from runtimes.errors import BundleError, UnavailableError
+from runtimes.errors import BundleError, DeployError, UnavailableError
 from runtimes.lora_inputs import own_file
 from runtimes.manifest import Component
 from runtimes.session import Arrays, Session
@@ -85,6 +87,60 @@ def reference_sessions(bundle: Bundle, *, capacity: int | None = None) -> dict[s
     components = {name: _unbounded(component) for name, component in bundle.manifest.components.items()}
     limit = len(components) if capacity is None else capacity
     return SessionPool(components, lambda name: TorchSession(bundle, name), limit).sessions
+
+
+class SizeTrial:
+    """Which sizes the source's networks can run at all, found by running them without weights on PyTorch's device meta.
+
+    A group norm refuses a single value in a group, for instance: a feature map of 1x1 with one channel a group and one
+    row (torch.nn.functional.group_norm). Such sizes have no reference to be compared with.
+
+    Args:
+        bundle: the source bundle; components that are not in the source format are taken to run at any size.
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._bundle = bundle
+        self._modules: dict[str, Any] = {}
+
+    def possible(self, name: str, sizes: Mapping[str, int]) -> bool:
+        """Whether a component runs at these sizes; True where the device meta cannot tell, or it is no network of
+        images or latents.
+
+        Args:
+            name: of the component.
+            sizes: axis -> size, of every axis.
+        """
+        component = self._bundle.manifest.components.get(name)
+        if component is None or component.format != SOURCE_FORMAT or spatial_spec(component) is None:
+            return True
+        if name not in self._modules:
+            self._modules[name] = self._empty(name, component)
+            usual = {axis: a.range.opt for axis, a in component.axes.items()}
+            if self._modules[name] is not None and not self._runs(name, component, usual):
+                self._modules[name] = None  # an operator that has no form on meta, which says nothing about sizes
+        return self._modules[name] is None or self._runs(name, component, sizes)
+
+    def _empty(self, name: str, component: Component) -> Any:
+        try:
+            network, _ = empty_module(self._bundle.file(component.file).parent, str(component.details.get("library")),
+                                      component.class_name)
+            outputs = [output.name for output in component.outputs]
+            return torch_component(name, network.to("meta"), outputs).requires_grad_(False)
+        except (KeyError, NotImplementedError, DeployError):
+            return None  # loading it says what is wrong
+
+    def _runs(self, name: str, component: Component, sizes: Mapping[str, int]) -> bool:
+        if any(d not in sizes for spec in component.inputs for d in spec.shape if isinstance(d, str)):
+            return True
+        feeds = [torch.empty(spec.resolve(sizes), dtype=getattr(torch, spec.dtype), device="meta")
+                 for spec in component.inputs]
+        try:
+            with torch.inference_mode():
+                self._modules[name](*feeds)
+        except (RuntimeError, ValueError, IndexError):
+            return False
+        return True
 
 
 def _unbounded(component: Component) -> Component:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from deploy.cache import Cache, default_root, versions_of
+from deploy.cache import Cache, default_root
 from deploy.call_times import quotient, seconds_in_turns, usual_feeds
 from deploy.gate import gallery_for, options_for
 from deploy.parity.answers import Reference
@@ -18,13 +18,14 @@ from deploy.parity.budgets import Budget
 from deploy.parity.pipelines import check_pipeline
 from runtimes.bundle import Bundle, link_or_copy, records_below, sha256_of
 from runtimes.errors import ParityError, UnavailableError
+from runtimes.identity import runtime_identity
 from runtimes.loading import BundleSessions
 from runtimes.manifest import to_json
 from runtimes.session import SessionOptions, open_session
 
 TIMED_CALLS = 9
 ANYTHING = Budget(1e9, 1e9, 0.0, 0.0, 100.0)  # nothing is to blame while searching: the caller judges
-VERSION = 2  # of what a trial draws and counts
+VERSION = 3  # of what a trial draws and counts
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Trials:
         self._cache = Cache(default_root())
         self._identity = {"trial": VERSION, "reference": self._reference.identity,
                           "low": {n: sha256_of(file) for n, file in sorted(low.items())}, "budget": asdict(budget),
-                          "options": to_json(self._options), "onnxruntime": versions_of(("onnxruntime",))}
+                          "options": to_json(self._options), "runtime": runtime_identity("cpu", "onnx")}
         self.done: list[Trial] = []
 
     def draw(self, name: str, unet: Path) -> Trial:

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from deploy import hub
 from deploy.cache import default_root
 from deploy.reference_model import WEIGHTS
 from deploy.spec import REFERENCE, BuildSpec
@@ -19,12 +20,23 @@ from runtimes.manifest import digest_of
 _VAE_NAMES = ("vae", "vqvae")
 
 
-def model_folder(model: str) -> Path:
-    """The folder that a model argument names.
+def model_folder(model: str, revision: str = "", variant: str = "", *, safety_checker: bool = False) -> Path:
+    """The folder that a model argument names; one on the Hugging Face Hub is downloaded, if it is not in its cache.
+
+    Args:
+        model: a folder, OWNER/NAME on the Hub, or "reference".
+        revision, variant, safety_checker: of a model on the Hub, see `deploy.hub.fetch`.
 
     Raises:
-        InputError: the reference model is asked for and its weights are not in this installation.
+        InputError: the reference model is asked for and its weights are not in this installation; the Hub has no such
+            model, or a folder is given with a revision.
+        UnavailableError: the Hub cannot be reached.
     """
+    if model != REFERENCE and hub.is_name(model):
+        return hub.fetch(model, revision, variant, safety_checker).folder
+    if revision:
+        raise InputError("a revision is of a model on the Hub, this is a folder", where="--revision",
+                         fix="leave it out, or give OWNER/NAME")
     if model != REFERENCE:
         return Path(model)
     if not WEIGHTS.is_dir():
@@ -33,13 +45,22 @@ def model_folder(model: str) -> Path:
     return WEIGHTS
 
 
+def own_folder(spec: BuildSpec) -> Path:
+    """The folder of the model that a spec names, without what else it changes.
+
+    Raises:
+        InputError, UnavailableError: see `model_folder`.
+    """
+    return model_folder(spec.model, spec.revision, spec.variant, safety_checker=spec.safety_checker)
+
+
 def source_folder(spec: BuildSpec) -> Path:
     """The diffusers folder that a spec builds from.
 
     Raises:
         InputError: it, or the autoencoder that replaces its own, cannot be used.
     """
-    folder = model_folder(spec.model)
+    folder = own_folder(spec)
     return with_vae(folder, Path(spec.vae)) if spec.vae else folder
 
 

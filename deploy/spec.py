@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from deploy.parity.budgets import budget_for
 from deploy.pruning_options import PruningOptions
 from runtimes.errors import InputError
 from runtimes.tensors import ShapeRange
+from runtimes.text_files import read_text
 
 REFERENCE = "reference"
 Target = Literal["onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", "auto"]
 LOCAL_FILES = ("lora", "embedding", "vae")  # fields that name files outside the model
 # Fields that a manifest holds only where they are used.
-LATER_OPTIONS = ("prune_vae", "prune_candidates", "recover_batch", "smoothquant_alpha", "text_encoder_bits")
+LATER_OPTIONS = ("prune_vae", "prune_candidates", "recover_batch", "smoothquant_alpha", "text_encoder_bits", "device",
+                 "variant", "revision")
 ENGINE_TARGETS = ("tensorrt", "tensorrt-rtx")
+INTEGERS = ("int8", "auto")  # precisions that quantize
+HOW_TO_WRITE = "write options of `build` as keys with _ for -, a line each, such as `precision: fp16`"
 Precision = Literal["fp32", "fp16", "bf16", "int8", "auto"]
 Quantization = Literal["hybrid", "static", "dynamic", "weight-only"]
 QuantizationMethod = Literal["split-skips", "smoothquant", "bias-correction"]
@@ -30,7 +36,10 @@ class BuildSpec(PruningOptions):
     """A whole build. Every field has the default that `build` without options uses.
 
     Attributes:
-        model: folder in diffusers layout, or "reference" for the model that ships with the package.
+        model: folder in diffusers layout, "owner/name" of a model on the Hugging Face Hub, or "reference" for the model
+            that ships with the package.
+        variant: of the weight files, such as "fp16"; a component without files of it has its plain ones.
+        revision: of a model on the Hub: a branch, a tag or a commit.
         target: what the bundle runs on; "auto" is the CPU runtime that measures faster here (deploy.auto_target).
         precision: by default what the target is made for: float16 for TensorRT, float32 elsewhere.
         shapes: axis -> min:opt:max; batch in images, height and width in pixels, sequence in tokens.
@@ -51,6 +60,8 @@ class BuildSpec(PruningOptions):
         smoothquant_alpha: of the method smoothquant: 0 leaves the difficulty in the activations, 1 in the weights.
         calibration_prompts: what is drawn to find the ranges of activations; the model's own set when empty.
         calibration_samples: U-Net calls that are recorded.
+        device: of onnxruntime: what the bundle will run on. For a GPU, graphs have TensorRT's form: float16 computes in
+            float16 instead of being stored alone, and INT8 is symmetric.
         cpu: that an INT8 bundle for a CPU is made for. "vnni" adds up 8-bit products exactly, as every ARM does; "avx2"
             needs weights of 7 bits where activations are integers, too; "auto" is this machine.
         range_estimator: how a range follows from what was seen (calibration.ranges).
@@ -65,6 +76,8 @@ class BuildSpec(PruningOptions):
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
     model: str = REFERENCE
+    variant: str = Field(default="", pattern=r"^[A-Za-z0-9_-]*$")
+    revision: str = ""
     target: Target = "onnxruntime"
     precision: Precision = "fp32"
     shapes: dict[str, ShapeRange] = Field(default_factory=dict)
@@ -83,6 +96,7 @@ class BuildSpec(PruningOptions):
     smoothquant_alpha: float = Field(default=0.5, ge=0, le=1)
     calibration_prompts: tuple[str, ...] = ()
     calibration_samples: int = Field(default=128, ge=1)
+    device: Literal["cpu", "cuda", "tensorrt"] = "cpu"
     cpu: Literal["auto", "vnni", "avx2"] = "auto"
     range_estimator: RangeEstimator = "mse"
     step_cache: bool = False
@@ -98,16 +112,35 @@ class BuildSpec(PruningOptions):
         return values
 
     @model_validator(mode="after")
-    def _only_for_engines(self) -> BuildSpec:
-        for name in ("profiles", "engine"):
-            if getattr(self, name) and self.target not in ENGINE_TARGETS:
-                raise ValueError(f"{name} needs --target {' or '.join(ENGINE_TARGETS)}")
+    def _everything_is_honoured(self) -> BuildSpec:
+        for name, needs in NEEDS.items():
+            if getattr(self, name) == type(self).model_fields[name].get_default(call_default_factory=True):
+                continue
+            for need in needs:
+                if not need.holds(self):
+                    raise ValueError(f"{name} needs {need.text}; without, it would change nothing")
+        budget_for(self.precision, self.budget)
+        for name in ("static", "keep_graph"):
+            if not isinstance(self.engine.get(name, False), bool):
+                raise ValueError(f"engine.{name} is {self.engine[name]!r}, expected true or false")
         return self
 
+    @property
+    def graph_target(self) -> str:
+        """The target whose form the graphs have: those for a GPU are TensorRT's."""
+        return self.target if self.device == "cpu" else "tensorrt"
+
     @model_validator(mode="after")
-    def _bits_of_integers(self) -> BuildSpec:
-        if self.text_encoder_bits == 4 and self.precision not in ("int8", "auto"):
-            raise ValueError("text_encoder_bits=4 needs --precision int8 or auto")
+    def _on_gpus(self) -> BuildSpec:
+        if self.device == "cpu":
+            return self
+        if self.target != "onnxruntime":
+            raise ValueError(f"device {self.device} is for --target onnxruntime; others run where they are made for")
+        if self.lora_mode == "swap":
+            raise ValueError("lora_mode swap is for --device cpu")
+        if self.precision not in ("fp32", "fp16", "bf16", *(("int8",) if self.device == "tensorrt" else ())):
+            raise ValueError(f"{self.precision} is not for --device {self.device}: cuda takes fp32, fp16 and bf16, "
+                             "tensorrt int8 too")
         return self
 
     @model_validator(mode="after")
@@ -160,6 +193,45 @@ class BuildSpec(PruningOptions):
         return content
 
 
+@dataclass(frozen=True)
+class Need:
+    """What a build must be for an option to change anything: in words of the command line, and as a test."""
+
+    text: str
+    holds: Callable[[BuildSpec], bool]
+
+
+_INTEGERS = Need("--precision int8 or auto", lambda s: s.precision in INTEGERS)
+_RANGES = Need("--quantization hybrid or static, which find ranges beforehand",
+               lambda s: s.precision == "auto" or s.quantization in ("hybrid", "static"))
+_ENGINES = Need(f"--target {' or '.join(ENGINE_TARGETS)}", lambda s: s.target in ENGINE_TARGETS)
+_COMPARED = Need("a comparison, not --verify no", lambda s: s.verify != "no")
+_CHANNELS = Need("--prune or --prune-vae",
+                 lambda s: s.prune > 0 or bool(s.prune_candidates) or s.prune_vae > 0)
+# Option -> what it needs in order to change anything; one that is given without is refused, not ignored. An option
+# that is not here is used by every build. `PruningOptions` has those among the prunings' own.
+NEEDS: Mapping[str, tuple[Need, ...]] = {
+    "profiles": (_ENGINES,),
+    "engine": (_ENGINES,),
+    "keep": (Need("--precision fp16, bf16, int8 or auto", lambda s: s.precision != "fp32"),),
+    "quantization": (_INTEGERS,),
+    "text_encoder_bits": (_INTEGERS,),
+    "quantization_methods": (_INTEGERS, _RANGES),
+    "smoothquant_alpha": (Need("--quantization-methods smoothquant",
+                               lambda s: "smoothquant" in s.quantization_methods),),
+    "calibration_prompts": (_INTEGERS, _RANGES),
+    "calibration_samples": (_INTEGERS, _RANGES),
+    "range_estimator": (_INTEGERS, _RANGES),
+    "cpu": (_INTEGERS, Need("a target that runs on CPUs", lambda s: s.target not in ENGINE_TARGETS)),
+    "budget": (Need("a comparison, not --verify no", lambda s: s.verify != "no" or s.precision in INTEGERS),),
+    "prompts": (Need("a comparison, not --verify no", lambda s: s.verify != "no" or s.precision == "auto"),),
+    "prune_candidates": (_COMPARED,),
+    "prune_method": (_CHANNELS,),
+    "prune_widths": (Need("--prune", lambda s: s.prune > 0 or bool(s.prune_candidates)),),
+    "recover_batch": (Need("--recover of the U-Net", lambda s: s.recover > 0 and s.prunes_denoiser),),
+}
+
+
 def parse_range(name: str, value: Any) -> ShapeRange:
     """Read `min:opt:max`, a single number (all three), or a ShapeRange.
 
@@ -206,7 +278,7 @@ def parse_engine(options: Sequence[str]) -> dict[str, Any]:
     """Read `name=value` options of the engine builder; values are YAML scalars.
 
     Raises:
-        InputError: no `=`.
+        InputError: no `=`, or a value that YAML cannot read.
     """
     import yaml
 
@@ -215,7 +287,11 @@ def parse_engine(options: Sequence[str]) -> dict[str, Any]:
         name, equals, value = option.partition("=")
         if not equals:
             raise InputError(f"{option!r} is not name=value", where="--engine", fix="write optimization_level=5")
-        engine[name.strip()] = yaml.safe_load(value)
+        try:
+            engine[name.strip()] = yaml.safe_load(value)
+        except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2020-99-99
+            raise InputError(f"{option!r}: its value is not YAML", where="--engine", fix="write optimization_level=5"
+                             ) from error
     return engine
 
 
@@ -254,12 +330,14 @@ def make_spec(options: Mapping[str, Any], file: Path | None = None) -> BuildSpec
 def _read_yaml(file: Path) -> dict[str, Any]:
     import yaml
 
+    text = read_text(file)
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"cannot read the spec: {error}".splitlines()[0], where=str(file)) from error
-    if not isinstance(content, dict):
-        raise InputError("a spec is a mapping of build options", where=str(file), fix="see README, 'Build spec'")
+        content = yaml.safe_load(text)
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise InputError(f"cannot read the spec: {' '.join(str(error).split())}", where=str(file),
+                         fix=HOW_TO_WRITE) from error
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise InputError("a spec is a mapping of build options", where=str(file), fix=HOW_TO_WRITE)
     return content
 
 

@@ -9,6 +9,7 @@ from deploy.against_diffusers import AgainstDiffusers, upstream_of
 from deploy.builder import Silent, load_source, workspace
 from deploy.cache import Cache, default_root
 from deploy.gate import gallery_for, options_for
+from deploy.hub import is_name
 from deploy.origin import open_origin
 from deploy.parity.answers import Reference
 from deploy.parity.budgets import PRUNED, budget_for
@@ -45,7 +46,10 @@ def verify_bundle(path: Path, against: str | None = None, *, device: str = "cpu"
     bundle = Bundle.open(path)
     manifest = bundle.manifest
     adapters = manifest.measured.get("adapters", {})
-    spec = BuildSpec(model=against or source_of(bundle), target=manifest.target, precision=manifest.precision,  # type: ignore[arg-type]
+    model = against or source_of(bundle)
+    spec = BuildSpec(model=model, variant=manifest.spec.get("variant", ""),
+                     revision=manifest.source.revision if is_name(model) and not against else "",
+                     target=manifest.target, precision=manifest.precision,  # type: ignore[arg-type]
                      **{name: adapters[name] for name in LOCAL_FILES if name in adapters},
                      # What the bundle holds beyond the model's usual networks; the source must answer for it, too.
                      step_cache=SHALLOW in manifest.components, safety_checker=SAFETY_CHECKER in manifest.components)
@@ -87,7 +91,7 @@ def source_of(bundle: Bundle) -> str:
     if bundle.manifest.source.id == REFERENCE:
         return REFERENCE
     path = str(bundle.manifest.measured.get("source_path", ""))
-    if not model_folder(path or "?").is_dir():
+    if not is_name(path) and not model_folder(path or "?").is_dir():
         raise InputError(f"the source model {path or bundle.manifest.source.id} is not on this machine",
                          where=str(bundle.path), fix="give its folder with --against")
     return path

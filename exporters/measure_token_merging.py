@@ -6,6 +6,7 @@ of the tokens merged over that without, both in ONNX Runtime on one thread, from
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
 import time
@@ -88,6 +89,7 @@ def time_ratio(tokens: int, width: int) -> float:
 
 def main() -> None:
     """Print both for the reference model."""
+    argparse.ArgumentParser(prog="python -m exporters.measure_token_merging", description=__doc__).parse_args()
     folder = Path(__file__).parents[1] / "deploy" / "reference_model" / "weights" / "unet"
     for side in (8, 32):
         sys.stdout.write(f"{side}x{side} latents: self-attention {share_of_self_attention(folder, side):.1%} of the "

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from exporters.quiet import quiet
-from exporters.source import find_weights, read_json
+from exporters.source import read_json
+from exporters.weight_files import canonical_weights, find_weights
 from exporters.wrappers import WRAPPERS
 from runtimes.errors import InputError
 from runtimes.weights import read_header
@@ -87,7 +88,7 @@ def empty_module(folder: Path, library: str, class_name: str) -> tuple[nn.Module
     recomputed = {name for name, _ in module.named_buffers()} - set(wanted)
     places: dict[str, Place] = {}
     unused: list[str] = []
-    for file in find_weights(folder)[0]:
+    for file in (canonical_weights(folder) or find_weights(folder, library))[0]:
         for key, entry in sorted(read_header(file).items()):
             target = _target(key, wanted)
             if target is not None and target not in places:

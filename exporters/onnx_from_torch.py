@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -106,7 +107,7 @@ def _traced(module: torch.nn.Module, spec: ComponentSpec, opset: int) -> ir.Mode
         for tensor in spec.inputs
     )
     try:
-        with quiet(), torch.no_grad():
+        with quiet(), torch.no_grad(), _any_size(module, spec):
             program = torch.onnx.export(
                 module,
                 example_inputs(spec, spec.example_sizes()),
@@ -125,6 +126,24 @@ def _traced(module: torch.nn.Module, spec: ComponentSpec, opset: int) -> ir.Mode
         raise DeployError("the exporter returned nothing", where=spec.name)
     model: ir.Model = program.model
     return model
+
+
+@contextmanager
+def _any_size(module: torch.nn.Module, spec: ComponentSpec) -> Iterator[None]:
+    """Let U-Nets double to the size that they halved, whatever it was, if the spec promises every size.
+
+    `UNet2DConditionModel.forward` does so (`forward_upsample_size`) where a side is no multiple of
+    2^num_upsamplers. Of 2^40 none is, and the tracer knows it: the graph then has no fixed factor of 2.
+    """
+    unets = [part for part in module.modules() if hasattr(part, "num_upsamplers")] if spec.any_size else []
+    counts = [unet.num_upsamplers for unet in unets]
+    try:
+        for unet in unets:
+            unet.num_upsamplers = 40  # type: ignore[assignment]
+        yield
+    finally:
+        for unet, count in zip(unets, counts, strict=True):
+            unet.num_upsamplers = count
 
 
 def _explained(error: BaseException, spec: ComponentSpec) -> DeployError:

@@ -18,16 +18,18 @@ from torch import Tensor
 
 from exporters.modules import empty_module
 from exporters.quiet import quiet
+from exporters.single_file_leftovers import Tell, check_leftovers, untaken
 from exporters.source import MODEL_INDEX, read_json
 from runtimes.bundle import committed
 from runtimes.errors import InputError
-from runtimes.weights import read_header
+from runtimes.weights import read_header, read_metadata
 
 UNET_PREFIX, VAE_PREFIX = "model.diffusion_model.", "first_stage_model."
+_SCHEDULER = "scheduler/scheduler_config.json"
 _WEIGHTS = {"diffusers": "diffusion_pytorch_model.safetensors", "transformers": "model.safetensors"}
 
 
-def convert_single_file(checkpoint: Path, configs: Path, out: Path) -> Path:
+def convert_single_file(checkpoint: Path, configs: Path, out: Path, tell: Tell = lambda _: None) -> Path:
     """Write a pipeline folder that `build` takes.
 
     Args:
@@ -35,12 +37,14 @@ def convert_single_file(checkpoint: Path, configs: Path, out: Path) -> Path:
         configs: a diffusers folder of the same architecture, whose model_index.json, configs, tokenizers and scheduler
             are taken; weights in it are not looked at.
         out: the folder to write; appears by rename when it is whole.
+        tell: told which keys of the file beside its networks are honoured, and which are left out.
 
     Returns:
         `out`.
 
     Raises:
-        InputError: a pickle, another layout, configs that are missing or describe another network.
+        InputError: a pickle, another layout, configs that are missing or describe another network, keys that mean
+            something that is not done.
         UnavailableError: the disk is full.
     """
     if checkpoint.suffix in (".ckpt", ".pt", ".pth", ".bin"):
@@ -57,14 +61,35 @@ def convert_single_file(checkpoint: Path, configs: Path, out: Path) -> Path:
     index = read_json(configs / MODEL_INDEX)
     networks = {name: entry for name, entry in index.items() if _is_network(configs, name, entry)}
     with committed(out) as folder, _opened(checkpoint) as tensors:
-        for name, entry in networks.items():
-            _write(folder / name, configs, entry, tensors, checkpoint)
+        converted = [_write(folder / name, configs, entry, tensors, checkpoint) for name, entry in networks.items()]
+        left = _without_copied(untaken(tensors, converted), converted)
+        scheduler = check_leftovers(left, tensors, read_json(configs / _SCHEDULER), read_metadata(checkpoint), tell,
+                                    str(checkpoint))
         for name, entry in index.items():
             if isinstance(entry, list) and name not in networks and (configs / name).is_dir():
                 shutil.copytree(configs / name, folder / name)
+        (folder / _SCHEDULER).unlink()  # a copy that may share the mode of its original
+        (folder / _SCHEDULER).write_text(json.dumps(scheduler, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         used = {n: e for n, e in index.items() if not isinstance(e, list) or (folder / n).is_dir()}
         (folder / MODEL_INDEX).write_text(json.dumps(used, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return out
+
+
+def _without_copied(left: set[str], networks: list[Mapping[str, Tensor]]) -> set[str]:
+    """Without what diffusers copies or knows to be unused: queries, keys and values of OpenCLIP, which it takes apart,
+    projections of text, and the last layer of OpenCLIP, which Stable Diffusion 2 does without."""
+    from diffusers.loaders import single_file_utils as utils
+
+    projects = any("text_projection.weight" in network for network in networks)
+
+    def known(key: str) -> bool:
+        if ".attn.in_proj_" in key:
+            return key.partition("in_proj_")[0] + "out_proj.weight" not in left
+        if key.endswith(("text_projection", "text_projection.weight")):
+            return projects or key.startswith("cond_stage_model.")
+        return key in utils.SD_2_TEXT_ENCODER_KEYS_TO_IGNORE
+
+    return {key for key in left if not known(key)}
 
 
 def _is_network(configs: Path, name: str, entry: Any) -> bool:
@@ -82,7 +107,8 @@ def _opened(file: Path) -> Iterator[dict[str, Tensor]]:
         yield {key: tensors.get_tensor(key) for key in tensors.keys()}
 
 
-def _write(folder: Path, configs: Path, entry: list[str], tensors: Mapping[str, Tensor], checkpoint: Path) -> None:
+def _write(folder: Path, configs: Path, entry: list[str], tensors: Mapping[str, Tensor], checkpoint: Path,
+           ) -> Mapping[str, Tensor]:
     """One network: its config, and its weights under diffusers' names, which must be exactly those of its class."""
     from safetensors.torch import save_file
 
@@ -104,6 +130,7 @@ def _write(folder: Path, configs: Path, entry: list[str], tensors: Mapping[str, 
     except InputError as error:
         raise InputError(f"the {name} of this file is not what the configs describe: {error.what}",
                          where=str(checkpoint), fix="give --configs of the architecture that the file has") from error
+    return weights
 
 
 def _renamed(

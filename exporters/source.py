@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from exporters.families import Family, family_of
+from exporters.weight_files import find_weights
 from runtimes.bundle import link_or_copy
 from runtimes.errors import InputError
 from runtimes.manifest import ModeFacts
 from runtimes.weights import read_header
 
 MODEL_INDEX = "model_index.json"
-# base names of weight files: transformers' first, then diffusers'
-_STEMS = ("model", "diffusion_pytorch_model")
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _LIBRARIES = {"diffusers": "diffusers", "transformers": "transformers", "stable_diffusion": "diffusers",
               "latent_diffusion": "diffusers"}
+# diffusers' own classes that are models of transformers, and loaded by its rules
+_TRANSFORMERS_LOAD = ("LDMBertModel", "StableDiffusionSafetyChecker")
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,8 @@ class Source:
         ignored: entries of model_index.json that are not used (safety_checker, feature_extractor, ...).
         options: the pipeline's own settings in model_index.json (requires_aesthetics_score, ...).
         modes: what diffusers' class for a mode does by default, once `exporters.upstream.as_loaded` asked it.
+        variant: of the weight files, or "".
+        notes: what diffusers corrected in the configs, for the user.
     """
 
     path: Path
@@ -86,6 +88,8 @@ class Source:
     ignored: tuple[str, ...] = field(default=())
     options: Mapping[str, Any] = field(default_factory=dict)
     modes: Mapping[str, ModeFacts] = field(default_factory=dict)
+    variant: str = ""
+    notes: tuple[str, ...] = ()
 
     def tokenizer_config(self, name: str) -> Mapping[str, Any]:
         """tokenizer_config.json of one tokenizer, empty if it has none.
@@ -106,15 +110,19 @@ class Source:
         if not isinstance(entry, list) or not _names_a_class(entry) or not (self.path / name).is_dir():
             raise InputError(f"the pipeline has no {name}", where=str(self.path / MODEL_INDEX),
                              fix=f"copy the whole pipeline again, or build without its {name.replace('_', ' ')}")
-        return replace(self, components={**self.components, name: _component(self.path, name, entry)})
+        return replace(self, components={**self.components, name: _component(self.path, name, entry, self.variant)})
 
     def weight_files(self) -> dict[str, Path]:
         """Every weight file by its path relative to the pipeline."""
         return {f.relative_to(self.path).as_posix(): f for c in self.components.values() for f in c.weights}
 
 
-def open_source(path: Path | str) -> Source:
+def open_source(path: Path | str, variant: str = "") -> Source:
     """Read a pipeline folder.
+
+    Args:
+        path: holds model_index.json.
+        variant: of the weight files, such as "fp16"; a component without files of it has its plain ones.
 
     Raises:
         InputError: no such folder, no or broken model_index.json, an unknown pipeline class, a component whose
@@ -142,17 +150,22 @@ def open_source(path: Path | str) -> Source:
             raise InputError(f"the folder {name} is missing", where=str(folder), fix="copy the whole pipeline again")
         _library(folder, name, entries[name])
     used = {*networks, *tokenizers, "scheduler"}
-    return Source(
+    source = Source(
         path=folder,
         pipeline_class=index["_class_name"],
         family=family,
-        components={name: _component(folder, name, entries[name]) for name in networks},
+        components={name: _component(folder, name, entries[name], variant) for name in networks},
         tokenizers={name: folder / name for name in tokenizers},
         scheduler_class=entries["scheduler"][1],
         scheduler_config=read_json(folder / "scheduler" / "scheduler_config.json"),
         ignored=tuple(sorted(set(entries) - used)),
         options={k: v for k, v in index.items() if isinstance(v, bool | int | float | str) and not k.startswith("_")},
+        variant=variant,
     )
+    if variant and not any(f".{variant}" in name for name in source.weight_files()):
+        raise InputError(f"it holds no weights of the variant {variant!r}", where=str(folder),
+                         fix="leave --variant out, or give one that it has")
+    return source
 
 
 def _names_a_class(entry: Any) -> bool:
@@ -168,10 +181,11 @@ def _library(pipeline: Path, name: str, entry: list[str]) -> str:
     return library
 
 
-def _component(pipeline: Path, name: str, entry: list[str]) -> ComponentSource:
+def _component(pipeline: Path, name: str, entry: list[str], variant: str) -> ComponentSource:
     folder, library = pipeline / name, _library(pipeline, name, entry)
     config = read_json(folder / "config.json")
-    weights, index = find_weights(folder)
+    loader = "transformers" if entry[1] in _TRANSFORMERS_LOAD else library
+    weights, index = find_weights(folder, loader, variant)
     return ComponentSource(name, library, entry[1], folder, config, weights, index)
 
 
@@ -193,60 +207,6 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"expected a JSON object, found {type(value).__name__}", where=str(file))
     return value
-
-
-def find_weights(folder: Path) -> tuple[tuple[Path, ...], Path | None]:
-    """The safetensors files of a component and, if sharded, their index.
-
-    A file without variant wins over `.fp16` and others; a variant is taken when it is the only one.
-
-    Raises:
-        InputError: none, several variants and no plain one, a missing shard, a truncated file, or pickle only.
-    """
-    for stem in _STEMS:
-        single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
-        if single.is_file():
-            return _checked((single,)), None
-        if index.is_file():
-            return _shards(index), index
-    variants = sorted(p for stem in _STEMS for p in folder.glob(f"{stem}.*.safetensors") if "-of-" not in p.name)
-    indices = sorted(p for stem in _STEMS for p in folder.glob(f"{stem}.safetensors.index.*.json"))
-    if len(variants) + len(indices) == 1:
-        return (_checked((variants[0],)), None) if variants else (_shards(indices[0]), indices[0])
-    if variants or indices:
-        names = ", ".join(p.name for p in (*variants, *indices))
-        raise InputError(f"several variants of the weights and no plain one: {names}", where=str(folder),
-                         fix="keep one of them, named without the variant")
-    pickles = sorted(p.name for pattern in _PICKLES for p in folder.glob(pattern))
-    if pickles:
-        raise InputError(
-            f"the weights are a pickle ({pickles[0]}), which can run code when it is read: refused", where=str(folder),
-            fix="convert where you trust it: `DiffusionPipeline.from_pretrained(old)"
-            ".save_pretrained(new, safe_serialization=True)`")
-    raise InputError("no weights: no .safetensors file", where=str(folder), fix="copy the whole pipeline again")
-
-
-def _shards(index: Path) -> tuple[Path, ...]:
-    mapping = read_json(index).get("weight_map")
-    if not isinstance(mapping, dict) or not all(isinstance(v, str) for v in mapping.values()):
-        raise InputError("the index has no weight_map", where=str(index), fix="copy the whole pipeline again")
-    names = sorted(set(mapping.values()))
-    for name in names:
-        if Path(name).name != name:
-            raise InputError(f"the shard {name!r} lies outside the folder", where=str(index), fix="do not use it")
-        if not (index.parent / name).is_file():
-            raise InputError(f"the shard {name} is missing", where=str(index.parent), fix="copy it again")
-    files = _checked(tuple(index.parent / name for name in names))
-    present = {key for file in files for key in read_header(file)}
-    if lost := sorted(set(mapping) - present):
-        raise InputError(f"{lost[0]} is in the index but in no shard", where=str(index), fix="copy it again")
-    return files
-
-
-def _checked(files: tuple[Path, ...]) -> tuple[Path, ...]:
-    for file in files:
-        read_header(file)
-    return files
 
 
 def link_component(component: ComponentSource, out_folder: Path) -> tuple[Path, ...]:

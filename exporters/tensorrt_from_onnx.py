@@ -22,11 +22,11 @@ from typing import Any
 from exporters.tensorrt_options import EngineOptions, Profile
 from runtimes.bundle import sha256_of, translated_disk_errors
 from runtimes.child import last_words, run_child
-from runtimes.errors import DeployError, InputError, UnavailableError
+from runtimes.errors import DeployError, InputError, OutOfMemoryError, UnavailableError
+from runtimes.tensorrt_errors import OUT_OF_MEMORY
 from runtimes.tensorrt_plan import MODULES, PACKAGES, check_header
 
 PARTIAL = "engine.partial"
-_MEMORY = re.compile(r"out ?of ?memory|bad_alloc|insufficient memory|cannot allocate", re.IGNORECASE)
 _CAPABILITY = re.compile(r"\bsm_?(\d{2,3})\b", re.IGNORECASE)
 _DRIVER = re.compile(r"cuda ?error ?(35|100)|insufficient for CUDA runtime|no CUDA-capable device|cudaErrorNoDevice",
                      re.IGNORECASE)
@@ -175,8 +175,8 @@ def _raise_for(answer: Mapping[str, Any], name: str, source: Path) -> None:
     if _DRIVER.search(message):
         raise UnavailableError(f"no usable NVIDIA driver: {_shown(message)}", where=name,
                                fix="install the driver, or use --target tensorrt-rtx, which builds without a GPU")
-    if _MEMORY.search(message):
-        raise UnavailableError(f"the builder ran out of memory: {_shown(message)}", where=name,
+    if OUT_OF_MEMORY.search(message):
+        raise OutOfMemoryError(f"the builder ran out of memory: {_shown(message)}", where=name,
                                fix="build with --precision fp16 or smaller --shapes")
     if re.search(r"\bsm_?\d{2,3}\b|compute capability", message, re.IGNORECASE):
         raise InputError(f"the builder refuses this graph for a GPU asked for: {_shown(message)}", where=name,

@@ -16,9 +16,10 @@ from typing import Any
 
 import diffusers
 
+from exporters.config_keys import check_network, check_pipeline
 from exporters.modules import empty_network
 from exporters.quiet import quiet
-from exporters.source import ComponentSource, Source
+from exporters.source import MODEL_INDEX, ComponentSource, Source, read_json
 from runtimes.errors import InputError
 from runtimes.manifest import ModeFacts
 from runtimes.schedulers import DEFAULTED
@@ -35,7 +36,8 @@ def upstream_class(source: Source, mode: str) -> Any | None:
 
     Returns:
         the class; None where diffusers has none that runs this model in that mode: latent diffusion of 2021 knows
-        text alone, a U-Net that takes a mask knows inpainting alone, and XL's refiner wants an image.
+        text alone, a U-Net that takes a mask knows inpainting alone, XL's refiner wants an image, and a U-Net whose
+        sample_size is a pair stops Stable Diffusion's classes for images.
     """
     own, by_mode = own_class(source), _classes()
     kind = next((kind for classes in by_mode.values() for kind, cls in classes.items() if cls is own), None)
@@ -44,6 +46,8 @@ def upstream_class(source: Source, mode: str) -> Any | None:
     unet, vae = source.components["unet"].config, source.components["vae"].config
     if mode != "mask" and unet.get("in_channels", 4) != vae.get("latent_channels", 4):
         return None
+    if mode != "text" and kind == "stable-diffusion" and not isinstance(unet.get("sample_size"), int):
+        return None  # these two classes compare it with a number (`is_unet_sample_size_less_64`)
     if mode == "text" and own is not by_mode["text"][kind] and source.options.get("requires_aesthetics_score"):
         return None
     return by_mode[mode].get(kind)
@@ -122,15 +126,27 @@ def as_loaded(source: Source) -> Source:
         InputError: diffusers refuses it.
     """
     networks = {name: network(component) for name, component in source.components.items()}
+    _check_keys(source, networks)
     complete = {name: replace(source.components[name], config=_config(module)) for name, module in networks.items()}
     source = replace(source, components=complete)
     tokenizers = dict.fromkeys(source.tokenizers)
 
     def loaded(mode: str) -> Any:
         shared = {name: copy.copy(module) for name, module in networks.items()}  # a correction stays in its pipeline
-        return upstream_pipeline(source, mode, **shared, **tokenizers)
+        components: dict[str, Any] = {**shared, **tokenizers}
+        return upstream_pipeline(source, mode, **components)
 
-    pipes = {mode: loaded(mode) for mode in MODES if upstream_class(source, mode)}
+    pipes, refused = {}, InputError("diffusers has no pipeline that runs it", where=str(source.path),
+                                    fix="check model_index.json and the U-Net's in_channels")
+    for mode in (mode for mode in MODES if upstream_class(source, mode)):
+        try:
+            pipes[mode] = loaded(mode)
+        except InputError as error:  # a class of another mode may ask for more than the folder's own does
+            refused = error
+            if upstream_class(source, mode) is own_class(source):
+                raise
+    if not pipes:
+        raise refused
     main = pipes.get("text") or next(iter(pipes.values()))
     scheduler = _scheduler(main)
     components = {**complete, "unet": replace(complete["unet"], config=_config(main.unet))}
@@ -139,7 +155,21 @@ def as_loaded(source: Source) -> Source:
                if isinstance(value, bool | int | float | str) and not key.startswith("_")}
     return replace(source, components=components, options=options, scheduler_class=scheduler["_class_name"],
                    scheduler_config=scheduler,
-                   modes={mode: _mode(pipe, mode, scheduler) for mode, pipe in pipes.items()})
+                   modes={mode: _mode(pipe, mode, scheduler) for mode, pipe in pipes.items()},
+                   notes=_corrections(source, pipes, complete["unet"].config))
+
+
+def _check_keys(source: Source, networks: Mapping[str, Any]) -> None:
+    """Refuse what a config asks and neither its class nor anything here does."""
+    for name, module in networks.items():
+        component, config = source.components[name], module.config
+        known = set(inspect.signature(type(module).__init__).parameters) if isinstance(config, dict) else set(
+            type(config)().to_dict())
+        check_network(component.class_name, source.family.name, component.config, known,
+                      component.folder / "config.json")
+    classes = [cls for cls in (own_class(source), *(upstream_class(source, mode) for mode in MODES)) if cls]
+    known = {name for cls in classes for name in inspect.signature(cls.__init__).parameters}
+    check_pipeline(source.pipeline_class, read_json(source.path / MODEL_INDEX), known, source.path / MODEL_INDEX)
 
 
 def _config(module: Any) -> dict[str, Any]:
@@ -147,6 +177,25 @@ def _config(module: Any) -> dict[str, Any]:
     config = module.config
     found: dict[str, Any] = dict(config) if isinstance(config, dict) else config.to_dict()
     return found
+
+
+def _corrections(source: Source, pipes: Mapping[str, Any], unet: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the pipelines made of their configs when they were loaded, one line each."""
+    found: dict[str, list[str]] = {}
+    for mode, pipe in pipes.items():
+        with unwarned():
+            loaded = type(pipe.scheduler).from_pretrained(str(source.path), subfolder="scheduler").config
+        for what, before, after in (("the scheduler", loaded, pipe.scheduler.config),
+                                    ("the U-Net", unet, pipe.unet.config)):
+            for key, value in after.items():
+                if not key.startswith("_") and before.get(key) != value:
+                    found.setdefault(f"{key} of {what}, {before.get(key)} -> {value}", []).append(mode)
+    notes = [f"corrected as diffusers does: {what} ({', '.join(modes)})" for what, modes in found.items()]
+    named = source.scheduler_config.get("_class_name")
+    if named != source.scheduler_class and named is not None:
+        notes.append(f"the sampler is {source.scheduler_class}, of model_index.json; scheduler_config.json is "
+                     f"{named}'s")
+    return tuple(notes)
 
 
 def _scheduler(pipe: Any) -> dict[str, Any]:

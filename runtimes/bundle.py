@@ -61,11 +61,14 @@ class Bundle:
     def file(self, name: str) -> Path:
         """Absolute path of a file of the bundle; symbolic links may not lead out of it.
 
+        In the cache of the Hugging Face Hub a bundle is a folder of links to the blobs of its own repository.
+
         Raises:
             BundleError: the path leaves the bundle.
         """
-        path = self.path / safe_path(name)
-        if not path.resolve().is_relative_to(self.path.resolve()):
+        path, folder = self.path / safe_path(name), self.path.resolve()
+        target = path.resolve()
+        if not target.is_relative_to(folder) and target.parent != _hub_blobs(folder):
             raise BundleError(f"{name} is a link out of the bundle", where=str(self.path))
         return path
 
@@ -91,6 +94,12 @@ class Bundle:
         else:
             return
         raise BundleError(f"{name} {problem}", where=str(self.path), fix="copy the bundle again or rebuild it")
+
+
+def _hub_blobs(folder: Path) -> Path | None:
+    """Where the files of a snapshot in the hub's cache lie: REPOSITORY/blobs for REPOSITORY/snapshots/REVISION/..."""
+    snapshots = next((parent for parent in folder.parents if parent.name == "snapshots"), None)
+    return snapshots.parent / "blobs" if snapshots and snapshots.parent.name.startswith("models--") else None
 
 
 def sha256_of(path: Path) -> str:

@@ -9,19 +9,53 @@ from numpy.typing import NDArray
 
 from runtimes.batching import row_range, run_rows, slices
 from runtimes.errors import ParityError
+from runtimes.manifest import PipelineFacts
 from runtimes.session import Session
 from runtimes.tiling import Tiling
 
 Float32 = NDArray[np.float32]
 
 
-def decode(decoder: Session, latents: Float32, scaling_factor: float, at_once: int | None = None) -> Float32:
+def scaled(facts: PipelineFacts, encoded: Float32, *, masked: bool = False) -> Float32:
+    """What an encoder gives, as the U-Net knows it: about unit variance.
+
+    Args:
+        facts: with the autoencoder's scaling factor and, if it has them, its channels' mean and deviation.
+        encoded: (B, C, H/f, W/f) float32.
+        masked: for inpainting, where StableDiffusionXLInpaintPipeline (`_encode_vae_image`) leaves mean and deviation
+            out, although it brings them back when it decodes.
+    """
+    factor = np.float32(facts.scaling_factor)
+    if masked or not facts.latents_std:
+        return encoded * factor
+    mean, deviation = _channels(facts)
+    normal: Float32 = (encoded - mean) * factor / deviation
+    return normal
+
+
+def unscaled(facts: PipelineFacts, latents: Float32) -> Float32:
+    """Denoised latents as the decoder takes them; the inverse of `scaled`: (B, C, H/f, W/f) float32."""
+    factor = np.float32(facts.scaling_factor)
+    if not facts.latents_std:
+        return latents / factor
+    mean, deviation = _channels(facts)
+    wide: Float32 = latents * deviation / factor + mean
+    return wide
+
+
+def _channels(facts: PipelineFacts) -> tuple[Float32, Float32]:
+    """Mean and deviation of the latents: (C, 1, 1) float32 each."""
+    mean, deviation = (np.array(v, np.float32).reshape(-1, 1, 1) for v in (facts.latents_mean, facts.latents_std))
+    return mean, deviation
+
+
+def decode(decoder: Session, latents: Float32, facts: PipelineFacts, at_once: int | None = None) -> Float32:
     """Latents to pixels.
 
     Args:
         decoder: latent_sample -> sample in -1..1.
         latents: (B, C, H/f, W/f) float32 as denoised.
-        scaling_factor: what the latents were multiplied by.
+        facts: of the pipeline, which say how the latents were scaled.
         at_once: at most so many images share a call; as many as the decoder takes if None.
 
     Returns:
@@ -30,20 +64,20 @@ def decode(decoder: Session, latents: Float32, scaling_factor: float, at_once: i
     Raises:
         ParityError: the decoder's output is not finite.
     """
-    return np.concatenate(list(_decoded(decoder, latents, scaling_factor, at_once)))
+    return np.concatenate(list(_decoded(decoder, latents, facts, at_once)))
 
 
-def decode_tiled(decoder: Session, latents: Float32, scaling_factor: float, tiling: Tiling, factor: int) -> Float32:
-    """As `decode`, tile by tile and blended, one image in a call; `factor` is pixels per latent."""
-    tiles = (decode(decoder, tile, scaling_factor, 1).transpose(0, 3, 1, 2) for tile in tiling.cut(latents))
-    return tiling.join(tiles, factor).transpose(0, 2, 3, 1)
+def decode_tiled(decoder: Session, latents: Float32, facts: PipelineFacts, tiling: Tiling) -> Float32:
+    """As `decode`, tile by tile and blended, one image in a call."""
+    tiles = (decode(decoder, tile, facts, 1).transpose(0, 3, 1, 2) for tile in tiling.cut(latents))
+    return tiling.join(tiles, facts.vae_scale_factor).transpose(0, 2, 3, 1)
 
 
 def decode_uint8(
-    decoder: Session, latents: Float32, scaling_factor: float, at_once: int | None = None
+    decoder: Session, latents: Float32, facts: PipelineFacts, at_once: int | None = None
 ) -> NDArray[np.uint8]:
     """As `decode`, rounded to (B, H, W, 3) uint8 chunk by chunk."""
-    return np.concatenate([to_uint8(chunk) for chunk in _decoded(decoder, latents, scaling_factor, at_once)])
+    return np.concatenate([to_uint8(chunk) for chunk in _decoded(decoder, latents, facts, at_once)])
 
 
 def to_uint8(pixels: Float32) -> NDArray[np.uint8]:
@@ -78,10 +112,10 @@ def encode(
     return mean, np.exp(0.5 * np.clip(logvar, -30.0, 20.0))
 
 
-def _decoded(decoder: Session, latents: Float32, scaling_factor: float, at_once: int | None) -> Iterator[Float32]:
+def _decoded(decoder: Session, latents: Float32, facts: PipelineFacts, at_once: int | None) -> Iterator[Float32]:
     most = row_range(decoder).max
     for part in slices(len(latents), min(most, at_once or most)):
-        sample = run_rows(decoder, {"latent_sample": latents[part] / np.float32(scaling_factor)}, "sample")
+        sample = run_rows(decoder, {"latent_sample": unscaled(facts, latents[part])}, "sample")
         if not np.isfinite(sample).all():
             raise ParityError("the decoded image is not finite", where=decoder.name,
                               fix="build the decoder in a higher precision")

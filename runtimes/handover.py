@@ -6,8 +6,6 @@ its StableDiffusionXLImg2ImgPipeline count them.
 
 from __future__ import annotations
 
-from typing import Any
-
 from runtimes.errors import InputError
 from runtimes.schedulers import Run, Scheduler
 
@@ -37,10 +35,11 @@ def begin_part(scheduler: Scheduler, steps: int, part: tuple[float, float], stre
     total, run = scheduler.num_train_timesteps, scheduler.start(steps, 1.0 if first > 0 else strength, eta)
     if first > 0:
         kept = sum(float(t) < _cutoff(total, first) for t in run.timesteps)
-        if kept < 1:
+        if scheduler.order == 2 and kept % 2 == 0:
+            kept += 1  # not in the middle of a step, as diffusers counts
+        if not 1 <= kept <= len(run.timesteps):
             raise _empty(part, steps)
-        # Halfway between two numbers of steps, so that rounding cannot change it.
-        run = scheduler.start(steps, min((kept + 0.5) / steps, 1.0), eta)
+        run = scheduler.start(steps, 1.0, eta, skip=len(run.timesteps) - kept)
     count = len(run.timesteps) if last >= 1 else sum(float(t) >= _cutoff(total, last) for t in run.timesteps)
     if count < 1:
         raise _empty(part, steps)
@@ -53,16 +52,3 @@ def _cutoff(total: int, share: float) -> int:
 
 def _empty(part: tuple[float, float], steps: int) -> InputError:
     return InputError(f"none of {steps} steps lies within {part}", where="part", fix="use more steps")
-
-
-def checked_part(value: Any) -> tuple[float, float]:
-    """Two numbers.
-
-    Raises:
-        InputError: anything else.
-    """
-    try:
-        first, last = (float(v) for v in value)
-    except (TypeError, ValueError):
-        raise InputError(f"{value!r} is not a pair of numbers", where="part", fix="(0, 0.8)") from None
-    return first, last

@@ -1,7 +1,7 @@
-"""Images and masks in, by the rules of diffusers' `VaeImageProcessor` (image_processor.py); pixels out as Pillow images.
+"""Images and masks in, by the rules of diffusers' `VaeImageProcessor` (image_processor.py), and pixels out.
 
-Files are read as `diffusers.utils.load_image` reads them: turned upright by EXIF, converted to RGB, which drops alpha and
-clips 16 bits. What a caller holds in memory is taken as diffusers' pipelines take it: neither turned nor converted.
+Files are read as `diffusers.utils.load_image` reads them: turned upright by EXIF, converted to RGB, which drops alpha
+and clips 16 bits. What a caller holds in memory is taken as diffusers' pipelines take it: neither turned nor converted.
 Pillow is imported when used.
 """
 
@@ -93,7 +93,7 @@ def to_mask(mask: Opened, height: int, width: int) -> NDArray[np.float32]:
         InputError: Pillow cannot make it grey.
     """
     if isinstance(mask, np.ndarray):
-        return (_nearest(mask, height, width)[None] >= 0.5).astype(np.float32)
+        return np.ascontiguousarray(_nearest(mask, height, width) >= 0.5, np.float32)[None]
     try:
         grey = _resized(mask, height, width).convert("L")
     except ValueError as error:
@@ -119,6 +119,8 @@ def _opened(source: ImageLike, where: str) -> Opened:
         where = os.fspath(source)
         with _file(Path(source)) as image:
             _load(image, where)
+            if isinstance(image.info.get("transparency"), bytes):
+                del image.info["transparency"]  # of a palette: Pillow would warn that RGB has none
             try:
                 return ImageOps.exif_transpose(image).convert("RGB")
             except (OSError, ValueError, SyntaxError) as error:
@@ -178,16 +180,19 @@ def _resized(image: Image, height: int, width: int) -> Image:
 
 def _nearest(array: NDArray[Any], height: int, width: int) -> NDArray[Any]:
     """(H, W, ...) at another size, as `torch.nn.functional.interpolate` picks rows and columns."""
-    rows, columns = (_picked(*sizes) for sizes in zip(array.shape[:2], (height, width), strict=True))
+    precise = array.dtype == np.float64
+    rows, columns = (_picked(*sizes, precise) for sizes in zip(array.shape[:2], (height, width), strict=True))
     return array[rows][:, columns]
 
 
-def _picked(source: int, target: int) -> NDArray[np.intp]:
-    """Which of `source` places each of `target` takes: ATen's nearest_idx (native/UpSample.h), in float32 as there."""
+def _picked(source: int, target: int, precise: bool) -> NDArray[np.intp]:
+    """Which of `source` places each of `target` takes: ATen's nearest_idx (native/UpSample.h), in the arithmetic of the
+    numbers that are moved."""
     if target == 2 * source:
         return np.arange(target) // 2
-    scale = np.float32(source) / np.float32(target)
-    return np.minimum(np.floor(np.arange(target, dtype=np.float32) * scale).astype(np.intp), source - 1)
+    kind = np.dtype(np.float64 if precise else np.float32)
+    places = np.arange(target).astype(kind) * (np.array([source], kind) / np.array([target], kind))
+    return np.minimum(np.floor(places).astype(np.intp), source - 1)
 
 
 def _huge(where: str) -> InputError:

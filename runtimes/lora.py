@@ -179,7 +179,7 @@ def read_factors(file: Path, component: str, scale: float, modules: Iterable[str
 def _by_module(file: Path, component: str, names: Mapping[str, str], levels: Any) -> dict[str, dict[str, str]]:
     """Module -> part -> key of the file."""
     groups: dict[str, dict[str, str]] = {}
-    for key, found in sorted(read_keys(file).items()):
+    for key, found in sorted(read_keys(file).items(), key=lambda item: (item[1].part == "alpha", item[0])):
         if found.component != component:
             continue
         name = name_of(found.place, names, levels)

@@ -110,6 +110,8 @@ class PipelineFacts:
         latent_channels: channels of `sample` that are denoised.
         vae_scale_factor: pixels per latent row or column.
         scaling_factor: latents are multiplied by it before denoising, divided before decoding.
+        latents_mean, latents_std: of the autoencoder's channels, where the pipeline's class looks at them (XL): latents
+            are (encoded - mean) * scaling_factor / std.
         height, width: default size in pixels.
         tokens: length to which prompts are padded and cut.
         text_encoders: components that read the prompt, their hidden states side by side in this order; none for a
@@ -128,6 +130,8 @@ class PipelineFacts:
     text_encoders: tuple[str, ...] = ("text_encoder",)
     time_ids: tuple[str, ...] = ()
     zero_empty_negative: bool = False
+    latents_mean: tuple[float, ...] = ()
+    latents_std: tuple[float, ...] = ()
     modes: Mapping[str, ModeFacts] = field(default_factory=dict)
 
     def mode(self, image: bool, mask: bool) -> ModeFacts:
@@ -145,10 +149,17 @@ class PipelineFacts:
 
 @dataclass(frozen=True)
 class Source:
-    """Where the bundle came from: an id without local folders, and the hash of every weight file."""
+    """Where the bundle came from: an id without local folders, and the hash of every weight file.
+
+    Attributes:
+        id: OWNER/NAME of a model on the Hugging Face Hub, else the name of its folder.
+        sha256: of the weight files, by their path in the model.
+        revision: the commit of a model on the Hub, else empty.
+    """
 
     id: str
     sha256: Mapping[str, str]
+    revision: str = ""
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,7 @@ def resolve_seeds(seed: int | Sequence[int] | None, count: int) -> tuple[int, ..
     if seed is None:
         first = secrets.randbits(32)
         return tuple(first + i for i in range(count))
-    if isinstance(seed, Sequence | np.ndarray) and not isinstance(seed, str):
+    if (isinstance(seed, Sequence) and not isinstance(seed, str)) or (isinstance(seed, np.ndarray) and seed.ndim):
         seeds = tuple(_seed(s) for s in seed)
         if len(seeds) != count:
             raise InputError(f"{len(seeds)} seeds for {count} images", where="seed", fix="give one per image, or one")
@@ -177,7 +177,8 @@ def _polynomial(coefficients: tuple[np.float32, ...], x: Float32) -> Float32:
 def _fma(a: Float32, b: Float32 | np.float32, c: Float32 | np.float32) -> Float32:
     """a * b + c rounded once, as the processor's instruction does it, which compilers make of ATen's code.
 
-    The product of two float32 is exact in float64. The sum is rounded there and again to float32; that this differs from
-    one rounding for no input of `_box_muller` was seen by trying all 2^24 of both halves (tests/runtimes/test_noise.py).
+    The product of two float32 is exact in float64. The sum is rounded there and again to float32. That this differs
+    from one rounding for no input of `_box_muller` is seen by trying all 2^24 values of both halves
+    (tests/runtimes/test_noise.py).
     """
     return (np.multiply(a, b, dtype=np.float64) + c).astype(F)

@@ -19,7 +19,7 @@ from runtimes.conditions import Conditions, SizeConditions, gather
 from runtimes.denoising import OnStep, Step, Stop, denoise
 from runtimes.errors import BundleError, InputError
 from runtimes.guidance import SHALLOW, Guidance, GuidedUnet
-from runtimes.handover import WHOLE, begin_part, checked_part
+from runtimes.handover import WHOLE, begin_part
 from runtimes.images import ImageLike, to_pil
 from runtimes.manifest import DEFAULT_STEPS, ModeFacts, PipelineFacts
 from runtimes.noise import NoiseStreams
@@ -27,7 +27,7 @@ from runtimes.preview import Colours, fit
 from runtimes.profile import Profile
 from runtimes.prompt_cache import CacheStats, PromptCache
 from runtimes.prompts import PromptStyle, Tokenize
-from runtimes.request import OUTPUTS, Request, check_request, finite, interval, pixel_limits, whole
+from runtimes.request import OUTPUTS, Request, check_request, finite, flag, interval, one_of, pixel_limits, whole
 from runtimes.safety import SAFETY_CHECKER, Preprocessing, flags
 from runtimes.schedulers import Scheduler, from_config
 from runtimes.session import Session
@@ -100,16 +100,20 @@ class Pipeline:
             steps: denoising steps.
             guidance_scale: how strongly to follow the prompt; at 1 and below guidance is off and a step costs half. By
                 default what diffusers' class for the mode says: 7.5 for Stable Diffusion, 5 for XL.
-            seed: of the first image, the others counting on from it; or one per image; None is unpredictable.
+            seed: of the first image, the others counting on from it; or one per image; None is unpredictable. The noise
+                is that of `torch.Generator("cpu").manual_seed(seed)`, bit for bit: diffusers makes the same image with
+                it, and the same images with a list of them.
             images_per_prompt: images for each prompt, which follow each other in the result.
-            height, width: pixels; by default the latents' or the initial image's, else the model's own size.
+            height, width: pixels; by default the latents', else the initial image's rounded down to whole latents, else
+                (and under a mask) the model's own size.
             scheduler: name of a sampling method, over the model's noise schedule; by default the model's own.
             eta: share of fresh noise in DDIM's steps.
             guidance_rescale: share of rescaling against overexposure, 0 to 1; see `guidance.Guidance`.
             guidance_interval: first and last share of the steps under guidance; a step outside costs half.
-            image: initial image, or one per prompt: a path, a Pillow image or an array; resized to height and width.
-            mask: white where the image is painted anew, black where it is kept; one, or one per prompt. It has the
-                image's shape and may have another size.
+            image: initial image, or several that are dealt out in turn: paths, Pillow images of mode RGB, or float
+                arrays (H, W, 3) or (K, H, W, 3) in 0..1; resized to height and width. See `runtimes.images`.
+            mask: white where the image is painted anew, black where it stays; one, or several that are dealt out in
+                turn: paths, Pillow images, or arrays (H, W) or (K, H, W), 1 from 0.5 on; resized to height and width.
             strength: share of the steps that an initial image goes through, above 0 and at most 1. By default what
                 diffusers' class for the mode says: 0.8 for Stable Diffusion, 0.3 for XL; under a mask 1, where it
                 starts from noise alone, and 0.9999 for XL.
@@ -120,7 +124,8 @@ class Pipeline:
                 bundle built with --step-cache. 1 is every step; 3 is more than twice as fast.
             tile: draw in overlapping tiles of so many pixels a side, one at a time, so that height and width may go
                 beyond what the bundle was built for, within the memory of one tile; see `runtimes.tiling`.
-            latents: (B, C, H/f, W/f) float32 of unit variance, used instead of the seeds' initial noise.
+            latents: (B, C, H/f, W/f) float32 of unit variance, used instead of the seeds' initial noise; under a mask,
+                denoising starts from them alone, whatever the strength.
             output: "pil"; "numpy" for pixels in 0..1; "latents" for what would be decoded.
             on_step: called after every step; False ends the call with CancelledError, and so does what it raises.
             cancel: once another thread sets it, the call ends with CancelledError when its network in flight returns.
@@ -139,17 +144,22 @@ class Pipeline:
             UnavailableError: out of memory.
         """
         start = perf_counter()
-        if output not in OUTPUTS:
+        part = interval(part, "part")
+        if on_step is not None and not callable(on_step):
+            raise InputError(f"on_step is {type(on_step).__name__}, expected a function of a Step", where="on_step")
+        one_of(cancel, Event, "cancel"), one_of(profile, Profile, "profile"), one_of(sizes, SizeConditions, "sizes")
+        if one_of(output, str, "output") not in OUTPUTS:
             raise InputError(f"unknown output {output!r}", where="output", fix=f"one of {', '.join(OUTPUTS)}")
         if whole(cache_interval, "cache_interval") > 1 and SHALLOW not in self.sessions:
             raise InputError("this bundle has no U-Net that reuses deep features", where="cache_interval",
                              fix="leave it 1, or build with --step-cache")
         mode = self.facts.mode(image is not None, mask is not None)
         scale = mode.guidance_scale if guidance_scale is None else finite(guidance_scale, "guidance_scale")
-        guidance = Guidance(scale, finite(guidance_rescale, "guidance_rescale"), interval(guidance_interval))
+        guidance = Guidance(scale, finite(guidance_rescale, "guidance_rescale"),
+                            interval(guidance_interval, "guidance_interval"))
         share = mode.strength if strength is None else finite(strength, "strength")
-        method, wanted = self._scheduler(scheduler, mode), whole(steps, "steps")
-        run, count = begin_part(method, wanted, checked_part(part), 1.0 if image is None else share,
+        method, wanted = self._scheduler(one_of(scheduler, str, "scheduler"), mode), whole(steps, "steps")
+        run, count = begin_part(method, wanted, part, 1.0 if image is None else share,
                                 finite(eta, "eta"))
         stop = Stop(cancel, count)
         sessions = _Sessions(self.sessions, stop, profile)
@@ -161,7 +171,7 @@ class Pipeline:
             guided=guidance.scale > 1, seed=seed, height=height, width=width, image=image, mask=mask, strength=share,
             latents=latents, tile=tile)
         at_once = self._images_at_once(request)
-        style = PromptStyle(weighting, long_prompts)
+        style = PromptStyle(flag(weighting, "weighting"), flag(long_prompts, "long_prompts"))
         with np.errstate(over="ignore", invalid="ignore"):  # every result is checked to be finite
             conditions = gather(sessions, self.facts, self._tokenizers, self._cache, style, request,
                                 sizes or SizeConditions())
@@ -169,7 +179,7 @@ class Pipeline:
             if part[0] > 0 and request.latents is not None:
                 begun = Start(request.latents)
             else:
-                begun = begin(sessions, self.facts.scaling_factor, request, run, noise)
+                begun = begin(sessions, self.facts, request, run, noise)
             predict = self._predictor(sessions, request, conditions, guidance, count, begun.extra, cache_interval,
                                       at_once)
             sample = denoise(predict, run, begun, noise, stop, on_step, count=count)
@@ -199,13 +209,13 @@ class Pipeline:
         """Denoised latents in the form that was asked for."""
         if output == "latents":
             return sample
-        decoder, factor = sessions["vae_decoder"], self.facts.scaling_factor
+        decoder = sessions["vae_decoder"]
         if tiling is not None:
-            pixels = decode.decode_tiled(decoder, sample, factor, tiling, self.facts.vae_scale_factor)
+            pixels = decode.decode_tiled(decoder, sample, self.facts, tiling)
             return pixels if output == "numpy" else to_pil(decode.to_uint8(pixels))
         if output == "numpy":
-            return decode.decode(decoder, sample, factor, at_once)
-        return to_pil(decode.decode_uint8(decoder, sample, factor, at_once))
+            return decode.decode(decoder, sample, self.facts, at_once)
+        return to_pil(decode.decode_uint8(decoder, sample, self.facts, at_once))
 
     def _images_at_once(self, request: Request) -> int | None:
         if self._memory is None:

@@ -52,7 +52,7 @@ def fit(decoder: Session, facts: PipelineFacts, seed: int = 0) -> Colours:
     even = random.standard_normal((count, facts.latent_channels, 1, 1))
     varied = random.standard_normal((count, facts.latent_channels, rows, columns))
     latents = ((even + varied) / np.sqrt(2)).astype(np.float32)
-    pixels = decode(decoder, latents, facts.scaling_factor)
+    pixels = decode(decoder, latents, facts)
     colours = pixels.reshape(count, rows, factor, columns, factor, 3).mean(axis=(2, 4)).reshape(-1, 3)
     flat = np.moveaxis(latents, 1, 3).reshape(-1, facts.latent_channels)
     matrix, *_ = np.linalg.lstsq(np.column_stack([flat, np.ones(len(flat))]), colours, rcond=None)

@@ -22,7 +22,8 @@ from runtimes.tiling import Tiling
 from runtimes.tokenizer import check_text
 
 OUTPUTS = ("pil", "numpy", "latents")
-MAX_TILED_SIDE = 8192
+MAX_TILED_SIDE, LARGEST_SIDE = 8192, 1 << 31  # the second only keeps numbers sane: the axes have ranges
+MOST = 10_000  # of steps, images and whatever else is counted: more is a slip of the pen, and takes all memory
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def check_request(
     prompts = _texts(prompt, "the prompt")
     if not prompts:
         raise InputError("no prompt", where="prompt", fix="give at least one; it may be an empty string")
-    copies = whole(images_per_prompt, "images_per_prompt")
+    copies = whole(images_per_prompt, "images_per_prompt", MOST // len(prompts))
     if not facts.text_encoders and any(prompts):
         raise InputError("this model draws without prompts", where="prompt", fix="leave the prompt empty")
     negatives = _texts("" if negative_prompt is None else negative_prompt, "the negative prompt")
@@ -134,7 +135,7 @@ def check_size(facts: PipelineFacts, sessions: Mapping[str, Session], name: str,
         InputError: not a multiple, or outside the range that the bundle was built for.
     """
     limits, multiple = pixel_limits(facts, sessions, name)
-    pixels = whole(pixels, name)
+    pixels = whole(pixels, name, LARGEST_SIDE)
     if pixels % multiple or pixels not in limits:
         steps = f" in steps of {multiple}" if limits.min < limits.max else ""
         near = sorted({min(max(p, limits.min), limits.max)
@@ -166,8 +167,8 @@ def pixel_limits(facts: PipelineFacts, sessions: Mapping[str, Described], name: 
     return ShapeRange(least * factor, least * factor, most * factor), multiple * factor
 
 
-def whole(value: object, where: str) -> int:
-    """A whole number from 1 on.
+def whole(value: object, where: str, most: int = MOST) -> int:
+    """A whole number from 1 to `most`.
 
     Raises:
         InputError: anything else.
@@ -179,7 +180,9 @@ def whole(value: object, where: str) -> int:
     except TypeError:
         number = 0
     if number < 1:
-        raise InputError(f"{where} is {value!r}, expected a whole number from 1 on", where=where)
+        raise InputError(f"{where} is {value!r:.60}, expected a whole number from 1 on", where=where)
+    if number > most:
+        raise InputError(f"{where} is {number:.3g}, expected at most {most:,}", where=where)
     return number
 
 
@@ -198,7 +201,7 @@ def finite(value: Any, where: str) -> float:
     return number
 
 
-def interval(value: Any) -> tuple[float, float]:
+def interval(value: Any, where: str) -> tuple[float, float]:
     """Two finite numbers.
 
     Raises:
@@ -207,8 +210,30 @@ def interval(value: Any) -> tuple[float, float]:
     try:
         first, last = value
     except (TypeError, ValueError):
-        raise InputError(f"{value!r} is not a pair of numbers", where="guidance_interval", fix="(0, 1)") from None
-    return finite(first, "guidance_interval"), finite(last, "guidance_interval")
+        raise InputError(f"{value!r} is not a pair of numbers", where=where, fix="(0, 0.8)") from None
+    return finite(first, where), finite(last, where)
+
+
+def flag(value: object, where: str) -> bool:
+    """Yes or no.
+
+    Raises:
+        InputError: anything but True and False.
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise InputError(f"{where} is {value!r:.60}, expected True or False", where=where)
+    return bool(value)
+
+
+def one_of(value: Any, kind: type[Any], where: str) -> Any:
+    """A value of a type of ours, or None.
+
+    Raises:
+        InputError: anything else.
+    """
+    if value is not None and not isinstance(value, kind):
+        raise InputError(f"{where} is {type(value).__name__}, expected {kind.__name__}", where=where)
+    return value
 
 
 def _texts(value: object, what: str) -> tuple[str, ...]:
@@ -254,8 +279,8 @@ def _size(
     facts: PipelineFacts, sessions: Mapping[str, Session], height: int | None, width: int | None,
     picture: tuple[int, int] | None, latents: object, tile: int | None,
 ) -> tuple[int, int]:
-    """Height and width in pixels: as asked for, else the latents', else the picture's rounded down to whole latents, else
-    the model's own."""
+    """Height and width in pixels: as asked for, else the latents', else the picture's rounded down to whole latents,
+    else the model's own."""
     own = facts.height, facts.width
     sizes = []
     for axis, (name, given) in enumerate((("height", height), ("width", width))):
@@ -292,7 +317,7 @@ def _checked_size(
 def _check_tiled(facts: PipelineFacts, name: str, pixels: int) -> int:
     """Tiles cover any whole number of latents, up to what a picture may have at all."""
     factor = facts.vae_scale_factor
-    if whole(pixels, name) % factor or pixels > MAX_TILED_SIDE:
+    if whole(pixels, name, LARGEST_SIDE) % factor or pixels > MAX_TILED_SIDE:
         raise InputError(f"{name} is {pixels}, expected a multiple of {factor} up to {MAX_TILED_SIDE:,}", where=name,
                          fix=f"nearest: {min(max(round(pixels / factor), 1) * factor, MAX_TILED_SIDE)}")
     return pixels
@@ -302,7 +327,8 @@ def _tiling(
     facts: PipelineFacts, sessions: Mapping[str, Session], height: int, width: int, tile: int
 ) -> Tiling | None:
     """Tiles of `tile` pixels, smaller where the picture is; None if one tile is all of it."""
-    rows = check_size(facts, sessions, "height", min(whole(tile, "tile"), height)) // facts.vae_scale_factor
+    tile = whole(tile, "tile", LARGEST_SIDE)
+    rows = check_size(facts, sessions, "height", min(tile, height)) // facts.vae_scale_factor
     columns = check_size(facts, sessions, "width", min(tile, width)) // facts.vae_scale_factor
     shape = height // facts.vae_scale_factor, width // facts.vae_scale_factor
     return None if shape == (rows, columns) else Tiling(shape, (rows, columns))

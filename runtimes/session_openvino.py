@@ -49,7 +49,7 @@ class OpenVinoSession(Session):
             # From the file, not from a model read before: only then is the cache found again (0.2 s instead of 1.0).
             wanted = properties(component, options)
             cached = set(os.listdir(wanted["CACHE_DIR"])) if "CACHE_DIR" in wanted else set()
-            self._compiled = _core().compile_model(str(bundle.file(component.file)), device, wanted)
+            self._compiled = openvino_core().compile_model(str(bundle.file(component.file)), device, wanted)
             if "CACHE_DIR" in wanted and set(os.listdir(wanted["CACHE_DIR"])) - cached:
                 keep_within_limit()
         except RuntimeError as error:
@@ -102,8 +102,21 @@ class OpenVinoSession(Session):
 
 
 @lru_cache(maxsize=1)
-def _core() -> Any:
+def openvino_core() -> Any:
     """One core for the process: it owns the plugins and their thread pools.
+
+    Raises:
+        UnavailableError: OpenVINO is not installed.
+    """
+    return new_core()
+
+
+def new_core() -> Any:
+    """A core of its own, its CPU plug-in loaded.
+
+    PyTorch and OpenVINO each bring a oneDNN, and both read ONEDNN_MAX_CPU_ISA. OpenVINO's plug-in does not know of the
+    limit and chooses kernels that its oneDNN may then not use: 2026.4.1 crashed or answered wrongly with AVX2 on a
+    processor that has AVX-512. The limit is therefore hidden while the plug-in reads it, which it does once.
 
     Raises:
         UnavailableError: OpenVINO is not installed.
@@ -113,7 +126,14 @@ def _core() -> Any:
     except ImportError as error:
         raise UnavailableError("openvino is not installed", where="format openvino",
                                fix="pip install 'ldm-deploy[openvino]'") from error
-    return openvino.Core()
+    limit = os.environ.pop("ONEDNN_MAX_CPU_ISA", None)
+    try:
+        core = openvino.Core()
+        core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    finally:
+        if limit is not None:
+            os.environ["ONEDNN_MAX_CPU_ISA"] = limit
+    return core
 
 
 def available_device(device: str) -> str:
@@ -126,7 +146,7 @@ def available_device(device: str) -> str:
     if device not in DEVICES:
         raise InputError(f"a bundle for OpenVINO does not run on {device!r}", where="device",
                          fix=f"one of {', '.join(DEVICES)}, or build for another --target")
-    name, there = DEVICES[device], _core().available_devices
+    name, there = DEVICES[device], openvino_core().available_devices
     if name != "AUTO" and not any(d == name or d.startswith(f"{name}.") for d in there):
         raise UnavailableError(f"OpenVINO finds no {name} here, only {', '.join(there)}", where="device",
                                fix="install the device's driver, or use --device cpu")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as failures
 
 from runtimes import session_ort_kept
 from runtimes.bundle import Bundle
+from runtimes.cache_store import use
 from runtimes.errors import BundleError, DeployError, InputError, OutOfMemoryError, UnavailableError
 from runtimes.manifest import Component
 from runtimes.places import cache_home
@@ -29,17 +31,23 @@ OPTIMIZATION = {
     "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
     "disabled": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
 }
-PROVIDERS = {
-    "cpu": "CPUExecutionProvider",
-    "cuda": "CUDAExecutionProvider",
-    "tensorrt": "TensorrtExecutionProvider",
-    "tensorrt-rtx": "NvTensorRTRTXExecutionProvider",
-}
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+# device -> the provider, and what runs the nodes that it does not take; ORT adds the CPU by itself.
+PROVIDER_LISTS = {"cpu": ("cpu",), "cuda": ("cuda",), "tensorrt": ("tensorrt", "cuda")}
+# Both providers are parts of onnxruntime-gpu, which [gpu] alone brings; it loads TensorRT's libraries by itself.
 PACKAGES = {
-    "cuda": "pip install ldm-deploy[gpu] on a machine with an NVIDIA GPU, or use --device cpu",
-    "tensorrt": "pip install ldm-deploy[tensorrt] on a machine with an NVIDIA GPU, or use --device cpu",
-    "tensorrt-rtx": "install an onnxruntime built with the TensorRT-RTX provider, or use --device cpu",
+    "cuda": "pip install 'ldm-deploy[gpu]' on a machine with an NVIDIA GPU, or use --device cpu",
+    "tensorrt": "pip install 'ldm-deploy[gpu]', and the TensorRT release that onnxruntime.ai lists for it, on a "
+                "machine with an NVIDIA GPU, or use --device cpu",
 }
+# Operators that work out shapes; ORT itself moves them to the CPU where shapes are (fallback_cpu_capability.cc).
+SHAPE_OPERATORS = frozenset((
+    "Add", "And", "Cast", "Ceil", "Concat", "Constant", "ConstantOfShape", "Div", "Equal", "Expand", "Floor", "Gather",
+    "Greater", "GreaterOrEqual", "Identity", "Less", "LessOrEqual", "Max", "Min", "Mod", "Mul", "Neg", "Not", "Or",
+    "Range", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceSum", "Reshape", "Shape", "Size", "Slice", "Split",
+    "Squeeze", "Sub", "Unsqueeze", "Where"))
+# Newer releases say where each node runs; older ones can only refuse the CPU to all of them, shapes included.
+RECORDS_PLACEMENT = hasattr(ort.InferenceSession, "get_provider_graph_assignment_info")
 _OUT_OF_MEMORY = re.compile(r"out of memory|failed to allocate|bad[ _]alloc|ALLOC_FAILED|BFCArena", re.IGNORECASE)
 _ORT_ERRORS = tuple(
     getattr(failures, name)
@@ -65,11 +73,15 @@ class OrtSession(Session):
         component = bundle.component(name)
         super().__init__(name, component)
         provider = available_provider(options.device)
+        check_arithmetic(component, options.device, name)
         self._outputs = [spec.name for spec in component.outputs]
-        graph, providers = bundle.file(component.file), [(provider, provider_options(options.device, component))]
+        graph = bundle.file(component.file)
+        providers = [(PROVIDERS[device], provider_options(device, component))
+                     for device in PROVIDER_LISTS[options.device]]
 
         def open_graph(file: Path, settings: ort.SessionOptions) -> ort.InferenceSession:
-            return ort.InferenceSession(str(file), settings, providers=providers)
+            # Without its fall-back, which prints, and goes on with another provider where this one fails.
+            return ort.InferenceSession(str(file), settings, providers=providers, enable_fallback=0)
 
         with _translated(name):
             if options.keep_graphs and options.device == "cpu" and component.bytes > session_ort_kept.ABOVE_BYTES:
@@ -80,6 +92,8 @@ class OrtSession(Session):
         if provider not in self._session.get_providers():
             raise UnavailableError(f"ONNX Runtime could not start {provider} and would have used the CPU", where=name,
                                    fix=PACKAGES.get(options.device, ""))
+        if options.device != "cpu":
+            check_placement(self._session, options.device, name)
         self._check_names()
         self._bound = _BoundRunner(self._session, component, "cuda") if options.device != "cpu" else None
 
@@ -139,6 +153,9 @@ def available_provider(device: str) -> str:
         InputError: no such device.
         UnavailableError: this installation of ORT lacks it.
     """
+    if device == "tensorrt-rtx":
+        raise InputError("ONNX Runtime runs on TensorRT for RTX through a plug-in, which is not offered here",
+                         where="device", fix="build with --target tensorrt-rtx, or use --device cuda")
     if device not in PROVIDERS:
         raise InputError(f"unknown device {device!r}", where="device", fix=f"one of {', '.join(PROVIDERS)}")
     provider, available = PROVIDERS[device], ort.get_available_providers()
@@ -171,6 +188,11 @@ def session_options(component: Component, options: SessionOptions) -> ort.Sessio
     result.inter_op_num_threads = 1
     result.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     result.log_severity_level = 3
+    if options.device != "cpu":
+        if RECORDS_PLACEMENT:
+            result.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        else:
+            result.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     # Workers spin while a call lasts, for its many small operators, and sleep between calls: the components of a
     # pipeline take turns, and a spinning U-Net pool would take cores from the decoder.
     result.add_session_config_entry("session.force_spinning_stop", "1")
@@ -186,19 +208,54 @@ def provider_options(device: str, component: Component) -> dict[str, str]:
             "use_tf32": "0" if component.precision == "fp32" else "1",  # TF32 keeps 10 bits: outside fp32's budget
         }
     if device == "tensorrt":
-        cache = cache_place()
+        # A folder for each component: the provider's own names hold the graph's names and not its weights.
+        cache = cache_place() / "tensorrt" / component.sha256[:32]
         cache.mkdir(parents=True, exist_ok=True)
+        use(cache)
         return {
             "trt_engine_cache_enable": "1",
             "trt_engine_cache_path": str(cache),
             "trt_timing_cache_enable": "1",
             "trt_timing_cache_path": str(cache),
-            "trt_fp16_enable": "1" if component.precision == "fp16" else "0",
+            # Up to TensorRT 10 what a graph holds must be allowed, too; 11 goes by the graph alone.
+            "trt_fp16_enable": "1" if component.precision in ("fp16", "int8") else "0",
+            "trt_bf16_enable": "1" if component.precision == "bf16" else "0",
+            "trt_int8_enable": "1" if component.precision == "int8" else "0",
+            "trt_layer_norm_fp32_fallback": "1",
             **{f"trt_profile_{k}_shapes": text for k, text in profile_shapes(component).items()},
         }
-    if device == "tensorrt-rtx":
-        return {f"nv_profile_{k}_shapes": text for k, text in profile_shapes(component).items()}
     return {}
+
+
+def check_arithmetic(component: Component, device: str, where: str) -> None:
+    """Refuse a graph on a GPU that was made for CPUs: it would widen what it stores in 16 bits, and compute in float32.
+
+    Integers are refused for the same reason: CPUs take asymmetric ones, which TensorRT does not.
+
+    Raises:
+        InputError: says how to build one that computes in what it says.
+    """
+    conversion = component.details.get("conversion")
+    made_for_gpus = isinstance(conversion, dict) and conversion.get("mode") == "compute"
+    if device != "cpu" and component.precision != "fp32" and not made_for_gpus:
+        raise InputError(f"its {component.precision} is in a form for CPUs, which a GPU would compute in float32",
+                         where=f"{where}, device {device}", fix=f"build with --device {device}, or with fp32")
+
+
+def check_placement(session: ort.InferenceSession, device: str, where: str) -> None:
+    """Refuse a session that would compute on the CPU what the device has no kernel for.
+
+    Raises:
+        UnavailableError: names the operators.
+    """
+    if not RECORDS_PLACEMENT:
+        return  # session.disable_cpu_ep_fallback has refused it
+    counts = Counter(node.op_type for part in session.get_provider_graph_assignment_info()
+                     if part.ep_name == PROVIDERS["cpu"] for node in part.get_nodes())
+    if left := {kind: n for kind, n in counts.items() if kind not in SHAPE_OPERATORS}:
+        raise UnavailableError(f"this ONNX Runtime {ort.__version__} would compute on the CPU: "
+                               f"{', '.join(f'{n} {kind}' for kind, n in sorted(left.items()))}",
+                               where=f"{where}, device {device}", fix="use --device cpu, or another --target")
 
 
 def profile_shapes(component: Component) -> dict[str, str]:

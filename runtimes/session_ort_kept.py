@@ -6,7 +6,6 @@ takes 8 of the 9 seconds of a load. The result suits this processor and this rel
 
 from __future__ import annotations
 
-import platform
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -15,6 +14,7 @@ from pathlib import Path
 import onnxruntime as ort
 
 from runtimes.cache_store import WORK, keep_within_limit, scratch, use
+from runtimes.identity import processor
 from runtimes.manifest import Component, digest_of
 from runtimes.places import cache_home
 
@@ -80,13 +80,3 @@ def _room(root: Path, size: int) -> Iterator[Path]:
         raise OSError(f"{root} has no room")
     with scratch(cache_home() / WORK) as folder:
         yield folder
-
-
-def processor() -> str:
-    """Everything about the processor that decides which layouts ONNX Runtime chooses."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    flags = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
-    return f"{platform.machine()} {flags}"

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from runtimes.bundle import Bundle
+from runtimes.cache_store import use
 from runtimes.errors import BundleError, DeployError, UnavailableError
 from runtimes.manifest import Component
 from runtimes.places import cache_home
@@ -203,7 +204,7 @@ class _Loaded:
         self._cache = config.create_runtime_cache()
         self._cache_file = runtime_cache_file(cache_folder(), self._component, self._device.name,
                                               self._trt.__version__)
-        if self._cache_file.is_file():
+        if self._cache_file.is_file() and use(self._cache_file):
             self._cache.deserialize(self._cache_file.read_bytes())  # refuses, by itself, what does not fit
         self._errors.require(config.set_runtime_cache(self._cache), "setting the runtime cache")
         return Contexts(self._component, self._device, self._errors, plan,

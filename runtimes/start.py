@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from runtimes import decode
 from runtimes.batching import Described, input_spec
 from runtimes.errors import InputError
+from runtimes.manifest import PipelineFacts
 from runtimes.noise import NoiseStreams
 from runtimes.request import Request
 from runtimes.schedulers import Run
@@ -57,7 +58,7 @@ class Start:
 
 
 def begin(
-    sessions: Mapping[str, Session], scaling_factor: float, request: Request, run: Run, noise: NoiseStreams
+    sessions: Mapping[str, Session], facts: PipelineFacts, request: Request, run: Run, noise: NoiseStreams
 ) -> Start:
     """Encode and noise what a request asks for. Random numbers are drawn in the order that diffusers draws them.
 
@@ -69,11 +70,11 @@ def begin(
     pure = request.masks is not None and (request.strength == 1 or request.latents is not None)
     original: Float32 | None = None
     if request.pictures is not None and not (paints and pure):
-        original = _encoded(sessions, scaling_factor, request.pictures, request.picture_of, request, noise)
+        original = _encoded(sessions, facts, request.pictures, request.picture_of, request, noise)
     fresh = noise.draw(request.latent_shape) if request.latents is None else request.latents
     sample = fresh * np.float32(run.init_noise_sigma) if pure or original is None else run.add_noise(original, fresh)
     if paints:
-        return Start(sample, extra=_conditions(sessions, scaling_factor, request, noise))
+        return Start(sample, extra=_conditions(sessions, facts, request, noise))
     if request.masks is None or original is None:
         return Start(sample)
     if sessions["vae_encoder"].component.outputs[0].name != "latents":
@@ -95,7 +96,7 @@ def inpaints(unet: Described, channels: int) -> bool:
 
 
 def _conditions(
-    sessions: Mapping[str, Session], scaling_factor: float, request: Request, noise: NoiseStreams
+    sessions: Mapping[str, Session], facts: PipelineFacts, request: Request, noise: NoiseStreams
 ) -> Float32:
     """Mask and masked picture; without a mask everything is painted anew, without a picture over grey."""
     count, (_, rows, columns) = len(request.seeds), request.latent_shape
@@ -107,7 +108,7 @@ def _conditions(
         masked = request.pictures * (request.masks < 0.5)
         of = request.picture_of if len(request.pictures) > 1 else request.mask_of
         mask = _small(request)
-    return np.concatenate([mask, _encoded(sessions, scaling_factor, masked, of, request, noise)], axis=1)
+    return np.concatenate([mask, _encoded(sessions, facts, masked, of, request, noise)], axis=1)
 
 
 def _small(request: Request) -> Float32:
@@ -118,7 +119,7 @@ def _small(request: Request) -> Float32:
 
 
 def _encoded(
-    sessions: Mapping[str, Session], scaling_factor: float, pictures: Float32, of: tuple[int, ...], request: Request,
+    sessions: Mapping[str, Session], facts: PipelineFacts, pictures: Float32, of: tuple[int, ...], request: Request,
     noise: NoiseStreams,
 ) -> Float32:
     """Pictures as scaled latents, drawn from the encoder's distribution: (B, C, H/f, W/f) float32."""
@@ -127,5 +128,4 @@ def _encoded(
     latents = mean[list(of)]
     if deviation is not None:
         latents = latents + deviation[list(of)] * noise.draw(request.latent_shape)
-    latents *= np.float32(scaling_factor)
-    return latents
+    return decode.scaled(facts, latents, masked=request.masks is not None)

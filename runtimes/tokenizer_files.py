@@ -52,7 +52,7 @@ def _special_tokens(
     source: Path, config: Mapping[str, Any], whole: Mapping[str, Any] | None
 ) -> tuple[dict[str, str], list[AddedToken], dict[str, int]]:
     values: dict[str, Any] = {**MARKERS, **{k: config[k] for k in _NAMED if config.get(k)}}
-    further = next((config[k] for k in FURTHER if config.get(k)), [])
+    further: list[Any] = next((config[k] for k in FURTHER if config.get(k)), [])
     stated: dict[int, AddedToken] = {}
     if "added_tokens_decoder" in config:
         stated = {int(i): _token(t) for i, t in config["added_tokens_decoder"].items()}

@@ -203,10 +203,12 @@ def _bundle_command(bundle: Bundle, threads: int, device: str) -> list[str]:
 
 
 def _torch_command(bundle: Bundle, threads: int, kind: str) -> list[str]:
+    from deploy.hub import is_name
     from deploy.sources import model_folder
     from deploy.verify import source_of
 
-    folder = model_folder(source_of(bundle)).resolve()
+    model = source_of(bundle)
+    folder = model_folder(model, bundle.manifest.source.revision if is_name(model) else "").resolve()
     if not folder.is_dir():
         raise UnavailableError(f"the source model {folder} is not here", where="--against")
     return [sys.executable, "-W", "ignore", "-m", "deploy.bench.child_torch", str(folder), str(threads), kind]

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import statistics
@@ -17,6 +18,15 @@ from typing import Any
 from runtimes.resident import peak_rss_bytes
 
 Handler = Callable[..., dict[str, Any]]
+
+
+def arguments(doc: str | None, *names: str) -> list[str]:
+    """The arguments of a worker by their places; `--help` says what it is."""
+    parser = argparse.ArgumentParser(description=doc, epilog="Started by a command that measures, not by hand.")
+    for name in names:
+        parser.add_argument(name)
+    found = parser.parse_args()
+    return [getattr(found, name) for name in names]
 
 
 def serve(prepare: Callable[[], Mapping[str, Handler]]) -> None:

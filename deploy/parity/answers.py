@@ -15,7 +15,7 @@ from deploy.parity.options import ParityOptions
 from deploy.parity.pool import close
 from deploy.parity.recorder import Recorder
 from deploy.parity.samples import Feeds, Sample, cast, fit, pack, unpack
-from deploy.parity.shapes import Run
+from deploy.parity.shapes import Possible, Run, always
 from deploy.parity.store import Store
 from runtimes.bundle import Bundle
 from runtimes.decode import to_uint8
@@ -27,7 +27,7 @@ from runtimes.manifest import Component, to_json
 from runtimes.safety import CLIP_INPUT, SAFETY_CHECKER
 from runtimes.session import Session
 
-VERSION = 1  # raised whenever the same key would mean other arrays
+VERSION = 2  # raised whenever the same key would mean other arrays
 DECODER, ENCODER = "vae_decoder", "vae_encoder"
 
 Opener = Callable[[Bundle, int], Mapping[str, Session]]
@@ -91,6 +91,14 @@ class Reference:
             pairs = zip(unpack(part, "feeds"), unpack(part, "outputs"), strict=True)
             samples.append([Sample(feeds, outputs) for feeds, outputs in pairs])
         return samples
+
+    def possible(self) -> Possible:
+        """Tells, for a component and sizes, whether the source runs there at all; see `deploy.reference.SizeTrial`."""
+        if self._opener is not _torch_sessions:
+            return always
+        from deploy.reference import SizeTrial
+
+        return SizeTrial(self.bundle).possible
 
     def draw(self, request: DrawRequest) -> Drawing:
         """The reference's latents and pictures for a request."""

@@ -81,7 +81,7 @@ def check_components(
         InputError: the candidate's components have no sizes in common, or it lacks one of `names`.
     """
     components = candidate.manifest.components
-    runs = plan_runs(components, candidate.manifest.pipeline, small=options.small)
+    runs = plan_runs(components, candidate.manifest.pipeline, small=options.small, possible=reference.possible())
     figures: dict[str, Figures] = {}
     unverified: dict[str, str] = {}
     for name in components if names is None else names:

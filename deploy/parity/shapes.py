@@ -6,7 +6,7 @@ are recorded from the same run; each component then gets its own batch and seque
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from runtimes.errors import InputError
@@ -14,6 +14,7 @@ from runtimes.manifest import Component, PipelineFacts
 from runtimes.safety import CLIP_INPUT
 from runtimes.tensors import Axis, ShapeRange, TensorSpec
 
+Possible = Callable[[str, Mapping[str, int]], bool]
 SHAPES = 3  # that every component is compared at, where its axes leave a choice
 MAX_RUNS = 6
 
@@ -58,8 +59,13 @@ def batch_range(component: Component) -> ShapeRange:
     return range_of(component, component.inputs[0].shape[0])[0]
 
 
+def always(name: str, sizes: Mapping[str, int]) -> bool:
+    """Takes every component to run at every size."""
+    return True
+
+
 def plan_runs(components: Mapping[str, Component], facts: PipelineFacts, denoiser: str = "unet", *,
-              small: bool = False) -> tuple[Run, ...]:
+              small: bool = False, possible: Possible = always) -> tuple[Run, ...]:
     """Runs that give every component at least three distinct shapes, as far as its axes leave a choice.
 
     The first is the most common size, the second the smallest, the others not square, with an odd batch, and of sizes
@@ -72,6 +78,8 @@ def plan_runs(components: Mapping[str, Component], facts: PipelineFacts, denoise
         small: for networks that take minutes a call: the most common size once, with the smallest batch, since
             activations are largest there (an unfused attention holds batch x heads x 4096 x 4096 scores); the most
             common batch at the smallest size; the others next to the smallest.
+        possible: whether the source model runs a component at some sizes. Where it does not, there is nothing to
+            compare with: the batch grows first, then height and width.
 
     Raises:
         InputError: the components' ranges have no latent size in common.
@@ -80,10 +88,14 @@ def plan_runs(components: Mapping[str, Component], facts: PipelineFacts, denoise
     runs: list[Run] = []
     for number in range(MAX_RUNS):
         height = rows.pick(number)
-        spatial = height, columns.pick(number, avoid=height)
-        sizes = {name: _sizes(c, name, number, spatial, facts, small) for name, c in components.items()}
-        if all(run.sizes != sizes for run in runs):
-            run = _run(components, sizes, spatial, facts, denoiser)
+        start = height, columns.pick(number, avoid=height)
+        candidates = (start, *zip(rows.above(start[0]), columns.above(start[1]), strict=False))
+        found = (_possible_run(components, number, spatial, facts, denoiser, small, possible) for spatial in candidates)
+        run = next((run for run in found if run is not None), None)
+        if run is None:  # the reference will say what PyTorch refuses
+            sizes = {name: _sizes(c, name, number, start, facts, small) for name, c in components.items()}
+            run = _run(components, sizes, start, facts, denoiser)
+        if all(other.sizes != run.sizes for other in runs):
             runs.append(replace(run, once=small and number == 0))
         if all(len({tuple(run.sizes[name].items()) for run in runs}) >= SHAPES for name in components):
             break
@@ -119,6 +131,10 @@ class _Choice:
         ordered = sorted(self.allowed, key=lambda size: (rank(size), abs(size - middle)))
         best = [size for size in ordered if rank(size) == rank(ordered[0])]
         return best[(number - 2) % len(best)]
+
+    def above(self, size: int) -> tuple[int, ...]:
+        """The larger sizes, ascending."""
+        return tuple(a for a in self.allowed if a > size)
 
     def half(self, size: int) -> int:
         """The largest that is at most half of `size`, or the smallest."""
@@ -187,6 +203,35 @@ def _sizes(
         turn = {0: 1, 1: 0}.get(number, number) if small and axis_name == batch else number
         sizes[axis_name] = _choice(axis.range, axis.multiple).pick(turn, odd=axis_name == batch)
     return sizes
+
+
+def _possible_run(
+    components: Mapping[str, Component], number: int, spatial: tuple[int, int], facts: PipelineFacts, denoiser: str,
+    small: bool, possible: Possible,
+) -> Run | None:
+    """A run at these latents whose calls the source can make: those that are recorded and those that are compared."""
+    sizes = {}
+    for name, component in components.items():
+        wanted = _sizes(component, name, number, spatial, facts, small)
+        fitting = next((s for s in _with_larger_batches(component, wanted) if possible(name, s)), None)
+        if fitting is None:
+            return None
+        sizes[name] = fitting
+    run = _run(components, sizes, spatial, facts, denoiser)
+    for name, component in components.items():
+        batch = component.inputs[0].shape[0]
+        rows = run.images * (2 if name == denoiser and run.guided else 1)
+        if isinstance(batch, str) and not possible(name, {**sizes[name], batch: rows}):
+            return None
+    return run
+
+
+def _with_larger_batches(component: Component, sizes: Mapping[str, int]) -> Iterator[dict[str, int]]:
+    yield dict(sizes)
+    batch = component.inputs[0].shape[0]
+    if isinstance(batch, str) and spatial_spec(component) is not None:
+        for rows in _choice(component.axes[batch].range, component.axes[batch].multiple).above(sizes[batch]):
+            yield {**sizes, batch: rows}
 
 
 def _axes_of(component: Component) -> list[str]:

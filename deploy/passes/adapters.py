@@ -18,6 +18,7 @@ from runtimes.manifest import Component, FileRecord, Manifest
 
 if TYPE_CHECKING:
     from deploy.spec import BuildSpec
+    from exporters.textual_inversion import Embedding
 
 SWAP = "swap"
 
@@ -26,7 +27,7 @@ class Adapters(Pass):
     """What it leaves is what parity is measured against. The manifest has each file's name, scale and hash."""
 
     name: ClassVar[str] = "adapters"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     libraries: ClassVar[tuple[str, ...]] = ("torch", "diffusers", "transformers", "safetensors", "tokenizers")
     verify: ClassVar[bool] = False
     defines_source: ClassVar[bool] = True
@@ -36,6 +37,7 @@ class Adapters(Pass):
         """Read the files' headers; which components they change."""
         if not spec.lora and not spec.embedding:
             return Skip("no adapters")
+        from exporters.lora_differences import differences
         from exporters.textual_inversion import read_embedding
         from runtimes.lora import components_of, parse_lora
 
@@ -55,19 +57,19 @@ class Adapters(Pass):
             record = record_of(file)
             files[record.sha256] = str(file)
             config["lora"].append({"file": file.name, "sha256": record.sha256, "scale": scale,
-                                   "components": list(touched)})
+                                   "components": list(touched), "differs_from_diffusers": list(differences(file))})
         for option in spec.embedding:
             file, token = parse_embedding(option)
-            embedding = read_embedding(file, token)
-            # A text encoder whose tokenizer knows a word without having it would read past its table.
+            embedding = read_embedding(file, token, _widths(before))
             _refuse_absent(tuple(embedding.keys), before, file)
-            changed |= dict.fromkeys(before.pipeline.text_encoders)
+            changed |= dict.fromkeys(embedding.keys)
             for name, width in embedding.widths.items():
-                grown[name] = grown.get(name, 0) + embedding.vectors * width
+                grown[name] = grown.get(name, 0) + embedding.vectors[name] * width
             record = record_of(file)
             files[record.sha256] = str(file)
             config["embedding"].append({"file": file.name, "sha256": record.sha256, "token": embedding.token,
-                                        "vectors": embedding.vectors})
+                                        "vectors": max(embedding.vectors.values()),
+                                        "components": dict(embedding.vectors)})
         components = {
             name: replace(c, precision="fp32", files={}, file=f"components/{_folder(c)}/model.safetensors",
                           parameters=c.parameters + grown.get(name, 0))
@@ -84,7 +86,7 @@ class Adapters(Pass):
 
         from exporters.lora import levels_of, matrices_of, merge
         from exporters.modules import load_module
-        from exporters.textual_inversion import add_words, next_token, read_embedding
+        from exporters.textual_inversion import add_words
 
         before, planned = source.component(name), step.after.components[name]
         folder, target = source.file(before.file).parent, out / "components" / _folder(before)
@@ -109,9 +111,8 @@ class Adapters(Pass):
                     merge(module, network, Path(step.files[entry["sha256"]]), entry["scale"])
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if step.config["embedding"] and name in source.manifest.pipeline.text_encoders:
-            words = [read_embedding(Path(step.files[e["sha256"]]), e["token"]) for e in step.config["embedding"]]
             tokenizer = source.path / name.replace("text_encoder", "tokenizer")
-            config["vocab_size"] = add_words(module, name, words, next_token(tokenizer))
+            config["vocab_size"] = add_words(module, name, _words(step, source.manifest), tokenizer)
         (target / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         weights = {key: tensor.contiguous() for key, tensor in module.state_dict().items()}
         save_file(weights, target / "model.safetensors")
@@ -119,13 +120,13 @@ class Adapters(Pass):
 
     def write_files(self, step: Step, source: Bundle, out: Path) -> dict[str, FileRecord]:
         """Tokenizers with the new words, LoRAs that are not merged; everything else as it is."""
-        from exporters.textual_inversion import extend_tokenizer, read_embedding
+        from exporters.textual_inversion import extend_tokenizer
 
-        words = [read_embedding(Path(step.files[e["sha256"]]), e["token"]) for e in step.config["embedding"]]
-        folders = {name.replace("text_encoder", "tokenizer") for name in source.manifest.pipeline.text_encoders}
+        words = _words(step, source.manifest)
         files = dict(source.manifest.files)
-        for folder in sorted(folders) if words else ():
-            extend_tokenizer(source.path / folder, words, out / folder)
+        for name in source.manifest.pipeline.text_encoders if words else ():
+            folder = name.replace("text_encoder", "tokenizer")
+            extend_tokenizer(source.path / folder, name, words, out / folder)
             files |= records_below(out / folder, out)
         for name in files:
             if not (out / name).exists():
@@ -151,6 +152,19 @@ def _factors(step: Step, name: str, modules: Iterable[str], levels: Any) -> dict
     """All LoRAs of a step for one component, side by side."""
     return side_by_side([read_factors(Path(step.files[entry["sha256"]]), name, entry["scale"], modules, levels)
                          for entry in step.config["lora"] if name in entry["components"]])
+
+
+def _words(step: Step, source: Manifest) -> list[Embedding]:
+    """The embeddings of a step."""
+    from exporters.textual_inversion import read_embedding
+
+    return [read_embedding(Path(step.files[entry["sha256"]]), entry["token"], _widths(source))
+            for entry in step.config["embedding"]]
+
+
+def _widths(manifest: Manifest) -> dict[str, int]:
+    """Text encoder -> width of its hidden states, which is that of its embeddings."""
+    return {name: int(manifest.components[name].outputs[0].shape[-1]) for name in manifest.pipeline.text_encoders}
 
 
 def parse_embedding(option: str) -> tuple[Path, str]:

@@ -16,13 +16,14 @@ from runtimes.safety import PREPROCESSOR_FILE, SAFETY_CHECKER
 
 if TYPE_CHECKING:
     from deploy.spec import BuildSpec
+    from exporters.source import Source as PipelineSource
 
 
 class Load(Pass):
     """Link configs and weights, check every tensor, rewrite tokenizers so that `tokenizers` alone reads them."""
 
     name: ClassVar[str] = "load"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     libraries: ClassVar[tuple[str, ...]] = ("torch", "diffusers", "transformers", "safetensors", "tokenizers")
     verify: ClassVar[bool] = False
     defines_source: ClassVar[bool] = True
@@ -45,12 +46,12 @@ class Load(Pass):
     def run(self, step: Step, name: str, source: Bundle, out: Path) -> Component:
         """Link one network's files and look at every weight once: all fit and are finite."""
         from exporters.modules import check_weights
-        from exporters.source import link_component, open_source
+        from exporters.source import link_component
 
         planned = step.after.components[name]
         part = planned.details["source_component"]
         folder = out / "components" / part
-        link_component(open_source(source.path).with_component(part).components[part], folder)
+        link_component(_opened(step, source).with_component(part).components[part], folder)
         try:
             check_weights(folder, planned.details["library"], planned.class_name)
         except InputError as error:
@@ -62,10 +63,9 @@ class Load(Pass):
     def write_files(self, step: Step, source: Bundle, out: Path) -> dict[str, FileRecord]:
         """Tokenizers in the one form the runtime reads, and the scheduler's config as diffusers corrects it."""
         from deploy.origin import as_loaded
-        from exporters.source import open_source
         from runtimes.tokenizer import prepare_tokenizer
 
-        origin = as_loaded(open_source(source.path))
+        origin = as_loaded(_opened(step, source))
         for name, folder in origin.tokenizers.items():
             encoder = step.after.components[name.replace("tokenizer", "text_encoder")].details["source_component"]
             prepare_tokenizer(folder, out / name, origin.components[encoder].config.get("vocab_size"))
@@ -77,3 +77,10 @@ class Load(Pass):
             link_or_copy(source.path / PREPROCESSOR_FILE, out / PREPROCESSOR_FILE)
             written.append(Path(PREPROCESSOR_FILE).parent.name)
         return {n: r for folder in written for n, r in records_below(out / folder, out).items()}
+
+
+def _opened(step: Step, source: Bundle) -> PipelineSource:
+    """The model that the origin was made from."""
+    from exporters.source import open_source
+
+    return open_source(source.path, step.after.spec.get("variant", ""))

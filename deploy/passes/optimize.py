@@ -25,10 +25,10 @@ class Optimize(Pass):
     def plan(self, before: Manifest, spec: BuildSpec) -> Planned:
         """Every ONNX component; the structure stays, the nodes change."""
         require_onnx(before, self.name, "optimize comes after export")
-        config = {"target": spec.target}
+        config = {"target": spec.graph_target}
         components = {n: replace(c, files={}) for n, c in before.components.items()}
         step = Step(self.name, self.version, config, {n: (n,) for n in components},
-                    replace(before, components=components), f"fold and fuse for {spec.target}")
+                    replace(before, components=components), f"fold and fuse for {spec.graph_target}")
         return step.recorded()
 
     def run(self, step: Step, name: str, source: Bundle, out: Path) -> Component:

@@ -16,7 +16,8 @@ import numpy as np
 from deploy.passes.quantize import carry_layers
 from deploy.plan import PLANNED_PRECISION, Pass, Planned, Skip, Step, require_onnx
 from runtimes.bundle import Bundle, records_below
-from runtimes.manifest import Component, Manifest
+from runtimes.decode import unscaled
+from runtimes.manifest import Component, Manifest, PipelineFacts
 
 if TYPE_CHECKING:
     from deploy.spec import BuildSpec
@@ -37,7 +38,7 @@ class Precision(Pass):
 
     def plan(self, before: Manifest, spec: BuildSpec) -> Planned:
         """Every float32 graph when the spec says fp16 or bf16; for TensorRT also what INT8 left in float32."""
-        mode = MODES[spec.target]
+        mode = MODES[spec.graph_target]
         beside_integers = spec.precision in ("int8", "auto") and mode == "compute"
         if spec.precision not in NAMES and not beside_integers:
             return Skip(f"the build is {spec.precision}")
@@ -66,7 +67,7 @@ class Precision(Pass):
         report = convert(keep=patterns_for(name, source, step.config["keep"]))
         details = dict(before.details)
         if name == DECODER and (step.config["precision"], step.config["mode"]) == ("fp16", "compute") and (
-                why := overflow(graph, before, source.manifest.pipeline.scaling_factor)):
+                why := overflow(graph, before, source.manifest.pipeline)):
             shutil.rmtree(folder)
             report = convert(keep=["*"])
             details |= {PLANNED_PRECISION: planned.precision, "not_fp16": why}
@@ -78,7 +79,7 @@ class Precision(Pass):
         return replace(planned, files=records_below(folder, out), details=details)
 
 
-def overflow(low: Path, decoder: Component, scaling_factor: float) -> str:
+def overflow(low: Path, decoder: Component, facts: PipelineFacts) -> str:
     """Whether a float16 decoder fails: its emulation, which a CPU can run, on noise as large as latents are.
 
     Decoders that were trained in float32 may hold values above 65,504: that of Stable Diffusion XL does
@@ -87,7 +88,7 @@ def overflow(low: Path, decoder: Component, scaling_factor: float) -> str:
     Args:
         low: the graph that computes in float16.
         decoder: its record, in float32.
-        scaling_factor: latents of unit variance are divided by it before they are decoded.
+        facts: of the pipeline, which say how latents of unit variance are decoded.
 
     Returns:
         what happens, empty if nothing does.
@@ -102,7 +103,7 @@ def overflow(low: Path, decoder: Component, scaling_factor: float) -> str:
         emulate(low, Path(scratch) / low.name)
         session = plain_session(Path(scratch) / low.name, threads=0)
         for _ in range(PROBES):
-            noise = random.standard_normal(shape, np.float32) / np.float32(scaling_factor)
+            noise = unscaled(facts, random.standard_normal(shape, np.float32))
             pictures = session.run(None, {latents.name: noise})
             if wrong := sum(int((~np.isfinite(picture)).sum()) for picture in pictures):
                 return f"{wrong} of {sum(p.size for p in pictures)} values of a picture are not finite"

@@ -45,7 +45,7 @@ class Quantize(Pass):
     """float32 graphs to INT8 by the recipe of each component; runs before 16 bits, which take what is left."""
 
     name: ClassVar[str] = "quantize"
-    version: ClassVar[int] = 5
+    version: ClassVar[int] = 6
     libraries: ClassVar[tuple[str, ...]] = ("numpy", "onnx-ir", "onnxruntime")
     verify: ClassVar[bool] = True
     reads_pipeline: ClassVar[bool] = True
@@ -58,8 +58,8 @@ class Quantize(Pass):
             if component.format != "onnx" or component.precision != "fp32":
                 raise InputError(f"{name} is {component.format} in {component.precision}, expected onnx in fp32",
                                  where="pass quantize", fix="quantize comes after optimize and before precision")
-        if spec.quantization == "dynamic" and spec.target != "onnxruntime":
-            raise InputError(f"{spec.target} has no kernels for ranges found at run time", where="quantization",
+        if spec.quantization == "dynamic" and spec.graph_target != "onnxruntime":
+            raise InputError(f"{spec.graph_target} has no kernels for ranges found at run time", where="quantization",
                              fix="use hybrid or static")
         from deploy.gate import options_for
         from deploy.parity.budgets import budget_for
@@ -70,7 +70,7 @@ class Quantize(Pass):
         if spec.precision == "auto" and "unet" in recipes:
             recipes["unet"] = "auto"
         config: dict[str, Any] = {
-            "recipes": recipes, "scheme": scheme_of(spec.target, spec.cpu), "estimator": spec.range_estimator,
+            "recipes": recipes, "scheme": scheme_of(spec.graph_target, spec.cpu), "estimator": spec.range_estimator,
             "keep": list(spec.keep), "methods": list(spec.quantization_methods),
             "relative_l2": budget.component_relative_l2,
         }
@@ -79,7 +79,7 @@ class Quantize(Pass):
         if spec.text_encoder_bits == 4:
             if INT4 not in recipes.values():
                 raise InputError("the model has no text encoder", where="--text-encoder-bits", fix="leave it out")
-            config["blocks"] = BLOCKS[spec.target]
+            config["blocks"] = BLOCKS[spec.graph_target]
         if "auto" in recipes.values():
             drawn = options_for(before.source.id, spec.prompts)
             config["search"] = {"budget": asdict(budget), "prompts": list(drawn.prompts),
@@ -172,14 +172,15 @@ def recipe_of(component: str, quantization: str, text_encoder_bits: int) -> str:
 def measured_gain(before: Bundle, after: Bundle, name: str) -> dict[str, Any]:
     """Bytes and seconds of one component before and after, and in a word what that makes it.
 
-    Seconds are ONNX Runtime's, so they are measured for its builds alone: another runtime compiles the graph anew.
+    Seconds are ONNX Runtime's on this CPU, so they are measured for what runs there: another runtime or a GPU
+    compiles the graph anew.
     """
     from deploy.call_times import quotient, seconds_in_turns, usual_feeds
     from runtimes.session import SessionOptions, open_session
 
     component = before.component(name)
     size = after.component(name).bytes / component.bytes
-    if after.manifest.target != "onnxruntime":
+    if after.manifest.target != "onnxruntime" or "device" in after.manifest.spec:
         return {"bytes_ratio": round(size, 4), "verdict": "smaller" if size < WORTH_SAYING else "neither"}
     sessions = {part: open_session(b, name, SessionOptions()) for part, b in (("before", before), ("after", after))}
     seconds = seconds_in_turns(sessions, usual_feeds(component), TIMED_CALLS)

@@ -27,6 +27,7 @@ from deploy.pruning.widths import AUTOENCODER, config_of, levels_of, uniform_wid
 from exporters.modules import torch_component
 from runtimes.bundle import Bundle, replacing
 from runtimes.cache_store import use
+from runtimes.decode import unscaled
 from runtimes.manifest import digest_of, to_json
 
 ENCODER, DECODER = HALVES[AUTOENCODER]
@@ -167,7 +168,7 @@ def own_latents(source: Bundle, config: Mapping[str, Any], count: int) -> Tensor
         drawn = teacher.trajectories(min(count, DRAWN_AT_ONCE)).draw(count)
         with replacing(file) as partial:
             save_file({"latents": drawn.cpu()}, partial)
-    return load_file(file)["latents"] / source.manifest.pipeline.scaling_factor
+    return torch.from_numpy(unscaled(source.manifest.pipeline, load_file(file)["latents"].numpy()))
 
 
 def accumulate_cycle_gradients(network: Any, latents: Tensor) -> None:

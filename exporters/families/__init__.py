@@ -16,6 +16,7 @@ FAMILIES: dict[str, Family] = {
     "StableDiffusionInpaintPipeline": STABLE_DIFFUSION,
     "StableDiffusionXLPipeline": STABLE_DIFFUSION_XL,
     "StableDiffusionXLImg2ImgPipeline": STABLE_DIFFUSION_XL,
+    "StableDiffusionXLInpaintPipeline": STABLE_DIFFUSION_XL,
     "LDMPipeline": UNCONDITIONAL,
     "LDMTextToImagePipeline": TEXT_TO_IMAGE,
 }

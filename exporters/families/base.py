@@ -34,9 +34,16 @@ class ComponentSpec:
     outputs: tuple[TensorSpec, ...]
     axes: Mapping[str, Axis]
 
+    @property
+    def any_size(self) -> bool:
+        """Whether latent rows and columns need not be halved evenly: the U-Net is told the size to double to."""
+        return {"height", "width"} <= set(self.axes) and all(self.axes[n].multiple == 1 for n in ("height", "width"))
+
     def example_sizes(self) -> dict[str, int]:
         """Sizes of all axes at which the network is traced: small, distinct, within the ranges where they allow it."""
         wanted = {"batch": 2, "sequence": 7}
+        if self.any_size:  # halved three times they are 3 and 4 still: a size of 1 would be taken for a constant
+            wanted |= {"height": 17, "width": 27}
         sizes = {}
         for name, axis in self.axes.items():
             factor = wanted.get(name, (3 if name.endswith("width") else 2) * axis.multiple)
@@ -77,21 +84,21 @@ def check_shapes(shapes: Shapes) -> None:
         )
 
 
-def pixels_to_latents(shapes: Shapes, name: str, factor: int, multiple: int, default: ShapeRange) -> ShapeRange:
+def pixels_to_latents(shapes: Shapes, name: str, unit: int, factor: int, default: ShapeRange) -> ShapeRange:
     """The range of latent rows or columns for a range that the user gave in pixels.
 
     Args:
         name: "height" or "width".
+        unit: pixels must be divisible by this.
         factor: pixels per latent row.
-        multiple: latent rows must be divisible by this.
         default: latent rows when the user says nothing.
 
     Raises:
-        InputError: a size that is not divisible by factor x multiple.
+        InputError: a size that is not divisible by `unit`.
     """
     if name not in shapes:
         return default
-    wanted, unit = shapes[name], factor * multiple
+    wanted = shapes[name]
     for size in (wanted.min, wanted.opt, wanted.max):
         if size % unit:
             near = max(unit, round(size / unit) * unit)

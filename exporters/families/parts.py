@@ -46,10 +46,11 @@ def pipeline_axes(source: Source, vae: ComponentSource, shapes: Shapes, *, guide
         InputError: an unknown axis, or pixels that do not fit.
     """
     check_shapes(shapes)
-    factor, multiple = vae_factor(vae), 2 ** (len(source.components["unet"].config["block_out_channels"]) - 1)
+    factor, multiple = vae_factor(vae), row_multiple(source, vae, shapes)
     images = shapes.get("batch", ShapeRange(1, 1, 8))
+    least = 2 ** (len(source.components["unet"].config["block_out_channels"]) - 1)
     height, width = (
-        pixels_to_latents(shapes, name, factor, multiple, _default_rows(size, multiple))
+        pixels_to_latents(shapes, name, factor * multiple, factor, ShapeRange(min(least, size), size, 4 * size))
         for name, size in zip(("height", "width"), sample_size(source), strict=True)
     )
     single = Axis("images", images)
@@ -61,6 +62,31 @@ def pipeline_axes(source: Source, vae: ComponentSource, shapes: Shapes, *, guide
         {"image_height": Axis("pixel rows", scaled(height, factor), factor * multiple),
          "image_width": Axis("pixel columns", scaled(width, factor), factor * multiple)},
     )
+
+
+def row_multiple(source: Source, vae: ComponentSource, shapes: Shapes) -> int:
+    """What latent rows and columns are multiples of: as often as the U-Net halves them, or 1 where the model's own size
+    or one that is asked for is no such multiple.
+
+    UNet2DConditionModel then doubles to the size that it halved (`forward_upsample_size`), and its graph does so at
+    every size; see `exporters.onnx_from_torch`.
+
+    Raises:
+        InputError: such a size with a U-Net of another class, which cannot run it.
+    """
+    unet, factor = source.components["unet"], vae_factor(vae)
+    multiple: int = 2 ** (len(unet.config["block_out_channels"]) - 1)
+    asked = [(f"{name}={size} pixels", "--shapes", size) for name in ("height", "width") if name in shapes
+             for size in (shapes[name].min, shapes[name].opt, shapes[name].max)]
+    own = [(f"sample_size {size}", place(unet), size * factor)
+           for name, size in zip(("height", "width"), sample_size(source), strict=True) if name not in shapes]
+    uneven = [(what, where) for what, where, size in (*asked, *own) if size % (factor * multiple)]
+    if not uneven:
+        return multiple
+    if unet.class_name != "UNet2DConditionModel":
+        raise InputError(f"{uneven[0][0]} is not a multiple of what the U-Net halves to, {factor * multiple} pixels",
+                         where=uneven[0][1], fix=f"give --shapes height and width in steps of {factor * multiple}")
+    return 1
 
 
 def words_axis(shapes: Shapes, tokens: int) -> Axis:
@@ -190,8 +216,8 @@ def check_unet(source: Source, vae: ComponentSource, *, added: str | None = None
             f"in_channels is {given}, the VAE has {latent} latent channels"
             + (": an inpainting U-Net that also takes a mask and the masked image" if inpaint else ""),
             where=place(found),
-            fix="name StableDiffusionInpaintPipeline as _class_name in model_index.json" if inpaint
-            else "use a U-Net whose in_channels are the VAE's latent_channels")
+            fix=f"name StableDiffusion{'XL' * bool(added)}InpaintPipeline as _class_name in model_index.json"
+            if inpaint else "use a U-Net whose in_channels are the VAE's latent_channels")
     if found.config["out_channels"] != latent:
         raise InputError(f"out_channels is {found.config['out_channels']}, the VAE has {latent} latent channels",
                          where=place(found), fix="variance-predicting U-Nets are not supported")
@@ -201,15 +227,15 @@ def check_vae(source: Source, name: str, *classes: str) -> ComponentSource:
     """The autoencoder, if its config says all that is needed.
 
     Raises:
-        InputError: of another class, a missing number, or latents that are normalized channel by channel.
+        InputError: of another class, a missing number, other images than RGB, or codes of another width.
     """
     vae = check_class(source, name, *(classes or AUTOENCODERS))
     check_numbers(vae, "latent_channels")
     config_value(vae.config, block_key(vae), (list, tuple), place(vae))
-    for key in ("latents_mean", "latents_std"):
-        if vae.config.get(key) is not None:
-            raise InputError(f"{key} is set: latents normalized channel by channel are not supported",
-                             where=place(vae), fix="use a VAE with a scaling_factor alone")
+    for key in ("in_channels", "out_channels"):
+        if vae.config.get(key, 3) != 3:
+            raise InputError(f"{key} is {vae.config[key]}, images have 3 channels", where=place(vae),
+                             fix="use an autoencoder of RGB images")
     if vae.config.get("vq_embed_dim") not in (None, vae.config["latent_channels"]):
         raise InputError(f"vq_embed_dim is {vae.config['vq_embed_dim']}, latent_channels differs", where=place(vae),
                          fix="use a VQModel whose codes are as wide as its latents")
@@ -250,6 +276,26 @@ def scaling_factor(vae: ComponentSource) -> float:
     return float(vae.config.get("scaling_factor", 1.0 if vae.class_name == "AutoencoderTiny" else 0.18215))
 
 
+def channel_statistics(vae: ComponentSource) -> dict[str, tuple[float, ...]]:
+    """Mean and deviation of the latents' channels, as XL's classes take them: only if both are there.
+
+    Raises:
+        InputError: not a number for each channel, or a deviation of zero.
+    """
+    values = {key: vae.config.get(key) for key in ("latents_mean", "latents_std")}
+    if any(value is None for value in values.values()):
+        return {}
+    found = {}
+    for key, value in values.items():
+        numbers = value if isinstance(value, list | tuple) else []
+        if len(numbers) != vae.config["latent_channels"] or not all(isinstance(n, int | float) for n in numbers) or (
+                key == "latents_std" and 0 in numbers):
+            raise InputError(f"{key} is {value!r:.60}, expected {vae.config['latent_channels']} numbers, one a channel",
+                             where=place(vae), fix="get the config of this autoencoder again")
+        found[key] = tuple(float(n) for n in numbers)
+    return found
+
+
 def facts(source: Source, vae: ComponentSource, tokens: int, **more: Any) -> PipelineFacts:
     """What the sampling loop must know of any pipeline with this autoencoder; `more` are further fields."""
     factor, (rows, columns) = vae_factor(vae), sample_size(source)
@@ -270,9 +316,3 @@ def sample_size(source: Source) -> tuple[int, int]:
     size = config_value(found.config, "sample_size", (int, list, tuple), place(found))
     rows, columns = (size, size) if isinstance(size, int) else size
     return int(rows), int(columns)
-
-
-def _default_rows(size: int, multiple: int) -> ShapeRange:
-    """From the smallest possible picture to four times the trained side."""
-    common = max(multiple, size // multiple * multiple)
-    return ShapeRange(multiple, common, 4 * common)

@@ -17,6 +17,7 @@ from runtimes.tensors import TensorSpec
 if TYPE_CHECKING:
     from exporters.source import ComponentSource, Source
 
+INPAINTING = "StableDiffusionXLInpaintPipeline"  # its U-Net may also take a mask and the masked image, 9 channels
 FIRST, SECOND = "text_encoder", "text_encoder_2"
 _CLASSES = {FIRST: "CLIPTextModel", SECOND: "CLIPTextModelWithProjection"}
 # What the numbers of `time_ids` mean, in order: StableDiffusionXLPipeline._get_add_time_ids.
@@ -46,7 +47,8 @@ def _components(source: Source, shapes: Shapes) -> dict[str, ComponentSpec]:
 def _facts(source: Source) -> PipelineFacts:
     return parts.facts(
         source, _check(source), _tokens(source), text_encoders=_encoders(source), time_ids=_ids(source),
-        zero_empty_negative=bool(source.options.get("force_zeros_for_empty_prompt", True)))
+        zero_empty_negative=bool(source.options.get("force_zeros_for_empty_prompt", True)),
+        **parts.channel_statistics(source.components["vae"]))
 
 
 def _check(source: Source) -> ComponentSource:
@@ -61,7 +63,7 @@ def _check(source: Source) -> ComponentSource:
     parts.check_numbers(source.components[SECOND], "projection_dim")
     unet = parts.check_class(source, "unet", "UNet2DConditionModel")
     vae = parts.check_vae(source, "vae", "AutoencoderKL", "AutoencoderTiny")
-    parts.check_unet(source, vae, added="text_time")
+    parts.check_unet(source, vae, added="text_time", inpaints=source.pipeline_class == INPAINTING)
     parts.check_context(source, _context(source), "hidden sizes together")
     each = config_value(unet.config, "addition_time_embed_dim", int, parts.place(unet))
     wanted = config_value(unet.config, "projection_class_embeddings_input_dim", int, parts.place(unet))

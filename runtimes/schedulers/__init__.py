@@ -12,11 +12,24 @@ from typing import Any
 
 from runtimes.errors import InputError
 from runtimes.schedulers.ddim import Ddim
+from runtimes.schedulers.ddpm import Ddpm
+from runtimes.schedulers.deis import Deis
+from runtimes.schedulers.dpm_sde import DpmSde
+from runtimes.schedulers.dpm_single import DpmSolverSingle
 from runtimes.schedulers.dpmpp import DpmSolverPP
-from runtimes.schedulers.euler import Euler, EulerAncestral
+from runtimes.schedulers.edm_dpmpp import EdmDpmSolverPP
+from runtimes.schedulers.edm_euler import EdmEuler
+from runtimes.schedulers.euler import Euler
+from runtimes.schedulers.euler_ancestral import EulerAncestral
+from runtimes.schedulers.heun import Heun
+from runtimes.schedulers.kdpm2 import Kdpm2
+from runtimes.schedulers.kdpm2_ancestral import Kdpm2Ancestral
 from runtimes.schedulers.lcm import Lcm
+from runtimes.schedulers.lms import Lms
 from runtimes.schedulers.pndm import Pndm
 from runtimes.schedulers.protocol import Run, Scheduler
+from runtimes.schedulers.sa_solver import SaSolver
+from runtimes.schedulers.tcd import Tcd
 from runtimes.schedulers.unipc import UniPc
 
 __all__ = ["CLASS_NAMES", "DEFAULTED", "SCHEDULERS", "Run", "Scheduler", "from_config", "method_of"]
@@ -24,24 +37,48 @@ __all__ = ["CLASS_NAMES", "DEFAULTED", "SCHEDULERS", "Run", "Scheduler", "from_c
 SCHEDULERS: Mapping[str, Callable[[Mapping[str, Any]], Scheduler]] = MappingProxyType(
     {
         "ddim": Ddim.from_config,
+        "ddpm": Ddpm.from_config,
         "euler": Euler.from_config,
         "euler-ancestral": EulerAncestral.from_config,
+        "heun": Heun.from_config,
+        "kdpm2": Kdpm2.from_config,
+        "kdpm2-ancestral": Kdpm2Ancestral.from_config,
+        "lms": Lms.from_config,
         "dpm++": DpmSolverPP.from_config,
+        "dpm-single": DpmSolverSingle.from_config,
+        "dpm-sde": DpmSde.from_config,
+        "deis": Deis.from_config,
         "unipc": UniPc.from_config,
+        "sa-solver": SaSolver.from_config,
         "lcm": Lcm.from_config,
+        "tcd": Tcd.from_config,
         "pndm": Pndm.from_config,
+        "edm-euler": EdmEuler.from_config,
+        "edm-dpm++": EdmDpmSolverPP.from_config,
     }
 )
 
 CLASS_NAMES: Mapping[str, str] = MappingProxyType(
     {
         "DDIMScheduler": "ddim",
+        "DDPMScheduler": "ddpm",
         "EulerDiscreteScheduler": "euler",
         "EulerAncestralDiscreteScheduler": "euler-ancestral",
+        "HeunDiscreteScheduler": "heun",
+        "KDPM2DiscreteScheduler": "kdpm2",
+        "KDPM2AncestralDiscreteScheduler": "kdpm2-ancestral",
+        "LMSDiscreteScheduler": "lms",
         "DPMSolverMultistepScheduler": "dpm++",
+        "DPMSolverSinglestepScheduler": "dpm-single",
+        "DPMSolverSDEScheduler": "dpm-sde",
+        "DEISMultistepScheduler": "deis",
         "UniPCMultistepScheduler": "unipc",
+        "SASolverScheduler": "sa-solver",
         "LCMScheduler": "lcm",
+        "TCDScheduler": "tcd",
         "PNDMScheduler": "pndm",
+        "EDMEulerScheduler": "edm-euler",
+        "EDMDPMSolverMultistepScheduler": "edm-dpm++",
     }
 )
 

@@ -2,36 +2,31 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import ClassVar
 
 import numpy as np
 
-from runtimes.errors import InputError
-from runtimes.schedulers.prediction import to_epsilon, to_original
-from runtimes.schedulers.settings import RunBase, Settings, required
+from runtimes.schedulers.prediction import limited, to_epsilon, to_original
+from runtimes.schedulers.rounding import root
+from runtimes.schedulers.run import RunBase, required
+from runtimes.schedulers.settings import ThresholdSettings
 from runtimes.schedulers.sigmas import Float32
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ddim(Settings):
+class Ddim(ThresholdSettings):
     """DDIM with the keys and defaults of diffusers' DDIMScheduler."""
 
-    unsupported: ClassVar[Mapping[str, object]] = MappingProxyType({"thresholding": False})
+    reads_eta: ClassVar[bool] = True
 
     timestep_spacing: str = "leading"
     clip_sample: bool = True
     clip_sample_range: float = 1.0
     set_alpha_to_one: bool = True
 
-    def start(self, steps: int, strength: float = 1.0, eta: float = 0.0) -> DdimRun:
-        """Begin a run; see `protocol.Scheduler.start`."""
-        if not 0 <= eta <= 1:
-            raise InputError(f"eta {eta!r} is not between 0 and 1", where="eta", fix="0 is deterministic, 1 is DDPM")
-        return DdimRun(self, steps, self.check_start(steps, strength), eta)
+    def _run(self, steps: int, first: int, eta: float) -> DdimRun:
+        return DdimRun(self, steps, first, eta)
 
 
 class DdimRun(RunBase):
@@ -39,33 +34,36 @@ class DdimRun(RunBase):
 
     def __init__(self, scheduler: Ddim, steps: int, first: int, eta: float) -> None:
         """Leave out the `first` of `steps` steps."""
-        timesteps = scheduler.whole_timesteps(steps)[first:]
-        super().__init__(timesteps, [scheduler.levels(int(t)) for t in timesteps])
-        self._scheduler = scheduler
+        self._clip = scheduler.clip_sample_range if scheduler.clip_sample else None
+        clips = scheduler.clip_sample and not scheduler.thresholding
+        super().__init__(*scheduler.visited(scheduler.whole_timesteps(steps), first, clips=clips))
+        self._scheduler, self._eta = scheduler, eta
         stride = scheduler.num_train_timesteps // steps
-        now = [float(scheduler.alphas_cumprod[t]) for t in timesteps]
-        self._after = [self._signal(int(t) - stride) for t in timesteps]
-        # sigma_t(eta)^2, eq. 16
-        self._variances = [eta**2 * (1 - b) / (1 - a) * (1 - a / b) for a, b in zip(now, self._after, strict=True)]
+        self._after = [self._signal(int(t) - stride) for t in self.timesteps]
+        # sigma_t(eta), eq. 16
+        variances = [max(self._variance(i), np.float32(0)) for i in range(len(self._after))]
+        self._deviations = [np.float32(eta) * root(variance) for variance in variances]
 
     def needs_noise(self, i: int) -> bool:
-        """Whether eta adds noise at step i, which it does except where no noise is left to the sample."""
-        return self._variances[i] > 0
+        """Whether eta adds noise."""
+        return self._eta > 0
 
     def step(self, model_output: Float32, i: int, sample: Float32, noise: Float32 | None = None) -> Float32:
         """Eq. 12: predicted x_0, plus the direction pointing to x_t, plus sigma_t(eta) times fresh noise."""
-        config = self._scheduler
-        alpha, sigma = self._levels[i]
-        original = to_original(config.prediction_type, model_output, sample, alpha, sigma)
-        epsilon = to_epsilon(config.prediction_type, model_output, sample, alpha, sigma)
-        if config.clip_sample:
-            original = np.clip(original, -config.clip_sample_range, config.clip_sample_range)
-        variance, signal = self._variances[i], self._after[i]
-        previous = math.sqrt(signal) * original + math.sqrt(max(1 - signal - variance, 0.0)) * epsilon
-        return previous + math.sqrt(variance) * required(noise) if variance > 0 else previous
+        kind, (alpha, sigma) = self._scheduler.prediction_type, self._levels[i]
+        original = limited(self._scheduler, to_original(kind, model_output, sample, alpha, sigma), self._clip)
+        epsilon = to_epsilon(kind, model_output, sample, alpha, sigma)
+        deviation, signal = self._deviations[i], self._after[i]
+        direction = root(max(np.float32(1) - signal - deviation**2, np.float32(0))) * epsilon
+        previous = root(signal) * original + direction
+        return previous + deviation * required(noise) if self.needs_noise(i) else previous
 
-    def _signal(self, timestep: int) -> float:
+    def _signal(self, timestep: int) -> np.float32:
         """Share of signal variance that a step to `timestep` leads to."""
         if timestep < 0 and self._scheduler.set_alpha_to_one:
-            return 1.0
-        return float(self._scheduler.alphas_cumprod[max(timestep, 0)])
+            return np.float32(1)
+        return np.float32(self._scheduler.alphas_cumprod[max(timestep, 0)])
+
+    def _variance(self, i: int) -> np.float32:
+        now, after, one = self._scheduler.alphas_cumprod[int(self.timesteps[i])], self._after[i], np.float32(1)
+        return np.float32((one - after) / (one - now) * (one - now / after))

@@ -1,7 +1,4 @@
-"""DPM-Solver++: Lu et al., Fast Solver for Guided Sampling of Diffusion Probabilistic Models, arXiv 2211.01095.
-
-The multistep method in data prediction, order 1 to 3 (2M is the paper's Algorithm 2), as an ODE or as an SDE.
-"""
+"""DPM-Solver, multistep: Lu et al., DPM-Solver++, arXiv 2211.01095, Algorithm 2 (2M), order 1 to 3; as ODE or SDE."""
 
 from __future__ import annotations
 
@@ -14,119 +11,146 @@ from typing import ClassVar
 import numpy as np
 
 from runtimes.errors import InputError
-from runtimes.schedulers.multistep import MultistepRun, MultistepSettings
-from runtimes.schedulers.settings import WHERE, required
-from runtimes.schedulers.sigmas import Float32
+from runtimes.schedulers import sigmas
+from runtimes.schedulers.dpm_update import ALGORITHMS, Update, differences, multistep_update
+from runtimes.schedulers.multistep import LambdaRun, MultistepSettings, order_in_memory
+from runtimes.schedulers.prediction import EPSILON
+from runtimes.schedulers.protocol import Timesteps
+from runtimes.schedulers.settings import FLOW, FLOW_INERT, WHERE, not_finite
+from runtimes.schedulers.sigmas import Float32, Float64
+
+# Of what diffusers takes as `variance_type`, learned variances mean a model with outputs of their own.
+NOT_LEARNED = (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DpmSolverPP(MultistepSettings):
-    """DPM-Solver++ with the keys and defaults of diffusers' DPMSolverMultistepScheduler."""
+class DpmSolverSettings(MultistepSettings):
+    """The keys that the multistep and the singlestep method share."""
 
-    unsupported: ClassVar[Mapping[str, object]] = MappingProxyType(
-        {
-            "thresholding": False,
-            "use_beta_sigmas": False,
-            "use_lu_lambdas": False,
-            "use_flow_sigmas": False,
-            "use_dynamic_shifting": False,
-            "variance_type": None,
-        }
-    )
-    # deis is read as dpmsolver++, as diffusers does; the older dpmsolver in noise prediction is not implemented.
+    # deis is read as dpmsolver++, as diffusers does.
     choices: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType(
-        {**MultistepSettings.choices, "algorithm_type": ("dpmsolver++", "sde-dpmsolver++", "deis")}
+        {**MultistepSettings.choices, "algorithm_type": (*ALGORITHMS, "deis")}
     )
+    unsupported: ClassVar[Mapping[str, tuple[object, ...]]] = MappingProxyType({**FLOW, "variance_type": NOT_LEARNED})
+    inert: ClassVar[frozenset[str]] = FLOW_INERT | {"use_dynamic_shifting"}  # it needs a `mu`, which pipelines pass
 
     algorithm_type: str = "dpmsolver++"
     solver_type: str = "midpoint"
-    euler_at_final: bool = False
     lambda_min_clipped: float = -math.inf
 
     def __post_init__(self) -> None:
-        """Refuse what the method does not do."""
+        """Refuse what diffusers refuses."""
         super().__post_init__()
-        if self.stochastic and self.solver_order > 2:
-            # diffusers' third-order SDE update has a sign error: its last coefficient tends to -1, not 0, with h.
-            raise InputError("sde-dpmsolver++ is implemented to order 2", where=WHERE, fix="set solver_order to 2")
+        if self.predicts_noise and self.final_sigmas_type == "zero":
+            raise InputError(
+                f"final_sigmas_type = 'zero' is not finite with algorithm_type = {self.algorithm_type!r}",
+                where=WHERE,
+                fix="set final_sigmas_type to sigma_min or algorithm_type to dpmsolver++",
+            )
 
-    def start(self, steps: int, strength: float = 1.0, eta: float = 0.0) -> DpmSolverPPRun:
-        """Begin a run; see `protocol.Scheduler.start`."""
-        return DpmSolverPPRun(self, steps, self.check_start(steps, strength, eta))
+    @property
+    def algorithm(self) -> str:
+        """One of `dpm_update.ALGORITHMS`."""
+        return "dpmsolver++" if self.algorithm_type == "deis" else self.algorithm_type
+
+    @property
+    def predicts_noise(self) -> bool:
+        """Whether the memory holds noise in place of clean samples."""
+        return self.algorithm in ("dpmsolver", "sde-dpmsolver")
 
     @property
     def stochastic(self) -> bool:
         """Whether the SDE is solved, with fresh noise at each step."""
-        return self.algorithm_type == "sde-dpmsolver++"
+        return self.algorithm.startswith("sde-")
 
     @property
     def last_timestep(self) -> int:
-        """Training timesteps with lambda below lambda_min_clipped are left out: the cosine schedule needs it."""
-        lambdas = -np.log(self.training_sigmas[::-1])
-        return self.num_train_timesteps - int(np.searchsorted(lambdas, self.lambda_min_clipped))
+        """Training timesteps with lambda below lambda_min_clipped are left out."""
+        return self.num_train_timesteps - self.clipped_timesteps(self.lambda_min_clipped)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DpmSolverPP(DpmSolverSettings):
+    """DPM-Solver, multistep, with the keys and defaults of diffusers' DPMSolverMultistepScheduler."""
+
+    euler_at_final: bool = False
+    use_lu_lambdas: bool = False
 
     @property
-    def rounds_karras(self) -> bool:
-        """As diffusers, the cosine schedule excepted."""
-        return self.use_karras_sigmas and self.beta_schedule != "squaredcos_cap_v2"
+    def spreads(self) -> bool:
+        """Lu's lambdas are a formula too."""
+        return super().spreads or self.use_lu_lambdas
+
+    def spread(self, levels: Float64 | Float32, steps: int) -> Float64:
+        """Karras' before Lu's, and the others after."""
+        if self.use_lu_lambdas and not self.use_karras_sigmas:
+            return sigmas.lu_sigmas(self.training_sigmas, steps)
+        return super().spread(levels, steps)
+
+    def rounded(self, timesteps: Float64) -> Timesteps:
+        """As diffusers: Karras' and Lu's to the nearest, the cosine schedule excepted."""
+        nearest = (self.use_karras_sigmas or self.use_lu_lambdas) and self.beta_schedule != "squaredcos_cap_v2"
+        return (timesteps.round() if nearest else timesteps).astype(np.int64)
+
+    def _run(self, steps: int, first: int, eta: float) -> DpmSolverPPRun:
+        return DpmSolverPPRun(self, steps, first)
 
 
-class DpmSolverPPRun(MultistepRun):
-    """One run of DPM-Solver++."""
+class DpmSolverRun(LambdaRun):
+    """What the multistep and the singlestep method share."""
 
-    def __init__(self, scheduler: DpmSolverPP, steps: int, first: int) -> None:
+    def __init__(self, settings: DpmSolverSettings, steps: int, first: int) -> None:
         """Leave out the `first` of `steps` steps."""
-        super().__init__(scheduler, steps, first)
-        self._scheduler = scheduler
+        super().__init__(settings, steps, first, memory=3)
+        self._solver = settings
+        self._updates: list[Update] = []
 
     def needs_noise(self, i: int) -> bool:
         """Every step of the SDE but one to the clean sample."""
-        return self._scheduler.stochastic and self._sigmas[i + 1] > 0
+        return self._solver.stochastic and bool(self._points[i + 1].sigma > 0)
+
+    def _check_finite(self) -> None:
+        """Refuse coefficients that are not numbers, but those of a step of no length, which changes nothing."""
+        for i, update in enumerate(self._updates):
+            if not update.usable(self._stands(i)):
+                raise not_finite(len(self.timesteps), i)
+
+    def _stands(self, i: int) -> bool:
+        """Whether step i has no length: karras sigmas with final_sigmas_type sigma_min end with one."""
+        return bool(self._points[i + 1].lam == self._points[i].lam)
+
+    def _converted(self, model_output: Float32, i: int, sample: Float32) -> Float32:
+        """The clean sample or the noise, whichever the algorithm remembers."""
+        config = self._solver
+        if not config.predicts_noise:
+            return self._original(model_output, i, sample)
+        epsilon = self._epsilon(model_output, i, sample)
+        if not config.thresholding:
+            return epsilon
+        point = self._points[i]
+        original = self._original(epsilon if config.prediction_type == EPSILON else model_output, i, sample)
+        return np.asarray((sample - point.alpha * original) / point.sigma)
+
+
+class DpmSolverPPRun(DpmSolverRun):
+    """One run of the multistep method."""
+
+    def __init__(self, settings: DpmSolverPP, steps: int, first: int) -> None:
+        """Leave out the `first` of `steps` steps."""
+        super().__init__(settings, steps, first)
+        heun = settings.solver_type == "heun"
+        ends_first = settings.euler_at_final or settings.final_sigmas_type == "zero"
+        count = len(self.timesteps)
+        for i in range(count):
+            order = order_in_memory(settings, i, count - i, self._total, ends_first=ends_first)
+            self._updates.append(multistep_update(settings.algorithm, heun, order, self._points[max(i - 2, 0) : i + 2]))
+        self._check_finite()
 
     def step(self, model_output: Float32, i: int, sample: Float32, noise: Float32 | None = None) -> Float32:
         """One step from lambda_i to lambda_{i+1}: eq. 8 of the paper with k = order; the SDE doubles h."""
         self._in_order(i)
-        self._remember(self._original(model_output, i, sample))
-        h = self._lambdas[i + 1] - self._lambdas[i]
-        if h == 0:
+        self._remember(self._converted(model_output, i, sample))
+        if self._stands(i):
             return sample
-        span = 2 * h if self._scheduler.stochastic else h
-        alpha, phi = self._alphas[i + 1], math.expm1(-span)
-        kept = math.exp(-h) if self._scheduler.stochastic else 1.0
-        ratio = alpha * self._sigmas[i + 1] / (self._alphas[i] * self._sigmas[i])
-        previous: Float32 = kept * ratio * sample - alpha * phi * self._originals[-1]
-        for weight, derivative in zip(self._weights(i, span, phi), self._derivatives(i, h), strict=True):
-            previous = previous + alpha * weight * derivative
-        if not self.needs_noise(i):
-            return previous
-        return previous + alpha * self._sigmas[i + 1] * math.sqrt(-math.expm1(-2 * h)) * required(noise)
-
-    def _order(self, i: int) -> int:
-        """Lower at the start for want of a memory, and at the end for stability in few steps."""
-        config, left = self._scheduler, self._total - self._first - i
-        few = config.lower_order_final and self._total < 15
-        if left == 1 and (config.euler_at_final or few or config.final_sigmas_type == "zero"):
-            return 1
-        return min(config.solver_order, i + 1, left if few else config.solver_order)
-
-    def _derivatives(self, i: int, h: float) -> list[Float32]:
-        """Finite differences of x_0 in lambda, times h and h^2: as many as the order, less one."""
-        order = self._order(i)
-        if order == 1:
-            return []
-        newest = self._originals[::-1]
-        h_0 = self._lambdas[i] - self._lambdas[i - 1]
-        near: Float32 = (h / h_0) * (newest[0] - newest[1])
-        if order == 2:
-            return [near]
-        h_1 = self._lambdas[i - 1] - self._lambdas[i - 2]
-        bend: Float32 = near - (h / h_1) * (newest[1] - newest[2])
-        return [near + (h_0 / (h_0 + h_1)) * bend, (h / (h_0 + h_1)) * bend]
-
-    def _weights(self, i: int, span: float, phi: float) -> list[float]:
-        order = self._order(i)
-        if order == 1:
-            return []
-        if order == 2 and self._scheduler.solver_type != "heun":
-            return [-0.5 * phi]
-        return [phi / span + 1, -((phi + span) / span**2 - 0.5)][: order - 1]
+        update = self._updates[i]
+        return update(sample, differences(self._outputs, update.ratios), noise)

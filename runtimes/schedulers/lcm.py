@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from runtimes.errors import InputError
-from runtimes.schedulers.prediction import to_original
-from runtimes.schedulers.settings import WHERE, RunBase, Settings, required
+from runtimes.schedulers.prediction import limited, to_original
+from runtimes.schedulers.run import RunBase, required
+from runtimes.schedulers.settings import WHERE, ThresholdSettings
 from runtimes.schedulers.sigmas import Float32
 
 # Standard deviation of the data that the boundary condition f(x, 0) = x is scaled by.
@@ -21,28 +20,19 @@ SIGMA_DATA = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lcm(Settings):
-    """Consistency sampling with the keys and defaults of diffusers' LCMScheduler, which has its own spacing."""
+class DistilledSettings(ThresholdSettings):
+    """The keys and defaults of diffusers' LCMScheduler and TCDScheduler, which have a spacing of their own."""
 
-    unsupported: ClassVar[Mapping[str, object]] = MappingProxyType({"thresholding": False})
+    # Never looked at: the spacing is the distillation's, and its last timestep is not below 0.
+    inert: ClassVar[frozenset[str]] = frozenset({"timestep_spacing", "steps_offset", "set_alpha_to_one"})
+    foreign: ClassVar[frozenset[str]] = frozenset({"timestep_spacing", "steps_offset"})
 
     beta_start: float = 0.00085
     beta_end: float = 0.012
     beta_schedule: str = "scaled_linear"
-    timestep_spacing: str = "leading"
     original_inference_steps: int = 50
-    clip_sample: bool = False
-    clip_sample_range: float = 1.0
-    timestep_scaling: float = 10.0
 
-    def start(self, steps: int, strength: float = 1.0, eta: float = 0.0) -> LcmRun:
-        """Begin a run; see `protocol.Scheduler.start`."""
-        first = self.check_start(steps, strength, eta)
-        timesteps = self._distilled_timesteps(steps)
-        self.check_indices(timesteps)
-        return LcmRun(self, timesteps[first:])
-
-    def _distilled_timesteps(self, steps: int) -> npt.NDArray[np.int64]:
+    def distilled_timesteps(self, steps: int) -> npt.NDArray[np.int64]:
         """Evenly chosen from the timesteps of the distillation, highest first: (steps,) int64."""
         original = self.original_inference_steps
         if not 1 <= original <= self.num_train_timesteps:
@@ -57,13 +47,27 @@ class Lcm(Settings):
         return distilled[np.floor(np.linspace(0, original, num=steps, endpoint=False)).astype(np.int64)]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Lcm(DistilledSettings):
+    """Consistency sampling."""
+
+    clip_sample: bool = False
+    clip_sample_range: float = 1.0
+    timestep_scaling: float = 10.0
+
+    def _run(self, steps: int, first: int, eta: float) -> LcmRun:
+        return LcmRun(self, self.distilled_timesteps(steps), first)
+
+
 class LcmRun(RunBase):
     """One run of consistency sampling."""
 
-    def __init__(self, scheduler: Lcm, timesteps: npt.NDArray[np.int64]) -> None:
-        """Take the steps at `timesteps`, (n,) int64 descending."""
-        super().__init__(timesteps, [scheduler.levels(int(t)) for t in timesteps])
+    def __init__(self, scheduler: Lcm, timesteps: npt.NDArray[np.int64], first: int) -> None:
+        """Take the steps at `timesteps`, (n,) int64 descending, but the `first` of them."""
+        clips = scheduler.clip_sample and not scheduler.thresholding
+        super().__init__(*scheduler.visited(timesteps, first, clips=clips))
         self._scheduler = scheduler
+        self._clip = scheduler.clip_sample_range if scheduler.clip_sample else None
 
     def needs_noise(self, i: int) -> bool:
         """Every step but the last."""
@@ -75,13 +79,12 @@ class LcmRun(RunBase):
         Song et al., Consistency Models, arXiv 2303.01469, eq. 5 and Algorithm 1.
         """
         config, timestep = self._scheduler, int(self.timesteps[i])
-        original = to_original(config.prediction_type, model_output, sample, *config.levels(timestep))
-        if config.clip_sample:
-            original = np.clip(original, -config.clip_sample_range, config.clip_sample_range)
+        original = to_original(config.prediction_type, model_output, sample, *self._levels[i])
+        original = limited(config, original, self._clip)
         scaled = timestep * config.timestep_scaling
         denoised = scaled / math.hypot(scaled, SIGMA_DATA) * original
         denoised = denoised + SIGMA_DATA**2 / (scaled**2 + SIGMA_DATA**2) * sample
         if not self.needs_noise(i):
             return denoised
-        alpha, sigma = config.levels(int(self.timesteps[i + 1]))
+        alpha, sigma = self._levels[i + 1]
         return alpha * denoised + sigma * required(noise)

@@ -1,111 +1,147 @@
-"""What DPM-Solver++ and UniPC share: their schedules of noise levels, and the frame of a run with a memory.
+"""What the solvers in lambda share: their schedules of noise levels, and the frame of a run with a memory.
 
-Both solve the diffusion ODE in lambda = log(alpha / sigma) = -log(noise-to-signal ratio).
+They solve the diffusion ODE or SDE in lambda = log(alpha / sigma) = -log(noise-to-signal ratio).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import numpy as np
 
 from runtimes.errors import InputError
 from runtimes.schedulers import sigmas
-from runtimes.schedulers.prediction import to_original
+from runtimes.schedulers.prediction import limited, to_epsilon, to_original
 from runtimes.schedulers.protocol import Timesteps
-from runtimes.schedulers.settings import WHERE, RunBase, Settings
+from runtimes.schedulers.rounding import log, root
+from runtimes.schedulers.run import RunBase
+from runtimes.schedulers.settings import WHERE, SpreadSettings, ThresholdSettings
 from runtimes.schedulers.sigmas import Float32, Float64
+
+SOLVER_TYPES = ("midpoint", "heun", "logrho", "bh1", "bh2")
 
 
 @dataclass(frozen=True, kw_only=True)
-class MultistepSettings(Settings):
-    """The keys that both methods read."""
+class LambdaSettings(SpreadSettings, ThresholdSettings):
+    """The keys that all of these methods read, and the schedule that they make."""
 
-    # Each class accepts the other's solver_type and takes its own default for it, as diffusers does.
-    choices: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType(
-        {"solver_type": ("midpoint", "heun", "logrho", "bh1", "bh2")}
-    )
-
-    solver_order: int = 2
-    lower_order_final: bool = True
-    use_karras_sigmas: bool = False
-    use_exponential_sigmas: bool = False
-    sigma_min: float | None = None
-    sigma_max: float | None = None
     final_sigmas_type: str = "zero"
-
-    def __post_init__(self) -> None:
-        """Refuse what neither method does."""
-        super().__post_init__()
-        if not 1 <= self.solver_order <= 3:
-            raise InputError(f"solver_order = {self.solver_order} is not 1, 2 or 3", where=WHERE, fix="2 is usual")
 
     @property
     def last_timestep(self) -> int:
         """One more than the highest training timestep used."""
         return self.num_train_timesteps
 
-    def schedule(self, steps: int) -> tuple[Timesteps, Float64]:
-        """Timesteps (n,) int64 and noise levels (n + 1,) float64, the last being where the run ends."""
-        table = self.training_sigmas
-        spread = self.spread(steps)
-        if spread is None:
+    def schedule(self, steps: int) -> tuple[Timesteps, Float32]:
+        """Timesteps (n,) int64 and noise levels (n + 1,) float32, the last being where the run ends."""
+        if self.spreads:
+            levels = self.spread(self.training_sigmas[::-1], steps)
+            timesteps = self.rounded(sigmas.timesteps_of(levels, self.training_sigmas))
+        else:
             timesteps = sigmas.multistep_timesteps(
                 self.timestep_spacing, steps, self.num_train_timesteps, self.steps_offset, self.last_timestep
             )
-            levels = sigmas.interpolated_sigmas(timesteps, table)
-        else:
-            levels = spread
-            fractional = sigmas.timesteps_of(levels, table)
-            timesteps = (fractional.round() if self.rounds_karras else fractional).astype(np.int64)
-        if np.any(np.diff(levels) >= 0):
-            raise InputError(f"{steps} steps repeat a noise level", where="steps", fix="take fewer steps")
-        return timesteps, np.append(levels, 0.0 if self.final_sigmas_type == "zero" else self.final_sigma(levels))
+            if len(timesteps) == 0:
+                raise InputError(f"lambda_min_clipped leaves none of {steps} steps", where=WHERE, fix="lower it")
+            levels = sigmas.interpolated_sigmas(timesteps, self.training_sigmas)
+        return timesteps, np.append(levels, self.final_sigma(levels)).astype(np.float32)
 
-    def spread(self, steps: int) -> Float64 | None:
-        """Noise levels chosen by formula, (steps,) float64, or None where they follow the timesteps."""
-        high, low = float(self.training_sigmas[-1]), float(self.training_sigmas[0])
-        if self.use_karras_sigmas:
-            return sigmas.karras_sigmas(self.sigma_max or high, self.sigma_min or low, steps)
-        if self.use_exponential_sigmas:
-            return sigmas.exponential_sigmas(self.sigma_max or high, self.sigma_min or low, steps)
-        return None
-
-    @property
-    def rounds_karras(self) -> bool:
-        """Whether timesteps found from noise levels are rounded to nearest; if not, they are cut off."""
-        return self.use_karras_sigmas
+    def rounded(self, timesteps: Float64) -> Timesteps:
+        """Whole timesteps of levels that a formula chose: Karras' to the nearest, the others' cut off, as diffusers."""
+        return (timesteps.round() if self.use_karras_sigmas else timesteps).astype(np.int64)
 
     def final_sigma(self, levels: Float64) -> float:
-        """Where a run with final_sigmas_type "sigma_min" ends."""
-        return float(self.training_sigmas[0])
+        """Where a run that visits `levels` ends."""
+        return 0.0 if self.final_sigmas_type == "zero" else float(self.training_sigmas[0])
+
+    def clipped_timesteps(self, lambda_min: float) -> int:
+        """How many training timesteps have a lambda below `lambda_min`: the cosine schedule cannot do with them."""
+        return int(np.searchsorted(-np.log(self.training_sigmas[::-1]), lambda_min))
 
 
-class MultistepRun(RunBase):
-    """A run that remembers the last predictions of x_0, newest last."""
+@dataclass(frozen=True, kw_only=True)
+class MultistepSettings(LambdaSettings):
+    """The keys of the solvers whose order can be chosen."""
 
-    def __init__(self, scheduler: MultistepSettings, steps: int, first: int) -> None:
-        """Leave out the `first` of `steps` steps."""
-        timesteps, levels = scheduler.schedule(steps)
-        if first >= len(timesteps):
-            raise InputError("strength leaves no step of this schedule", where="strength", fix="raise it")
-        self._sigmas = [float(level) for level in levels[first:].astype(np.float32)]
-        self._alphas = [1 / math.hypot(sigma, 1) for sigma in self._sigmas]
-        self._lambdas = [-math.log(sigma) if sigma > 0 else math.inf for sigma in self._sigmas]
-        levels_of_steps = [(a, a * s) for a, s in zip(self._alphas[:-1], self._sigmas[:-1], strict=True)]
-        super().__init__(timesteps[first:], levels_of_steps)
-        self._kind = scheduler.prediction_type
+    # Each class accepts the other's solver_type and takes its own default for it, as diffusers does.
+    choices: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType({"solver_type": SOLVER_TYPES})
+
+    solver_order: int = 2
+    lower_order_final: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse an order below 1."""
+        super().__post_init__()
+        if self.solver_order < 1:
+            raise InputError(f"solver_order = {self.solver_order} is not 1, 2 or 3", where=WHERE, fix="2 is usual")
+
+
+@dataclass(frozen=True)
+class Point:
+    """A noise level: signal, noise, and lambda = log(alpha / sigma), infinite without noise."""
+
+    alpha: np.float32
+    sigma: np.float32
+    lam: np.float32
+
+    @classmethod
+    def of(cls, ratio: np.float32) -> Point:
+        """The point with a noise-to-signal ratio, in variance-preserving form."""
+        alpha = np.float32(1) / root(ratio**2 + np.float32(1))
+        sigma = ratio * alpha
+        return cls(alpha, sigma, log(alpha) - log(sigma))
+
+
+class LambdaRun(RunBase):
+    """A run that remembers the last model outputs, converted, newest last."""
+
+    def __init__(self, settings: LambdaSettings, steps: int, first: int, memory: int) -> None:
+        """Leave out the `first` of `steps` steps; remember `memory` outputs."""
+        timesteps, levels = settings.schedule(steps)
+        points = [Point.of(level) for level in levels]
+        super().__init__(timesteps, [(p.alpha, p.sigma) for p in points[:-1]], first)
+        self._points = points[first:]
+        self._settings = settings
         self._first, self._total = first, len(timesteps)
-        self._memory = scheduler.solver_order
-        self._originals: list[Float32] = []
+        self._memory = memory
+        self._outputs: list[Float32] = []
 
     def _original(self, model_output: Float32, i: int, sample: Float32) -> Float32:
-        alpha = self._alphas[i]
-        return to_original(self._kind, model_output, sample, alpha, alpha * self._sigmas[i])
+        """x_0, thresholded if the settings say so."""
+        kind, point = self._settings.prediction_type, self._points[i]
+        return limited(self._settings, to_original(kind, model_output, sample, point.alpha, point.sigma))
 
-    def _remember(self, original: Float32) -> None:
-        self._originals = [*self._originals, original][-self._memory :]
+    def _epsilon(self, model_output: Float32, i: int, sample: Float32) -> Float32:
+        """The noise."""
+        point = self._points[i]
+        return to_epsilon(self._settings.prediction_type, model_output, sample, point.alpha, point.sigma)
+
+    def _remember(self, output: Float32) -> None:
+        self._outputs = [*self._outputs, output][-self._memory :]
+
+
+class _Orders(Protocol):
+    @property
+    def solver_order(self) -> int: ...
+
+    @property
+    def lower_order_final(self) -> bool: ...
+
+
+def order_in_memory(settings: _Orders, i: int, left: int, total: int, *, ends_first: bool) -> int:
+    """Order of step i: lower at the start for want of a memory, and at the end for stability in few steps.
+
+    Args:
+        settings: give the largest order; 3 at most.
+        i: steps taken before.
+        left: steps to take, this one included.
+        total: steps of the whole schedule.
+        ends_first: whether the last step is of order 1 however many steps there are.
+    """
+    few = settings.lower_order_final and total < 15
+    if left == 1 and (few or ends_first):
+        return 1
+    return min(settings.solver_order, 3, i + 1, max(left, 2) if few else 3)

@@ -13,9 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from runtimes.errors import InputError
-from runtimes.schedulers.prediction import to_epsilon
-from runtimes.schedulers.settings import RunBase, Settings, levels_of
-from runtimes.schedulers.sigmas import Float32, root
+from runtimes.schedulers.prediction import EPSILON, V_PREDICTION, to_epsilon
+from runtimes.schedulers.rounding import root
+from runtimes.schedulers.run import RunBase, levels_of
+from runtimes.schedulers.settings import Settings
+from runtimes.schedulers.sigmas import Float32
 
 RUNGE_KUTTA_CALLS = 12
 
@@ -24,50 +26,54 @@ RUNGE_KUTTA_CALLS = 12
 class Pndm(Settings):
     """PNDM with the keys and defaults of diffusers' PNDMScheduler."""
 
-    predictions: ClassVar[tuple[str, ...]] = ("epsilon", "v_prediction")
+    predictions: ClassVar[tuple[str, ...]] = (EPSILON, V_PREDICTION)
     foreign: ClassVar[frozenset[str]] = frozenset({"rescale_betas_zero_snr"})
 
     timestep_spacing: str = "leading"
     skip_prk_steps: bool = False
     set_alpha_to_one: bool = False
 
-    def start(self, steps: int, strength: float = 1.0, eta: float = 0.0) -> PndmRun:
-        """Begin a run; see `protocol.Scheduler.start`. It has a timestep for each model call: more than `steps`."""
-        first = self.check_start(steps, strength, eta)
-        if not self.skip_prk_steps and (first > 0 or steps < 4):
+    def _run(self, steps: int, first: int, eta: float) -> PndmRun:
+        if not self.skip_prk_steps and steps < 4:
             raise InputError(
-                "Runge-Kutta steps need 4 steps or more and strength 1", where="pndm", fix="set skip_prk_steps to true"
+                f"{steps} steps, and Runge-Kutta needs 4 or more", where="steps", fix="set skip_prk_steps to true"
             )
-        timesteps = self.whole_timesteps(steps).astype(np.int64)
-        if self.skip_prk_steps:
-            timesteps = np.concatenate([timesteps[:1], timesteps[1:2], timesteps[1:]])
-        else:
-            timesteps = np.concatenate([self._runge_kutta_timesteps(timesteps), timesteps[3:]])
-        return PndmRun(self, timesteps[first:], self.num_train_timesteps // steps)
+        return PndmRun(self, self.calls(steps), first, self.num_train_timesteps // steps)
 
-    def _runge_kutta_timesteps(self, timesteps: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """t, t - h/2, t - h/2, t - h for each of the first three steps of length h: (12,) int64."""
-        half = self.num_train_timesteps // len(timesteps) // 2
+    def calls(self, steps: int) -> npt.NDArray[np.int64]:
+        """The timestep of each model call: more than `steps`."""
+        timesteps = self.whole_timesteps(steps)
+        if self.skip_prk_steps:
+            return np.concatenate([timesteps[:1], timesteps[1:2], timesteps[1:]])
+        half = self.num_train_timesteps // steps // 2
+        # t, t - h/2, t - h/2, t - h for each of the first three steps of length h
         points = [(timesteps[k], timesteps[k + 1] + half, timesteps[k + 1] + half, timesteps[k + 1]) for k in range(3)]
-        return np.array(points, dtype=np.int64).ravel()
+        return np.concatenate([np.array(points, dtype=np.int64).ravel(), timesteps[3:]])
 
 
 class PndmRun(RunBase):
     """One run of PNDM."""
 
-    def __init__(self, scheduler: Pndm, timesteps: npt.NDArray[np.int64], stride: int) -> None:
-        """Call the model at `timesteps`; a step spans `stride` of them."""
-        super().__init__(timesteps, [scheduler.levels(int(t)) for t in timesteps])
-        self._scheduler = scheduler
-        self._stride = stride
+    def __init__(self, scheduler: Pndm, calls: npt.NDArray[np.int64], first: int, stride: int) -> None:
+        """Call the model at `calls` but the `first` of them; a step spans `stride` timesteps.
+
+        Raises:
+            InputError: a step would start outside the training schedule.
+        """
+        super().__init__(*scheduler.visited(calls, first))
+        self._scheduler, self._stride = scheduler, stride
+        # Image to image has fewer calls, and diffusers' Runge-Kutta steps start where those of the whole schedule do.
+        self._starts = calls[: 0 if scheduler.skip_prk_steps else RUNGE_KUTTA_CALLS : 4]
         self._outputs: list[Float32] = []  # newest last, four at most
         self._sum: Float32 | None = None
         self._held: Float32 | None = None  # the sample that a step of several model calls started from
+        again = self.timesteps[1:2] + stride if scheduler.skip_prk_steps else self._starts
+        scheduler.check_indices(np.concatenate([calls[first:], again]))
 
     def step(self, model_output: Float32, i: int, sample: Float32, noise: Float32 | None = None) -> Float32:
         """One model call: a quarter of a Runge-Kutta step, or a step of the linear multistep method."""
         self._in_order(i)
-        if not self._scheduler.skip_prk_steps and i < RUNGE_KUTTA_CALLS:
+        if i < 4 * len(self._starts):
             return self._runge_kutta(model_output, i, sample)
         return self._linear_multistep(model_output, i, sample)
 
@@ -81,7 +87,7 @@ class PndmRun(RunBase):
             self._outputs.append(model_output)
         slope = self._sum if stage == 3 else model_output
         target = int(self.timesteps[i]) - (0 if i % 2 else self._stride // 2)
-        return self._transfer(self._held, int(self.timesteps[i - stage]), target, slope)
+        return self._transfer(self._held, int(self._starts[i // 4]), target, slope)
 
     def _linear_multistep(self, model_output: Float32, i: int, sample: Float32) -> Float32:
         """Eq. 12 of the paper, with lower orders while fewer than four outputs are known."""
@@ -93,16 +99,16 @@ class PndmRun(RunBase):
         if i == 0:
             self._held = sample
         self._outputs = [*self._outputs[-3:], model_output]
-        return self._transfer(sample, timestep, timestep - self._stride, _adams_bashforth(self._outputs))
+        return self._transfer(sample, timestep, timestep - self._stride, adams_bashforth(self._outputs))
 
     def _transfer(self, sample: Float32, timestep: int, target: int, model_output: Float32) -> Float32:
         """Eq. 9 of the paper: x at `target` from x and the model's output at `timestep`.
 
         In float32 and diffusers' order, since the two terms cancel where `now` is small.
         """
-        now, after = np.float32(self._scheduler.alphas_cumprod[timestep]), self._signal(target)
-        epsilon = to_epsilon(self._scheduler.prediction_type, model_output, sample, *levels_of(float(now)))
-        scale = now * root(1 - after) + root(now * (1 - now) * after)
+        now, after, one = np.float32(self._scheduler.alphas_cumprod[timestep]), self._signal(target), np.float32(1)
+        epsilon = to_epsilon(self._scheduler.prediction_type, model_output, sample, *levels_of(now))
+        scale = now * root(one - after) + root(now * (one - now) * after)
         moved = np.asarray((after - now) * epsilon / scale, dtype=np.float32)
         return root(after / now) * sample - moved
 
@@ -112,7 +118,7 @@ class PndmRun(RunBase):
         return np.float32(self._scheduler.alphas_cumprod[max(timestep, 0)])
 
 
-def _adams_bashforth(outputs: list[Float32]) -> Float32:
+def adams_bashforth(outputs: list[Float32]) -> Float32:
     """Extrapolated slope from one to four outputs, newest last."""
     newest = outputs[::-1]
     if len(newest) == 1:

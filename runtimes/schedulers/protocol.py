@@ -27,7 +27,8 @@ class Run(Protocol):
 
     @property
     def timesteps(self) -> Timesteps:
-        """What the U-Net is told at each step: (n,) descending, float32 for the Euler methods and int64 for others."""
+        """What the U-Net is told at each step: (n,), one for each model call; float32 where the
+        method follows noise levels, int64 where it follows the training schedule."""
         ...
 
     @property
@@ -73,13 +74,22 @@ class Scheduler(Protocol):
         """What the U-Net predicts: epsilon, v_prediction or sample."""
         ...
 
-    def start(self, steps: int, strength: float = 1.0, eta: float = 0.0) -> Run:
+    @property
+    def order(self) -> int:
+        """Model calls of a step, 1 or 2; the last step always takes one. PNDM counts as 1, as in diffusers."""
+        ...
+
+    def start(self, steps: int, strength: float = 1.0, eta: float = 0.0, *, skip: int | None = None) -> Run:
         """Begin a run.
 
         Args:
             steps: length of the whole schedule, 1 to num_train_timesteps.
             strength: share of the schedule that is run, in (0, 1]; below 1 for image to image, as
                 StableDiffusionImg2ImgPipeline.get_timesteps cuts it.
-            eta: DDIM's share of fresh noise, 0 (deterministic) to 1 (DDPM); 0 for every other method.
+            eta: DDIM's share of fresh noise, 0 (deterministic) to 1 (DDPM), or TCD's gamma; 0 for every other method.
+            skip: timesteps left out at the head, in place of those that `strength` leaves out; a multiple of `order`.
+
+        Raises:
+            InputError: an argument is out of range, or the schedule of so many steps cannot be run.
         """
         ...

@@ -81,6 +81,24 @@ def test_only_what_is_below_float32_is_looked_at_and_work_counts_multiplications
     assert noise["conv_in/Conv"].macs == 2 * SIZE * SIZE * CHANNELS * 4 * 9
 
 
+def test_tensors_without_a_type_that_put_shapes_together_are_not_taken_for_signals(tmp_path):
+    """An optimized graph does not type every tensor; in Stable Diffusion XL's a Concat of sizes is among these."""
+    node = onnx.helper.make_node
+    weight = onnx.numpy_helper.from_array(np.eye(4, dtype=np.float32), "w")
+    graph = onnx.helper.make_graph(
+        [node("MatMul", ["x", "w"], ["y"], name="layer"), node("Shape", ["y"], ["rows"], end=1),
+         node("Concat", ["rows", "four"], ["shape"], axis=0), node("Add", ["y", "x"], ["sum"]),
+         node("Reshape", ["sum", "shape"], ["out"])], "g",
+        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["n", 4])],
+        [onnx.helper.make_tensor_value_info("out", onnx.TensorProto.FLOAT, None)],
+        [weight, onnx.numpy_helper.from_array(np.array([4], np.int64), "four")])
+    file = tmp_path / "m.onnx"
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10), file)
+    feeds = {"x": np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4)}
+    noise = predict_noise(file, {"layer": WEIGHT}, {}, SCHEME, lambda: [feeds])
+    assert math.isfinite(noise["layer"].errors[WEIGHT])
+
+
 def test_the_fewest_layers_that_halve_the_error_leave_the_integers(graph):
     start = {**STARTED, "conv_in/Conv": FLOAT}
     relief = relieve(graph, start, ranges_of(graph), SCHEME, lambda: calls(2))

@@ -40,7 +40,8 @@ SCHEDULER = {
     "num_train_timesteps": 1000, "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1,
 }
 INDEX = {
-    "_class_name": "StableDiffusionPipeline", "scheduler": ["diffusers", "PNDMScheduler"],
+    "_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.42.1",
+    "scheduler": ["diffusers", "PNDMScheduler"],
     "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
     "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
 }
@@ -144,7 +145,8 @@ def calibrate(bundle_folder: str, samples: int) -> dict[str, int]:
     components = {**opened.manifest.components, "unet": replace(unet, axes=axes)}
     small = replace(opened, manifest=replace(opened.manifest, components=components))
     with measured() as recording_cost:
-        recording = record_calibration(small, plan_calibration(small.manifest, BuildSpec(calibration_samples=samples)))
+        recording = record_calibration(small, plan_calibration(small.manifest, BuildSpec(
+            precision="int8", calibration_samples=samples)))
     graph = small.file(small.component("unet").file)
     with measured() as ranges_cost:
         import onnx_ir as ir

@@ -149,36 +149,12 @@ def test_the_oldest_diffusers_names(loaded: Callable[..., Bundle], tmp_path: Pat
     assert_merged(plain, loaded(lora=(str(tmp_path / "old.safetensors"),)), wanted)
 
 
-def test_kohyas_names_of_xl_are_read_as_diffusers_reads_them() -> None:
-    from types import SimpleNamespace
-
-    from diffusers.loaders.lora_conversion_utils import _maybe_map_sgm_blocks_to_diffusers
-
-    from runtimes.lora_names import from_original
-
-    places = ["input_blocks_4_1_transformer_blocks_0_attn1_to_q", "input_blocks_8_1_proj_in",
-              "middle_block_1_transformer_blocks_9_ff_net_2", "output_blocks_0_1_transformer_blocks_0_attn2_to_out_0",
-              "output_blocks_5_1_proj_out", "input_blocks_3_0_op", "output_blocks_2_2_conv"]
-    keys = {f"lora_unet_{place}.alpha": torch.ones(()) for place in places}
-    theirs = _maybe_map_sgm_blocks_to_diffusers(dict(keys), SimpleNamespace(layers_per_block=2))
-    sides = (("input_blocks", "down_blocks"), ("middle_block", "mid_block"), ("output_blocks", "up_blocks"))
-    read = {key.removeprefix("lora_unet_").removesuffix(".alpha") for key in theirs}
-    for theirs_side, side in sides:
-        read = {key.replace(theirs_side, side) for key in read}
-    # Their mapping leaves the convolution that makes a picture smaller under its old name.
-    ours = {re.sub("downsamplers_0_conv$", "downsamplers_0_op", from_original(place, 2)) for place in places}
-    assert ours == read
-    assert from_original("input_blocks_1_0_in_layers_2", 2) == "down_blocks_0_resnets_0_conv1"
-    assert from_original("middle_block_2_out_layers_3", 2) == "mid_block_resnets_1_conv2"
-
-
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`")  # two adapters, as intended
 @pytest.mark.parametrize("write", [peft_file, kohya_file])
 def test_peft_draws_the_same_latents(
     write: Callable[..., Any], model: Path, loaded: Callable[..., Bundle], tmp_path: Path
 ) -> None:
-    """Two LoRAs with scales. `test_peft.py` runs it where PEFT is installed."""
-    pytest.importorskip("peft")
+    """Two LoRAs with scales."""
     import diffusers
 
     plain = loaded()
@@ -224,6 +200,20 @@ def test_textual_inversion_draws_as_diffusers_does(model: Path, loaded: Callable
     assert relative_l2(draw(bundle, "a cat toy in style", noise), expected.numpy()) > 0.01
     record = next(p for p in bundle.manifest.passes if p.name == "adapters").config["embedding"]
     assert [(entry["token"], entry["vectors"]) for entry in record] == [("<cat-toy>", 3), ("<style>", 1)]
+
+
+def test_a_model_whose_tokenizer_knows_more_words_than_its_text_encoder_is_refused(model: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from transformers import CLIPTokenizer
+
+    shutil.copytree(model, tmp_path / "model")
+    tokenizer = CLIPTokenizer.from_pretrained(model / "tokenizer")
+    tokenizer.add_tokens(["<cat-toy>", "<cat-toy>_1"])
+    tokenizer.save_pretrained(tmp_path / "model" / "tokenizer")
+    spec = BuildSpec(model=str(tmp_path / "model"))
+    with pytest.raises(InputError, match=r"the token '<cat-toy>_1' has id .* the text encoder's table only"):
+        load_source(open_origin(spec), spec, Cache(tmp_path / "cache"), tmp_path, Silent())
 
 
 def test_a_lora_for_another_architecture_is_refused_by_its_first_key(

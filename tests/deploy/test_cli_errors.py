@@ -116,11 +116,12 @@ def test_a_full_disk_is_said_in_one_line_and_leaves_nothing(cli: Cli, model: Pat
     monkeypatch.setattr(os, "link", full)
     assert_refused(cli("build", model), "disk is full", code=4)
     assert_nothing_left(Path.cwd())
-    assert_nothing_left(tmp_path / "cache")
+    for half_done in ("passes", "work"):  # what diffusers says of the model's configs is a whole fact and may stay
+        assert_nothing_left(tmp_path / "cache" / half_done)
 
 
 def test_a_bug_of_ours_is_exit_code_1(cli: Cli, monkeypatch):
-    monkeypatch.setattr("deploy.origin.open_source", lambda _: 1 / 0)
+    monkeypatch.setattr("deploy.origin.open_source", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         cli("build", "--dry-run")
 

@@ -79,7 +79,7 @@ def both(pair: Pair, guidance_scale: float = 4.0, *, ours: Any = None, theirs: A
     """Draw with both: extra arguments are given to one of them."""
     pipeline, reference = pair
     latents = noise(pipeline)
-    mine = pipeline(PROMPTS, negative_prompt=negatives or "", steps=steps, guidance_scale=guidance_scale,
+    mine = pipeline(PROMPTS, negative_prompt=negatives, steps=steps, guidance_scale=guidance_scale,
                     output="numpy", **{"latents": latents, **(ours or {})})
     other = reference(PROMPTS, num_inference_steps=steps, guidance_scale=guidance_scale, output_type="np",
                       **{"negative_prompt": negatives, "latents": torch.from_numpy(latents), **(theirs or {})}).images
@@ -95,6 +95,41 @@ def test_an_empty_negative_prompt_is_zeros_for_xl(pair: Callable[[str], Pair]) -
     assert_same(*both(pair("xl"), negatives=None))
     mine, other = both(pair("xl"), negatives=None, theirs={"negative_prompt": ""})
     assert psnr(mine, other) < 60  # diffusers encodes an empty string that is given
+
+
+@pytest.mark.parametrize(("family", "mode"), [
+    *((family, mode) for family in ("xl", "xl-normalized", "sd2", "sd-normalized")
+      for mode in ("text", "image", "mask")),
+    ("xl-inpaint", "mask"), ("inpaint", "mask")])
+def test_every_mode_is_drawn_with_the_defaults_of_its_diffusers_class(
+    family: str, mode: str, pair: Callable[[str], Pair]
+) -> None:
+    """Strength, guidance and normalized latents: XL's classes look at the channels' mean and deviation, SD's do not."""
+    pipeline, reference = pair(family)
+    kind = {"text": diffusers.AutoPipelineForText2Image, "image": diffusers.AutoPipelineForImage2Image,
+            "mask": diffusers.AutoPipelineForInpainting}[mode]
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)).resize((32, 32))
+    mask = Image.fromarray(np.pad(np.full((16, 16), 255, np.uint8), 8))
+    given: dict[str, Any] = {"text": {}, "image": {"image": picture}, "mask": {"image": picture, "mask": mask}}[mode]
+    theirs = {{"mask": "mask_image"}.get(key, key): value for key, value in given.items()}
+    sizes = {"height": 32, "width": 32} if mode == "mask" else {}  # else diffusers' class enlarges the image
+    mine = pipeline("a cat", seed=[5], steps=12, output="numpy", **given)
+    pipe = kind.from_pipe(reference)
+    pipe.set_progress_bar_config(disable=True)
+    other = pipe("a cat", generator=[torch.Generator().manual_seed(5)], num_inference_steps=12, output_type="np",
+                 **theirs, **sizes).images
+    assert_same(mine, other)
+
+
+def test_xl_from_an_image_is_told_the_crop_in_both_branches(pair: Callable[[str], Pair]) -> None:
+    pipeline, reference = pair("xl")
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))
+    mine = pipeline("a cat", seed=[5], steps=8, strength=0.9, image=picture, output="numpy",
+                    sizes=SizeConditions(crop=(300, 500)))
+    other = diffusers.AutoPipelineForImage2Image.from_pipe(reference)(
+        "a cat", generator=[torch.Generator().manual_seed(5)], num_inference_steps=8, strength=0.9, image=picture,
+        crops_coords_top_left=(300, 500), output_type="np").images
+    assert_same(mine, other)
 
 
 def test_xl_is_told_sizes_and_crops(pair: Callable[[str], Pair]) -> None:

@@ -144,7 +144,6 @@ def test_openvino_takes_matrices_and_refuses_convolutions(
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
 def test_peft_draws_the_same(swappable: Bundle, model: Path, lora: Callable[..., str]) -> None:
-    pytest.importorskip("peft")
     import diffusers
 
     file = Path(lora(7, 3))

@@ -15,14 +15,16 @@ from deploy.parity.proof import computes_in_16_bits, provable
 from deploy.passes import engine as engine_pass
 from deploy.passes.engine import Engine, choose_builder, component_profiles
 from deploy.passes.openvino import OpenVino
+from deploy.passes.optimize import Optimize
 from deploy.passes.precision import Precision, patterns_for
+from deploy.passes.quantize import scheme_of
 from deploy.plan import Skip, Step, Unavailable, structure
 from deploy.spec import BuildSpec
 from exporters.onnx_precision_rules import names_in
 from runtimes.bundle import Bundle, records_below, sha256_of
 from runtimes.errors import InputError
 from runtimes.session import SessionOptions
-from runtimes.session_ort import OrtSession
+from runtimes.session_ort import OrtSession, check_arithmetic
 from runtimes.tensors import Axis, ShapeRange
 from tests.runtimes.fakes import write_pipeline_bundle
 
@@ -49,6 +51,43 @@ def planned(bundle: Bundle, instance: Any, wanted: Any) -> Step:
     step = instance.plan(bundle.manifest, wanted)
     assert isinstance(step, Step), step
     return step
+
+
+# ---- onnxruntime on a GPU ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("device", "mode"), [("cpu", "storage"), ("cuda", "compute"), ("tensorrt", "compute")])
+def test_float16_is_computed_in_on_a_gpu_and_only_stored_for_a_cpu(bundle, device, mode):
+    assert planned(bundle, Precision(), spec("onnxruntime", "fp16", device=device)).config["mode"] == mode
+
+
+def test_graphs_for_a_gpu_have_none_of_the_fusions_for_cpus_and_symmetric_integers(bundle):
+    step = planned(bundle, Optimize(), spec("onnxruntime", "fp16", device="cuda"))
+    assert step.config == {"target": "tensorrt"}
+    assert scheme_of(spec("onnxruntime", "int8", device="tensorrt").graph_target, "auto") == {"signed": True}
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"target": "openvino", "device": "cuda"}, "device cuda is for --target onnxruntime"),
+    ({"target": "onnxruntime", "precision": "int8", "device": "cuda"}, "int8 is not for --device cuda"),
+    ({"target": "onnxruntime", "precision": "auto", "device": "tensorrt"}, "auto is not for --device tensorrt"),
+])
+def test_a_device_that_a_build_would_not_honour_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        BuildSpec(**options)
+
+
+def test_a_float16_bundle_for_cuda_holds_float16_products_and_the_one_for_cpus_is_refused_there(bundle, tmp_path):
+    for device in ("cuda", "cpu"):
+        wanted = spec("onnxruntime", "fp16", device=device)
+        step = planned(bundle, Precision(), wanted)
+        part = Precision().run(step, "text_encoder", bundle, tmp_path / device)
+        if device == "cuda":
+            check_arithmetic(part, "cuda", "text_encoder")
+            assert computes_in_16_bits(part)
+        else:
+            with pytest.raises(InputError, match="would compute in float32"):
+                check_arithmetic(part, "cuda", "text_encoder")
 
 
 # ---- which builder ---------------------------------------------------------------------------------------------------

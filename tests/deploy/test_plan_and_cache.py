@@ -180,16 +180,17 @@ def test_a_damaged_workspace_never_belongs_to_a_running_build(tmp_path: Path):
     assert not work.exists()
 
 
-def test_a_build_ends_within_the_limit_and_takes_nothing_from_one_that_runs(bundle: Bundle, tmp_path: Path, monkeypatch):
+def test_a_build_ends_within_the_limit_and_takes_nothing_from_one_that_runs(bundle: Bundle, tmp_path: Path,
+                                                                            monkeypatch):
     monkeypatch.setenv("LDM_DEPLOY_CACHE_LIMIT", "0")
     cache = Cache(tmp_path / "cache")
     with workspace(cache.root):
         made, _ = run(Shout(), bundle, cache, tmp_path / "1")
         with workspace(cache.root):
             pass
-        assert run(Shout(), bundle, cache, tmp_path / "2")[1]["reused"] == 2, "an inner build trimmed what this one uses"
+        assert run(Shout(), bundle, cache, tmp_path / "2")[1]["reused"] == 2, "what this one uses stays"
     assert not list((cache.root / "passes").glob("[!.]*")), "nothing runs any more"
-    assert Bundle.open(made.path).file("components/vae/model.txt").read_text() == "VAE", "bundles are links, not entries"
+    assert Bundle.open(made.path).file("components/vae/model.txt").read_text() == "VAE", "a bundle needs no entry"
 
 
 def test_an_interrupted_pass_goes_on_at_the_component_it_was_in(bundle: Bundle, tmp_path: Path):

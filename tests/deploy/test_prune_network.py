@@ -67,7 +67,12 @@ def test_diffusers_loads_what_is_left_of_a_unet(network, tmp_path):
     loaded, report = UNet2DConditionModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values())
     assert loaded.num_parameters() < 0.6 * network.num_parameters()
-    assert torch.equal(run(loaded), run(smaller)) and run(loaded).shape == (2, 4, 8, 8)
+    names = smaller.state_dict()
+    assert all(torch.equal(weight, names[name]) for name, weight in loaded.state_dict().items())
+    # Equal weights in other memory promise equal results to the rounding of float32 sums, not to the bit: oneDNN picks
+    # kernels by strides and alignment, and on a processor with AMX it chose two that differ.
+    torch.testing.assert_close(run(loaded), run(smaller), rtol=1e-4, atol=1e-5)
+    assert run(loaded).shape == (2, 4, 8, 8)
 
 
 @needs_torch_pruning

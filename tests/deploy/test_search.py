@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from deploy import console
+from calibration.ranges import Scheme
+from deploy import console, quantization
 from deploy.builder import run_build
 from deploy.cache import rooted
 from deploy.parity.budgets import Budget
@@ -17,6 +19,7 @@ from deploy.search import Trial, Trials, search
 from deploy.spec import BuildSpec
 from runtimes.bundle import Bundle
 from runtimes.errors import ParityError
+from tests.runtimes.fakes import AFFINE, affine_bundle
 
 
 class FakeTrials(Trials):
@@ -106,6 +109,45 @@ def test_the_front_of_a_bundle_is_shown(tmp_path: Path, capsys, timed: dict[str,
     shown = capsys.readouterr().out
     assert "hybrid (chosen)" in shown and ("0.72" in shown) == bool(timed)
     assert "1 layers int8; most error in integers, predicted: conv (0.5)" in shown
+
+
+class Searched(Exception):
+    """What a search would have tried, and how."""
+
+
+@pytest.mark.parametrize("encoders", [(), ("text_encoder",), ("text_encoder", "text_encoder_2"), ("bert",)])
+def test_a_search_quantizes_whatever_else_draws_and_takes_the_methods(tmp_path: Path, monkeypatch, encoders):
+    """A model without prompts has no text encoder, Stable Diffusion XL two, and nothing says that one has that name."""
+    parts = (*encoders, "unet", "vae_decoder", "vae_encoder")
+    prepared: list[Any] = []
+    file = affine_bundle(tmp_path / "b").file(AFFINE.file)
+    source: Any = SimpleNamespace(
+        manifest=SimpleNamespace(pipeline=SimpleNamespace(text_encoders=encoders)), file=lambda _: file,
+        component=lambda name: SimpleNamespace(file={n: n for n in parts}[name]))
+    recording: Any = SimpleNamespace(calls=lambda _: iter(()), spread=lambda *_: [])
+
+    def prepare(graph: Any, methods: Any, *_: Any) -> Any:
+        prepared.append(methods)
+        return graph
+
+    monkeypatch.setattr("calibration.transforms.prepare", prepare)
+    monkeypatch.setattr("calibration.transforms.channel_means", lambda *_: prepared.append("means"))
+    monkeypatch.setattr("calibration.layers.find_layers", lambda _: [])
+    monkeypatch.setattr("calibration.noise.predict_noise", lambda *_: {})
+    monkeypatch.setattr(quantization, "find_ranges", lambda *_: ({}, {"ranges": {}}))
+    monkeypatch.setattr(quantization, "quantize_by_recipe", lambda *_: {})
+
+    def trials(source, low, budget, prompts):
+        raise Searched(sorted(low))
+
+    monkeypatch.setattr("deploy.search.Trials", trials)
+    methods = ["smoothquant", "bias-correction"]
+    config = {"recipes": dict.fromkeys(parts, "hybrid"), "keep": [], "methods": methods,
+              "search": {"budget": asdict(Budget(1, 1, 0, 0, 0)), "prompts": []}}
+    with pytest.raises(Searched) as caught:
+        quantization.search_unet(source, tmp_path / "out.onnx", config, Scheme(), recording)
+    assert caught.value.args[0] == sorted((*encoders, "vae_decoder"))
+    assert prepared == [methods, "means"]
 
 
 @pytest.mark.slow

@@ -63,7 +63,7 @@ def test_openvino_draws_what_onnxruntime_draws_in_every_mode(tiny_model: Path, b
     assert bundles[1].manifest.parity is not None and bundles[1].manifest.parity["ok"]
     pipelines = [runtimes.load(bundle.path) for bundle in bundles]
     height, width = pipelines[0].facts.height, pipelines[0].facts.width
-    picture = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    picture = np.random.default_rng(0).random((height, width, 3), np.float32)
     mask = np.zeros((height, width), np.uint8)
     mask[:, width // 2:] = 255
     modes: list[dict[str, Any]] = [{}, {"negative_prompt": "blue"}, {"image": picture, "strength": 0.7},

@@ -21,6 +21,7 @@ from deploy.report import reproduction
 from deploy.spec import BuildSpec
 from runtimes.bundle import Bundle
 from runtimes.errors import InputError, ParityError
+from runtimes.session_openvino import new_core
 from tests.deploy.conftest import Cli, assert_refused
 from tests.deploy.test_pass_quantize import exported, planned
 from tests.parity.pipelines import write_model
@@ -76,10 +77,8 @@ def test_onnx_runtime_gets_its_own_products(bundles: dict[str, Bundle]):
 
 
 def test_openvino_keeps_the_weights_in_4_bits_once_compiled(bundles: dict[str, Bundle]):
-    import openvino
-
     bundle = bundles["openvino"]
-    core = openvino.Core()
+    core = new_core()
     model = core.read_model(str(bundle.file(bundle.component(NAME).file)))
     stored: Counter[str] = Counter()
     for op in model.get_ordered_ops():

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from deploy import verify as module
+from deploy.cache import Cache
 from deploy.console import show_verification
+from deploy.gate import Gate
 from deploy.parity.budgets import budget_for
 from deploy.parity.components import ComponentReport, Figures
 from deploy.parity.effort import Effort
 from deploy.parity.gate import Verification
 from deploy.parity.options import ParityOptions
 from deploy.parity.pipelines import PipelineReport
-from tests.runtimes.fakes import AFFINE, write_bundle
+from deploy.spec import BuildSpec
+from tests.runtimes.fakes import AFFINE, affine_bundle, write_bundle
 
 
 class Asked(Exception):
@@ -56,3 +60,21 @@ def test_only_a_broken_budget_is_called_broken(result: Verification, said: str, 
     show_verification(result)
     out = capsys.readouterr().out
     assert said in out.splitlines()[-1] and unsaid not in out
+
+
+def test_a_cached_proof_is_of_the_runtime_that_computed_it(tmp_path: Path, monkeypatch):
+    bundle = affine_bundle(tmp_path / "b")
+    gate = Gate(BuildSpec(), "model", Cache(tmp_path / "cache"))
+    compared: list[str] = []
+
+    def compare(reference, proof, name):
+        compared.append(name)
+        return ComponentReport({name: Figures(0.0, 0.0, 1.0, 0, ((1, 4),), "y", (1, 4))}, {})
+
+    monkeypatch.setattr(gate, "_compare", compare)
+    machine = {"driver": "550"}
+    monkeypatch.setattr("deploy.gate.runtime_identity", lambda device, kind: dict(machine))
+    for driver, calls in (("550", 1), ("550", 1), ("560", 2), ("550", 2)):
+        machine["driver"] = driver
+        gate._check(SimpleNamespace(identity={}), bundle, "affine")  # type: ignore[arg-type]
+        assert len(compared) == calls

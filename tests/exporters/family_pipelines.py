@@ -78,16 +78,22 @@ def tiny_decoder() -> Any:
     return stable_diffusion(vae=AutoencoderTiny(num_encoder_blocks=(1, 1, 1), num_decoder_blocks=(1, 1, 1), **widths))
 
 
-def xl(numbers: int = 6, **unet: Any) -> Any:
+def xl(numbers: int = 6, vae: dict[str, Any] | None = None, **unet: Any) -> Any:
     from diffusers import StableDiffusionXLPipeline
 
     tokenizer = clip_tokenizer()
     return StableDiffusionXLPipeline(
-        vae=autoencoder(scaling_factor=0.13025), text_encoder=clip_encoder(tokenizer, 16), tokenizer=tokenizer,
-        text_encoder_2=clip_encoder(tokenizer, 24, projected=True), tokenizer_2=tokenizer,
+        vae=autoencoder(scaling_factor=0.13025, **(vae or {})), text_encoder=clip_encoder(tokenizer, 16),
+        tokenizer=tokenizer, text_encoder_2=clip_encoder(tokenizer, 24, projected=True), tokenizer_2=tokenizer,
         unet=conditional_unet(40, addition_embed_type="text_time", addition_time_embed_dim=8,
                               projection_class_embeddings_input_dim=24 + 8 * numbers, **unet),
         scheduler=scheduler(), add_watermarker=False)
+
+
+def xl_inpainting() -> Any:
+    from diffusers import StableDiffusionXLInpaintPipeline
+
+    return StableDiffusionXLInpaintPipeline(**xl(in_channels=9).components, add_watermarker=False)
 
 
 def refiner() -> Any:
@@ -128,11 +134,16 @@ def text_to_image() -> Any:
                                   unet=conditional_unet(16), scheduler=scheduler(steps_offset=0))
 
 
+# as Playground v2.5 has them: far enough from 0 and 1 to show
+STATISTICS = {"latents_mean": [-1.6, 1.1, 0.5, -2.2], "latents_std": [8.4, 5.9, 5.3, 7.1]}
 PIPELINES: dict[str, Callable[[], Any]] = {
     "sd2": lambda: stable_diffusion(prediction="v_prediction", upcast_attention=True, use_linear_projection=True),
     "inpaint": lambda: stable_diffusion("StableDiffusionInpaintPipeline", channels=9),
     "tiny-decoder": tiny_decoder,
     "xl": xl,
+    "xl-inpaint": xl_inpainting,
+    "xl-normalized": lambda: xl(vae=STATISTICS),
+    "sd-normalized": lambda: stable_diffusion(vae=autoencoder(**STATISTICS)),
     "refiner": refiner,
     "ldm": unconditional,
     "ldm-text": text_to_image,

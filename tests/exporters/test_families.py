@@ -57,7 +57,7 @@ def test_shapes_are_in_images_and_pixels(pristine: Path) -> None:
 
 @pytest.mark.parametrize(("shapes", "words"), [
     ({"hight": ShapeRange(1, 1, 1)}, "unknown axis hight .*batch, height, width, sequence"),
-    ({"height": ShapeRange(64, 64, 100)}, "height=100 pixels is not a multiple of 16 .*for example 96"),
+    ({"height": ShapeRange(64, 64, 100)}, "height=100 pixels is not a multiple of 8 .*for example 96"),
     ({"sequence": ShapeRange(1, 77, 77)}, "sequence=77 is longer than the text encoder's 20 positions"),
 ])
 def test_impossible_shapes(shapes: dict[str, ShapeRange], words: str, pristine: Path) -> None:

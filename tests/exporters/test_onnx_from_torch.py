@@ -35,6 +35,21 @@ def test_equals_torch_at_traced_and_untraced_shapes(name: str, pristine: Path, e
         assert relative_l2(run_onnx(exported(name), feeds), run_torch(module, feeds)) < 1e-5, shape
 
 
+def test_a_unet_whose_own_size_is_not_halved_evenly_is_exported_for_every_size(tmp_path: Path) -> None:
+    """Three levels, so that both doublings differ: 9 -> 5 -> 3 -> 5 -> 9, where 2 x 3 would be 6."""
+    blocks = {"sample_size": 9, "block_out_channels": (16, 32, 32), "layers_per_block": 1,
+              "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+              "up_block_types": ("UpBlock2D", "UpBlock2D", "CrossAttnUpBlock2D")}
+    source = open_source(write_pipeline(tmp_path / "model", unet=blocks))
+    spec = source.family.components(source, {})["unet"]
+    module, file = component_module(source, spec), export_component(source, "unet", tmp_path / "out").file
+    for rows, columns in ((9, 9), (9, 13), (8, 12), (5, 6), (64, 33)):
+        feeds = feeds_for(spec, 2, rows, columns, 7)
+        assert feeds["sample"].shape == (2, 4, rows, columns)
+        assert relative_l2(run_onnx(file, feeds), run_torch(module, feeds)) < 1e-5, (rows, columns)
+    assert module.model.num_upsamplers == 2, "the network is as it was"
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_graph_has_the_names_and_axes_of_the_spec(name: str, pristine: Path, exported: Callable[[str], Path]) -> None:
     source = open_source(pristine)

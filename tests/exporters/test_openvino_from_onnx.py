@@ -12,6 +12,7 @@ from onnx import TensorProto, helper
 from exporters.onnx_precision import convert_precision
 from exporters.openvino_from_onnx import convert_openvino
 from runtimes.errors import DeployError, InputError, UnavailableError
+from runtimes.session_openvino import new_core
 from runtimes.tensors import TensorSpec
 from tests.exporters.exporting import relative_l2
 from tests.exporters.test_onnx_precision import block, feeds, run
@@ -24,9 +25,7 @@ needs_openvino = pytest.mark.skipif(not INSTALLED, reason="the first test says w
 
 
 def evaluate(file, values):
-    import openvino
-
-    compiled = openvino.Core().compile_model(str(file), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = new_core().compile_model(str(file), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return next(iter(compiled(values).values()))
 
 

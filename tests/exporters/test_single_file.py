@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -140,3 +142,99 @@ def test_convert_writes_a_folder_that_build_reads(
     assert not stop.value.code
     assert str(out) in " ".join(capsys.readouterr()).replace("\n", "")
     assert set(open_source(out).components) == {"text_encoder", "unet", "vae"}
+
+
+def with_keys(checkpoint: Path, folder: Path, **keys: Any) -> Path:
+    """A copy of the file with further tensors."""
+    file = Path(shutil.copy(checkpoint, folder / "more.safetensors"))
+    edit_weights(file, lambda tensors: {**tensors, **keys})
+    return file
+
+
+def scheduler_of(folder: Path, **changes: Any) -> dict[str, Any]:
+    file = folder / "scheduler" / "scheduler_config.json"
+    if changes:
+        edit_json(file, **changes)
+    return json.loads(file.read_text())
+
+
+@pytest.mark.parametrize(("marker", "wanted"), [
+    ("v_pred", {"prediction_type": "v_prediction"}),
+    ("ztsnr", {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}),
+])
+def test_markers_set_the_scheduler(
+    marker: str, wanted: dict[str, Any], checkpoint: Path, configs: Path, tmp_path: Path
+) -> None:
+    import torch
+
+    from exporters.single_file import convert_single_file
+
+    scheduler_of(configs, prediction_type="epsilon", rescale_betas_zero_snr=False)
+    said: list[str] = []
+    file = with_keys(checkpoint, tmp_path, **{marker: torch.zeros(0)})
+    out = convert_single_file(file, configs, tmp_path / "out", said.append)
+    assert wanted.items() <= scheduler_of(out).items()
+    assert len(said) == 1 and f"the key {marker} sets" in said[0]
+    assert scheduler_of(configs)["prediction_type"] == "epsilon", "the configs stay as they were"
+
+
+def test_a_marker_that_the_scheduler_cannot_honour_is_refused(checkpoint: Path, configs: Path, tmp_path: Path) -> None:
+    import torch
+
+    from exporters.single_file import convert_single_file
+
+    scheduler_of(configs, _class_name="PNDMScheduler")
+    with pytest.raises(InputError, match="ztsnr asks for rescale_betas_zero_snr, which PNDMScheduler does not have"):
+        convert_single_file(with_keys(checkpoint, tmp_path, ztsnr=torch.zeros(0)), configs, tmp_path / "out")
+
+
+def test_a_noise_schedule_in_the_file_agrees_with_the_configs_or_is_refused(
+    checkpoint: Path, configs: Path, tmp_path: Path
+) -> None:
+    from diffusers import DDIMScheduler
+
+    from exporters.single_file import convert_single_file
+
+    config = scheduler_of(configs)
+    own = DDIMScheduler.from_config(config)
+    same = with_keys(checkpoint, tmp_path, betas=own.betas.double(), alphas_cumprod=own.alphas_cumprod,
+                     sqrt_alphas_cumprod=own.alphas_cumprod.sqrt())
+    assert scheduler_of(convert_single_file(same, configs, tmp_path / "same")) == config
+    zero = DDIMScheduler.from_config(config, rescale_betas_zero_snr=True)
+    rescaled = with_keys(checkpoint, tmp_path, alphas_cumprod=zero.alphas_cumprod)
+    assert scheduler_of(convert_single_file(rescaled, configs, tmp_path / "zero"))["rescale_betas_zero_snr"] is True
+    other = DDIMScheduler.from_config(config, beta_end=2 * config["beta_end"])
+    with pytest.raises(InputError, match="alphas_cumprod is another noise schedule"):
+        convert_single_file(with_keys(checkpoint, tmp_path, alphas_cumprod=other.alphas_cumprod), configs,
+                            tmp_path / "other")
+
+
+def test_leftovers_of_training_are_named(checkpoint: Path, configs: Path, pristine: Path, tmp_path: Path) -> None:
+    import torch
+
+    from exporters.single_file import convert_single_file
+
+    keys = {"model_ema.diffusion_modelinput_blocks00weight": torch.ones(3), "model_ema.decay": torch.ones(()),
+            "first_stage_model.loss.logvar": torch.ones(()), "global_step": torch.ones(()),
+            "cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(4)}
+    said: list[str] = []
+    out = convert_single_file(with_keys(checkpoint, tmp_path, **keys), configs, tmp_path / "out", said.append)
+    assert_same(out, pristine)
+    assert [line for line in said if "model_ema.decay" in line] and [line for line in said if "loss.logvar" in line]
+    assert len(said) == 3
+
+
+@pytest.mark.parametrize("key", [
+    "control_model.input_hint_block.0.weight", "embedding_manager.embedder.cat", "lora_unet_mid.alpha",
+    "model.diffusion_model.label_emb.0.0.weight", "first_stage_model.decoder.more.weight",
+    "cond_stage_model.transformer.text_model.encoder.layers.9.mlp.fc1.weight", "edm_mean"])
+def test_a_key_that_no_network_takes_is_refused_by_its_name(
+    key: str, checkpoint: Path, configs: Path, tmp_path: Path
+) -> None:
+    import torch
+
+    from exporters.single_file import convert_single_file
+
+    with pytest.raises(InputError) as caught:
+        convert_single_file(with_keys(checkpoint, tmp_path, **{key: torch.ones(2, 2)}), configs, tmp_path / "out")
+    assert key.rpartition(".")[0].rpartition(".")[2] in str(caught.value) and not (tmp_path / "out").exists()

@@ -97,7 +97,7 @@ def two_variants(folder: Path) -> None:
     (write(UNET_WEIGHTS, b"\xff" * 64), ("not a safetensors file",)),
     (pickle_only, ("pickle (diffusion_pytorch_model.bin)", "refused", "safe_serialization=True")),
     (lost_shard, ("the shard diffusion_pytorch_model-00001-of-00002.safetensors is missing",)),
-    (two_variants, ("several variants", "fp16", "non_ema")),
+    (two_variants, ("the variant fp16 and non_ema", "--variant fp16")),
 ])
 def test_damage_is_one_clear_line(damage: Callable[[Path], None], words: tuple[str, ...], pipeline: Path) -> None:
     damage(pipeline)
@@ -109,15 +109,102 @@ def test_damage_is_one_clear_line(damage: Callable[[Path], None], words: tuple[s
     assert not [word for word in words if word not in message], message
 
 
-def test_variant_is_taken_when_it_is_the_only_one(pipeline: Path) -> None:
+def as_shards(file: Path, change: Callable[[dict], dict] = lambda weights: weights, dotted: str = "") -> Path:
+    """The weights of a file once more, as two shards and an index; gives the index."""
+    from safetensors.torch import load_file, save_file
+
+    stem, whole = file.name.split(".")[0], change(load_file(file))
+    names = {key: f"{stem}{dotted}-0000{1 + (i % 2)}-of-00002.safetensors" for i, key in enumerate(sorted(whole))}
+    for name in set(names.values()):
+        save_file({k: v.clone() for k, v in whole.items() if names[k] == name}, file.parent / name)
+    index = file.parent / f"{stem}.safetensors.index{dotted}.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    return index
+
+
+def doubled(weights: dict) -> dict:
+    key = min(weights)
+    return {**weights, key: 2 * weights[key]}
+
+
+def test_a_variant_alone_is_not_read_unless_it_is_asked_for(pipeline: Path) -> None:
     variant = pipeline / "unet" / "diffusion_pytorch_model.fp16.safetensors"
     (pipeline / UNET_WEIGHTS).rename(variant)
-    assert open_source(pipeline).components["unet"].weights == (variant,)
+    with pytest.raises(InputError, match=r"no diffusion_pytorch_model\.safetensors, but the variant fp16"):
+        open_source(pipeline)
+    source = open_source(pipeline, "fp16")
+    assert source.components["unet"].weights == (variant,)
+    assert source.components["vae"].weights == (pipeline / "vae/diffusion_pytorch_model.safetensors",)
 
 
-def test_plain_weights_win_over_a_variant(pipeline: Path) -> None:
-    shutil.copy(pipeline / UNET_WEIGHTS, pipeline / "unet" / "diffusion_pytorch_model.fp16.safetensors")
-    assert open_source(pipeline).components["unet"].weights == (pipeline / UNET_WEIGHTS,)
+@pytest.mark.parametrize("variant", ["", "fp16"])
+def test_the_variant_that_is_asked_for_wins(variant: str, pipeline: Path) -> None:
+    other = pipeline / "unet" / "diffusion_pytorch_model.fp16.safetensors"
+    shutil.copy(pipeline / UNET_WEIGHTS, other)
+    wanted = other if variant else pipeline / UNET_WEIGHTS
+    assert open_source(pipeline, variant).components["unet"].weights == (wanted,)
+
+
+def test_a_variant_that_no_component_has_is_refused(pipeline: Path) -> None:
+    with pytest.raises(InputError, match="no weights of the variant 'ema'"):
+        open_source(pipeline, "ema")
+
+
+def test_a_variant_in_shards(pipeline: Path) -> None:
+    index = as_shards(pipeline / UNET_WEIGHTS, dotted=".fp16")
+    assert open_source(pipeline, "fp16").components["unet"].index == index
+    assert open_source(pipeline).components["unet"].index is None
+
+
+@pytest.mark.parametrize(("file", "index_wins"), [(UNET_WEIGHTS, True), ("text_encoder/model.safetensors", False)])
+def test_of_two_equal_forms_the_one_is_read_that_the_library_reads(file: str, index_wins: bool, pipeline: Path) -> None:
+    index = as_shards(pipeline / file)
+    component = open_source(pipeline).components[file.partition("/")[0]]
+    assert (component.index, len(component.weights)) == ((index, 2) if index_wins else (None, 1))
+
+
+@pytest.mark.parametrize(("file", "chosen"), [
+    (UNET_WEIGHTS, "diffusion_pytorch_model.safetensors.index.json"),
+    ("text_encoder/model.safetensors", "model.safetensors")])
+def test_two_forms_that_disagree_are_refused_by_name(file: str, chosen: str, pipeline: Path) -> None:
+    as_shards(pipeline / file, doubled)
+    with pytest.raises(InputError, match="disagree about") as caught:
+        open_source(pipeline)
+    assert caught.value.what.startswith(chosen) and chosen in caught.value.fix
+
+
+def test_a_file_of_the_other_library_with_other_numbers_is_refused(pipeline: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    save_file(doubled(load_file(pipeline / UNET_WEIGHTS)), pipeline / "unet" / "model.safetensors")
+    with pytest.raises(InputError, match=r"diffusion_pytorch_model\.safetensors and model\.safetensors disagree"):
+        open_source(pipeline)
+
+
+def test_a_file_by_the_other_librarys_name_is_not_the_weights(pipeline: Path) -> None:
+    (pipeline / UNET_WEIGHTS).rename(pipeline / "unet" / "model.safetensors")
+    with pytest.raises(InputError, match=r"no diffusion_pytorch_model\.safetensors: it holds model\.safetensors"):
+        open_source(pipeline)
+
+
+def test_diffusers_and_transformers_read_the_forms_that_we_read(pipeline: Path) -> None:
+    """Each library is given two forms with other numbers, and asked which it loaded."""
+    import torch
+    from diffusers import UNet2DConditionModel
+    from safetensors.torch import load_file
+    from transformers import CLIPTextModel
+
+    from exporters.quiet import quiet
+
+    for file in (UNET_WEIGHTS, "text_encoder/model.safetensors"):
+        as_shards(pipeline / file, doubled)
+    with quiet():
+        unet = UNet2DConditionModel.from_pretrained(pipeline / "unet").state_dict()
+        text = CLIPTextModel.from_pretrained(pipeline / "text_encoder").state_dict()
+    single = load_file(pipeline / UNET_WEIGHTS), load_file(pipeline / "text_encoder/model.safetensors")
+    key, word = min(single[0]), min(single[1])
+    assert torch.equal(unet[key], 2 * single[0][key]), "diffusers reads the shards"
+    assert torch.equal(text[word], single[1][word]), "transformers reads the single file"
 
 
 def test_component_is_linked_under_canonical_names(pristine: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import pytest
@@ -18,6 +19,7 @@ from exporters.source import open_source
 from runtimes.errors import InputError
 from runtimes.manifest import from_json, to_json
 from runtimes.schedulers import from_config
+from runtimes.tensors import ShapeRange
 from tests.exporters.family_pipelines import PIPELINES, write_pipeline_of
 from tests.exporters.pipelines import edit_json
 
@@ -27,6 +29,10 @@ CLASSES = {
     "inpaint": (None, None, "StableDiffusionInpaintPipeline"),
     "tiny-decoder": ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"),
     "xl": ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline"),
+    "xl-inpaint": (None, None, "StableDiffusionXLInpaintPipeline"),
+    "xl-normalized": ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline",
+                      "StableDiffusionXLInpaintPipeline"),
+    "sd-normalized": ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"),
     "refiner": (None, "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline"),
     "ldm": ("LDMPipeline", None, None),
     "ldm-text": ("LDMTextToImagePipeline", None, None),
@@ -99,7 +105,7 @@ def test_a_default_of_the_scheduler_is_not_carried_over_to_another_class(model):
     config = {"_class_name": "PNDMScheduler", "beta_schedule": "scaled_linear", "skip_prk_steps": True}
     (folder / SCHEDULER).write_text(json.dumps(config))
     edit_json(folder / INDEX, scheduler=["diffusers", "PNDMScheduler"])
-    ours = from_config(as_loaded(open_source(folder)).scheduler_config, "ddim")
+    ours: Any = from_config(as_loaded(open_source(folder)).scheduler_config, "ddim")
     with upstream.unwarned():
         pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
     theirs = diffusers.DDIMScheduler.from_config(pipe.scheduler.config).config
@@ -158,3 +164,90 @@ def test_diffusers_is_asked_once_for_the_same_configs(written, monkeypatch):
     first = as_loaded(open_source(written("xl")))
     monkeypatch.setattr(upstream, "as_loaded", None)
     assert as_loaded(open_source(written("xl"))) == first
+
+
+@pytest.mark.parametrize(("part", "key", "value", "words"), [
+    ("text_encoder", "use_attention_mask", True, "fed the tokenizer's mask"),
+    ("text_encoder", "quantization_config", {"bits": 4}, "weights are quantized"),
+    ("text_encoder", "rope_theta", 10000.0, "rope_theta=10000.0 is unknown to CLIPTextModel"),
+    ("unet", "frobnicate", 3, "frobnicate=3 is unknown to UNet2DConditionModel"),
+    ("vae", "patch_size", 2, "patch_size=2 is unknown to AutoencoderKL"),
+    ("unet", "encoder_hid_dim", 16, "encoder_hid_dim_type='text_proj' needs an input"),
+    ("unet", "time_cond_proj_dim", 8, "time_cond_proj_dim=8 needs an input"),
+    ("vae", "in_channels", 4, "in_channels is 4, images have 3 channels"),
+])
+def test_what_a_config_asks_and_nothing_does_is_refused_by_its_key(model, part, key, value, words):
+    folder = model("sd2")
+    edit_json(folder / part / "config.json", **{key: value})
+    with pytest.raises(InputError, match=words) as caught:
+        open_origin(BuildSpec(model=str(folder)))
+    assert caught.value.where == str(folder / part / "config.json")
+
+
+@pytest.mark.parametrize(("part", "keys"), [
+    ("text_encoder", {"torch_dtype": "float16", "num_beams": 1, "temperature": 1.0, "dropout": 0.1, "top_k": 50}),
+    ("unet", {"frobnicate": None, "_note": 3, "time_cond_proj_dim": None}),
+    ("vae", {"force_upcast": True, "shift_factor": 0.1}),
+])
+def test_keys_that_ask_nothing_are_harmless(model, written, part, keys):
+    folder = model("sd2")
+    before = open_origin(BuildSpec(model=str(folder))).manifest.pipeline
+    edit_json(folder / part / "config.json", **keys)
+    assert open_origin(BuildSpec(model=str(folder))).manifest.pipeline == before
+
+
+def test_xls_classes_do_not_look_at_use_attention_mask(model):
+    folder = model("xl")
+    edit_json(folder / "text_encoder/config.json", use_attention_mask=True)
+    assert open_origin(BuildSpec(model=str(folder))).manifest.family == "stable-diffusion-xl"
+
+
+@pytest.mark.parametrize(("key", "value", "refused"), [
+    ("controlnet", ["diffusers", "ControlNetModel"], True), ("unknown_option", True, True),
+    ("image_encoder", ["transformers", "CLIPVisionModelWithProjection"], False), ("controlnet", [None, None], False),
+    ("requires_aesthetics_score", True, True),
+])
+def test_what_model_index_asks_and_the_class_does_not_know_is_refused(model, key, value, refused):
+    folder = model("sd2")
+    edit_json(folder / INDEX, **{key: value})
+    if refused:
+        with pytest.raises(InputError, match=f"{key}=.* is unknown to StableDiffusionPipeline"):
+            open_origin(BuildSpec(model=str(folder)))
+    else:
+        open_origin(BuildSpec(model=str(folder)))
+
+
+def test_corrections_are_said(model):
+    folder = model("sd2")
+    edit_json(folder / UNET, _diffusers_version="0.6.0", sample_size=32)
+    edit_json(folder / SCHEDULER, clip_sample=True)
+    assert open_origin(BuildSpec(model=str(folder))).manifest.measured["notes"] == [
+        "corrected as diffusers does: clip_sample of the scheduler, True -> False (text, image)",
+        "corrected as diffusers does: sample_size of the U-Net, 32 -> 64 (text, image, mask)"]
+
+
+def test_a_bundle_whose_shapes_leave_out_the_models_own_size_makes_another_and_says_so(written):
+    spec = BuildSpec(model=str(written("sd2")), shapes={"height": ShapeRange(16, 24, 24)})
+    manifest = open_origin(spec).manifest
+    assert (manifest.pipeline.height, manifest.pipeline.width) == (24, 32)
+    assert "--shapes leave out the model's own 32 x 32" in manifest.measured["notes"][0]
+
+
+@pytest.mark.parametrize(("sample_size", "shapes", "multiple"), [
+    (8, {}, 2), (9, {}, 1), ([8, 9], {}, 1), (9, {"height": "32:32:64", "width": "32"}, 2),
+    (8, {"height": "32:36:64"}, 1)])
+def test_sizes_that_the_unet_does_not_halve_evenly_are_made_where_they_are_wanted(model, sample_size, shapes, multiple):
+    folder = model("sd2")
+    edit_json(folder / UNET, sample_size=sample_size)
+    manifest = open_origin(BuildSpec(model=str(folder), shapes=shapes)).manifest
+    for name in ("height", "width"):
+        axis = manifest.components["unet"].axes[name]
+        assert axis.multiple == multiple
+        assert getattr(manifest.pipeline, name) // manifest.pipeline.vae_scale_factor in axis.range
+
+
+def test_an_unconditional_unet_refuses_a_size_that_it_cannot_halve(model):
+    folder = model("ldm")
+    edit_json(folder / UNET, sample_size=17)
+    with pytest.raises(InputError, match="sample_size 17 is not a multiple of what the U-Net halves to"):
+        open_origin(BuildSpec(model=str(folder)))

@@ -82,3 +82,32 @@ def test_ranges_without_a_common_size_are_refused():
 def test_an_axis_without_a_range_is_refused():
     with pytest.raises(InputError, match="'batch' has no range"):
         plan_runs({"unet": component("batch", 4, 8, 8)}, FACTS)
+
+
+def one_value(name: str, sizes) -> bool:
+    """A U-Net with two halvings and one channel a group: a group norm of the middle sees rows x height/4 x width/4."""
+    return name != "unet" or sizes["batch"] * (sizes["height"] // 4) * (sizes["width"] // 4) > 1
+
+
+@pytest.mark.parametrize(("batch", "smallest"), [
+    (ShapeRange(1, 1, 8), (2, 4, 4)),  # the batch grows first
+    (ShapeRange(1, 1, 1), (1, 8, 8)),  # then the latents
+])
+def test_shapes_that_the_source_model_cannot_run_are_left_out(batch, smallest):
+    rows = ShapeRange(4, 16, 32)
+    unet = component("batch", 4, "height", "width", batch=(batch, 1), height=(rows, 4), width=(rows, 4))
+    decoder = component("batch", 4, "height", "width", batch=(batch, 1), height=(rows, 4), width=(rows, 4))
+    components = {"unet": unet, "vae_decoder": decoder}
+    runs = plan_runs(components, FACTS, possible=one_value)
+    assert sizes(runs, "unet")[1] == smallest
+    assert sizes(plan_runs(components, FACTS), "unet")[1] == (1, 4, 4)
+    for run in runs:
+        recorded = {**run.sizes["unet"], "batch": run.images * (2 if run.guided else 1)}
+        assert one_value("unet", run.sizes["unet"]) and one_value("unet", recorded)
+
+
+def test_a_range_that_the_source_model_cannot_run_at_all_is_left_for_the_reference_to_refuse():
+    rows = ShapeRange(4, 4, 4)
+    unet = component(1, 4, "height", "width", height=(rows, 4), width=(rows, 4))
+    (run,) = plan_runs({"unet": unet}, FACTS, possible=lambda name, sizes: False)
+    assert run.sizes["unet"] == {"height": 4, "width": 4}

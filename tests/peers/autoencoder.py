@@ -26,7 +26,7 @@ from tests.peers.results import new_report, save, show
 
 DECODER, ENCODER = "vae_decoder", "vae_encoder"
 RUNTIMES = ("onnxruntime", "openvino")
-log = Console(stderr=True)
+log = Console(stderr=True, markup=False, emoji=False)
 
 
 def main() -> int:

@@ -12,7 +12,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from tests.peers.replaced import BASE, Graphs, Judge, add_latencies, measuring_o
 from tests.peers.results import new_report, save, show
 
 RATIOS = (0.15, 0.3, 0.5)
-log = Console(stderr=True)
+log = Console(stderr=True, markup=False, emoji=False)
 
 
 @dataclass
@@ -145,6 +145,12 @@ def searched(context: Context, row: str) -> Graphs:
     return {"onnxruntime": bundle.file(bundle.component("unet").file)}
 
 
+def calibrated(context: Context, options: Mapping[str, Any]) -> dict[str, Any]:
+    """How many calls ranges are found from, in a build that finds any."""
+    return {"calibration_samples": context.options.samples} if options.get("precision") == "int8" else {}
+
+
+
 def pruned(ratio: float, *, recovered: bool = False, **more: Any) -> Make:
     """`--prune`, built for both runtimes; with `--recover` and a precision where they are asked for."""
 
@@ -155,7 +161,7 @@ def pruned(ratio: float, *, recovered: bool = False, **more: Any) -> Make:
         made = {}
         for runtime in ("onnxruntime", "openvino"):
             spec = BuildSpec(**{"target": runtime, "prune": ratio, "recover": steps, "verify": "no",
-                                "calibration_samples": context.options.samples, **more})
+                                **calibrated(context, more), **more})
             folder = context.file(row, runtime).parent / "bundle"
             component = (bundle := run_build(spec, folder).bundle).component("unet")
             made[runtime] = bundle.file(component.file)

@@ -34,7 +34,7 @@ GUIDANCE = 7.5
 SAME_PICTURE_DB = 40.0  # what float32 rounding leaves between two correct implementations is far above
 SETTLE_SECONDS = 0.25  # thread pools spin for a while after a run, and would take the next one's cores
 UNET_CALLS = 20
-log = Console(stderr=True)
+log = Console(stderr=True, markup=False, emoji=False)
 
 
 def main() -> int:
@@ -52,7 +52,7 @@ def main() -> int:
             for name in names:
                 _start(name, options, workers, report)
             if EAGER not in workers:
-                log.print(f"[red]no reference: {report['unavailable'][EAGER]}")
+                log.print(f"no reference: {report['unavailable'][EAGER]}", style="red")
                 return 1
             _warm_up(workers, options, Path(scratch), report)
             _rounds(workers, options, Path(scratch), report)
@@ -219,7 +219,7 @@ def _versions() -> dict[str, Any]:
 
 
 def _print(report: dict[str, Any]) -> None:
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = Console(width=None if sys.stdout.isatty() else 120, markup=False, emoji=False)
     host = report["machine"]
     console.print(f"{host['processor']}, {host['cores']} cores, {report['threads']} threads each, Python "
                   f"{host['python']}; load {report['load_before']:.1f} before, {report['load_after']:.1f} after")
@@ -233,7 +233,7 @@ def _print(report: dict[str, Any]) -> None:
                       "" if e["psnr_db"] is None else f"{e['psnr_db']:.1f} dB", f"{e['first_image_seconds']:.1f} s",
                       f"{e['peak_rss_bytes'] / 2**20:.0f} MiB")
     for name in (*report["wrong"], *report["unavailable"]):
-        table.add_row(name, f"[red]{'wrong' if name in report['wrong'] else 'unavailable'}[/]")
+        table.add_row(name, "wrong" if name in report["wrong"] else "unavailable", style="red")
     console.print(table)
     for name, reason in {**report["wrong"], **report["unavailable"]}.items():
         console.print(f"{name}: {reason}", markup=False)

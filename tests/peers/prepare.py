@@ -5,6 +5,7 @@ As a program (`python -m tests.peers.prepare bundle|unet FOLDER`) it does the to
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import shutil
@@ -148,4 +149,8 @@ def _old_layout() -> Path:
 
 
 if __name__ == "__main__":
-    print({"bundle": _bundle, "unet": _unet, "old-layout": _old_layout}[sys.argv[1]]())
+    makers = {"bundle": _bundle, "unet": _unet, "old-layout": _old_layout}
+    parser = argparse.ArgumentParser(prog="python -m tests.peers.prepare", description=__doc__,
+                                     epilog="Called by the commands that measure; prints the path of what it made.")
+    parser.add_argument("what", choices=makers)
+    print(makers[parser.parse_args().what]())

@@ -34,7 +34,7 @@ def save(report: dict[str, Any], name: str) -> Path:
 
 def show(report: Mapping[str, Any], table: Table, file: Path, width: int) -> None:
     """Print the table, of so many columns where the output is no terminal, and what could not be measured."""
-    console = Console(width=None if sys.stdout.isatty() else width)
+    console = Console(width=None if sys.stdout.isatty() else width, markup=False, emoji=False)
     host = report["machine"]
     console.print(f"{host['processor']}, {host['cores']} cores; load {report['load_before']:.1f} before, "
                   f"{report['load_after']:.1f} after")

@@ -47,7 +47,7 @@ RUNTIMES = ("onnxruntime", "openvino")
 TURN_SECONDS = 0.1
 WORDS = 2048  # the smaller vocabulary
 CLIP = "CLIP ViT-L, random"
-log = Console(stderr=True)
+log = Console(stderr=True, markup=False, emoji=False)
 
 
 def main() -> int:

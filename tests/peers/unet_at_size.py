@@ -43,7 +43,7 @@ BUNDLES = {
     YARDSTICK: ("onnxruntime", "fp32"), "ONNX Runtime INT8": ("onnxruntime", "int8"),
     "OpenVINO fp32": ("openvino", "fp32"), "OpenVINO INT8": ("openvino", "int8"),
 }
-log = Console(stderr=True)
+log = Console(stderr=True, markup=False, emoji=False)
 
 
 def main() -> int:
@@ -105,7 +105,8 @@ def written_model() -> Path:
 def built(model: Path, target: str, precision: str, samples: int) -> Bundle:
     """A bundle, not compared with PyTorch: that is tests/deploy/test_real_size.py's part."""
     log.print(f"building {target} {precision}", style="dim")
-    spec = BuildSpec(**{**spec_of(model), "target": target, "precision": precision, "calibration_samples": samples},
+    spec = BuildSpec(**{**spec_of(model), "target": target, "precision": precision,
+                        **({"calibration_samples": samples} if precision == "int8" else {})},
                      verify="no")
     return run_build(spec, FOLDER / f"{target}-{precision}", cache_root=FOLDER / "cache").bundle
 
@@ -128,7 +129,7 @@ def show_engines(options: argparse.Namespace) -> None:
                       f"{cost['peak_rss_bytes'] / 1e9:.1f}",
                       " ".join(bundle.component("unet").details["compute_capabilities"]))
         shutil.rmtree(bundle.path)
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    Console(width=None if sys.stdout.isatty() else 140, markup=False, emoji=False).print(table)
 
 
 def spec_of(model: Path) -> dict[str, Any]:

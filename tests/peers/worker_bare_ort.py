@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import numpy as np
 
-from deploy.bench.protocol import repeated, serve
+from deploy.bench.protocol import arguments, repeated, serve
 
-GRAPH, THREADS = sys.argv[1], int(sys.argv[2])
+GRAPH, THREADS = arguments(__doc__, "GRAPH", "THREADS")
 
 
 def prepare() -> dict[str, Any]:
@@ -17,7 +16,7 @@ def prepare() -> dict[str, Any]:
     import onnxruntime as ort
 
     options = ort.SessionOptions()
-    options.intra_op_num_threads = THREADS
+    options.intra_op_num_threads = int(THREADS)
     session = ort.InferenceSession(GRAPH, options, providers=["CPUExecutionProvider"])
     dtypes = {"tensor(float)": np.float32, "tensor(int64)": np.int64}
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import shutil
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from deploy.bench.protocol import serve
+from deploy.bench.protocol import arguments, serve
 
-MODEL, THREADS, EXPORTED = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+MODEL, _THREADS, _EXPORTED = arguments(__doc__, "MODEL", "THREADS", "EXPORTED")
+THREADS, EXPORTED = int(_THREADS), Path(_EXPORTED)
 
 
 def prepare() -> dict[str, Any]:

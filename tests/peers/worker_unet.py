@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from deploy.bench.protocol import serve
+from deploy.bench.protocol import arguments, serve
 
-KIND, SOURCE, THREADS = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+KIND, _SOURCE, _THREADS = arguments(__doc__, "KIND", "SOURCE", "THREADS")
+SOURCE, THREADS = Path(_SOURCE), int(_THREADS)
 Call = Callable[[dict[str, Any]], Any]
 
 

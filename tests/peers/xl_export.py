@@ -7,6 +7,7 @@ minutes is stopped and said to be.
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import subprocess
@@ -30,9 +31,13 @@ main_export(sys.argv[1], output=sys.argv[2], task="text-to-image", library_name=
 
 def main() -> int:
     """Export by both and print what it cost; 1 if ours fails."""
+    parser = argparse.ArgumentParser(prog="python -m tests.peers.xl_export", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", type=Path, metavar="MODEL", help="diffusers folder")
+    given = parser.parse_args().model
     with tempfile.TemporaryDirectory(prefix="ldm-xl-") as temporary:
         folder = Path(temporary)
-        model = Path(sys.argv[1]).resolve() if len(sys.argv) > 1 else write_model("sdxl", folder / "sdxl", "float16")
+        model = given.resolve() if given else write_model("sdxl", folder / "sdxl", "float16")
         ours = [sys.executable, "-m", "deploy", "build", str(model), "--precision", "fp16", "--no-verify", "-o",
                 str(folder / "ours")]
         done = measured("ldm-deploy, fp16", ours, folder / "ours", {"LDM_DEPLOY_CACHE": str(folder / "cache")})

@@ -1,13 +1,17 @@
-"""Small diffusion networks that several files compare with diffusers; made when first asked for."""
+"""What several files share: small diffusion networks, made when first asked for, and a CUDA of numpy."""
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from runtimes import tensorrt_device
 
 
 @pytest.fixture(scope="session")
@@ -38,3 +42,28 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
+    """The fake CUDA runtime; whatever a test does, nothing may stay behind on the GPU."""
+    from tests.runtimes.fake_gpu import GPU, FakeCuda
+
+    fake = FakeCuda()
+    monkeypatch.setattr(tensorrt_device, "load_runtime", lambda: fake)
+    monkeypatch.setattr(tensorrt_device, "find_gpu", lambda ordinal=0: GPU)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    yield fake
+    gc.collect()
+    assert fake.leaks() == []
+
+
+@pytest.fixture
+def engine(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """An engine of the fake TensorRT, which sessions load from any engine file."""
+    from tests.runtimes.engine_bundles import LIMITS, use
+    from tests.runtimes.fake_engine import ICudaEngine, module
+
+    made = ICudaEngine(cuda, LIMITS)
+    use(monkeypatch, module(made))
+    return made

@@ -134,9 +134,14 @@ class FakeCuda:
         if sum(a.nbytes for a in self.allocations.values()) + size > self.memory_bytes:
             return self._answer(ERROR.cudaErrorMemoryAllocation, 0)
         address, self._next = self._next, self._next + -(-size // ALIGNMENT) * ALIGNMENT + ALIGNMENT
-        self.allocations[address] = np.full(size, 0xAA, np.uint8)
+        self.allocations[address] = np.full(size, 0xAA, np.uint8) if size < 1 << 22 else np.zeros(size, np.uint8)
         self.log.append(f"allocate {size}")
         return self._answer(ERROR.cudaSuccess, address)
+
+    @strict
+    def cudaMemGetInfo(self) -> Any:
+        used = sum(a.nbytes for a in self.allocations.values())
+        return self._answer(ERROR.cudaSuccess, self.memory_bytes - used, self.memory_bytes)
 
     @strict
     def cudaFree(self, devPtr: int) -> Any:
@@ -161,7 +166,12 @@ class FakeCuda:
     def cudaMemcpyAsync(self, dst: int, src: int, count: int, kind: Any, stream: int) -> Any:
         assert int(stream) in self.streams
         self._here()
-        upload = kind == real.cudaMemcpyKind.cudaMemcpyHostToDevice
+        kinds = real.cudaMemcpyKind
+        if kind == kinds.cudaMemcpyDeviceToDevice:
+            self.submit(lambda: np.copyto(self.view(dst, count), self.view(src, count)))
+            return self._answer(ERROR.cudaSuccess)
+        assert self.capturing is None, "copies of host memory are not part of what we capture"
+        upload = kind == kinds.cudaMemcpyHostToDevice
         device = self.view(dst if upload else src, count).ctypes.data
         ctypes.memmove(device if upload else dst, src if upload else device, count)
         return self._answer(ERROR.cudaSuccess)

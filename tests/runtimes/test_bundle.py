@@ -14,6 +14,7 @@ from runtimes.bundle import Bundle, check_output, committed, link_or_copy, recor
 from runtimes.errors import BundleError, InputError, UnavailableError
 from runtimes.manifest import MANIFEST_FILE, dumps, parse
 from tests.runtimes.fakes import affine_bundle
+from tests.runtimes.hub_cache import as_hub_snapshot
 
 MODEL = "components/affine/model.onnx"
 
@@ -90,6 +91,25 @@ def test_a_linked_folder_out_of_the_bundle_is_refused(folder, tmp_path):
     (folder / "components").symlink_to(tmp_path / "moved")
     with pytest.raises(BundleError, match="is a link out of the bundle"):
         Bundle.open(folder)
+
+
+def test_a_bundle_in_the_hubs_cache_is_read_through_its_links(folder, tmp_path):
+    snapshot = as_hub_snapshot(folder, tmp_path / "hub" / "models--acme--tiny")
+    assert Bundle.open(snapshot).file(MODEL).read_bytes() == (folder / MODEL).read_bytes()
+    assert all(file.is_symlink() for file in snapshot.rglob("*") if file.is_file()), "nothing was changed"
+
+
+@pytest.mark.parametrize("repository", ["models--acme--other", "other"])
+def test_only_blobs_of_the_bundles_own_repository_are_read(folder, tmp_path, repository):
+    hub = tmp_path / "hub"
+    snapshot = as_hub_snapshot(folder, hub / repository)
+    stranger = hub / "models--acme--stranger" / "blobs" / "0"
+    stranger.parent.mkdir(parents=True)
+    stranger.write_bytes((folder / MODEL).read_bytes())
+    (snapshot / MODEL).unlink()
+    (snapshot / MODEL).symlink_to(stranger)
+    with pytest.raises(BundleError, match="is a link out of the bundle"):
+        Bundle.open(snapshot)
 
 
 @pytest.mark.parametrize(("schema", "fix"), [(2, "upgrade"), (0, "build the bundle again"), ("1", "again"), (None, "")])

@@ -183,7 +183,7 @@ def test_the_limit_is_the_variables_else_a_share_of_the_disk(monkeypatch, tmp_pa
         limit_bytes(tmp_path)
     assert caught.value.where == "LDM_DEPLOY_CACHE_LIMIT"
     monkeypatch.delenv("LDM_DEPLOY_CACHE_LIMIT")
-    monkeypatch.setattr(cache_store.shutil, "disk_usage", lambda _: type("", (), {"free": 10_000_000_000}))
+    monkeypatch.setattr("runtimes.cache_store.shutil.disk_usage", lambda _: type("", (), {"free": 10_000_000_000}))
     assert limit_bytes(tmp_path / "not" / "there") == 5_000_000_000
 
 

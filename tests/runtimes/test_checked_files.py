@@ -91,3 +91,17 @@ def test_a_damaged_note_and_a_folder_that_cannot_be_written_cost_only_the_time(
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     Bundle.open(folder, trust_notes=True)
+
+
+def test_generate_hashes_once_and_again_when_it_is_asked_to(folder: Path, hashed: list[str], monkeypatch) -> None:
+    from types import SimpleNamespace
+
+    from deploy import generate
+
+    request = SimpleNamespace(bundle=folder, safety="off", hint="latency", pin_threads=False)
+    monkeypatch.setattr(generate, "prompts_of", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    for check, read in ((False, True), (False, False), (True, True)):
+        hashed.clear()
+        with pytest.raises(KeyboardInterrupt):
+            generate.generate_files(SimpleNamespace(**vars(request), check=check))  # type: ignore[arg-type]
+        assert ("model.onnx" in hashed) == read

@@ -8,16 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionInpaintPipeline, StableDiffusionPipeline
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline, StableDiffusionPipeline
 from PIL import Image
 
 from runtimes.noise import NoiseStreams
 from runtimes.prompts import MAX_WINDOWS
-from runtimes.schedulers import SCHEDULERS
 from tests.runtimes.diffusers_reference import (
     CHANNELS,
     NEGATIVES,
     PROMPTS,
+    SAMPLERS_OF_BOTH,
     TOKENS,
     assert_same,
     generators,
@@ -47,7 +47,7 @@ def mask() -> Image.Image:
 
 
 SAMPLERS = [(*sampler, share) for sampler, share in
-            zip(product(SCHEDULERS, ("epsilon", "v_prediction")), cycle((0.7, 1.0, 1.0, 0.7)))]
+            zip(product(SAMPLERS_OF_BOTH, ("epsilon", "v_prediction")), cycle((0.7, 1.0, 1.0, 0.7)))]
 
 
 def small(pictures):
@@ -81,6 +81,113 @@ def test_inpainting_with_a_unet_trained_for_it_equals_diffusers(
     mine = ours(inpainting_networks, config, folder)(
         PROMPTS, image=small(pictures), mask=mask, strength=strength, negative_prompt=NEGATIVES, steps=8,
         height=32, width=40, guidance_scale=4.0, seed=seeds, scheduler=scheduler, output="numpy")
+    assert_same(mine, theirs)
+
+
+@pytest.mark.parametrize("single", [True, False])
+@pytest.mark.parametrize(("scheduler", "eta"), [("ddim", 0.5), ("euler-ancestral", 0.0), ("lcm", 0.0), ("dpm++", 0.0)])
+@pytest.mark.parametrize("mode", ["text", "image", "mask"])
+def test_a_seed_makes_the_image_that_diffusers_makes_of_it(
+    networks, folder, pictures, mask, mode, scheduler, eta, single
+):
+    kind = {"text": StableDiffusionPipeline, "image": StableDiffusionImg2ImgPipeline,
+            "mask": StableDiffusionInpaintPipeline}[mode]
+    pipe, config = reference(networks, kind, scheduler=scheduler)
+    options: dict[str, Any] = {} if mode == "text" else {"image": small(pictures)[0], "strength": 0.7}
+    if mode != "image":
+        options |= {"height": 32, "width": 40}
+    generator = generators([7])
+    theirs = pipe("cat", num_inference_steps=6, guidance_scale=4.0, eta=eta, output_type="np",
+                  generator=generator[0] if single else generator, **options,
+                  **({"mask_image": mask} if mode == "mask" else {})).images
+    mine = ours(networks, config, folder)("cat", steps=6, guidance_scale=4.0, eta=eta, scheduler=scheduler, seed=7,
+                                          output="numpy", mask=mask if mode == "mask" else None, **options)
+    assert_same(mine, theirs)
+
+
+def test_one_image_under_several_prompts_is_inpainted_as_if_each_were_alone(networks, folder, pictures, mask):
+    """diffusers does so when the image is given once for each; given once, it draws for it from the first generator."""
+    pipe, config = reference(networks, StableDiffusionInpaintPipeline)
+    image = small(pictures)[0]
+    options: dict[str, Any] = {"height": 32, "width": 40, "strength": 0.7}
+    mine = ours(networks, config, folder)(PROMPTS, image=image, mask=mask, seed=[3, 4], steps=5, output="numpy",
+                                          **options)
+    given: dict[str, Any] = {"mask_image": mask, "num_inference_steps": 5, "output_type": "np", **options}
+    assert_same(mine, pipe(PROMPTS, image=[image] * 2, generator=generators([3, 4]), **given).images)
+    once = pipe(PROMPTS, image=image, generator=generators([3, 4]), **given).images
+    assert psnr(mine[:1], once[:1]) >= 60 > psnr(mine[1:], once[1:])
+
+
+@pytest.mark.parametrize(("prompts", "images", "copies"), [(4, 2, 1), (1, 2, 2), (2, 2, 2), (2, 4, 2), (1, 1, 3)])
+def test_several_images_are_dealt_out_in_turn_as_diffusers_does(networks, folder, pictures, prompts, images, copies):
+    pipe, config = reference(networks, StableDiffusionImg2ImgPipeline)
+    texts, seeds = (PROMPTS * 2)[:prompts], list(range(prompts * copies))
+    given = (small(pictures) + [p.rotate(180) for p in small(pictures)])[:images]
+    theirs = pipe(texts, image=given, num_inference_steps=4, strength=0.7, num_images_per_prompt=copies,
+                  generator=generators(seeds), output_type="np").images
+    mine = ours(networks, config, folder)(texts, image=given, steps=4, strength=0.7, images_per_prompt=copies,
+                                          seed=seeds, output="numpy")
+    assert_same(mine, theirs)
+
+
+@pytest.mark.parametrize(("images", "masks"), [(1, 2), (2, 1), (2, 2)])
+@pytest.mark.parametrize("trained", [True, False])
+def test_images_and_masks_are_paired_as_diffusers_does(
+    inpainting_networks, networks, folder, pictures, mask, images, masks, trained
+):
+    """With equal seeds: upstream draws from the first generator alone for what is given once."""
+    chosen = inpainting_networks if trained else networks
+    pipe, config = reference(chosen, StableDiffusionInpaintPipeline)
+    given_masks = [mask, mask.rotate(180)][:masks]
+    latents = NoiseStreams([1, 2]).draw((CHANNELS, 8, 10))
+    seeds = [5, 5]
+    theirs = pipe(PROMPTS, image=small(pictures)[:images], mask_image=given_masks, num_inference_steps=4, height=32,
+                  width=40, latents=torch.from_numpy(latents), generator=generators(seeds), output_type="np").images
+    mine = ours(chosen, config, folder)(PROMPTS, image=small(pictures)[:images], mask=given_masks, steps=4, height=32,
+                                        width=40, latents=latents, seed=seeds, output="numpy")
+    assert_same(mine, theirs)
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.6])
+@pytest.mark.parametrize("trained", [True, False])
+def test_given_latents_are_pure_noise_under_a_mask_as_in_diffusers(
+    inpainting_networks, networks, folder, pictures, mask, strength, trained
+):
+    chosen = inpainting_networks if trained else networks
+    pipe, config = reference(chosen, StableDiffusionInpaintPipeline, scheduler="euler-ancestral")
+    latents = NoiseStreams([1]).draw((CHANNELS, 8, 10))
+    options: dict[str, Any] = {"image": small(pictures)[0], "strength": strength, "height": 32, "width": 40}
+    theirs = pipe("cat", mask_image=mask, num_inference_steps=6, latents=torch.from_numpy(latents), output_type="np",
+                  generator=generators([7]), **options).images
+    mine = ours(chosen, config, folder)("cat", mask=mask, steps=6, latents=latents, seed=7, output="numpy",
+                                        scheduler="euler-ancestral", **options)
+    assert_same(mine, theirs)
+
+
+@pytest.mark.parametrize("size", [(40, 32), (17, 90), (64, 16)])
+@pytest.mark.parametrize("kind", ["pillow", "array", "both"])
+def test_under_a_mask_the_model_says_the_size_and_both_are_stretched_to_it(
+    networks, folder, pictures, mask, kind, size
+):
+    pipe, config = reference(networks, StableDiffusionInpaintPipeline)
+    image, over = pictures[0], mask.resize(size)
+    given = image if kind == "pillow" else np.asarray(image, np.float32) / 255
+    given_mask = np.asarray(over, np.float32) / 255 if kind == "array" else over
+    theirs = pipe("cat", image=given, mask_image=given_mask, num_inference_steps=4, generator=generators([7]),
+                  output_type="np").images
+    mine = ours(networks, config, folder)("cat", image=given, mask=given_mask, steps=4, seed=7, output="numpy")
+    assert mine.shape == (1, 32, 32, 3)  # from a picture of 45 x 38
+    assert_same(mine, theirs)
+
+
+@pytest.mark.parametrize("batch", [True, False])
+def test_arrays_of_images_equal_diffusers(networks, folder, pictures, batch):
+    pipe, config = reference(networks, StableDiffusionImg2ImgPipeline)
+    arrays = [np.asarray(p.resize((43, 35)), np.float32) / 255 for p in pictures]
+    given: Any = np.stack(arrays) if batch else arrays
+    theirs = pipe(PROMPTS, image=given, strength=0.7, num_inference_steps=4, generator=generators([7, 8]),
+                  output_type="np").images
+    mine = ours(networks, config, folder)(PROMPTS, image=given, strength=0.7, steps=4, seed=7, output="numpy")
     assert_same(mine, theirs)
 
 

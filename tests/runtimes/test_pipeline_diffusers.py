@@ -13,11 +13,11 @@ from PIL import Image
 
 from runtimes.errors import InputError
 from runtimes.noise import NoiseStreams
-from runtimes.schedulers import SCHEDULERS
 from tests.runtimes.diffusers_reference import (
     CHANNELS,
     NEGATIVES,
     PROMPTS,
+    SAMPLERS_OF_BOTH,
     assert_same,
     generators,
     ours,
@@ -30,7 +30,8 @@ from tests.runtimes.fakes import calls_of
 pytestmark = [pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
               pytest.mark.usefixtures("one_thread")]
 
-CASES = [*((*sampler, 0.0) for sampler in product(SCHEDULERS, ("epsilon", "v_prediction"))), ("ddim", "epsilon", 1.0)]
+SAMPLERS = list(product(SAMPLERS_OF_BOTH, ("epsilon", "v_prediction")))
+CASES = [*((*sampler, 0.0) for sampler in SAMPLERS), ("ddim", "epsilon", 1.0), ("tcd", "epsilon", 0.4)]
 
 
 @pytest.mark.parametrize(("scheduler", "prediction", "eta"), CASES)
@@ -83,7 +84,7 @@ def test_latents_output_equals_diffusers(networks, folder):
 
 
 @pytest.mark.parametrize(("scheduler", "prediction", "strength"), [
-    *((*sampler, 0.6) for sampler in product(SCHEDULERS, ("epsilon", "v_prediction"))), ("ddim", "v_prediction", 0.35),
+    *((*sampler, 0.6) for sampler in SAMPLERS), ("ddim", "v_prediction", 0.35),
     ("ddim", "epsilon", 1.0)])
 def test_image_to_image_equals_diffusers(networks, folder, pictures, scheduler, prediction, strength):
     pipe, config = reference(networks, StableDiffusionImg2ImgPipeline, prediction, scheduler)

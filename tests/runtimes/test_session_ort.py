@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+from typing import Any
 
 import numpy as np
 import onnx
@@ -12,11 +13,13 @@ import pytest
 from onnx import TensorProto, helper
 
 from runtimes import session_ort
-from runtimes.errors import BundleError, InputError, UnavailableError
+from runtimes.bundle import Bundle
+from runtimes.errors import BundleError, DeployError, InputError, UnavailableError
 from runtimes.session import SessionOptions, open_session
 from runtimes.session_ort import OrtSession, profile_shapes, provider_options, session_options
 from runtimes.tensors import Axis, ShapeRange, TensorSpec
 from tests.runtimes.fakes import AFFINE, affine_bundle, affine_model, component, components, graph
+from tests.runtimes.hub_cache import as_hub_snapshot
 
 CPU = SessionOptions(threads=1)
 X = np.arange(8, dtype=np.float32).reshape(2, 4)
@@ -49,7 +52,7 @@ def test_feeds_that_do_not_fit_are_named(session, feeds, message):
         session.run(feeds)
 
 
-@pytest.mark.parametrize("device", ["cuda", "tensorrt", "tensorrt-rtx"])
+@pytest.mark.parametrize("device", ["cuda", "tensorrt"])
 def test_a_device_that_is_missing_is_said_and_never_replaced(tmp_path, device):
     if session_ort.PROVIDERS[device] in ort.get_available_providers():
         pytest.skip("this machine has it")
@@ -60,13 +63,117 @@ def test_a_device_that_is_missing_is_said_and_never_replaced(tmp_path, device):
     assert error.exit_code == 4
 
 
-def test_a_provider_that_fails_to_start_is_not_a_silent_fall_back(tmp_path, monkeypatch):
-    """ORT itself warns and goes on with the CPU."""
+def stand_in(monkeypatch) -> SessionOptions:
+    """A device whose provider starts and takes no node, as Azure's does in every build of ORT."""
     monkeypatch.setitem(session_ort.PROVIDERS, "cuda", "AzureExecutionProvider")
+    monkeypatch.setattr(session_ort, "provider_options", lambda device, component: {})
+    return SessionOptions("cuda")
+
+
+def test_a_provider_that_fails_to_start_is_not_a_silent_fall_back(tmp_path, monkeypatch):
+    """onnxruntime_inference_collection.py: with enable_fallback, the default, a provider that raises is printed and
+    replaced, also in the middle of a run ("EP Error ... Falling back to ... and retrying").
+    """
+    options = stand_in(monkeypatch)
     bundle = affine_bundle(tmp_path / "b")
-    monkeypatch.setattr(ort.InferenceSession, "get_providers", lambda self: ["CPUExecutionProvider"])
-    with pytest.raises(UnavailableError, match="would have used the CPU"):
-        OrtSession(bundle, "affine", SessionOptions("cuda"))
+    with monkeypatch.context() as patched, pytest.raises(UnavailableError, match="would have used the CPU"):
+        patched.setattr(ort.InferenceSession, "get_providers", lambda self: ["CPUExecutionProvider"])
+        OrtSession(bundle, "affine", options)
+    opened = OrtSession(bundle, "affine", CPU)
+    assert opened._session._enable_fallback is False
+
+
+@pytest.mark.parametrize("records", [True, False])
+def test_a_node_that_the_device_does_not_take_is_never_computed_on_the_cpu(tmp_path, monkeypatch, records):
+    """inference_session.cc: "This session contains graph nodes that are assigned to the default CPU EP, but fallback to
+    CPU EP has been explicitly disabled" (session.disable_cpu_ep_fallback). Newer releases name the nodes.
+    """
+    monkeypatch.setattr(session_ort, "RECORDS_PLACEMENT", records)
+    with pytest.raises(DeployError, match="1 Gemm" if records else "explicitly disabled by the user"):
+        OrtSession(affine_bundle(tmp_path / "b"), "affine", stand_in(monkeypatch))
+
+
+def test_shapes_may_be_worked_out_on_the_cpu(tmp_path, monkeypatch):
+    """fallback_cpu_capability.cc, GetCpuPreferredNodes: ORT itself places "a subgraph that doing shape calculation" on
+    the CPU, so that session.disable_cpu_ep_fallback would refuse every graph with dynamic shapes.
+    """
+    shapes = graph([("x", TensorProto.FLOAT, ["batch", 4])], [("y", TensorProto.INT64, [1])],
+                   [helper.make_node("Shape", ["x"], ["s"]), helper.make_node("ReduceProd", ["s"], ["y"])])
+    part = dataclasses.replace(AFFINE, outputs=(TensorSpec("y", "int64", (1,)),))
+    OrtSession(affine_bundle(tmp_path / "b", shapes, part), "affine", stand_in(monkeypatch))
+
+
+def test_tensorrt_for_rtx_is_a_plug_in_and_not_offered(tmp_path):
+    """onnxruntime_inference_collection.py: "NvTensorRTRTXExecutionProvider is only available as a plugin EP registered
+    by the application."
+    """
+    with pytest.raises(InputError, match=r"plug-in, which is not offered .*build with --target tensorrt-rtx"):
+        OrtSession(affine_bundle(tmp_path / "b"), "affine", SessionOptions("tensorrt-rtx"))
+
+
+def test_cuda_comes_after_tensorrt_and_the_cpu_is_left_to_ort(tmp_path, monkeypatch):
+    """TensorRT-ExecutionProvider.md: "it is recommended you also register CUDAExecutionProvider to allow Onnx Runtime
+    to assign nodes to CUDA execution provider that TensorRT does not support."
+    """
+    asked: list[Any] = []
+
+    class Stopped(Exception):
+        pass
+
+    def session(file: str, settings: Any, **rest: Any) -> None:
+        asked.append(rest)
+        raise Stopped
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(session_ort, "available_provider", lambda device: session_ort.PROVIDERS[device])
+    monkeypatch.setattr(ort, "InferenceSession", session)
+    with pytest.raises(BundleError):
+        OrtSession(affine_bundle(tmp_path / "b"), "affine", SessionOptions("tensorrt"))
+    assert [name for name, _ in asked[0]["providers"]] == ["TensorrtExecutionProvider", "CUDAExecutionProvider"]
+    assert asked[0]["enable_fallback"] == 0
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "int8", "int4"])
+def test_what_a_gpu_would_compute_in_float32_is_refused_with_the_build_that_does_not(tmp_path, monkeypatch, precision):
+    """Our own: storage graphs widen every weight by a Cast, which ORT folds into float32 weights when it loads them;
+    issue 10743: "TRT EP only supports quantization format with symmetric activation and weight".
+    """
+    stored = {"conversion": {"mode": "storage"}} if precision in ("fp16", "bf16") else {}
+    for details in (stored, {}):
+        part = dataclasses.replace(AFFINE, precision=precision, details=details)
+        for device in ("cuda", "tensorrt"):
+            with pytest.raises(InputError, match=f"{precision} is in a form for CPUs.*build with --device {device}"):
+                session_ort.check_arithmetic(part, device, "unet")
+        session_ort.check_arithmetic(part, "cpu", "unet")
+    computing = dataclasses.replace(AFFINE, precision=precision, details={"conversion": {"mode": "compute"}})
+    session_ort.check_arithmetic(computing, "cuda", "unet")
+
+
+def test_engines_of_two_fine_tunes_are_never_cached_in_one_folder(tmp_path, monkeypatch):
+    """model_metadef_id_generator.h: the key is made "using the model path if available, or the model input names and
+    the output names from all nodes": no weights; microsoft/onnxruntime#6455, two models of one structure, one engine.
+    """
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first = affine_bundle(tmp_path / "a").component("affine")
+    other = affine_model()
+    other.graph.initializer[0].raw_data = bytes(48)
+    second = affine_bundle(tmp_path / "b", other).component("affine")
+    folders = [provider_options("tensorrt", part)[f"trt_{kind}_cache_path"] for part in (first, second)
+               for kind in ("engine", "timing")]
+    assert folders[0] == folders[1] != folders[2] == folders[3]
+    assert provider_options("tensorrt", first)["trt_engine_cache_path"] == folders[0]
+
+
+@pytest.mark.parametrize(("precision", "allowed"), [("fp32", ""), ("fp16", "fp16"), ("bf16", "bf16"),
+                                                    ("int8", "fp16 int8")])
+def test_tensorrt_up_to_10_is_allowed_what_the_graph_holds(tmp_path, monkeypatch, precision, allowed):
+    """microsoft/onnxruntime#13381, a QDQ graph: "Int8 precision has been set for a layer or layer output, but int8 is
+    not configured in the builder". TensorRT-ExecutionProvider.md: no calibration table with QDQ graphs.
+    """
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    options = provider_options("tensorrt", dataclasses.replace(AFFINE, precision=precision))
+    assert [k for k in ("fp16", "bf16", "int8") if options[f"trt_{k}_enable"] == "1"] == allowed.split()
+    assert not any("calibration" in name for name in options)
 
 
 def test_an_unknown_device_is_bad_input(tmp_path):
@@ -114,6 +221,13 @@ def test_external_data_is_read_in_place(tmp_path):
     bundle = affine_bundle(tmp_path / "b", save_as_external_data=True, location="model.onnx.data", size_threshold=0)
     assert "components/affine/model.onnx.data" in bundle.component("affine").files
     np.testing.assert_allclose(open_session(bundle, "affine", CPU).run({"x": X})["y"], Y, rtol=1e-6)
+
+
+def test_external_data_is_read_through_the_links_of_the_hubs_cache(tmp_path):
+    """ONNX Runtime demands that external data stays in the model's folder: allowed is that of the linked graph, too."""
+    bundle = affine_bundle(tmp_path / "b", save_as_external_data=True, location="model.onnx.data", size_threshold=0)
+    linked = Bundle.open(as_hub_snapshot(bundle.path, tmp_path / "models--acme--affine"))
+    np.testing.assert_allclose(open_session(linked, "affine", CPU).run({"x": X})["y"], Y, rtol=1e-6)
 
 
 @pytest.mark.parametrize(("details", "level"), [
@@ -186,7 +300,7 @@ def test_provider_options_keep_fp32_exact_and_caches_outside_the_bundle(tmp_path
     assert provider_options("cuda", dataclasses.replace(AFFINE, precision="fp16"))["use_tf32"] == "1"
     tensorrt = provider_options("tensorrt", AFFINE)
     assert tensorrt["trt_fp16_enable"] == "0" and tensorrt["trt_engine_cache_path"].startswith(str(tmp_path))
-    assert provider_options("tensorrt-rtx", AFFINE)["nv_profile_max_shapes"] == "x:8x4"
+    assert tensorrt["trt_profile_max_shapes"] == "x:8x4"
     assert provider_options("cpu", AFFINE) == {}
 
 

@@ -106,7 +106,7 @@ def ids_of(theirs: Any, *tokens: str) -> list[int]:
 def test_only_whole_tokens_are_expanded_where_diffusers_breaks_names_apart(
     with_words: tuple[ClipTokenizer, Any]
 ) -> None:
-    """`prompt.replace(token, replacement)`, loaders/textual_inversion.py:160: also within a longer name."""
+    """`prompt.replace(token, replacement)`, loaders/textual_inversion.py:176: also within a longer name."""
     ours, theirs = with_words
     prompt = "bad_prompt bad_prompt_version2"
     wanted = ids_of(theirs, "bad_prompt", "bad_prompt_1", "bad_prompt_version2", "bad_prompt_version2_1")
@@ -120,7 +120,7 @@ def test_only_whole_tokens_are_expanded_where_diffusers_breaks_names_apart(
 @pytest.mark.parametrize(("name", "prompt"), [("Bad_Hands", "a Bad_Hands cat"), ("Bad_Hands", "a bad_hands cat"),
                                               ("<low>", "a <LOW> cat"), ("Großes", "GROßES")])
 def test_capitals_do_not_cost_a_word_its_further_vectors(tmp_path: Path, name: str, prompt: str) -> None:
-    """diffusers looks up what the tokenizer found, which is in lower case: textual_inversion.py:152."""
+    """diffusers looks up what the tokenizer found, which is in lower case: textual_inversion.py:169."""
     ours, theirs = both(clip(tmp_path / "t", [name, f"{name}_1", f"{name}_2"]))
     wanted = ids_of(theirs, name, f"{name}_1", f"{name}_2")
     for tokenize, expected in ((lambda text: ours([text])[0].tolist(), wanted),

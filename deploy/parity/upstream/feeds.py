@@ -20,6 +20,7 @@ from deploy.parity.recorder import Recorder
 from deploy.parity.upstream.loading import (
     VAES,
     CannotLoadError,
+    check_noise,
     load_pipeline,
     load_words,
     network_of,
@@ -159,6 +160,7 @@ class Theirs:
             elif part in VAES:
                 parts[part] = autoencoder(network, self._calls, facts.vae_scale_factor)
         self._pipe = load_pipeline(upstream, mode, parts)
+        check_noise(self._pipe)
         for name in facts.text_encoders if upstream.embeddings else ():
             load_words(upstream, self._pipe, name, small_encoder(parts[part_of(source.component(name))]))
         self.parameters = frozenset(inspect.signature(self._pipe.__call__).parameters)
@@ -210,8 +212,8 @@ def _compare(report: FeedsReport, asked: Asked, theirs: Calls, ours: Calls, chan
 def _first_difference(report: FeedsReport, theirs: Calls, ours: Calls, channels: int) -> _Found | None:
     """In the order in which an error would spread."""
     for name, rows in theirs.text.items():
-        if (wrong := _unknown_prompt(rows, ours.text.get(name, []))) is not None:
-            return "token ids", 0, *wrong
+        if (ids := _unknown_prompt(rows, ours.text.get(name, []))) is not None:
+            return "token ids", 0, *ids
     for image in ours.encoded:
         if not any(_close(image, other) for other in theirs.encoded):
             return "images to encode", 0, _shown(image), _shown(*theirs.encoded[:1])

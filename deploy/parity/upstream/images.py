@@ -17,9 +17,11 @@ from deploy.parity.drawing import assemble_pipeline
 from deploy.parity.metrics import psnr_db
 from deploy.parity.upstream.loading import (
     CannotLoadError,
+    check_noise,
     load_loras,
     load_pipeline,
     load_words,
+    loader_faults,
     source_of,
     upstream_errors,
 )
@@ -62,6 +64,8 @@ def compare_images(upstream: Upstream, source: Bundle, networks: Mapping[str, Se
         bundle: a bundle made from it, with its `sessions`; the source alone without.
     """
     report = ImagesReport()
+    if faults := loader_faults(upstream):
+        return ImagesReport(unverified={asked.mode: "; ".join(faults) for asked in requests})
     for asked in requests:
         try:
             expected, parameters = _theirs(upstream, source, asked)
@@ -94,6 +98,7 @@ def _theirs(upstream: Upstream, source: Bundle, asked: Asked) -> tuple[Array, fr
     if upstream_class(model, asked.mode) is None:
         raise CannotLoadError("diffusers has no pipeline for it")
     pipe = load_pipeline(upstream, asked.mode, {}, read=tuple(model.components), dtype=torch.float32)
+    check_noise(pipe)
     load_loras(upstream, pipe)
     for name in source.manifest.pipeline.text_encoders if upstream.embeddings else ():
         load_words(upstream, pipe, name, getattr(pipe, name))

@@ -16,12 +16,14 @@ from safetensors.torch import load_file
 
 from deploy.parity.upstream.model import Upstream
 from deploy.parity.upstream.networks import Network
+from exporters.lora_differences import DIFFERENCES, differences
 from exporters.quiet import quiet
 from exporters.source import Source, open_source, read_json
 from exporters.textual_inversion import read_embedding
 from exporters.upstream import upstream_pipeline
 from runtimes.bundle import Bundle
-from runtimes.errors import InputError
+from runtimes.errors import DeployError
+from runtimes.lora_inputs import DETAILS, own_file
 from runtimes.manifest import Component
 
 VAES = ("vae", "vqvae")
@@ -38,8 +40,10 @@ def upstream_errors() -> Iterator[None]:
         with quiet(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
-    except (InputError, CannotLoadError) as error:
-        raise CannotLoadError(str(error)) from error
+    except CannotLoadError:
+        raise
+    except DeployError as error:
+        raise CannotLoadError(error.what) from error
     except Exception as error:
         first = str(error).strip().partition("\n")[0]
         raise CannotLoadError(f"{type(error).__name__}: {first:.300}") from error
@@ -51,7 +55,7 @@ def source_of(upstream: Upstream) -> Source:
     Raises:
         InputError: it cannot be read.
     """
-    return open_source(upstream.folder)
+    return open_source(upstream.folder, upstream.variant)
 
 
 def load_pipeline(upstream: Upstream, mode: str, parts: Mapping[str, Any], read: Collection[str] = (),
@@ -92,6 +96,12 @@ def load_loras(upstream: Upstream, pipe: Any) -> None:
             pipe.set_adapters(names, [scale for _, scale in upstream.loras])
 
 
+def loader_faults(upstream: Upstream) -> list[str]:
+    """What diffusers is known to read otherwise than a LoRA file says; ours is what the file says."""
+    return [f"{DIFFERENCES[name]}; ours is what the file says"
+            for name in sorted({name for file, _ in upstream.loras for name in differences(file)})]
+
+
 def load_words(upstream: Upstream, pipe: Any, name: str, encoder: Any) -> None:
     """All embeddings into one text encoder and its tokenizer.
 
@@ -105,13 +115,25 @@ def load_words(upstream: Upstream, pipe: Any, name: str, encoder: Any) -> None:
         CannotLoadError: diffusers refuses one.
     """
     tokenizer = getattr(pipe, name.replace("text_encoder", "tokenizer"))
+    widths = {part: int(found.config["hidden_size"]) for part, found in source_of(upstream).components.items()
+              if part.startswith("text_encoder")}
     with upstream_errors():
         for file, token in upstream.embeddings:
-            embedding = read_embedding(file, token)
+            embedding = read_embedding(file, token, widths)
             if name in embedding.keys:
                 vectors = load_file(file)[embedding.keys[name]]
                 pipe.load_textual_inversion({embedding.token: vectors}, token=embedding.token,
                                             text_encoder=encoder, tokenizer=tokenizer)
+
+
+def check_noise(pipe: Any) -> None:
+    """Refuse a sampler whose noise no generator decides: two runs of diffusers itself differ.
+
+    Raises:
+        CannotLoadError: scheduling_dpmsolver_sde.py draws from torchsde's Brownian tree, seeded by the global state.
+    """
+    if type(pipe.scheduler).__name__ == "DPMSolverSDEScheduler":
+        raise CannotLoadError("the noise of diffusers' DPMSolverSDEScheduler follows from no generator")
 
 
 def part_of(component: Component) -> str:
@@ -122,7 +144,8 @@ def part_of(component: Component) -> str:
 def network_of(bundle: Bundle, name: str) -> Network:
     """Where a source bundle has a component."""
     component = bundle.component(name)
-    return Network(bundle.file(component.file).parent, component.details["library"], component.class_name)
+    beside = bundle.file(own_file(name)) if DETAILS in component.details else None
+    return Network(bundle.file(component.file).parent, component.details["library"], component.class_name, name, beside)
 
 
 def small_encoder(encoder: Any) -> Any:

@@ -17,8 +17,11 @@ import numpy as np
 import torch
 
 from deploy.parity.upstream.standin import stand_in
+from exporters.lora import merge
 from exporters.modules import empty_network, load_module
+from exporters.quiet import quiet
 from exporters.source import read_json
+from exporters.streaming import unread_module
 
 Array = np.ndarray[Any, Any]
 
@@ -46,23 +49,40 @@ class Calls:
 
 @dataclass(frozen=True)
 class Network:
-    """Where a component lies: a folder with config.json (and weights, where it runs), its library and class."""
+    """Where a component lies.
+
+    Attributes:
+        folder: with config.json and weights.
+        library, class_name: as in model_index.json.
+        name: of the component.
+        beside: LoRA that lies beside the weights, or None.
+    """
 
     folder: Path
     library: str
     class_name: str
+    name: str
+    beside: Path | None = None
 
     def meta(self, **methods: Any) -> Any:
         """An instance of the class without weights, on the CPU as far as anybody asks, with these methods."""
-        module = empty_network(self.folder, self.library, self.class_name, read_json(self.folder / "config.json"))
+        with quiet():
+            module = empty_network(self.folder, self.library, self.class_name, read_json(self.folder / "config.json"))
         kind = type(module)
         also = {"device": property(lambda _: torch.device("cpu")), "dtype": property(lambda _: torch.float32)}
         module.__class__ = type(kind.__name__, (kind,), {**also, **methods, "__module__": kind.__module__})
         return module.eval()
 
+    def unread(self) -> Any:
+        """The network with room for weights that nobody has touched, which the kernel gives no memory."""
+        return unread_module(self.folder, self.library, self.class_name)[0]
+
     def loaded(self) -> Any:
-        """The network with its weights, float32."""
-        return load_module(self.folder, self.library, self.class_name, check=False)
+        """The network with its weights and the LoRA beside them, float32."""
+        module = load_module(self.folder, self.library, self.class_name, check=False)
+        if self.beside is not None:
+            merge(module, self.name, self.beside, 1.0)
+        return module
 
 
 def denoiser(network: Network, calls: Calls, channels: int) -> Any:

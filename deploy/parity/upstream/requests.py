@@ -51,10 +51,9 @@ class Asked:
 
     def fitted(self, parameters: Collection[str]) -> Asked:
         """The request without what a pipeline's call does not know: negative prompts, sizes, guidance."""
-        known = {"negatives": "negative_prompt", "guidance": "guidance_scale", "strength": "strength"}
-        fields = type(self).__dataclass_fields__
-        unknown = {name: fields[name].default for name, key in known.items() if key not in parameters}
-        return replace(self, **unknown, sized="height" in parameters)
+        return replace(self, negatives=self.negatives if "negative_prompt" in parameters else (),
+                       guidance=self.guidance if "guidance_scale" in parameters else None,
+                       strength=self.strength if "strength" in parameters else None, sized="height" in parameters)
 
     def to_theirs(self, images: Mapping[str, Any], generators: Any, parameters: Collection[str]) -> dict[str, Any]:
         """Keywords of diffusers' pipeline, whose call has these parameters."""

@@ -47,11 +47,13 @@ def stand_in(feeds: Mapping[str, Array], channels: int) -> NDArray[np.float32]:
 
 
 def _bounded(values: Array) -> Array:
-    return values / np.sqrt(1 + values**2)
+    bounded: Array = values / np.sqrt(1 + values**2)
+    return bounded
 
 
 def _projected(values: Array, phases: Array) -> Array:
     """(B, n) -> (B, len(phases)): every number counts, with another weight for each phase."""
     n = values.shape[1]
     weights = np.cos(0.7 * np.arange(n)[:, None] + 0.37 * np.outer(np.arange(n) % 101, phases)) / np.sqrt(max(n, 1))
-    return _bounded(values / 10) @ weights * 10
+    projected: Array = _bounded(values / 10) @ weights * 10
+    return projected

@@ -24,6 +24,7 @@ from deploy.parity.upstream.loading import (
     load_loras,
     load_pipeline,
     load_words,
+    loader_faults,
     network_of,
     part_of,
     source_of,
@@ -89,15 +90,19 @@ def _compare_network(report: WeightsReport, upstream: Upstream, source: Bundle, 
         report.unverified.append(f"{part}: diffusers does not load it: {error}")
         return
     try:
-        deltas = _deltas(upstream, part)
+        deltas = _deltas(upstream, source, part)
     except CannotLoadError as error:
         report.unverified.append(f"{part}: diffusers does not load the LoRAs: {error}")
         return
     ours, state, rows = _Ours(source, name), theirs.state_dict(), _table(theirs)
-    passed_over = sorted(key for key in ours.adapted(upstream) if key not in deltas)
+    adapted = ours.adapted(upstream)
+    passed_over = sorted(adapted - set(deltas))
     if passed_over:
         report.unverified.append(f"{part}: diffusers passes over {len(passed_over)} weights that the LoRAs name, "
                                  f"{', '.join(passed_over[:SHOWN])} among them")
+    if adapted and (faults := loader_faults(upstream)):
+        report.unverified += [f"{part}: {fault}" for fault in faults]
+        passed_over, deltas = sorted(adapted), {}
     if extra := sorted(set(ours.names) ^ set(state)):
         report.different.append((part, extra[0], f"only {'ours' if extra[0] in ours.names else 'diffusers'} has it"))
     mapped = _file_mappings()
@@ -165,21 +170,23 @@ class _Ours:
         return found.float() + torch.from_numpy(factors.delta(tuple(found.shape), key))
 
 
-def _deltas(upstream: Upstream, part: str) -> dict[str, Any]:
-    """What PEFT adds to which weight of a network.
+def _deltas(upstream: Upstream, source: Bundle, part: str) -> dict[str, Any]:
+    """What PEFT adds to which weight of a network; the weights themselves are never read nor given memory.
 
     Raises:
         CannotLoadError: diffusers or PEFT refuses a LoRA.
     """
     if not upstream.loras:
         return {}
-    pipe = load_pipeline(upstream, "text", {})
+    # Not on the meta device, where PEFT would put its own weights too.
+    unread = {part_of(c): network_of(source, name).unread() for name, c in source.manifest.components.items()}
+    pipe = load_pipeline(upstream, "text", unread)
     load_loras(upstream, pipe)
     found: dict[str, Any] = {}
     for place, layer in getattr(pipe, part).named_modules():
         for adapter in getattr(layer, "active_adapters", ()) if hasattr(layer, "lora_A") else ():
             if adapter in layer.lora_A:
-                delta = layer.get_delta_weight(adapter).float()
+                delta = layer.get_delta_weight(adapter).detach().float()
                 found[f"{place}.weight"] = found.get(f"{place}.weight", 0) + delta
     return found
 

@@ -1,4 +1,4 @@
-"""`cache`: what lies in the cache, and making it smaller. Arguments only; the cache itself is `runtimes.cache_store`."""
+"""`cache` and `doctor`, the commands about this machine and no model. Arguments only."""
 
 from __future__ import annotations
 
@@ -45,6 +45,15 @@ def trim(
 def clear(json: Json = False) -> None:
     """Remove everything that no running build uses."""
     _trim(0, json)
+
+
+def doctor(json: Json = False) -> None:
+    """Show what this machine can build and run, and what is missing for the rest."""
+    from deploy import console
+    from deploy.doctor import examine
+
+    findings = examine()
+    console.print_json(findings) if json else console.show_findings(findings)
 
 
 def _trim(limit: int, json: bool) -> None:

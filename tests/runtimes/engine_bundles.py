@@ -1,0 +1,35 @@
+"""Bundles of one engine for the tests of TensorRT sessions, and what they share."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from runtimes import session_tensorrt
+from runtimes.bundle import Bundle
+from runtimes.session import SessionOptions
+from tests.runtimes.fakes import AFFINE, affine_model, write_bundle
+
+OPTIONS = SessionOptions("cuda")
+PROFILES = [{"x": [[1, 4], [1, 4], [2, 4]]}, {"x": [[2, 4], [8, 4], [8, 4]]}]
+LIMITS = [(1, 2), (2, 8)]
+
+
+def make_bundle(folder: Path, content: bytes = b"ftrt" + bytes(200), **details: Any) -> Bundle:
+    """A bundle whose engine the fakes read: y = x @ w + b, in two profiles."""
+    part = dataclasses.replace(AFFINE, format="tensorrt", file="components/affine/engine.trt", details={
+        "builder": "tensorrt", "builder_version": "11.4.0", "compute_capabilities": [], "gpu": "NVIDIA Fake, 8.9",
+        "profiles": PROFILES, **details})
+    file = folder / part.file
+    file.parent.mkdir(parents=True)
+    file.write_bytes(content)
+    onnx.save(affine_model(), file.with_name("model.onnx"))
+    return write_bundle(folder, {"affine": part})
+
+
+def use(monkeypatch: Any, trt: Any) -> None:
+    """Make a module stand for `tensorrt` or `tensorrt_rtx`."""
+    monkeypatch.setattr(session_tensorrt, "load_module", lambda builder, where: trt)
