@@ -142,7 +142,8 @@ def choose_embeddings(choices: Choices, model: Model) -> tuple[Embedding, ...]:
     found: dict[str, Embedding] = {}
     for _ in range(choices.pick("embedding.files", (0, 1, 2), often=1)):
         form = "clip_l and clip_g" if model.kind == "xl" else choices.pick("embedding.form", EMBEDDINGS)
-        token = choices.pick("embedding.token", tuple(t for t in TOKENS if t not in model.words))
+        taken = {word.lower() for word in (*model.words, *found)}  # the tokenizer reads lower case
+        token = choices.pick("embedding.token", tuple(t for t in TOKENS if t.lower() not in taken))
         if choices.invalid.startswith("word"):
             token = "!" if choices.invalid == "word of the vocabulary" else next(iter(model.words), token)
         vectors = 1 if form == "diffusers, one row" else choices.pick("embedding.vectors", (1, 2, 3))

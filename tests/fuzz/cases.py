@@ -11,7 +11,6 @@ from tests.fuzz import adapters, folders, requests
 from tests.fuzz.case import Case
 from tests.fuzz.choices import Choices
 
-
 # What neither side takes, or diffusers cannot run here.
 INVALID = ("size", "strength", "shard missing", "truncated", "lost tensor", "two variants", "class for other channels",
            "sample_size", "word twice", "word of the vocabulary", "half a LoRA", "alpha of another form",

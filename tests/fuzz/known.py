@@ -13,7 +13,6 @@ from typing import Any
 from tests.fuzz.case import Case, Request
 from tests.fuzz.theirs import make_latents
 
-
 Mend = Callable[[Any, Request, list[Any]], dict[str, Any]]
 
 

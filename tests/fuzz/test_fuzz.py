@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from tests.fuzz import case as cases_on_disk
-from tests.fuzz.workers import run_number, start_worker
 from tests.fuzz.cases import make
 from tests.fuzz.choices import Choices
 from tests.fuzz.report import Report
 from tests.fuzz.run import run_case
+from tests.fuzz.workers import run_number, start_worker
 
 LEAST, SECONDS = 150, 150
 
