@@ -78,7 +78,8 @@ def main(arguments: list[str]) -> int:
     for result in run_numbers(range(first, first + options.cases), options.workers):
         report.add(result)
         if report.tried % 50 == 0:
-            print(f"{report.tried} cases, {time.monotonic() - began:.0f} s, {len(report.failures)} failures", flush=True)
+            seconds = time.monotonic() - began
+            print(f"{report.tried} cases, {seconds:.0f} s, {len(report.failures)} failures", flush=True)
     print(report.text())
     if options.json is not None:
         report.save(options.json)

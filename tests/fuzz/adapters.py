@@ -130,9 +130,13 @@ def _lora(choices: Choices, model: Model) -> Lora:
         metadata = choices.pick("lora.metadata", METADATA)
     else:
         metadata = "none"
-    return Lora(form, tuple(parts), choices.pick("lora.rank", (4, 1, 8)), choices.flag("lora.mixed ranks", often=1),
-                choices.pick("lora.alpha", ALPHAS) if form.startswith("kohya") else "missing", metadata, choices.pick("lora.dtype", ("float32", "float16")),
-                choices.pick("lora.scale", (1.0, 0.5, -0.7, 0.0)), choices.invalid if choices.invalid in ODDITIES else "")
+    return Lora(
+        form=form, parts=tuple(parts), rank=choices.pick("lora.rank", (4, 1, 8)),
+        mixed_ranks=choices.flag("lora.mixed ranks", often=1),
+        alpha=choices.pick("lora.alpha", ALPHAS) if form.startswith("kohya") else "missing", metadata=metadata,
+        dtype=choices.pick("lora.dtype", ("float32", "float16")),
+        scale=choices.pick("lora.scale", (1.0, 0.5, -0.7, 0.0)),
+        oddity=choices.invalid if choices.invalid in ODDITIES else "")
 
 
 def choose_embeddings(choices: Choices, model: Model) -> tuple[Embedding, ...]:

@@ -61,7 +61,8 @@ def choose(choices: Choices) -> Model:
     layout, dtype = _layout(choices), choices.pick("files.dtype", ("float32", "float16", "bfloat16"), often=4)
     layouts = {} if layout == "plain" else {choices.pick(f"files.network of {kind}", networks, counted=False): layout}
     dtypes = {} if dtype == "float32" else {choices.pick(f"files.network of {kind}", networks, counted=False): dtype}
-    old = tuple(n for n in networks if n not in ("unet", "bert") and kind != "ldm" and choices.flag(f"files.old names of {n}", often=3))
+    renamed = () if kind == "ldm" else tuple(name for name in networks if name not in ("unet", "bert"))
+    old = tuple(name for name in renamed if choices.flag(f"files.old names of {name}", often=3))
     if kind.startswith("ldm"):
         return Model(kind, build, edits, layouts, dtypes, old)
     for name in _tokenizers(networks):

@@ -1,6 +1,6 @@
 """Faults put into our code, one at a time: the fuzzer is worth what it finds of them within 300 cases.
 
-Each is a function around one of ours. A target that is not there any more is an error: the fault has to be planted anew.
+Each is a function around one of ours. A target that is gone is an error: the fault has to be planted anew.
 """
 
 from __future__ import annotations
