@@ -17,7 +17,7 @@ PIP_ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint slow large gpu peers clean
+.PHONY: help setup demo test lint slow large gpu fuzz peers clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,6 +46,9 @@ large: $(STAMP) ## pipelines of real size: hours, and tens of GB of disk
 # With whatever interpreter and packages are there: a machine with a GPU may have no network to set .venv up from.
 gpu: ## what a machine with an NVIDIA GPU can prove, in under 8 minutes
 	@$(if $(wildcard $(BIN)/python),$(BIN)/python,python3) -m tests.gpu
+
+fuzz: $(STAMP) ## generated pipelines and requests against diffusers: CASES=500 SEED=0, or PLANTED=1
+	$(BIN)/python -m tests.fuzz $(if $(PLANTED),--planted,$(or $(CASES),500) --seed $(or $(SEED),0))
 
 peers: $(STAMP) ## measure against other projects, each in an environment of its own
 	@for peer in $(PEERS); do $(BIN)/python -m tests.peers.$$peer || exit; done

@@ -10,45 +10,13 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 from tests.fuzz import case as cases_on_disk
-from tests.fuzz.report import Report, Result
+from tests.fuzz.report import Report
+from tests.fuzz.workers import run_numbers, start_worker
 
 PER_SEED = 1_000_000
-
-
-def run_number(number: int) -> Result:
-    """Generate and run one case."""
-    from tests.fuzz.cases import make
-    from tests.fuzz.choices import Choices
-    from tests.fuzz.run import run_case
-
-    began = time.perf_counter()
-    choices = Choices(number)
-    try:
-        verdict = run_case(make(choices))[0]
-    except Exception as error:  # neither side, but what makes their input
-        return Result(number, "fuzzer broke", f"{type(error).__name__}: {error}"[:200], "", False,
-                      tuple(choices.met), time.perf_counter() - began)
-    return Result(number, verdict.status, verdict.reason, verdict.detail, verdict.diffusers_runs,
-                  tuple(dict.fromkeys(choices.met)), time.perf_counter() - began)
-
-
-def start_worker() -> None:
-    """Before the first case of a process."""
-    from tests.fuzz.run import quiet_libraries
-
-    quiet_libraries()
-
-
-def run_numbers(numbers: range, workers: int) -> Iterator[Result]:
-    """The cases of these numbers, in order."""
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=start_worker) as pool:
-        yield from pool.map(run_number, numbers, chunksize=4)
 
 
 def replay(file: Path) -> int:
@@ -110,7 +78,8 @@ def main(arguments: list[str]) -> int:
     for result in run_numbers(range(first, first + options.cases), options.workers):
         report.add(result)
         if report.tried % 50 == 0:
-            print(f"{report.tried} cases, {time.monotonic() - began:.0f} s, {len(report.failures)} failures", flush=True)
+            seconds = time.monotonic() - began
+            print(f"{report.tried} cases, {seconds:.0f} s, {len(report.failures)} failures", flush=True)
     print(report.text())
     if options.json is not None:
         report.save(options.json)

@@ -25,7 +25,7 @@ PARTS: Mapping[str, tuple[str, ...]] = {
 TEXT_PARTS = ("self_attn.q_proj", "self_attn.out_proj", "mlp.fc1")
 METADATA = ("none", "alpha", "rank pattern", "alpha pattern", "alpha pattern as a regular expression", "rslora",
             "pattern that fits nothing")
-ODDITIES = ("alpha of another form", "duplicate", "leftover", "half", "dora", "zero alpha")
+ODDITIES = ("alpha of another form", "duplicate", "leftover", "half a LoRA", "dora")
 
 
 # ---- names: module of a network -> stem of its keys, and what down and up are called ------------------------------
@@ -114,7 +114,7 @@ def choose_loras(choices: Choices, model: Model) -> tuple[Lora, ...]:
     """None, one or two files."""
     if model.kind.startswith("ldm"):
         return ()
-    count = 1 if choices.invalid == "LoRA" else choices.pick("lora.files", (0, 1, 2), often=1)
+    count = 1 if choices.invalid in ODDITIES else choices.pick("lora.files", (0, 1, 2), often=1)
     return tuple(_lora(choices, model) for _ in range(count))
 
 
@@ -130,9 +130,13 @@ def _lora(choices: Choices, model: Model) -> Lora:
         metadata = choices.pick("lora.metadata", METADATA)
     else:
         metadata = "none"
-    return Lora(form, tuple(parts), choices.pick("lora.rank", (4, 1, 8)), choices.flag("lora.mixed ranks", often=1),
-                choices.pick("lora.alpha", ALPHAS) if form.startswith("kohya") else "missing", metadata, choices.pick("lora.dtype", ("float32", "float16")),
-                choices.pick("lora.scale", (1.0, 0.5, -0.7, 0.0)), choices.pick("lora.oddity", ODDITIES) if choices.invalid == "LoRA" else "")
+    return Lora(
+        form=form, parts=tuple(parts), rank=choices.pick("lora.rank", (4, 1, 8)),
+        mixed_ranks=choices.flag("lora.mixed ranks", often=1),
+        alpha=choices.pick("lora.alpha", ALPHAS) if form.startswith("kohya") else "missing", metadata=metadata,
+        dtype=choices.pick("lora.dtype", ("float32", "float16")),
+        scale=choices.pick("lora.scale", (1.0, 0.5, -0.7, 0.0)),
+        oddity=choices.invalid if choices.invalid in ODDITIES else "")
 
 
 def choose_embeddings(choices: Choices, model: Model) -> tuple[Embedding, ...]:
@@ -142,7 +146,8 @@ def choose_embeddings(choices: Choices, model: Model) -> tuple[Embedding, ...]:
     found: dict[str, Embedding] = {}
     for _ in range(choices.pick("embedding.files", (0, 1, 2), often=1)):
         form = "clip_l and clip_g" if model.kind == "xl" else choices.pick("embedding.form", EMBEDDINGS)
-        token = choices.pick("embedding.token", tuple(t for t in TOKENS if t not in model.words))
+        taken = {word.lower() for word in (*model.words, *found)}  # the tokenizer reads lower case
+        token = choices.pick("embedding.token", tuple(t for t in TOKENS if t.lower() not in taken))
         if choices.invalid.startswith("word"):
             token = "!" if choices.invalid == "word of the vocabulary" else next(iter(model.words), token)
         vectors = 1 if form == "diffusers, one row" else choices.pick("embedding.vectors", (1, 2, 3))
@@ -183,9 +188,8 @@ def write_lora(lora: Lora, model: Model, file: Path, number: int) -> None:
             ranks[f"{network}.{module}"] = rank
             down = torch.randn(rank, *shape[1:], generator=generator) / max(shape[1], 1) ** 0.5
             up = torch.randn(shape[0], rank, *(1,) * (len(shape) - 2), generator=generator) * 0.2
-            written = "float32 ()" if lora.oddity in ("zero alpha", "alpha of another form") else lora.alpha
-            alpha = alphas[written](
-                0.0 if lora.oddity == "zero alpha" else float(lora.rank) / 2 + 1, i)
+            written = "float32 ()" if lora.oddity == "alpha of another form" else lora.alpha
+            alpha = alphas[written](float(lora.rank) / 2 + 1, i)
             stem = _stem(lora, model, network, module)
             tensors |= _entry(lora, stem, down.to(dtype), up.to(dtype), alpha, network)
     _add_oddity(lora, tensors)
@@ -220,7 +224,7 @@ def _add_oddity(lora: Lora, tensors: Tensors) -> None:
         return
     stem = first.removesuffix("." + FORMS[lora.form][1][0])
     ups = [key for key in tensors if key.startswith(stem) and key.endswith(FORMS[lora.form][1][1])]
-    if lora.oddity == "half" and ups:
+    if lora.oddity == "half a LoRA" and ups:
         del tensors[ups[0]]
     elif lora.oddity == "leftover":
         for key in (first, *ups):

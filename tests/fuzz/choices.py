@@ -28,19 +28,21 @@ class Choices:
         self.number, self.met, self.invalid = number, list[tuple[str, str]](), ""
         self._draw, self._asked = draw, dict[str, int]()
 
-    def pick(self, name: str, values: Sequence[T], often: int = 0) -> T:
+    def pick(self, name: str, values: Sequence[T], often: int = 0, *, counted: bool = True) -> T:
         """One of `values`.
 
         Args:
             name: of the choice; asked again in the same case it is a choice of its own.
             values: the simplest first.
             often: how many more cards of the deck the first value has than each other.
+            counted: whether the report counts it, as it does what has to be met 20 times in 2,000.
         """
         again = self._asked[name] = self._asked.get(name, -1) + 1
         index = self._turn(f"{name}/{again}", len(values), often)
         if self._draw is not None and (wanted := self._draw(st.integers(0, WIDE))) < len(values):
             index = wanted
-        self.met.append((name, label(values[index])))
+        if counted:
+            self.met.append((name, label(values[index])))
         return values[index]
 
     def flag(self, name: str, often: int = 0) -> bool:

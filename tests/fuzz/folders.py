@@ -59,9 +59,10 @@ def choose(choices: Choices) -> Model:
         edits[f"{name}/config.json"] = _network(choices, kind, name, build)
     edits = {file: changes for file, changes in edits.items() if changes}
     layout, dtype = _layout(choices), choices.pick("files.dtype", ("float32", "float16", "bfloat16"), often=4)
-    layouts = {} if layout == "plain" else {choices.pick(f"files.network of {kind}", networks): layout}
-    dtypes = {} if dtype == "float32" else {choices.pick(f"files.network of {kind}", networks): dtype}
-    old = tuple(n for n in networks if n not in ("unet", "bert") and kind != "ldm" and choices.flag(f"files.old names of {n}", often=3))
+    layouts = {} if layout == "plain" else {choices.pick(f"files.network of {kind}", networks, counted=False): layout}
+    dtypes = {} if dtype == "float32" else {choices.pick(f"files.network of {kind}", networks, counted=False): dtype}
+    renamed = () if kind == "ldm" else tuple(name for name in networks if name not in ("unet", "bert"))
+    old = tuple(name for name in renamed if choices.flag(f"files.old names of {name}", often=3))
     if kind.startswith("ldm"):
         return Model(kind, build, edits, layouts, dtypes, old)
     for name in _tokenizers(networks):
@@ -75,10 +76,10 @@ def choose(choices: Choices) -> Model:
 
 
 def _layout(choices: Choices) -> str:
-    if choices.invalid in ("weight files", "pickle"):
-        return "pickle alone" if choices.invalid == "pickle" else choices.pick("files.unreadable", UNREADABLE)
-    if choices.invalid == "stale files":
-        return choices.pick("files.stale", STALE)
+    if choices.invalid in UNREADABLE:
+        return choices.invalid
+    if choices.invalid in ("pickle", "stale files"):
+        return "pickle alone" if choices.invalid == "pickle" else STALE[0]
     apart = (*UNREADABLE, *STALE, "pickle alone")
     return choices.pick("files.layout", tuple(name for name in LAYOUTS if name not in apart), often=8)
 
@@ -91,7 +92,8 @@ def _index(choices: Choices, kind: str) -> dict[str, Any]:
     classes = CLASSES[kind]
     if kind in ("inpaint", "refiner"):  # the other classes cannot feed their U-Nets
         classes = classes[1:] if choices.invalid == "class for other channels" else classes[:1]
-    edits: dict[str, Any] = {"_class_name": choices.pick(f"model.class of {kind}", classes, often=1)}
+    named = choices.pick(f"model.class of {kind}", classes, often=1, counted=len(classes) == len(CLASSES[kind]))
+    edits: dict[str, Any] = {"_class_name": named}
     _edit(choices, "model._diffusers_version", "_diffusers_version", VERSIONS, edits)
     if kind in ("sd", "sd2", "inpaint"):
         checker = choices.pick("model.safety_checker", ("null", "absent", "without its folder"), often=4)
@@ -115,7 +117,7 @@ def _network(choices: Choices, kind: str, name: str, build: str) -> dict[str, An
         if choices.invalid == "sample_size":
             edits["sample_size"] = ABSENT
     elif name == "vae":
-        edits = _some(choices, "vae", VAE, often=2)
+        edits = {} if build.startswith("tiny") else _some(choices, "vae", VAE, often=2)
         normalized = choices.flag("vae.latents_mean and latents_std", often=3) if kind in ("xl", "refiner") else (
             choices.invalid == "latents_mean of Stable Diffusion")
         if normalized:
@@ -138,13 +140,13 @@ def _some(choices: Choices, part: str, values: Mapping[str, tuple[Any, ...]], of
     """None, one or two keys with another value."""
     edits: dict[str, Any] = {}
     for _ in range(choices.pick(f"{part}.edits", (0, 1, 2), often)):
-        key = choices.pick(f"{part}.key", tuple(values))
+        key = choices.pick(f"{part}.key", tuple(values), counted=False)
         _edit(choices, f"{part}.{key}", key, values[key], edits)
     return edits
 
 
 def _edit(choices: Choices, name: str, key: str, values: tuple[Any, ...], edits: dict[str, Any]) -> None:
     """The first value leaves the file as it is."""
-    value = choices.pick(name, values, often=0)
+    value = choices.pick(name, values)
     if value is not values[0]:
         edits[key] = value

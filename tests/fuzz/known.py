@@ -7,9 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from tests.fuzz.case import Case
+from tests.fuzz.case import Case, Request
+from tests.fuzz.theirs import make_latents
+
+Mend = Callable[[Any, Request, list[Any]], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -21,17 +25,18 @@ class KnownFault:
         upstream: file and line of diffusers 0.42.1.
         why: what upstream does and what ours does instead.
         concerns: whether a case may meet it.
-        mend: makes a loaded pipeline do the right thing; given the pipeline and its generators.
+        mend: makes a loaded pipeline do the right thing; given it, the request and its generators. What it returns
+            are further arguments of the call.
     """
 
     name: str
     upstream: str
     why: str
     concerns: Callable[[Case], bool]
-    mend: Callable[[Any, list[Any]], None]
+    mend: Mend
 
 
-def _expand_whole_words(pipe: Any, generators: list[Any]) -> None:
+def _expand_whole_words(pipe: Any, request: Request, generators: list[Any]) -> dict[str, Any]:
     """Words of several vectors: each added token that the tokenizer finds, and no other text, is spelled out."""
     import re
 
@@ -50,15 +55,44 @@ def _expand_whole_words(pipe: Any, generators: list[Any]) -> None:
         return whole.sub(spelled, prompt)
 
     pipe._maybe_convert_prompt = convert
+    return {}
 
 
-def _pass_generators(pipe: Any, generators: list[Any]) -> None:
+def _pass_generators(pipe: Any, request: Request, generators: list[Any]) -> dict[str, Any]:
     from inspect import signature
 
     step = pipe.scheduler.step
     if "generator" in signature(step).parameters:
-        given = generators if len(generators) > 1 else generators[0]
-        pipe.scheduler.step = lambda *args, **kwargs: step(*args, **{"generator": given, **kwargs})
+        # `partial` keeps the signature, by which pipelines decide what they pass on.
+        pipe.scheduler.step = partial(step, generator=generators if len(generators) > 1 else generators[0])
+    return {}
+
+
+def _scale_samples(pipe: Any, request: Request, generators: list[Any]) -> dict[str, Any]:
+    """The initial noise and every sample at the scale that the scheduler has once its timesteps are set."""
+    from diffusers.utils.torch_utils import randn_tensor
+
+    pipe.scheduler.set_timesteps(request.steps)
+    if type(pipe).__name__ == "LDMPipeline":
+        return {}
+
+    def scaled(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return (pipe.scheduler.scale_model_input(args[0], args[1]), *args[1:]), kwargs
+
+    pipe.unet.register_forward_pre_hook(scaled, with_kwargs=True, prepend=True)
+    size = pipe.unet.config.sample_size
+    shape = (len(request.seeds), pipe.unet.config.in_channels,
+             *((request.height // 8, (request.width or 0) // 8) if request.height else (size, size)))
+    noise = make_latents(request, *shape[1:]) if request.latents else None
+    drawn = randn_tensor(shape, generator=generators) if noise is None else torch_from(noise)
+    return {"latents": drawn * pipe.scheduler.init_noise_sigma}
+
+
+def torch_from(array: Any) -> Any:
+    """A tensor."""
+    import torch
+
+    return torch.from_numpy(array)
 
 
 def _has_words(case: Case) -> bool:
@@ -80,4 +114,10 @@ KNOWN: tuple[KnownFault, ...] = (
         "fresh noise of ancestral and stochastic samplers comes from the global state, so a seed means nothing; ours "
         "draws it from the seed.",
         lambda case: case.model.kind.startswith("ldm"), _pass_generators),
+    KnownFault(
+        "LDM pipelines scale the initial noise before timesteps are set, or nothing at all",
+        "pipelines/latent_diffusion/pipeline_latent_diffusion.py:176 (neither init_noise_sigma nor scale_model_input) "
+        "and deprecated/latent_diffusion_uncond/pipeline_latent_diffusion_uncond.py:103 (before set_timesteps)",
+        "samplers in sigma form start from noise of another size than their first step expects; ours scales it.",
+        lambda case: case.model.kind.startswith("ldm"), _scale_samples),
 )

@@ -17,20 +17,24 @@ from tests.fuzz.trace import Recorded, Stopped, Trace
 from tests.fuzz.weight_files import OF_VARIANTS
 
 
-def run(case: Case, folder: Path, files: Mapping[str, Path], pictures: Mapping[str, Any]) -> Trace | Stopped:
-    """Build as far as parity's reference goes, and call the pipeline; see `theirs.run`."""
+def run(case: Case, folder: Path, files: Mapping[str, Path], pictures: Mapping[str, Any],
+        cache: Path | None = None) -> Trace | Stopped:
+    """Build as far as parity's reference goes, and call the pipeline; see `theirs.run`. `cache` is for results of
+    passes, those of a planted fault apart from all others.
+    """
     trace, stage = Trace(), "build"
     work = Path(f"{folder}-work")
     work.mkdir()
     try:
-        pipeline = assemble(case, folder, files, work, trace)
+        pipeline = assemble(case, folder, files, work, trace, cache or root() / "cache")
         stage = "request"
         trace.result = _call(pipeline, case, pictures)
         return trace
     except Exception as error:  # a crash is a finding, not the fuzzer's end
         deploy = isinstance(error, DeployError)
-        return Stopped(stage, type(error).__name__, str(getattr(error, "what", error)), str(getattr(error, "where", "")),
-                       int(getattr(error, "exit_code", 1)) if deploy else 1, bool(trace.calls))
+        code = int(getattr(error, "exit_code", 1)) if deploy else 1
+        return Stopped(stage, type(error).__name__, str(getattr(error, "what", error)),
+                       str(getattr(error, "where", "")), code, bool(trace.calls))
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -48,7 +52,7 @@ def make_spec(case: Case, folder: Path, files: Mapping[str, Path]) -> Any:
         embedding=tuple(f"{files[f'embedding{i}']}:{e.token}" for i, e in enumerate(case.embeddings)), **options)
 
 
-def assemble(case: Case, folder: Path, files: Mapping[str, Path], work: Path, trace: Trace) -> Any:
+def assemble(case: Case, folder: Path, files: Mapping[str, Path], work: Path, trace: Trace, cache: Path) -> Any:
     """The pipeline over PyTorch sessions, as parity's reference has it."""
     from deploy.builder import Silent, load_source
     from deploy.cache import Cache
@@ -57,7 +61,7 @@ def assemble(case: Case, folder: Path, files: Mapping[str, Path], work: Path, tr
     from deploy.reference import reference_sessions
 
     spec = make_spec(case, folder, files)
-    bundle = load_source(open_origin(spec), spec, Cache(root() / "cache"), work, Silent())
+    bundle = load_source(open_origin(spec), spec, Cache(cache), work, Silent())
     sessions = reference_sessions(bundle)
     recorded = {name: Recorded(session, bundle.component(name), trace) for name, session in sessions.items()}
     return assemble_pipeline(recorded, bundle)

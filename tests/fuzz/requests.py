@@ -12,8 +12,8 @@ from tests.fuzz.choices import Choices
 LONG = "a red apple under the tree near the house with a dog and a cat over the moon " * 3
 PROMPTS = (
     "a red apple on the house", "", "grinning cat, 3d!", "(red:1.3) apple [blue] ((cat)) {dog}", LONG,
-    "naïve café über straße", "cafe\u0301 A\u030angstro\u0308m", "кот на дереве 猫 الثور", "a \U0001f600 cat\u200d\ufe0f",
-    "\ufeffa cat", "  a   cat \n\t dog ", "A RED APPLE", "it's they're don't we'll", "!!! ... ???", "&amp; &#39; <b>",
+    "naïve café über straße", "cafe\u0301 A\u030angstro\u0308m", "кот на дереве 猫 الثور",
+    "a \U0001f600 cat\u200d\ufe0f", "\ufeffa cat", "  a   cat \n\t dog ", "A RED APPLE", "it's they're don't we'll", "!!! ... ???", "&amp; &#39; <b>",
     "<|endoftext|> a cat", "cat<|startoftext|>dog", "1234567890 2024", "a\x00cat \x07", "İstanbul ﬁne ½ ǅ", "_a_b-c_",
     "a\u00a0cat\u3000dog", "\U0001d4d0\U0001d4eb\U0001d4ec", "<cat",
 )
@@ -50,7 +50,7 @@ def choose(choices: Choices, model: Model, embeddings: tuple[Embedding, ...]) ->
     if mode != "image" and model.kind != "ldm":
         size = choices.pick("request.size", SIZES, often=2)
         if choices.invalid == "size":
-            size = choices.pick("request.bad size", BAD_SIZES)
+            size = choices.pick("request.bad size", BAD_SIZES, counted=False)
     latents = choices.flag("request.latents") if mode == "text" and model.kind != "ldm" else False
     negative = None if model.kind == "ldm" else _negative(choices, model, embeddings, len(prompts))
     if model.kind == "ldm-text":
@@ -80,12 +80,12 @@ def _modes(kind: str) -> tuple[str, ...]:
 
 def _prompt(choices: Choices, model: Model, embeddings: tuple[Embedding, ...]) -> str:
     if choices.invalid == "prompt":
-        return choices.pick("request.bad prompt", BAD_PROMPTS)
+        return choices.pick("request.bad prompt", BAD_PROMPTS, counted=False)
     words = [*model.words, *(e.token for e in embeddings)]
     if not words or choices.flag("prompt.without the words", often=3):
         return choices.pick("prompt", PROMPTS)
     template = choices.pick("prompt.around the word", WITH_WORDS)
-    return template.format(*(choices.pick("prompt.word", words) for _ in range(template.count("{}"))))
+    return template.format(*(choices.pick("prompt.word", words, counted=False) for _ in range(template.count("{}"))))
 
 
 def _negative(choices: Choices, model: Model, embeddings: tuple[Embedding, ...], count: int) -> tuple[str, ...] | None:

@@ -72,9 +72,10 @@ def run_case(case: Case) -> tuple[Verdict, Trace | Stopped, Trace | Stopped]:
         mine = ours.run(case, files.folder, files.files, files.pictures)
         other = theirs.run(case, files.folder, files.files, files.pictures)
         found = verdict.judge(mine, other)
-        for fault in known.KNOWN if found.status == "different" else ():
-            if fault.concerns(case):
-                mended = theirs.run(case, files.folder, files.files, files.pictures, fault.mend)
-                if verdict.judge(mine, mended).status in ("equal", "flat"):
-                    return replace(found, status="known fault", reason=fault.name), mine, other
+        faults = [fault for fault in known.KNOWN if fault.concerns(case)] if found.status == "different" else []
+        for tried in [*([fault] for fault in faults), *([faults] if len(faults) > 1 else [])]:
+            mended = theirs.run(case, files.folder, files.files, files.pictures, [fault.mend for fault in tried])
+            if verdict.judge(mine, mended).status in ("equal", "flat"):
+                names = " and ".join(fault.name for fault in tried)
+                return replace(found, status="known fault", reason=names), mine, other
     return found, mine, other

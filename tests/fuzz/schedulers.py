@@ -45,21 +45,22 @@ VALUES: Mapping[str, tuple[Any, ...]] = {
     "steps_offset": (1, 0, 2),
     "clip_sample_range": (1.0, 2.5),
     "dynamic_thresholding_ratio": (0.995, 0.7), "sample_max_value": (1.0, 1.5),
-    "variance_type": ("fixed_small", "fixed_large", "fixed_small_log", None),
+    "variance_type": ("fixed_small", "fixed_large", "fixed_small_log"),  # of DDPM; DPM++ has none or a learned one
     "interpolation_type": ("linear", "log_linear"),
     "sigma_min": (None, 0.05), "sigma_max": (None, 10.0),
     "timestep_type": ("discrete", "continuous"),
     "final_sigmas_type": ("zero", "sigma_min"),
-    "solver_order": (2, 1, 3), "solver_p": (None,),
+    "solver_order": (2, 1, 3),
     "algorithm_type": ("dpmsolver++", "sde-dpmsolver++", "dpmsolver", "sde-dpmsolver", "deis"),
     "solver_type": ("midpoint", "heun", "bh1", "bh2", "logrho"),
     "lambda_min_clipped": (-math.inf, -5.1),
     "disable_corrector": ((), (0,), (0, 1)),
     "original_inference_steps": (50, 20), "timestep_scaling": (10.0, 5.0),
-    "flow_shift": (1.0, 3.0), "time_shift_type": ("exponential", "linear"), "shift_terminal": (None,),
+    "flow_shift": (1.0, 3.0), "time_shift_type": ("exponential", "linear"),
     "sigma_data": (0.5, 1.0), "sigma_schedule": ("karras", "exponential"), "rho": (7.0, 5.0),
 }
-_OTHERS = {"skip_prk_steps": True, "clip_sample": True, "solver_order": 3, "use_karras_sigmas": True, "foo": 1}
+_OTHERS = {"skip_prk_steps": True, "clip_sample": True, "solver_order": 3, "use_karras_sigmas": True}
+
 
 
 @cache
@@ -68,39 +69,47 @@ def keys_of(class_name: str) -> tuple[str, ...]:
     import diffusers
 
     found = signature(getattr(diffusers, class_name).__init__).parameters
-    return tuple(key for key in found if key in VALUES)
+    return tuple(key for key in found if key in VALUES and (key != "variance_type" or class_name == "DDPMScheduler"))
 
 
-def config(choices: Choices, class_name: str) -> dict[str, Any]:
-    """A config of the class with some of its keys changed, absent, or another class's."""
-    edm = class_name.startswith("EDM")
-    made: dict[str, Any] = {"_class_name": class_name, **(EDM if edm else USUAL), **OWN.get(class_name, {})}
-    keys = keys_of(class_name)
-    for _ in range(choices.pick("scheduler.changed keys", (0, 1, 2, 3), often=1)):
-        key = choices.pick(f"scheduler.key of {class_name}", keys)
-        made[key] = choices.pick(f"scheduler.{key}", VALUES[key])
-    choice = choices.pick("scheduler.keys", ("usual", "few", "others"), often=4)
-    if choice == "few":
-        made = {key: made[key] for key in ("_class_name", "beta_schedule", "beta_start", "beta_end") if key in made}
-    elif choice == "others":
-        key = choices.pick("scheduler.key of another class", tuple(_OTHERS))
-        made[key] = made.get(key, _OTHERS[key])
-    version = choices.pick("scheduler._diffusers_version", ("0.42.1", "0.6.0", "0.18.2", None), often=1)
-    return made if version is None else {**made, "_diffusers_version": version}
+@cache
+def changes() -> tuple[tuple[str, Any], ...]:
+    """Every key with every value but its usual one."""
+    return tuple((key, value) for key, values in VALUES.items() for value in values[1:])
 
 
 def choose(choices: Choices) -> tuple[str, dict[str, Any]]:
-    """The class in model_index.json, and the config."""
+    """The class in model_index.json, and the config: of one change at least, in a class that reads the key."""
     if choices.invalid == "scipy":
-        named = choices.pick("scheduler.of scipy", ("LMSDiscreteScheduler", "EulerDiscreteScheduler"))
+        named = choices.pick("scheduler.of scipy", ("LMSDiscreteScheduler", "EulerDiscreteScheduler"), counted=False)
         return named, {"_class_name": named, **USUAL, "use_beta_sigmas": named == "EulerDiscreteScheduler"}
-    named = choices.pick("scheduler.class", CLASSES, often=1)
-    written = choices.pick("scheduler.class of its config", ("the same", "another"), often=5)
-    own = named
-    if written == "another":
-        own = choices.pick("scheduler.other class of the config",
-                           ("PNDMScheduler", "DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"))
-    made = config(choices, own)
+    change = choices.pick("scheduler.change", (None, *changes()), often=8)
+    able = tuple(name for name in CLASSES if change is None or change[0] in keys_of(name))
+    own = named = choices.pick(f"scheduler.class for {change and change[0]}", able, counted=False)
+    if choices.flag("scheduler.another class in model_index.json", often=2):
+        named = choices.pick("scheduler.class in model_index.json", CLASSES)
+    choices.met.append(("scheduler.class", named))
+    made = _config(choices, own, change)
     if choices.invalid == "no scheduler class":
         del made["_class_name"]
     return named, made
+
+
+def _config(choices: Choices, class_name: str, change: tuple[str, Any] | None) -> dict[str, Any]:
+    """A config of the class with some of its keys changed, absent, or another class's."""
+    usual = EDM if class_name.startswith("EDM") else USUAL
+    made: dict[str, Any] = {"_class_name": class_name, **usual, **OWN.get(class_name, {})}
+    choice = choices.pick("scheduler.keys", ("usual", "few", "of another class"), often=4)
+    if choice == "few":
+        made = {key: made[key] for key in ("_class_name", "beta_schedule", "beta_start", "beta_end") if key in made}
+    elif choice == "of another class":
+        key = choices.pick("scheduler.key of another class", tuple(_OTHERS))
+        made[key] = made.get(key, _OTHERS[key])
+    more = [key for key in keys_of(class_name) if change is None or key != change[0]]
+    for _ in range(choices.pick("scheduler.further changes", (0, 1, 2), often=2)):
+        key = choices.pick(f"scheduler.further key of {class_name}", more, counted=False)
+        made[key] = choices.pick(f"scheduler.{key}", VALUES[key], counted=False)
+    if change is not None:
+        made[change[0]] = change[1]
+    version = choices.pick("scheduler._diffusers_version", ("0.42.1", "0.6.0", "0.18.2", None), often=1)
+    return made if version is None else {**made, "_diffusers_version": version}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ SIZES = {"original": (64, 48), "crop": (4, 8), "target": (40, 24)}
 
 
 def run(case: Case, folder: Path, files: Mapping[str, Path], pictures: Mapping[str, Any],
-        mend: Callable[[Any, list[Any]], None] | None = None) -> Trace | Stopped:
+        mends: Sequence[Callable[[Any, Request, list[Any]], dict[str, Any]]] = ()) -> Trace | Stopped:
     """Load and call diffusers' pipeline.
 
     Args:
@@ -30,7 +30,7 @@ def run(case: Case, folder: Path, files: Mapping[str, Path], pictures: Mapping[s
         folder: of the model.
         files: adapter files by name, "lora0", "embedding1".
         pictures: "image" and "mask" as the caller has them.
-        mend: of a known fault; given the loaded pipeline and the request's generators.
+        mends: of known faults (known.py).
     """
     trace, stage = Trace(), "build"
     with warnings.catch_warnings():
@@ -41,9 +41,8 @@ def run(case: Case, folder: Path, files: Mapping[str, Path], pictures: Mapping[s
             stage = "request"
             record_diffusers(pipe, trace)
             generators = make_generators(case.request)
-            if mend is not None:
-                mend(pipe, generators)
-            trace.result = _call(pipe, case.request, pictures, generators)
+            more = {k: v for mend in mends for k, v in mend(pipe, case.request, generators).items()}
+            trace.result = _call(pipe, case.request, pictures, generators, **more)
         except Exception as error:  # whatever a library raises over a generated folder
             return Stopped(stage, type(error).__name__, str(error).strip().partition("\n")[0][:300],
                            networks_ran=bool(trace.calls))
@@ -111,7 +110,8 @@ def make_generators(request: Request) -> list[Any]:
     return [torch.Generator("cpu").manual_seed(seed) for seed in request.seeds]
 
 
-def _call(pipe: Any, request: Request, pictures: Mapping[str, Any], generators: list[Any]) -> np.ndarray[Any, Any]:
+def _call(pipe: Any, request: Request, pictures: Mapping[str, Any], generators: list[Any],
+          **more: Any) -> np.ndarray[Any, Any]:
     options: dict[str, Any] = {
         "num_inference_steps": request.steps, "eta": request.eta, "guidance_scale": request.guidance,
         "generator": generators if len(generators) > 1 else generators[0],
@@ -130,7 +130,7 @@ def _call(pipe: Any, request: Request, pictures: Mapping[str, Any], generators: 
         if request.images_per_prompt > 1:
             options["prompt"] = [p for p in request.prompts for _ in range(request.images_per_prompt)]
         options["latents"] = _latents(pipe, request)
-    return _as_array(pipe(**{k: v for k, v in options.items() if v is not None}).images)
+    return _as_array(pipe(**{k: v for k, v in {**options, **more}.items() if v is not None}).images)
 
 
 def _of_clip_pipelines(pipe: Any, request: Request, pictures: Mapping[str, Any]) -> dict[str, Any]:

@@ -37,7 +37,8 @@ class Verdict:
 
 def judge(mine: Trace | Stopped, theirs: Trace | Stopped) -> Verdict:
     """Compare what both sides did."""
-    broken = isinstance(theirs, Stopped) or theirs.result is None or not np.isfinite(theirs.result).all()
+    broken = isinstance(theirs, Stopped) or theirs.result is None or not all(
+        np.isfinite(array).all() for array in (theirs.result, *theirs.decoded))  # Pillow makes black of NaN
     if isinstance(mine, Stopped):
         detail = f"{mine.stage}: {mine.kind}: {mine.text} [{mine.where}]"
         reason = normalized(f"{mine.text}")
@@ -65,11 +66,11 @@ def _why(side: Trace | Stopped) -> str:
 
 def first_difference(mine: Trace, theirs: Trace) -> tuple[str, str] | None:
     """What differs first, in the order in which an error spreads, and by how much; None if nothing does."""
-    for image in theirs.encoded:
+    for image in mine.encoded:  # theirs also encodes the masked image of U-Nets that do not take it
         for row in image:
-            if not any(row.shape == other.shape and _close(other, row, CONDITIONS)
-                       for found in mine.encoded for other in found):
-                return "encoded image", f"shape {row.shape}, ours {[e.shape for e in mine.encoded]}"
+            if not any(row.shape == other.shape and _close(row, other, CONDITIONS)
+                       for found in theirs.encoded for other in found):
+                return "encoded image", f"shape {row.shape}, theirs {[e.shape for e in theirs.encoded]}"
     for i, (ours, other) in enumerate(zip(mine.calls, theirs.calls, strict=False)):
         if (found := _call_difference(ours, other, i)) is not None:
             return found
