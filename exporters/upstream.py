@@ -98,7 +98,7 @@ def upstream_pipeline(source: Source, mode: str, *, read: Collection[str] = (), 
         with unwarned():
             pipe = kind.from_pretrained(str(source.path), local_files_only=True, use_safetensors=True,
                                         torch_dtype=torch_dtype, variant=variant or None, **arguments)
-    except (AttributeError, ImportError, KeyError, OSError, TypeError, ValueError) as error:
+    except (AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"diffusers' {kind.__name__} refuses it: {type(error).__name__}: "
                          f"{str(error).partition(chr(10))[0]:.300}", where=str(source.path),
                          fix="load it with diffusers, correct what it names and save it again") from error

@@ -30,11 +30,13 @@ class Guidance:
         interval: first and last share of the steps under guidance; outside of it a step costs half. Kynkäänniemi et
             al., Applying Guidance in a Limited Interval, arXiv 2404.07724: at high noise guidance costs variety, at low
             noise it does nothing. Counted in steps as diffusers' guiders do.
+        below_one: whether every scale but 1 guides; see `PipelineFacts.guides_below_one`.
     """
 
     scale: float
     rescale: float = 0.0
     interval: tuple[float, float] = (0.0, 1.0)
+    below_one: bool = False
 
     def __post_init__(self) -> None:
         """Refuse shares that are none."""
@@ -44,10 +46,15 @@ class Guidance:
             raise InputError(f"{self.interval} is not an interval within 0 to 1", where="guidance_interval",
                              fix="(0, 1) is every step, (0.1, 0.7) leaves out the first tenth and the end")
 
+    @property
+    def on(self) -> bool:
+        """Whether any step can be guided."""
+        return self.scale > 1 or (self.below_one and self.scale != 1)
+
     def active(self, i: int, total: int) -> bool:
         """Whether step i of `total` is guided."""
         first, last = self.interval
-        return self.scale > 1 and int(first * total) <= i < int(last * total)
+        return self.on and int(first * total) <= i < int(last * total)
 
     def combine(self, uncond: Float32, cond: Float32) -> Float32:
         """The guided prediction, eq. 6 with w = scale - 1 as diffusers counts it: (B, C, H/f, W/f) float32 each.

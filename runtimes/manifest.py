@@ -117,6 +117,7 @@ class PipelineFacts:
         text_encoders: components that read the prompt, their hidden states side by side in this order; none for a
             pipeline without prompts. The tokenizer of "text_encoder_2" is "tokenizer_2".
         time_ids: what the numbers mean that the U-Net's input of that name takes: sizes and crops in pixels.
+        guides_below_one: every guidance scale but 1 guides; by most pipelines, those above 1 alone.
         zero_empty_negative: where no negative prompt is given, zeros stand for it, not the embedded empty text.
         modes: what is drawn by default, by "text", "image" and "mask", as far as diffusers has a class for it.
     """
@@ -130,6 +131,7 @@ class PipelineFacts:
     text_encoders: tuple[str, ...] = ("text_encoder",)
     time_ids: tuple[str, ...] = ()
     zero_empty_negative: bool = False
+    guides_below_one: bool = False
     latents_mean: tuple[float, ...] = ()
     latents_std: tuple[float, ...] = ()
     modes: Mapping[str, ModeFacts] = field(default_factory=dict)

@@ -156,7 +156,7 @@ class Pipeline:
         mode = self.facts.mode(image is not None, mask is not None)
         scale = mode.guidance_scale if guidance_scale is None else finite(guidance_scale, "guidance_scale")
         guidance = Guidance(scale, finite(guidance_rescale, "guidance_rescale"),
-                            interval(guidance_interval, "guidance_interval"))
+                            interval(guidance_interval, "guidance_interval"), self.facts.guides_below_one)
         share = mode.strength if strength is None else finite(strength, "strength")
         method, wanted = self._scheduler(one_of(scheduler, str, "scheduler"), mode), whole(steps, "steps")
         run, count = begin_part(method, wanted, part, 1.0 if image is None else share,
@@ -168,7 +168,7 @@ class Pipeline:
                              fix='give the latents of the part before: output="latents"')
         request = check_request(
             sessions, self.facts, prompt=prompt, negative_prompt=negative_prompt, images_per_prompt=images_per_prompt,
-            guided=guidance.scale > 1, seed=seed, height=height, width=width, image=image, mask=mask, strength=share,
+            guided=guidance.on, seed=seed, height=height, width=width, image=image, mask=mask, strength=share,
             latents=latents, tile=tile)
         at_once = self._images_at_once(request)
         style = PromptStyle(flag(weighting, "weighting"), flag(long_prompts, "long_prompts"))

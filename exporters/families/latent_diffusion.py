@@ -65,5 +65,5 @@ TEXT_TO_IMAGE = Family(
     source_components=("bert", "unet", VAE),
     tokenizers=("tokenizer",),
     components=_text_to_image,
-    facts=lambda source: parts.facts(source, _check_text_to_image(source), _tokens(source)),
+    facts=lambda source: parts.facts(source, _check_text_to_image(source), _tokens(source), guides_below_one=True),
 )
