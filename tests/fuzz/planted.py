@@ -165,7 +165,8 @@ FAULTS: Mapping[str, Fault] = {
     "zeros for no negative prompt": Fault("runtimes.pipeline:gather", _changed_argument(
         1, lambda facts: replace(facts, zero_empty_negative=not facts.zero_empty_negative))),
     "eta": Fault("runtimes.pipeline:begin_part", _changed_argument(4, lambda eta: 0.0)),
-    "a stale weight file": Fault("exporters.weight_files:_forms", _changed_result(lambda forms: forms[::-1])),
+    "another variant of the weights": Fault("exporters.source:find_weights", lambda original: (
+        lambda folder, library, variant="": original(folder, library, variant or "fp16"))),
 }
 
 
