@@ -13,7 +13,8 @@ LONG = "a red apple under the tree near the house with a dog and a cat over the 
 PROMPTS = (
     "a red apple on the house", "", "grinning cat, 3d!", "(red:1.3) apple [blue] ((cat)) {dog}", LONG,
     "naïve café über straße", "cafe\u0301 A\u030angstro\u0308m", "кот на дереве 猫 الثور",
-    "a \U0001f600 cat\u200d\ufe0f", "\ufeffa cat", "  a   cat \n\t dog ", "A RED APPLE", "it's they're don't we'll", "!!! ... ???", "&amp; &#39; <b>",
+    "a \U0001f600 cat\u200d\ufe0f", "\ufeffa cat", "  a   cat \n\t dog ", "A RED APPLE",
+    "it's they're don't we'll", "!!! ... ???", "&amp; &#39; <b>",
     "<|endoftext|> a cat", "cat<|startoftext|>dog", "1234567890 2024", "a\x00cat \x07", "İstanbul ﬁne ½ ǅ", "_a_b-c_",
     "a\u00a0cat\u3000dog", "\U0001d4d0\U0001d4eb\U0001d4ec", "<cat",
 )
