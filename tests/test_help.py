@@ -1,4 +1,4 @@
-"""Whatever the documents tell a reader to run says with --help what it does or measures; help texts are printed whole."""
+"""Whatever the documents tell a reader to run says with --help what it does or measures; help is printed whole."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from tests.fuzz import case as cases_on_disk
 from tests.fuzz.report import Report
@@ -39,7 +40,7 @@ def shrink_failures(report: Report, folder: Path, seconds: float, most: int) -> 
 
     start_worker()
     folder.mkdir(parents=True, exist_ok=True)
-    first = {}
+    first: dict[str, Any] = {}
     for failure in report.failures:
         if failure.status == "different":
             first.setdefault(failure.reason, failure)

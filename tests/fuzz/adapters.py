@@ -247,7 +247,7 @@ def _metadata(lora: Lora, ranks: Mapping[str, int]) -> dict[str, Any]:
         return found
     for network in {place.partition(".")[0] for place in ranks}:
         modules = sorted(p.partition(".")[2] for p in ranks if p.startswith(f"{network}."))
-        own = {"r": lora.rank, "lora_alpha": lora.rank, "target_modules": modules, "peft_type": "LORA"}
+        own: dict[str, Any] = {"r": lora.rank, "lora_alpha": lora.rank, "target_modules": modules, "peft_type": "LORA"}
         own["rank_pattern"] = {m: ranks[f"{network}.{m}"] for m in modules if ranks[f"{network}.{m}"] != lora.rank}
         some = random.Random(len(modules)).choice(modules)
         if lora.metadata == "alpha":

@@ -47,7 +47,7 @@ def _expand_whole_words(pipe: Any, request: Request, generators: list[Any]) -> d
 
         def spelled(match: re.Match[str]) -> str:
             token = lowered[match[0].lower()]
-            further = []
+            further: list[str] = []
             while f"{token}_{len(further) + 1}" in tokenizer.added_tokens_encoder:
                 further.append(f"{token}_{len(further) + 1}")
             return " ".join([match[0], *further])

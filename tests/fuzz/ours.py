@@ -87,7 +87,7 @@ def _call(pipeline: Any, case: Case, pictures: Mapping[str, Any]) -> np.ndarray[
         factor = facts.vae_scale_factor
         options["latents"] = make_latents(request, facts.latent_channels, height // factor, width // factor)
     if request.sizes != "none":
-        wanted = {k: SIZES[k] for k in SIZES if request.sizes in (k, "all")}
+        wanted: dict[str, Any] = {k: SIZES[k] for k in SIZES if request.sizes in (k, "all")}
         if request.sizes == "all" and case.request.mode == "image":
             wanted |= {"aesthetic_score": 7.5, "negative_aesthetic_score": 1.0}
         options["sizes"] = SizeConditions(**wanted)

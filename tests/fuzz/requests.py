@@ -14,7 +14,8 @@ PROMPTS = (
     "a red apple on the house", "", "grinning cat, 3d!", "(red:1.3) apple [blue] ((cat)) {dog}", LONG,
     "naïve café über straße", "cafe\u0301 A\u030angstro\u0308m", "кот на дереве 猫 الثور",
     "a \U0001f600 cat\u200d\ufe0f", "\ufeffa cat", "  a   cat \n\t dog ", "A RED APPLE",
-    "it's they're don't we'll", "!!! ... ???", "&amp; &#39; <b>",
+    "it's they're don't we'll",
+    "!!! ... ???", "&amp; &#39; <b>",
     "<|endoftext|> a cat", "cat<|startoftext|>dog", "1234567890 2024", "a\x00cat \x07", "İstanbul ﬁne ½ ǅ", "_a_b-c_",
     "a\u00a0cat\u3000dog", "\U0001d4d0\U0001d4eb\U0001d4ec", "<cat",
 )
@@ -125,9 +126,9 @@ def make_picture(picture: Picture, folder: Path, name: str, seed: int) -> Any:
 
         return np.asarray(image, np.float32) / np.float32(255)
     if picture.orientation != 1:
-        from PIL import Image
+        from PIL import ExifTags
 
-        image.getexif()[Image.ExifTags.Base.Orientation] = picture.orientation
+        image.getexif()[ExifTags.Base.Orientation] = picture.orientation
     if picture.form == "pil":
         return image
     file = folder / f"{name}.{picture.form}"
@@ -184,8 +185,9 @@ def in_mode(image: Any, mode: str) -> Any:
         return palette
     if mode in ("I;16", "I", "F"):
         grey = np.asarray(image.convert("L"))
-        return Image.fromarray({"I;16": grey.astype(np.uint16) * 257, "I": grey.astype(np.int32) * 257,
-                                "F": grey.astype(np.float32)}[mode])
+        wide: dict[str, np.ndarray[Any, Any]] = {"I;16": grey.astype(np.uint16) * 257, "F": grey.astype(np.float32),
+                                                 "I": grey.astype(np.int32) * 257}
+        return Image.fromarray(wide[mode])
     if mode == "LA":
         return image.convert("LA")
     return image if mode == "RGBA" else image.convert("RGB").convert(mode)

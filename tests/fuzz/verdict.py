@@ -77,9 +77,9 @@ def first_difference(mine: Trace, theirs: Trace) -> tuple[str, str] | None:
     if len(mine.calls) != len(theirs.calls):
         return "number of denoiser calls", f"ours {len(mine.calls)}, theirs {len(theirs.calls)}"
     if theirs.decoded and mine.decoded:
-        ours, other = np.concatenate(mine.decoded), np.concatenate(theirs.decoded)
-        if ours.shape != other.shape or not _close(ours, other, SAMPLES):
-            return "decoded latents", _amount(ours, other)
+        latents, expected = np.concatenate(mine.decoded), np.concatenate(theirs.decoded)
+        if latents.shape != expected.shape or not _close(latents, expected, SAMPLES):
+            return "decoded latents", _amount(latents, expected)
     return _result_difference(mine.result, theirs.result)
 
 

@@ -99,7 +99,7 @@ def _single(folder: Path, stem: str, tensors: Tensors, variant: str = "") -> Non
 
 def _shards(folder: Path, stem: str, tensors: Tensors, variant: str = "", count: int = 2) -> list[Path]:
     keys, files = sorted(tensors), []
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i in range(count):
         part = keys[i * len(keys) // count : (i + 1) * len(keys) // count]
         files.append(folder / f"{stem}{variant}-{i + 1:05}-of-{count:05}.safetensors")

@@ -18,7 +18,8 @@ PICTURE = np.full((32, 32, 3), 0.5)
 VALUES: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 10**30, 1.5, math.nan, math.inf, -math.inf, "", "x", "0.5", b"x", 1j, [], (), [1],
     [None], ["x"], ("0", "0.8"), (0, 1), [0.0, math.nan], (0, 0.5, 1), {}, {"a": 1}, {0.0, 1.0}, object(),
-    np.float32(0.5), np.int64(2), np.bool_(True), np.array(2), np.array([0.0, 1.0]), np.zeros((1, CHANNELS, 8, 8), np.float32),
+    np.float32(0.5), np.int64(2), np.bool_(True), np.array(2), np.array([0.0, 1.0]),
+    np.zeros((1, CHANNELS, 8, 8), np.float32),
     np.array(["x"]), np.array([None], object), range(2), lambda step: None, ValueError("x"), "a\ud800",
 )
 ARGUMENTS = [name for name, p in inspect.signature(Pipeline.__call__).parameters.items() if name != "self"]
