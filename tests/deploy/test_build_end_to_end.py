@@ -132,13 +132,13 @@ def fix_one_axis(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("corrupt", "named"),
-    [(corrupt_one_weight, "unet"), (corrupt_one_scheduler_coefficient, "scheduler"), (fix_one_axis, "vae_decoder")],
+    [(corrupt_one_weight, "unet"), (corrupt_one_scheduler_coefficient, "beta_end"), (fix_one_axis, "vae_decoder")],
 )
 def test_a_corruption_breaks_the_gate_and_is_named(corrupt: Callable[[Path], None], named: str, copy: Path, cli: Cli):
     corrupt(copy)
     sign(copy)
     result = cli("verify", copy)
-    assert_refused(result, f"verify, {named}", code=3)
+    assert_refused(result, "verify, ", named, code=3)
 
 
 def test_verify_prints_the_promised_object(reference_bundle: Path, cli: Cli):
@@ -178,7 +178,7 @@ def test_a_newer_schema_is_refused(copy: Path, cli: Cli):
 
 @pytest.mark.parametrize(
     ("options", "word"),
-    [(("x" * 10_000,), "10,000"), (("a cat", "--height", "70"), "height"), (("a cat", "--steps", "0"), "steps"),
+    [(("x" * 100_001,), "100,001"), (("a cat", "--height", "70"), "height"), (("a cat", "--steps", "0"), "steps"),
      (("a cat", "--guidance", "nan"), "guidance"), (("a cat", "--scheduler", "magic"), "magic"), ((), "prompt"),
      (("a cat", "--device", "cuda"), "CUDAExecutionProvider")],
 )

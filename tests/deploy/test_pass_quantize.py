@@ -63,7 +63,6 @@ def test_each_target_gets_the_integers_that_its_kernels_take():
 @pytest.mark.parametrize(("cpu", "limit"), [("vnni", 127), ("avx2", 63)])
 def test_the_processor_that_the_bundle_is_for_decides_how_large_weights_may_be(cpu: str, limit: int):
     assert Scheme(**planned(cpu=cpu).config["scheme"]).weight_limit == limit
-    assert Scheme(**planned(cpu=cpu, target="tensorrt-rtx").config["scheme"]).weight_limit == 127
 
 
 def test_only_components_with_recorded_ranges_depend_on_the_others():
@@ -195,6 +194,6 @@ def test_bad_calibration_options_are_one_line_and_nothing_is_written(cli: Cli, t
 
 
 def test_prompt_files_that_are_empty_or_not_text_are_refused(cli: Cli, tmp_path: Path):
-    for content, word in ((b"", "no prompt"), (b"\xff\xfe", "not UTF-8")):
+    for content, word in ((b"", "no prompt"), (b"\xff\xfe", "no prompt"), (b"a\xff", "not UTF-8")):
         (tmp_path / "p.txt").write_bytes(content)
         assert_refused(cli("build", "--precision", "int8", "--calibration-prompts", tmp_path / "p.txt"), word)

@@ -73,7 +73,7 @@ def test_progress_lines_and_errors_are_whole(capsys):
 
 def test_tables_are_whole(capsys, monkeypatch):
     monkeypatch.setattr(console.out, "width", 400, raising=False)
-    bundle: Any = SimpleNamespace(path=Path(ODD))
+    bundle: Any = SimpleNamespace(path=Path(ODD), manifest=SimpleNamespace(measured={"notes": [ODD]}))
     console.show_outcome(SimpleNamespace(up_to_date=True, bundle=bundle))  # type: ignore[arg-type]
     console.show_repository(Path(ODD), [ODD])
     found = {"machine": {"processor": ODD, "cores": 1, "memory_bytes": 1, "instructions": []}, "gpu": {"detail": ODD},

@@ -55,8 +55,9 @@ def write_bundle(folder: Path, psnr_db: float = 57.25, unet: str = "weights", pi
         "images": {"psnr_db": psnr_db, "ssim": 0.9991, "count": pictures}, "retrieval": None, "unverified": [],
         "trajectory": {"relative_l2": [1e-6, 1e-5], "by_scheduler": {"ddim": [1e-6, 1e-5]}}}
     measured = {"passes": [
-        {"name": "load", "seconds": 1.5, "peak_rss_bytes": 1e8, "bytes_out": 7, "reused": 0},
-        {"name": "quantize", "seconds": 2.5, "peak_rss_bytes": 2e8, "bytes_out": 3, "reused": 0,
+        {"name": "load", "seconds": 1.5, "peak_rss_bytes": 100_000_000, "bytes_in": 9, "bytes_out": 7,
+         "reused": 0, "components": {}},
+        {"name": "quantize", "seconds": 2.5, "peak_rss_bytes": 200_000_000, "bytes_in": 7, "bytes_out": 3, "reused": 0, "components": {},
          "relative_l2": {"unet": 2.5e-6, "vae_decoder": 1e-7}}]}
     manifest = dataclasses.replace(manifest, components={"unet": component}, parity=parity, measured=measured,
                                    verified=True)

@@ -180,4 +180,4 @@ def test_default_builds_have_the_spec_and_the_config_that_they_had_before():
     assert config == planned(text_encoder_bits=8).config
     assert set(config) == {"recipes", "scheme", "estimator", "keep", "methods", "relative_l2", "calibration"}
     assert config["recipes"][NAME] == "weight-only"
-    assert Quantize.version == 4
+    assert Quantize.version == 6

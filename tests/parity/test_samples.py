@@ -156,14 +156,14 @@ def test_store_computes_once_per_key_and_survives_a_new_process(tmp_path):
     assert list(again) == list(arrays)
     np.testing.assert_array_equal(again["c"], arrays["c"])
     assert Store(tmp_path).find({"k": 2}) is None
-    assert [p.suffix for p in (tmp_path / "parity").iterdir()] == [".npz"]
+    assert [p.suffix for p in (tmp_path / "parity").glob("[!.]*")] == [".npz"]
 
 
 @pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 not really", None])
 def test_a_damaged_entry_is_computed_again(tmp_path, damage):
     store = Store(tmp_path)
     store.put("key", {"x": np.arange(1000)})
-    (file,) = (tmp_path / "parity").iterdir()
+    (file,) = (tmp_path / "parity").glob("[!.]*")
     file.write_bytes(file.read_bytes()[:-100] if damage is None else damage)
     assert store.find("key") is None
     np.testing.assert_array_equal(store.get("key", lambda: {"x": np.arange(2)})["x"], [0, 1])
@@ -186,7 +186,7 @@ def test_writers_of_one_key_do_not_disturb_each_other(tmp_path):
     while any(t.is_alive() for t in threads):
         found = Store(tmp_path).find("key")
         assert found is None or len(found["x"]) == 500
-    assert len(list((tmp_path / "parity").iterdir())) == 1
+    assert len(list((tmp_path / "parity").glob("[!.]*"))) == 1
 
 
 def test_without_a_folder_everything_stays_in_memory():

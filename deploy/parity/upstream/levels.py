@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import runtimes
+from deploy.parity.blame import different_facts, different_keys
 from deploy.parity.components import open_candidate
 from deploy.parity.pool import SessionPool
 from deploy.parity.upstream.model import Upstream
 from deploy.parity.upstream.requests import Asked
 from runtimes.bundle import Bundle, sha256_of
 from runtimes.errors import ParityError
+from runtimes.loading import scheduler_config
 from runtimes.session import SessionOptions
 
 LEVELS = ("weights", "feeds", "images")
@@ -82,7 +84,10 @@ def compare_bundle_feeds(upstream: Upstream, source: Bundle, bundle: Bundle) -> 
     report = compare_feeds(upstream, source, bundle, reference_sessions(source, capacity=1))
     figures = {"requests": report.requests, "relative_l2": report.relative_l2}
     unverified = tuple(f"{mode}: {why}" for mode, why in report.unverified.items())
-    return Level(figures, tuple(map(str, report.different)), unverified)
+    changed = "; ".join([*different_keys(scheduler_config(source), scheduler_config(bundle)),
+                         *different_facts(source, bundle)]) if report.different else ""
+    why = f"; what the bundle has changed of its source: {changed}" if changed else ""
+    return Level(figures, tuple(f"{found}{why}" for found in report.different), unverified)
 
 
 def compare_bundle_images(upstream: Upstream, source: Bundle, bundle: Bundle | None, requests: Sequence[Asked],

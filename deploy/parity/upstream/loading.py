@@ -25,6 +25,7 @@ from runtimes.bundle import Bundle
 from runtimes.errors import DeployError
 from runtimes.lora_inputs import DETAILS, own_file
 from runtimes.manifest import Component
+from runtimes.safety import SAFETY_CHECKER
 
 VAES = ("vae", "vqvae")
 
@@ -80,6 +81,19 @@ def load_pipeline(upstream: Upstream, mode: str, parts: Mapping[str, Any], read:
             given[name] = kind.from_pretrained(str(upstream.vae), torch_dtype=dtype, use_safetensors=True)
         read = [part for part in read if part not in given]
         return upstream_pipeline(source, mode, read=read, torch_dtype=dtype, variant=upstream.variant, **given)
+
+
+def load_safety_checker(upstream: Upstream, dtype: Any) -> Any:
+    """The network that judges images, as diffusers loads it.
+
+    Raises:
+        CannotLoadError: it refuses.
+    """
+    with upstream_errors():
+        from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+
+        return StableDiffusionSafetyChecker.from_pretrained(
+            str(upstream.folder / SAFETY_CHECKER), torch_dtype=dtype, use_safetensors=True, local_files_only=True)
 
 
 def load_loras(upstream: Upstream, pipe: Any) -> None:

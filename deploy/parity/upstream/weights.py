@@ -23,6 +23,7 @@ from deploy.parity.upstream.loading import (
     CannotLoadError,
     load_loras,
     load_pipeline,
+    load_safety_checker,
     load_words,
     loader_faults,
     network_of,
@@ -35,6 +36,7 @@ from exporters.modules import empty_module
 from runtimes.bundle import Bundle
 from runtimes.lora import Factors, components_of, read_factors
 from runtimes.lora_inputs import DETAILS, own_file
+from runtimes.safety import SAFETY_CHECKER
 from runtimes.weights import read_header
 
 # Merging adds in another order than PEFT does: some units in the last place of the largest weight.
@@ -82,8 +84,12 @@ def compare_weights(upstream: Upstream, source: Bundle) -> WeightsReport:
 def _compare_network(report: WeightsReport, upstream: Upstream, source: Bundle, name: str) -> None:
     part = part_of(source.component(name))
     try:
-        pipe = load_pipeline(upstream, "text", {}, read=[part], dtype=_stored_dtype(upstream, part))
-        theirs = getattr(pipe, part)
+        dtype = _stored_dtype(upstream, part)
+        if part == SAFETY_CHECKER:  # pipelines have it judge images, which nothing here asks of them
+            theirs = load_safety_checker(upstream, dtype)
+        else:
+            pipe = load_pipeline(upstream, "text", {}, read=[part], dtype=dtype)
+            theirs = getattr(pipe, part)
         if upstream.embeddings and name in source.manifest.pipeline.text_encoders:
             load_words(upstream, pipe, name, theirs)
     except CannotLoadError as error:
@@ -194,7 +200,7 @@ def _deltas(upstream: Upstream, source: Bundle, part: str) -> dict[str, Any]:
 def _stored_dtype(upstream: Upstream, part: str) -> Any:
     """What most numbers of a network are stored in, so that nothing is converted; float32 in doubt."""
     counts: dict[str, int] = {}
-    component = source_of(upstream).components[part]
+    component = source_of(upstream).with_component(part).components[part]
     for file in component.weights:
         for entry in read_header(file).values():
             counts[entry["dtype"]] = counts.get(entry["dtype"], 0) + int(np.prod(entry["shape"]))
