@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from deploy import console, presets
 from deploy.presets import Setting
 from runtimes.aspects import parse_aspect
-from runtimes.bundle import replacing
+from runtimes.bundle import check_file, replacing
 from runtimes.errors import InputError
 from runtimes.manifest import DEFAULT_STEPS
 from runtimes.resident import peak_rss_bytes
@@ -133,6 +133,9 @@ def generate_files(request: GenerateRequest) -> list[Path]:
 
     if request.safety not in SAFETY:
         raise InputError(f"unknown {request.safety!r}", where="--safety", fix=f"one of {', '.join(SAFETY)}")
+    for option, file in {"-o": request.output, "--preview": request.preview,
+                         "--save-latents": request.save_latents}.items():
+        check_file(file, option)
     began = time.perf_counter()
     bundle = runtimes.Bundle.open(request.bundle, trust_notes=not request.check)
     check_session(request, bundle)

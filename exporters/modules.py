@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from exporters.quiet import quiet
+from exporters.quiet import one_line, quiet
 from exporters.source import read_json
 from exporters.weight_files import canonical_weights, find_weights
 from exporters.wrappers import WRAPPERS
@@ -150,9 +150,9 @@ def empty_network(folder: Path, library: str, class_name: str, config: Mapping[s
                 module: nn.Module = make.from_config(dict(config))
             else:  # a CLIP text encoder's config may lie in that of the whole CLIP: transformers looks for it
                 module = make(make.config_class.from_pretrained(str(folder), local_files_only=True))
-    except (OSError, TypeError, ValueError, KeyError, AttributeError, NotImplementedError) as error:
-        raise InputError(f"{class_name} cannot be built from its config: {error}", where=str(folder / "config.json"),
-                         fix="save the pipeline again") from error
+    except Exception as error:  # whatever the classes of both libraries raise over a value that they cannot use
+        raise InputError(f"{class_name} cannot be built from its config: {one_line(error)}",
+                         where=str(folder / "config.json"), fix="save the pipeline again") from error
     return module
 
 

@@ -20,7 +20,7 @@ from exporters import onnx_canonical
 from exporters.families import ComponentSpec
 from exporters.lora_graph import add_lora_inputs
 from exporters.onnx_translations import translations
-from exporters.quiet import quiet
+from exporters.quiet import one_line, quiet
 from exporters.stored_weights import StoredWeight
 from exporters.streaming import attach_weights
 from runtimes.bundle import translated_disk_errors
@@ -69,7 +69,8 @@ def export_onnx(
         lora: modules that get a LoRA as inputs of the graph (exporters.lora_graph), with the shapes of their weights.
 
     Raises:
-        InputError: an operator that ONNX cannot express, or a shape that is fixed inside the network.
+        InputError: an operator that ONNX cannot express, a network that PyTorch cannot run, or a shape that is
+            fixed inside the network.
         DeployError: the exported graph does not pass the checker.
     """
     model = _traced(module, spec, opset)
@@ -121,7 +122,7 @@ def _traced(module: torch.nn.Module, spec: ComponentSpec, opset: int) -> ir.Mode
                 verbose=False,
             )
     except (torch.onnx.OnnxExporterError, torch._dynamo.exc.TorchDynamoException, ValueError, RuntimeError) as error:
-        raise _explained(error, spec) from error
+        raise _unrunnable(module, spec) or _explained(error, spec) from error
     if program is None:
         raise DeployError("the exporter returned nothing", where=spec.name)
     model: ir.Model = program.model
@@ -144,6 +145,20 @@ def _any_size(module: torch.nn.Module, spec: ComponentSpec) -> Iterator[None]:
     finally:
         for unet, count in zip(unets, counts, strict=True):
             unet.num_upsamplers = count
+
+
+def _unrunnable(module: torch.nn.Module, spec: ComponentSpec) -> InputError | None:
+    """What is wrong with a network that PyTorch itself cannot run, so that no exporter could; None if it can."""
+    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+    try:
+        with torch.inference_mode():
+            module(*(tensor.to(device) for tensor in example_inputs(spec, spec.example_sizes())))
+    except MemoryError:
+        return None
+    except Exception as error:  # whatever the layers of a config that fits its weights raise when they meet
+        return InputError(f"PyTorch cannot run the network: {type(error).__name__}: {one_line(error)}", where=spec.name,
+                          fix="correct its config.json: diffusers cannot run it either")
+    return None
 
 
 def _explained(error: BaseException, spec: ComponentSpec) -> DeployError:

@@ -38,3 +38,8 @@ def quiet() -> Iterator[None]:
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
+
+
+def one_line(error: BaseException) -> str:
+    """What a library raised, on one line of at most 300 characters."""
+    return " ".join(str(error).split())[:300]

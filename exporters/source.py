@@ -159,7 +159,8 @@ def open_source(path: Path | str, variant: str = "") -> Source:
         scheduler_class=entries["scheduler"][1],
         scheduler_config=read_json(folder / "scheduler" / "scheduler_config.json"),
         ignored=tuple(sorted(set(entries) - used)),
-        options={k: v for k, v in index.items() if isinstance(v, bool | int | float | str) and not k.startswith("_")},
+        options={k: v for k, v in index.items()
+                 if isinstance(v, bool | int | float | str | None) and not k.startswith("_")},
         variant=variant,
     )
     if variant and not any(f".{variant}" in name for name in source.weight_files()):

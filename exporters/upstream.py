@@ -18,7 +18,7 @@ import diffusers
 
 from exporters.config_keys import check_network, check_pipeline
 from exporters.modules import empty_network
-from exporters.quiet import quiet
+from exporters.quiet import one_line, quiet
 from exporters.source import MODEL_INDEX, ComponentSource, Source, read_json
 from runtimes.errors import InputError
 from runtimes.manifest import ModeFacts
@@ -98,9 +98,9 @@ def upstream_pipeline(source: Source, mode: str, *, read: Collection[str] = (), 
         with unwarned():
             pipe = kind.from_pretrained(str(source.path), local_files_only=True, use_safetensors=True,
                                         torch_dtype=torch_dtype, variant=variant or None, **arguments)
-    except (AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
-        raise InputError(f"diffusers' {kind.__name__} refuses it: {type(error).__name__}: "
-                         f"{str(error).partition(chr(10))[0]:.300}", where=str(source.path),
+    except Exception as error:  # whatever it raises over a folder: its schedulers have NotImplementedError, IndexError
+        raise InputError(f"diffusers' {kind.__name__} refuses it: {type(error).__name__}: {one_line(error)}",
+                         where=str(source.path),
                          fix="load it with diffusers, correct what it names and save it again") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -152,7 +152,7 @@ def as_loaded(source: Source) -> Source:
     components = {**complete, "unet": replace(complete["unet"], config=_config(main.unet))}
     own = next((pipe for pipe in pipes.values() if type(pipe) is own_class(source)), main)
     options = {key: value for key, value in own.config.items()
-               if isinstance(value, bool | int | float | str) and not key.startswith("_")}
+               if isinstance(value, bool | int | float | str | None) and not key.startswith("_")}
     return replace(source, components=components, options=options, scheduler_class=scheduler["_class_name"],
                    scheduler_config=scheduler,
                    modes={mode: _mode(pipe, mode, scheduler) for mode, pipe in pipes.items()},

@@ -164,13 +164,39 @@ def check_output(path: Path) -> None:
     """Refuse to replace anything that is not a bundle.
 
     Raises:
-        InputError: the path exists and is neither empty nor a bundle.
+        InputError: the path exists and is neither empty nor a bundle, or lies below a file.
     """
+    _check_parent(path)
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise InputError("the output exists and is not a folder", where=str(path), fix="choose another -o")
     if path.is_dir() and any(path.iterdir()) and not (path / MANIFEST_FILE).is_file():
         raise InputError("the output exists and is not a bundle; it is left as it was", where=str(path),
                          fix="choose another -o or remove it yourself")
+
+
+def check_file(file: Path | None, option: str = "") -> None:
+    """Refuse a file to write, before any work, where it cannot be one.
+
+    Args:
+        file: to be written or replaced; None is not asked for.
+        option: that names it.
+
+    Raises:
+        InputError: it is a folder, or lies below a file.
+    """
+    if file is None:
+        return
+    if file.is_dir():
+        raise InputError("a file is to be written, and this is a folder", where=f"{option} {file}".strip(),
+                         fix="add the name of the file")
+    _check_parent(file)
+
+
+def _check_parent(path: Path) -> None:
+    parent = next((folder for folder in path.parents if os.path.lexists(folder)), None)
+    if parent is not None and not parent.is_dir():
+        raise InputError("it is a file or a broken link, so nothing can be written below it", where=str(parent),
+                         fix="choose another folder")
 
 
 @contextmanager
@@ -200,9 +226,10 @@ def replacing(file: Path) -> Iterator[Path]:
     """Yield a temporary sibling of a file to write; on success rename it into place, on failure remove it.
 
     Raises:
-        InputError: the folder cannot be written.
+        InputError: the file is a folder, or its folder cannot be written.
         UnavailableError: the disk is full.
     """
+    check_file(file)
     with translated_disk_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_name(f".{file.name}.{os.getpid()}-{threading.get_ident()}.partial")
@@ -245,7 +272,7 @@ def _swap(partial: Path, path: Path) -> None:
 
 @contextmanager
 def translated_disk_errors(path: Path) -> Iterator[None]:
-    """Turn a full disk, a read-only folder or a missing permission into one clear line."""
+    """Turn a full disk, a read-only folder, a missing permission or an impossible name into one clear line."""
     try:
         yield
     except DeployError:
@@ -254,7 +281,7 @@ def translated_disk_errors(path: Path) -> Iterator[None]:
         if _is_full(error):
             raise UnavailableError("the disk is full", where=str(path), fix="free some space and run again; "
                                    "finished passes are kept in the cache") from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG):
             raise InputError(f"cannot write: {error.strerror}", where=str(path), fix="choose another folder") from error
         raise
 

@@ -30,7 +30,7 @@ def _check_unconditional(source: Source) -> ComponentSource:
 
 def _text_to_image(source: Source, shapes: Shapes) -> dict[str, ComponentSpec]:
     vae = _check_text_to_image(source)
-    axes, context = parts.pipeline_axes(source, vae, shapes), source.components["unet"].config["cross_attention_dim"]
+    axes, context = parts.pipeline_axes(source, vae, shapes), source.components["bert"].config["d_model"]
     words = parts.words_axis(shapes, _tokens(source))
     hidden = TensorSpec("last_hidden_state", "float32", ("batch", "sequence", context), "after the last layer norm")
     return {"text_encoder": parts.text_encoder("text_encoder", "bert", (hidden,), axes, words),

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny", "VQModel")
 # U-Net inputs that no sampling loop here supplies: a config that asks for one is refused.
-_UNFED = ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type", "time_cond_proj_dim",
-          "timestep_post_act_input")
+_UNFED = ("class_embed_type", "num_class_embeds", "time_cond_proj_dim", "timestep_post_act_input")
+# An `encoder_hid_dim_type` that asks for none: the U-Net brings what the text encoders give to the width it wants.
+_PROJECTED = "text_proj"
 
 
 @dataclass(frozen=True)
@@ -188,11 +189,12 @@ def check_numbers(component: ComponentSource, *keys: str) -> None:
         config_value(component.config, key, int, place(component))
 
 
-def check_unet(source: Source, vae: ComponentSource, *, added: str | None = None, inpaints: bool = False) -> None:
+def check_unet(source: Source, vae: ComponentSource, *, added: tuple[str | None, ...] = (None,),
+               inpaints: bool = False) -> None:
     """Refuse a U-Net that the sampling loop would run wrongly.
 
     Args:
-        added: value that addition_embed_type must have.
+        added: values that addition_embed_type may have; "text" is made from the prompt that the U-Net is fed anyway.
         inpaints: whether the loop can also feed a mask and the masked image.
 
     Raises:
@@ -202,12 +204,14 @@ def check_unet(source: Source, vae: ComponentSource, *, added: str | None = None
     check_numbers(found, "in_channels", "out_channels")
     config_value(found.config, "block_out_channels", (list, tuple), place(found))
     sample_size(source)
-    unfed = [key for key in _UNFED if found.config.get(key)]
-    if found.config.get("addition_embed_type") != added:
+    unfed = [key for key in _UNFED if found.config.get(key) is not None]
+    if found.config.get("encoder_hid_dim_type") not in (None, _PROJECTED):
+        unfed.append("encoder_hid_dim_type")
+    if found.config.get("addition_embed_type") not in added:
         unfed.append("addition_embed_type")
     if unfed:
         raise InputError(
-            f"{unfed[0]}={found.config.get(unfed[0])!r} needs an input that {source.pipeline_class} does not feed",
+            f"{unfed[0]}={found.config.get(unfed[0])!r} needs an input that the sampling loop here does not feed",
             where=place(found), fix="use a U-Net without it")
     latent, given = vae.config["latent_channels"], found.config["in_channels"]
     if given != latent and not (inpaints and given == 2 * latent + 1):
@@ -216,7 +220,7 @@ def check_unet(source: Source, vae: ComponentSource, *, added: str | None = None
             f"in_channels is {given}, the VAE has {latent} latent channels"
             + (": an inpainting U-Net that also takes a mask and the masked image" if inpaint else ""),
             where=place(found),
-            fix=f"name StableDiffusion{'XL' * bool(added)}InpaintPipeline as _class_name in model_index.json"
+            fix=f"name StableDiffusion{'XL' * ('text_time' in added)}InpaintPipeline as _class_name in model_index.json"
             if inpaint else "use a U-Net whose in_channels are the VAE's latent_channels")
     if found.config["out_channels"] != latent:
         raise InputError(f"out_channels is {found.config['out_channels']}, the VAE has {latent} latent channels",
@@ -246,12 +250,14 @@ def check_context(source: Source, width: int, of: str) -> None:
     """Refuse a U-Net that was trained with another text encoder.
 
     Raises:
-        InputError: its cross_attention_dim is not the width of what the text encoders give.
+        InputError: its cross_attention_dim, the same for every block, is not the width of what the text encoders give;
+            nor is encoder_hid_dim, where the U-Net projects that itself.
     """
     found = source.components["unet"]
-    context = found.config.get("cross_attention_dim")
-    if context != width:
-        raise InputError(f"cross_attention_dim is {context!r:.40}, the text encoder's {of} {width}",
+    key = "encoder_hid_dim" if found.config.get("encoder_hid_dim_type") == _PROJECTED else "cross_attention_dim"
+    context = found.config.get(key)
+    if any(each != width for each in (context if isinstance(context, list | tuple) else [context])):
+        raise InputError(f"{key} is {context!r:.40}, the text encoder's {of} {width}",
                          where=place(found), fix="combine a U-Net and a text encoder that were trained together")
 
 
@@ -272,8 +278,13 @@ def vae_factor(vae: ComponentSource) -> int:
 
 
 def scaling_factor(vae: ComponentSource) -> float:
-    """What latents are multiplied by; absent in configs older than diffusers 0.12."""
-    return float(vae.config.get("scaling_factor", 1.0 if vae.class_name == "AutoencoderTiny" else 0.18215))
+    """What latents are multiplied by; absent in configs older than diffusers 0.12.
+
+    Raises:
+        InputError: not a number.
+    """
+    usual = 1.0 if vae.class_name == "AutoencoderTiny" else 0.18215
+    return float(config_value({"scaling_factor": usual, **vae.config}, "scaling_factor", (int, float), place(vae)))
 
 
 def channel_statistics(vae: ComponentSource) -> dict[str, tuple[float, ...]]:
@@ -311,8 +322,15 @@ def tokens_of(source: Source, tokenizer: str, positions: int) -> int:
 
 
 def sample_size(source: Source) -> tuple[int, int]:
-    """Default latent rows and columns: `sample_size` is one number or a pair."""
+    """Default latent rows and columns: `sample_size` is one number or a pair.
+
+    Raises:
+        InputError: it is neither.
+    """
     found = source.components["unet"]
     size = config_value(found.config, "sample_size", (int, list, tuple), place(found))
-    rows, columns = (size, size) if isinstance(size, int) else size
-    return int(rows), int(columns)
+    pair = (size, size) if isinstance(size, int) else tuple(size)
+    if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
+        raise InputError(f"sample_size is {size!r:.40}, expected one number of rows and columns, or both",
+                         where=place(found), fix="get the config of this U-Net again")
+    return pair[0], pair[1]

@@ -18,7 +18,7 @@ INPAINTING = "StableDiffusionInpaintPipeline"  # its U-Net may also take a mask 
 def _components(source: Source, shapes: Shapes) -> dict[str, ComponentSpec]:
     """The four networks; `shapes` overrides ranges (batch in images, height and width in pixels)."""
     vae = _check(source)
-    axes, context = parts.pipeline_axes(source, vae, shapes), source.components["unet"].config["cross_attention_dim"]
+    axes, context = parts.pipeline_axes(source, vae, shapes), source.components["text_encoder"].config["hidden_size"]
     words = parts.words_axis(shapes, _tokens(source))
     hidden = TensorSpec("last_hidden_state", "float32", ("batch", "sequence", context), "after the last layer norm")
     return {
@@ -42,7 +42,7 @@ def _check(source: Source) -> ComponentSource:
     parts.check_class(source, "unet", "UNet2DConditionModel")
     vae = parts.check_vae(source, "vae", "AutoencoderKL", "AutoencoderTiny")
     parts.check_numbers(text, "hidden_size", "max_position_embeddings")
-    parts.check_unet(source, vae, inpaints=source.pipeline_class == INPAINTING)
+    parts.check_unet(source, vae, added=(None, "text"), inpaints=source.pipeline_class == INPAINTING)
     parts.check_context(source, text.config["hidden_size"], "hidden_size")
     return vae
 

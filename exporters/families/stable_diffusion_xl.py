@@ -57,13 +57,16 @@ def _check(source: Source) -> ComponentSource:
     Raises:
         InputError: another network class, a U-Net input that nothing feeds, channels or widths that disagree.
     """
+    if (FIRST in source.components) != ("tokenizer" in source.tokenizers):
+        raise InputError("of text_encoder and tokenizer it has one alone", where=str(source.path / "model_index.json"),
+                         fix="save the whole pipeline again, with both or without")
     for name in _encoders(source):
         encoder = parts.check_class(source, name, _CLASSES[name])
         parts.check_numbers(encoder, "hidden_size", "max_position_embeddings")
     parts.check_numbers(source.components[SECOND], "projection_dim")
     unet = parts.check_class(source, "unet", "UNet2DConditionModel")
     vae = parts.check_vae(source, "vae", "AutoencoderKL", "AutoencoderTiny")
-    parts.check_unet(source, vae, added="text_time", inpaints=source.pipeline_class == INPAINTING)
+    parts.check_unet(source, vae, added=("text_time",), inpaints=source.pipeline_class == INPAINTING)
     parts.check_context(source, _context(source), "hidden sizes together")
     each = config_value(unet.config, "addition_time_embed_dim", int, parts.place(unet))
     wanted = config_value(unet.config, "projection_class_embeddings_input_dim", int, parts.place(unet))

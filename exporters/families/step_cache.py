@@ -11,6 +11,9 @@ from runtimes.errors import InputError
 from runtimes.guidance import DEEP, SHALLOW
 from runtimes.tensors import TensorSpec
 
+# What UNet2DConditionModel.forward does between its inputs and its layers, and `exporters.step_cache` does not.
+_NOT_SHALLOW = ("center_input_sample", "time_embedding_act_fn", "encoder_hid_dim_type", "addition_embed_type")
+
 
 def with_step_cache(
     specs: Mapping[str, ComponentSpec], config: Mapping[str, Any], where: str
@@ -30,6 +33,9 @@ def with_step_cache(
         raise InputError("only a U-Net has deep features to reuse", where=where, fix="leave --step-cache out")
     if [spec.name for spec in unet.inputs] != ["sample", "timestep", "encoder_hidden_states"]:
         raise InputError("the step cache knows U-Nets with a prompt and nothing else", where=where,
+                         fix="leave --step-cache out")
+    if other := [key for key in _NOT_SHALLOW if config.get(key)]:
+        raise InputError(f"the step cache does not know {other[0]}={config[other[0]]!r:.40}", where=where,
                          fix="leave --step-cache out")
     sample, channels = unet.inputs[0], config["block_out_channels"][0]  # the block's width, as of every layer but one
     feature = TensorSpec(DEEP, "float32", (sample.shape[0], channels, *sample.shape[2:]),

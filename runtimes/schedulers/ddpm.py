@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -34,6 +34,12 @@ class Ddpm(ThresholdSettings):
     variance_type: str = "fixed_small"
     clip_sample: bool = True
     clip_sample_range: float = 1.0
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Ddpm:
+        """See `Settings.from_config`. A variance_type of null, which configs of DPM-Solver and SA-Solver hold, is to
+        DDPMScheduler._get_variance what fixed_small is."""
+        return super().from_config({k: v for k, v in config.items() if v is not None or k != "variance_type"})
 
     def _run(self, steps: int, first: int, eta: float) -> DdpmRun:
         return DdpmRun(self, steps, first)

@@ -57,8 +57,8 @@ def write_bundle(folder: Path, psnr_db: float = 57.25, unet: str = "weights", pi
     measured = {"passes": [
         {"name": "load", "seconds": 1.5, "peak_rss_bytes": 100_000_000, "bytes_in": 9, "bytes_out": 7,
          "reused": 0, "components": {}},
-        {"name": "quantize", "seconds": 2.5, "peak_rss_bytes": 200_000_000, "bytes_in": 7, "bytes_out": 3, "reused": 0, "components": {},
-         "relative_l2": {"unet": 2.5e-6, "vae_decoder": 1e-7}}]}
+        {"name": "quantize", "seconds": 2.5, "peak_rss_bytes": 200_000_000, "bytes_in": 7, "bytes_out": 3,
+         "reused": 0, "components": {}, "relative_l2": {"unet": 2.5e-6, "vae_decoder": 1e-7}}]}
     manifest = dataclasses.replace(manifest, components={"unet": component}, parity=parity, measured=measured,
                                    verified=True)
     white, grey = np.full((8, 8, 3), 200, np.uint8), np.full((8, 8, 3), 198, np.uint8)

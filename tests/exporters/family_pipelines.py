@@ -171,7 +171,7 @@ def make_pipeline(name: str) -> Any:
         for layer in pipe.unet.modules():
             if isinstance(layer, Attention) and layer.is_cross_attention:
                 layer.to_out[0].weight *= 20
-        if getattr(pipe.unet, "add_embedding", None) is not None:
+        if hasattr(getattr(pipe.unet, "add_embedding", None), "linear_2"):
             pipe.unet.add_embedding.linear_2.weight *= 5
         if hasattr(vae, "quantize"):
             vae.quantize.embedding.weight.normal_()

@@ -69,6 +69,9 @@ def test_impossible_shapes(shapes: dict[str, ShapeRange], words: str, pristine: 
 @pytest.mark.parametrize(("component", "changes", "words"), [
     ("unet", {"class_embed_type": "timestep"}, "class_embed_type='timestep' needs an input"),
     ("unet", {"addition_embed_type": "text_time"}, "addition_embed_type='text_time' needs an input"),
+    ("unet", {"encoder_hid_dim_type": "image_proj"}, "encoder_hid_dim_type='image_proj' needs an input"),
+    ("unet", {"encoder_hid_dim_type": "text_proj", "encoder_hid_dim": 8}, "encoder_hid_dim is 8, the text encoder's"),
+    ("unet", {"cross_attention_dim": [24, 8]}, r"cross_attention_dim is \[24, 8\]"),
     ("unet", {"time_cond_proj_dim": 256}, "time_cond_proj_dim=256 needs an input"),
     ("unet", {"in_channels": 9}, "in_channels is 9, the VAE has 4 latent channels: an inpainting U-Net"),
     ("unet", {"out_channels": 8}, "out_channels is 8"),

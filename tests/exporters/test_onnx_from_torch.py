@@ -112,6 +112,24 @@ def test_operator_without_onnx_form_is_named(pristine: Path, tmp_path: Path) -> 
     assert not list(tmp_path.iterdir())
 
 
+def test_a_network_that_pytorch_cannot_run_is_bad_input(pristine: Path, tmp_path: Path) -> None:
+    import torch
+
+    class Broken(torch.nn.Module):
+        def forward(self, latent_sample: torch.Tensor) -> tuple[torch.Tensor]:
+            return (self.missing(latent_sample, unknown=1),)
+
+        def missing(self, sample: torch.Tensor) -> torch.Tensor:
+            return sample
+
+    from exporters.onnx_from_torch import export_onnx
+
+    spec = (source := open_source(pristine)).family.components(source, {})["vae_decoder"]
+    with pytest.raises(InputError, match=r"vae_decoder: PyTorch cannot run the network: TypeError: .*unknown"):
+        export_onnx(Broken().eval(), spec, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_export_is_silent(pristine: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     export_component(open_source(pristine), "text_encoder", tmp_path)
     assert capfd.readouterr() == ("", "")

@@ -92,3 +92,13 @@ def test_both_graphs_equal_pytorch_at_other_sizes_than_traced(tmp_path):
 def test_a_model_without_a_unet_is_refused():
     with pytest.raises(InputError, match="only a U-Net"):
         with_step_cache({}, {"up_block_types": ["UpBlock2D"]}, "here")
+
+
+@pytest.mark.parametrize(("key", "value"), [
+    ("center_input_sample", True), ("time_embedding_act_fn", "gelu"), ("addition_embed_type", "text"),
+    ("encoder_hid_dim_type", "text_proj")])
+def test_a_unet_that_does_more_before_its_layers_is_refused_by_the_key(key, value):
+    model = make("attention")
+    model.register_to_config(**{key: value})
+    with pytest.raises(InputError, match=f"the step cache does not know {key}={value!r}"):
+        specs_of(model)

@@ -172,7 +172,9 @@ def test_diffusers_is_asked_once_for_the_same_configs(written, monkeypatch):
     ("text_encoder", "rope_theta", 10000.0, "rope_theta=10000.0 is unknown to CLIPTextModel"),
     ("unet", "frobnicate", 3, "frobnicate=3 is unknown to UNet2DConditionModel"),
     ("vae", "patch_size", 2, "patch_size=2 is unknown to AutoencoderKL"),
-    ("unet", "encoder_hid_dim", 16, "encoder_hid_dim_type='text_proj' needs an input"),
+    ("unet", "num_class_embeds", 0, "num_class_embeds=0 needs an input"),
+    ("unet", "sample_size", [8], r"sample_size is \[8\], expected one number"),
+    ("vae", "scaling_factor", None, "scaling_factor is None"),
     ("unet", "time_cond_proj_dim", 8, "time_cond_proj_dim=8 needs an input"),
     ("vae", "in_channels", 4, "in_channels is 4, images have 3 channels"),
 ])
@@ -182,6 +184,35 @@ def test_what_a_config_asks_and_nothing_does_is_refused_by_its_key(model, part, 
     with pytest.raises(InputError, match=words) as caught:
         open_origin(BuildSpec(model=str(folder)))
     assert caught.value.where == str(folder / part / "config.json")
+
+
+@pytest.mark.parametrize(("file", "key", "value"), [
+    (SCHEDULER, "beta_schedule", None), (SCHEDULER, "beta_schedule", "cosine"), (SCHEDULER, "trained_betas", []),
+    (SCHEDULER, "num_train_timesteps", -1), ("text_encoder/config.json", "attention_dropout", "x"),
+    ("text_encoder/config.json", "hidden_size", -1), ("vae/config.json", "block_out_channels", []),
+    (UNET, "conv_in_kernel", -1), (UNET, "norm_num_groups", 0), (INDEX, "feature_extractor", []),
+])
+def test_a_value_that_the_libraries_stumble_over_is_refused_in_one_line(model, file, key, value):
+    folder = model("sd2")
+    edit_json(folder / file, **{key: value})
+    with pytest.raises(InputError) as caught:
+        open_origin(BuildSpec(model=str(folder)))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["text_encoder", "tokenizer"])
+def test_xl_with_one_of_tokenizer_and_text_encoder_is_refused(model, name):
+    folder = model("xl")
+    edit_json(folder / INDEX, **{name: [None, None]})
+    with pytest.raises(InputError, match="of text_encoder and tokenizer it has one alone"):
+        open_origin(BuildSpec(model=str(folder)))
+
+
+@pytest.mark.parametrize("value", [None, False])
+def test_null_in_model_index_is_false_as_diffusers_takes_it(model, value):
+    folder = model("xl")
+    edit_json(folder / INDEX, force_zeros_for_empty_prompt=value)
+    assert not open_origin(BuildSpec(model=str(folder))).manifest.pipeline.zero_empty_negative
 
 
 @pytest.mark.parametrize(("part", "keys"), [

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from tests.fuzz.case import Case, Request
@@ -27,6 +28,7 @@ class KnownFault:
         concerns: whether a case may meet it.
         mend: makes a loaded pipeline do the right thing; given it, the request and its generators. What it returns
             are further arguments of the call.
+        mend_lora: writes a LoRA file anew so that diffusers reads it right, where the fault is in reading files.
     """
 
     name: str
@@ -34,6 +36,7 @@ class KnownFault:
     why: str
     concerns: Callable[[Case], bool]
     mend: Mend
+    mend_lora: Callable[[Path], None] | None = None
 
 
 def _expand_whole_words(pipe: Any, request: Request, generators: list[Any]) -> dict[str, Any]:
@@ -88,6 +91,36 @@ def _scale_samples(pipe: Any, request: Request, generators: list[Any]) -> dict[s
     return {"latents": drawn * pipe.scheduler.init_noise_sigma}
 
 
+def _encode_for_each(pipe: Any, request: Request, generators: list[Any]) -> dict[str, Any]:
+    """One image under a mask is encoded for each result, from the generator of each."""
+    encode = pipe._encode_vae_image
+
+    def for_each(image: Any, generator: Any) -> Any:
+        several = isinstance(generator, list) and len(image) == 1
+        return encode(image.repeat(len(generator), 1, 1, 1) if several else image, generator)
+
+    pipe._encode_vae_image = for_each
+    return {}
+
+
+def _nothing(pipe: Any, request: Request, generators: list[Any]) -> dict[str, Any]:
+    """The pipeline is left as it is: a file was mended."""
+    return {}
+
+
+def own_alphas(file: Path) -> None:
+    """Write a LoRA file anew with every alpha multiplied into its module's matrix, which then needs none."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(file)
+    for key in [key for key in tensors if key.endswith(".alpha")]:
+        stem, alpha = key.removesuffix(".alpha"), float(tensors.pop(key).double().reshape(-1)[0])
+        down, up = f"{stem}.lora_down.weight", f"{stem}.lora_up.weight"
+        if up in tensors:
+            tensors[up] = tensors[up].float() * (alpha / len(tensors[down]))
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, file)
+
+
 def torch_from(array: Any) -> Any:
     """A tensor."""
     import torch
@@ -100,6 +133,19 @@ def _has_words(case: Case) -> bool:
 
 
 KNOWN: tuple[KnownFault, ...] = (
+    KnownFault(
+        "under a mask one image is encoded once for all results",
+        "pipelines/stable_diffusion/pipeline_stable_diffusion_inpaint.py:751 (_encode_vae_image: a generator for each "
+        "row of the image, which then is repeated), and XL's",
+        "results after the first are made from the first generator's draw, and draw nothing from their own: an image "
+        "depends on its company. Ours draws for each image from its own seed.",
+        lambda case: case.request.mode == "mask" and len(case.request.seeds) > 1, _encode_for_each),
+    KnownFault(
+        "the alphas of a kohya LoRA are taken for one",
+        "utils/peft_utils.py:179-189 (get_peft_kwargs: its patterns are no modules' names)",
+        "attention projections and text encoders get the file's most common alpha, as do modules without one. Ours gives "
+        "each its own, 1 to those without.",
+        lambda case: any(lora.form.startswith("kohya") for lora in case.loras), _nothing, own_alphas),
     KnownFault(
         "a word of several vectors is spelled out inside longer words and only in the tokenizer's spelling",
         "loaders/textual_inversion.py:187 (_maybe_convert_prompt: `prompt.replace(token, replacement)`)",

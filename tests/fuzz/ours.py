@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from runtimes.errors import DeployError
+from runtimes.tensors import ShapeRange
 from tests.fuzz.case import Case
 from tests.fuzz.models import other_vae, root
 from tests.fuzz.theirs import SIZES, make_latents
@@ -52,6 +53,15 @@ def make_spec(case: Case, folder: Path, files: Mapping[str, Path]) -> Any:
         embedding=tuple(f"{files[f'embedding{i}']}:{e.token}" for i, e in enumerate(case.embeddings)), **options)
 
 
+def _shapes(case: Case, facts: Any) -> dict[str, ShapeRange]:
+    """Who wants a size that a bundle of default --shapes has not builds one that has; both sides stay in one place."""
+    request, picture = case.request, case.request.image if case.request.mode == "image" else None
+    wanted = {"height": request.height or (picture.size[1] if picture else None),
+              "width": request.width or (picture.size[0] if picture else None)}
+    rounded = {name: size // facts.vae_scale_factor * facts.vae_scale_factor for name, size in wanted.items() if size}
+    return {name: ShapeRange(size, size, size) for name, size in rounded.items() if size}
+
+
 def assemble(case: Case, folder: Path, files: Mapping[str, Path], work: Path, trace: Trace, cache: Path) -> Any:
     """The pipeline over PyTorch sessions, as parity's reference has it."""
     from deploy.builder import Silent, load_source
@@ -61,6 +71,7 @@ def assemble(case: Case, folder: Path, files: Mapping[str, Path], work: Path, tr
     from deploy.reference import reference_sessions
 
     spec = make_spec(case, folder, files)
+    spec = spec.model_copy(update={"shapes": _shapes(case, open_origin(spec).manifest.pipeline)})
     bundle = load_source(open_origin(spec), spec, Cache(cache), work, Silent())
     sessions = reference_sessions(bundle)
     recorded = {name: Recorded(session, bundle.component(name), trace) for name, session in sessions.items()}

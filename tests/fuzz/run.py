@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,17 @@ def prepared(case: Case) -> Iterator[Prepared]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def _mended(files: dict[str, Path], mends: Sequence[Callable[[Path], None]]) -> dict[str, Path]:
+    """The adapters, their LoRAs copied and mended."""
+    found = dict(files)
+    for name, file in files.items():
+        if mends and name.startswith("lora"):
+            found[name] = Path(shutil.copy(file, file.with_name(f"mended-{file.name}")))
+            for mend in mends:
+                mend(found[name])
+    return found
+
+
 def quiet_libraries() -> None:
     """One thread, no network, no chatter: a case is small, and its prints would hide the report."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
@@ -74,7 +85,8 @@ def run_case(case: Case) -> tuple[Verdict, Trace | Stopped, Trace | Stopped]:
         found = verdict.judge(mine, other)
         faults = [fault for fault in known.KNOWN if fault.concerns(case)] if found.status == "different" else []
         for tried in [*([fault] for fault in faults), *([faults] if len(faults) > 1 else [])]:
-            mended = theirs.run(case, files.folder, files.files, files.pictures, [fault.mend for fault in tried])
+            adapted = _mended(files.files, [fault.mend_lora for fault in tried if fault.mend_lora is not None])
+            mended = theirs.run(case, files.folder, adapted, files.pictures, [fault.mend for fault in tried])
             if verdict.judge(mine, mended).status in ("equal", "flat"):
                 names = " and ".join(fault.name for fault in tried)
                 return replace(found, status="known fault", reason=names), mine, other

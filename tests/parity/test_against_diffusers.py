@@ -21,7 +21,7 @@ from deploy.parity.upstream.model import Upstream
 from deploy.spec import make_spec
 from runtimes.bundle import Bundle, link_or_copy
 from runtimes.errors import ParityError
-from tests.exporters.family_pipelines import PIPELINES, write_pipeline_of
+from tests.exporters.family_pipelines import PIPELINES, conditional_unet, stable_diffusion, write_pipeline_of
 
 Made = tuple[Upstream, Bundle]
 
@@ -76,6 +76,25 @@ def test_every_family_equals_diffusers_in_weights_and_feeds(make, family):
     assert not levels["feeds"].different
     assert sum(levels["feeds"].figures["requests"].values()) >= 7
     assert max(levels["feeds"].figures["relative_l2"].values()) < 2e-6
+
+
+@pytest.mark.parametrize("unet", [
+    {"cross_attention_dim": 24, "encoder_hid_dim": 16}, {"cross_attention_dim": [16, 16]},
+    {"addition_embed_type": "text", "addition_embed_type_num_heads": 4},
+], ids=lambda unet: "-".join(unet))
+def test_a_unet_that_makes_its_inputs_of_the_prompt_equals_diffusers(tmp_path, monkeypatch, unet):
+    monkeypatch.setitem(PIPELINES, "changed", lambda: _with_unet(**unet))
+    spec = make_spec({"model": str(write_pipeline_of("changed", tmp_path / "model"))})
+    source = load_source(open_origin(spec), spec, Cache(tmp_path / "cache"), tmp_path, Silent())
+    levels = compare_source(upstream_of(spec), source)
+    assert not levels["weights"].different and not levels["feeds"].different
+    assert sum(levels["feeds"].figures["requests"].values()) >= 7
+
+
+def _with_unet(**changes: Any) -> Any:
+    pipe = stable_diffusion()
+    pipe.register_modules(unet=conditional_unet(**{"context": changes.pop("cross_attention_dim", 16), **changes}))
+    return pipe
 
 
 def test_another_token_id_is_named(make, tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from runtimes.bundle import Bundle, check_output, committed, link_or_copy, records_below, replacing
+from runtimes.bundle import Bundle, check_file, check_output, committed, link_or_copy, records_below, replacing
 from runtimes.errors import BundleError, InputError, UnavailableError
 from runtimes.manifest import MANIFEST_FILE, dumps, parse
 from tests.runtimes.fakes import affine_bundle
@@ -209,9 +209,22 @@ def test_what_is_not_a_bundle_is_never_replaced(tmp_path):
     check_output(tmp_path / "empty")
 
 
+def test_a_place_that_cannot_be_written_is_refused_before_any_work(tmp_path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
+    for path, words in ((tmp_path, "this is a folder"), (tmp_path / "file" / "a.png", "nothing can be written below"),
+                        (tmp_path / "file" / "a" / "b.png", "below"), (tmp_path / "broken" / "a.png", "broken link")):
+        with pytest.raises(InputError, match=words):
+            check_file(path, "-o")
+    for path in (tmp_path / "file", tmp_path / "new" / "folders" / "a.png", None):
+        check_file(path, "-o")
+    with pytest.raises(InputError, match="below"):
+        check_output(tmp_path / "file" / "bundle")
+
+
 @pytest.mark.parametrize(("number", "kind"), [
     (errno.ENOSPC, UnavailableError), (errno.EDQUOT, UnavailableError), (errno.EACCES, InputError),
-    (errno.EROFS, InputError),
+    (errno.EROFS, InputError), (errno.ENOTDIR, InputError), (errno.ENAMETOOLONG, InputError),
 ])
 def test_disk_errors_are_one_clear_line_and_leave_nothing(tmp_path, number, kind):
     with pytest.raises(kind) as caught, committed(tmp_path / "out"):

@@ -125,6 +125,7 @@ ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
         ("ddim", {"num_train_timesteps": 333, "beta_end": 0.05}),
         ("ddpm", {"variance_type": "fixed_large", "steps_offset": 1}),
         ("ddpm", {"variance_type": "fixed_small_log", "prediction_type": "sample", "clip_sample": False}),
+        ("ddpm", {"variance_type": None}),
         ("ddpm", {"thresholding": True, "prediction_type": "v_prediction"}),
         ("ddpm", {**ZERO_SNR, "clip_sample": True}),
         ("ddpm", {"beta_schedule": "sigmoid"}),
