@@ -143,8 +143,8 @@ KNOWN: tuple[KnownFault, ...] = (
     KnownFault(
         "the alphas of a kohya LoRA are taken for one",
         "utils/peft_utils.py:179-189 (get_peft_kwargs: its patterns are no modules' names)",
-        "attention projections and text encoders get the file's most common alpha, as do modules without one. Ours gives "
-        "each its own, 1 to those without.",
+        "attention projections and text encoders get the file's most common alpha, as do modules without one. Ours "
+        "gives each its own, 1 to those without.",
         lambda case: any(lora.form.startswith("kohya") for lora in case.loras), _nothing, own_alphas),
     KnownFault(
         "a word of several vectors is spelled out inside longer words and only in the tokenizer's spelling",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.fuzz import case as cases_on_disk
 from tests.fuzz.cases import make
@@ -20,11 +22,15 @@ LEAST, SECONDS = 150, 150
 
 @pytest.fixture(scope="module", autouse=True)
 def _quiet():
-    before = dict(os.environ)
+    loggers = [logging.getLogger(name) for name in ("runtimes", "diffusers", "transformers")]
+    before, levels, threads = dict(os.environ), [logger.level for logger in loggers], torch.get_num_threads()
     start_worker()
     yield
     os.environ.clear()
     os.environ.update(before)
+    torch.set_num_threads(threads)
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
 
 
 def test_nothing_differs_from_diffusers():
