@@ -141,10 +141,8 @@ def as_loaded(source: Source) -> Source:
     for mode in (mode for mode in MODES if upstream_class(source, mode)):
         try:
             pipes[mode] = loaded(mode)
-        except InputError as error:  # a class of another mode may ask for more than the folder's own does
+        except InputError as error:  # a class may ask for more than those of the other modes do
             refused = error
-            if upstream_class(source, mode) is own_class(source):
-                raise
     if not pipes:
         raise refused
     main = pipes.get("text") or next(iter(pipes.values()))

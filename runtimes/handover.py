@@ -23,10 +23,10 @@ def begin_part(scheduler: Scheduler, steps: int, part: tuple[float, float], stre
         strength, eta: see `Scheduler.start`; a part that begins later has its own strength.
 
     Returns:
-        the run, and how many of its steps belong to the part.
+        the run, and how many of its steps belong to the part: none where a first part ends above the run's noise.
 
     Raises:
-        InputError: not an interval, or one that holds no step.
+        InputError: not an interval, or a later part that holds no step.
     """
     first, last = part
     if not 0 <= first < last <= 1:
@@ -41,9 +41,7 @@ def begin_part(scheduler: Scheduler, steps: int, part: tuple[float, float], stre
             raise _empty(part, steps)
         run = scheduler.start(steps, 1.0, eta, skip=len(run.timesteps) - kept)
     count = len(run.timesteps) if last >= 1 else sum(float(t) >= _cutoff(total, last) for t in run.timesteps)
-    if count < 1:
-        raise _empty(part, steps)
-    return run, count
+    return run, count  # of a first part perhaps none: then the next one starts from noise, as in diffusers
 
 
 def _cutoff(total: int, share: float) -> int:

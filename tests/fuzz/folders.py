@@ -120,7 +120,7 @@ def _network(choices: Choices, kind: str, name: str, build: str) -> dict[str, An
         edits = {} if build.startswith("tiny") else _some(choices, "vae", VAE, often=2)
         normalized = choices.flag("vae.latents_mean and latents_std", often=3) if kind in ("xl", "refiner") else (
             choices.invalid == "latents_mean of Stable Diffusion")
-        if normalized:
+        if normalized and not build.startswith("tiny"):
             edits |= {"latents_mean": [0.1, -0.2, 0.05, 0.3], "latents_std": [0.9, 1.1, 1.3, 0.8]}
     elif name.startswith("text_encoder"):
         edits = _some(choices, "text_encoder", TEXT, often=2)

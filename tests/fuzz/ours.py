@@ -56,8 +56,10 @@ def make_spec(case: Case, folder: Path, files: Mapping[str, Path]) -> Any:
 def _shapes(case: Case, facts: Any) -> dict[str, ShapeRange]:
     """Who wants a size that a bundle of default --shapes has not builds one that has; both sides stay in one place."""
     request, picture = case.request, case.request.image if case.request.mode == "image" else None
-    wanted = {"height": request.height or (picture.size[1] if picture else None),
-              "width": request.width or (picture.size[0] if picture else None)}
+    width, height = picture.size[:2] if picture else (None, None)
+    if picture and picture.orientation > 4 and picture.form in ("png", "jpeg", "tiff"):  # files are turned upright
+        width, height = height, width
+    wanted = {"height": request.height or height, "width": request.width or width}
     rounded = {name: size // facts.vae_scale_factor * facts.vae_scale_factor for name, size in wanted.items() if size}
     return {name: ShapeRange(size, size, size) for name, size in rounded.items() if size}
 
