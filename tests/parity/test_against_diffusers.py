@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -276,3 +277,17 @@ def test_a_size_of_its_own_that_the_build_has_said_is_no_difference(make):
     upstream, source = make("sd2", shapes={"height": "48:48:64", "width": "48:48:64"})
     assert source.manifest.pipeline.height == 48
     assert not compare_bundle_feeds(upstream, source, source).different
+
+
+@pytest.mark.parametrize(("name", "keys"), [
+    ("DEISMultistepScheduler", {"solver_order": 3}), ("LMSDiscreteScheduler", {"use_exponential_sigmas": True}),
+    ("DPMSolverSinglestepScheduler", {"solver_order": 3})])
+def test_a_sampler_that_loses_digits_is_no_difference(make, tmp_path, name, keys):
+    shutil.copytree(make.model("sd2"), tmp_path / "model")
+    index, config = tmp_path / "model" / "model_index.json", tmp_path / "model" / "scheduler" / "scheduler_config.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "scheduler": ["diffusers", name]}))
+    config.write_text(json.dumps({**json.loads(config.read_text()), "_class_name": name, **keys}))
+    spec = make_spec({"model": str(tmp_path / "model")})
+    source = load_source(open_origin(spec), spec, Cache(tmp_path / "cache"), tmp_path, Silent())
+    level = compare_bundle_feeds(upstream_of(spec), source, source)
+    assert not level.different and len(level.figures["requests"]) == 6
