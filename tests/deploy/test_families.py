@@ -173,11 +173,19 @@ def test_the_refiner_takes_over_where_the_base_stops(pair: Callable[[str], Pair]
 
 @pytest.mark.parametrize(("part", "words"), [
     ((0.5, 0.5), "not an interval within 0 to 1"), ((0, 1.5), "not an interval"), (3, "not a pair"),
-    ((0.5, 1), "starts from latents"), ((0, 0.001), "none of 4 steps"),
+    ((0.5, 1), "starts from latents"),
 ])
 def test_impossible_parts(part: Any, words: str, pair: Callable[[str], Pair]) -> None:
     with pytest.raises(InputError, match=words):
         pair("xl")[0]("a cat", steps=4, part=part)
+
+
+def test_a_first_part_without_a_step_hands_on_the_noise_as_diffusers_does(pair: Callable[[str], Pair]) -> None:
+    mine, theirs = pair("xl")
+    latents = mine("a cat", steps=4, part=(0, 0.001), seed=3, output="latents")
+    expected = theirs("a cat", num_inference_steps=4, denoising_end=0.001, output_type="latent",
+                      generator=torch.Generator().manual_seed(3)).images
+    np.testing.assert_array_equal(latents, expected.numpy())
 
 
 def test_stable_diffusion_2_predicts_v_and_upcasts_attention(pair: Callable[[str], Pair]) -> None:

@@ -54,7 +54,7 @@ VALUES: Mapping[str, tuple[Any, ...]] = {
     "algorithm_type": ("dpmsolver++", "sde-dpmsolver++", "dpmsolver", "sde-dpmsolver", "deis"),
     "solver_type": ("midpoint", "heun", "bh1", "bh2", "logrho"),
     "lambda_min_clipped": (-math.inf, -5.1),
-    "disable_corrector": ((), (0,), (0, 1)),
+    "disable_corrector": ([], [0], [0, 1]),
     "original_inference_steps": (50, 20), "timestep_scaling": (10.0, 5.0),
     "flow_shift": (1.0, 3.0), "time_shift_type": ("exponential", "linear"),
     "sigma_data": (0.5, 1.0), "sigma_schedule": ("karras", "exponential"), "rho": (7.0, 5.0),

@@ -98,7 +98,8 @@ def test_generate_hashes_once_and_again_when_it_is_asked_to(folder: Path, hashed
 
     from deploy import generate
 
-    request = SimpleNamespace(bundle=folder, safety="off", hint="latency", pin_threads=False)
+    request = SimpleNamespace(bundle=folder, safety="off", hint="latency", pin_threads=False, preview=None,
+                              output=folder.parent / "out.png", save_latents=None)
     monkeypatch.setattr(generate, "prompts_of", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     for check, read in ((False, True), (False, False), (True, True)):
         hashed.clear()
