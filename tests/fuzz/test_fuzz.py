@@ -18,9 +18,9 @@ from tests.fuzz.run import run_case
 from tests.fuzz.workers import run_number, start_worker
 
 LEAST, SECONDS = 150, 150
-# Of the first 700 cases, seven differ and are not explained yet: 288, 334, 458, 545, 608, 658 and 672. The sample ends
-# before them, so that it says something of what changes; `make fuzz` runs them.
-MOST = 280
+# Of the first 700 cases three differ and are open: 458 and 672 (codebooks of VQ models, two entries nearly equally near)
+# and 545. The sample ends before them, so that it tells what changes; `make fuzz` runs them.
+MOST = 450
 
 
 @pytest.fixture(scope="module", autouse=True)

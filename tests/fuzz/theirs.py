@@ -51,6 +51,7 @@ def run(case: Case, folder: Path, files: Mapping[str, Path], pictures: Mapping[s
 
 def _load(case: Case, folder: Path) -> Any:
     import diffusers
+    import torch
 
     model, options = case.model, dict[str, Any]()
     kind = "DiffusionPipeline" if model.kind.startswith("ldm") else AUTO[case.request.mode]
@@ -63,7 +64,8 @@ def _load(case: Case, folder: Path) -> Any:
         options["vae"] = vae.from_pretrained(str(other_vae(model.vae)))
     if any(layout in OF_VARIANTS for layout in model.layouts.values()):
         options["variant"] = "fp16"
-    pipe = getattr(diffusers, kind).from_pretrained(str(folder), **options)
+    # transformers 5 would load a text encoder in the dtype that its config names; both sides compute in float32.
+    pipe = getattr(diffusers, kind).from_pretrained(str(folder), torch_dtype=torch.float32, **options)
     pipe.set_progress_bar_config(disable=True)
     if (name := case.request.scheduler) is not None:
         pipe.scheduler = getattr(diffusers, METHODS[name]).from_config(pipe.scheduler.config)
