@@ -18,7 +18,7 @@ from tests.fuzz.run import run_case
 from tests.fuzz.workers import run_number, start_worker
 
 LEAST, SECONDS = 150, 150
-# Of the first 700 cases three differ and are open: 458 and 672 (codebooks of VQ models, two entries nearly equally near)
+# Of the first 700 cases three differ and are open: 458 and 672 (codebooks of VQ models, two entries nearly as near)
 # and 545. The sample ends before them, so that it tells what changes; `make fuzz` runs them.
 MOST = 450
 
