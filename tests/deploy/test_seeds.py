@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,8 @@ from tests.exporters.family_pipelines import make_pipeline
 from tests.runtimes.diffusers_reference import psnr
 
 # diffusers 0.42 hands tensors to numpy functions
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+pytestmark = [pytest.mark.usefixtures("one_thread"),
+              pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")]
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)).resize((32, 32))
 MASK = Image.fromarray(np.pad(np.full((20, 13), 255, np.uint8), ((6, 6), (3, 16))))
 MODES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -34,14 +34,6 @@ MODES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 SCHEDULERS = {"ddim": ("DDIMScheduler", 0.0), "ddim, eta": ("DDIMScheduler", 0.6), "lcm": ("LCMScheduler", 0.0),
               "euler-ancestral": ("EulerAncestralDiscreteScheduler", 0.0)}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -43,6 +43,7 @@ from runtimes.weights import read_header
 ROUNDING = 1e-5
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
 SHOWN = 3
+_MADV_DONTNEED = 4  # of Linux, which Python has for its own mappings only
 
 
 @dataclass
@@ -237,5 +238,3 @@ def _let_go(tensor: Any, mapped: list[tuple[int, int]]) -> None:
     if last > first and any(a <= first and last <= b for a, b in mapped):
         ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _MADV_DONTNEED)
 
-
-_MADV_DONTNEED = 4
