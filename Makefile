@@ -26,7 +26,7 @@ setup: $(STAMP) ## create .venv with all that build, run and test need on a CPU 
 
 demo: $(STAMP) ## build the reference model for ONNX Runtime and generate a grid of pictures
 	$(BIN)/python -m deploy build --target onnxruntime -o $(DEMO)
-	$(BIN)/python -m deploy generate $(DEMO) --prompts deploy/reference_model/demo_prompts.txt --grid 4 -o build/demo.png
+	$(BIN)/python -m deploy generate $(DEMO) --prompts deploy/reference_models/demo_prompts.txt --grid 4 -o build/demo.png
 	@printf '\n  picture  %s\n  report   %s\n' build/demo.png $(DEMO)/report/report.html
 
 test: lint ## lint, types, direction of imports, tests

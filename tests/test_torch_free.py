@@ -60,7 +60,7 @@ for module in pkgutil.walk_packages(runtimes.__path__, "runtimes."):
 
 COMMAND_LINE = """
 import resource
-from deploy.cli import main
+from deploy.cli.commands import main
 
 try:
     main()

@@ -14,7 +14,7 @@ from deploy.bench.protocol import repeated, serve
 def prepare() -> dict[str, Any]:
     """Load the bundle of the command line: BUNDLE THREADS DEVICE."""
     from runtimes import load
-    from runtimes.profile import Profile
+    from runtimes.backends.profile import Profile
 
     bundle, threads, device = sys.argv[1:4]
     pipeline = load(bundle, device, int(threads))

@@ -19,9 +19,9 @@ import numpy as np
 
 from deploy.bench.limits import bandwidth, gemm_flops
 from deploy.bench.worker import Worker
-from deploy.doctor import machine
+from deploy.core.doctor import machine
 from deploy.parity.metrics import psnr_db
-from runtimes.bundle import Bundle
+from runtimes.bundle.folder import Bundle
 from runtimes.errors import InputError, UnavailableError
 
 KINDS = {"torch": "eager", "torch.compile": "compile"}
@@ -203,9 +203,9 @@ def _bundle_command(bundle: Bundle, threads: int, device: str) -> list[str]:
 
 
 def _torch_command(bundle: Bundle, threads: int, kind: str) -> list[str]:
-    from deploy.hub import is_name
-    from deploy.sources import model_folder
-    from deploy.verify import source_of
+    from deploy.build.verify import source_of
+    from deploy.model.hub import is_name
+    from deploy.model.read_from import model_folder
 
     model = source_of(bundle)
     folder = model_folder(model, bundle.manifest.source.revision if is_name(model) else "").resolve()

@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from runtimes.resident import peak_rss_bytes
+from runtimes.system.process_memory import peak_rss_bytes
 
 Handler = Callable[..., dict[str, Any]]
 

@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from deploy.parity.options import ParityOptions
-from deploy.parity.shapes import halved_sizes
-from runtimes.manifest import Component, PipelineFacts
+from deploy.parity.reference.planned_shapes import halved_sizes
+from runtimes.bundle.manifest import Component, PipelineFacts
 
 # "auto" is one of the next two; "components" draws no pictures; "no" compares nothing.
 LEVELS = ("auto", "full", "quick", "components", "no")
 LIMIT_MACS = 5e12  # a minute or two on two cores
 # Multiply-accumulates of one call by weight and latent position, which is all that is known before anything is loaded.
-# Counted (exporters.macs) are 0.096 for the U-Net of Stable Diffusion 1.5, and 6.1 for its decoder, whose layers work
+# Counted (source.macs) are 0.096 for the U-Net of Stable Diffusion 1.5, and 6.1 for its decoder, whose layers work
 # on up to 64 pixels a position.
 DENOISER_MACS, DECODER_MACS = 0.1, 6.0
 QUICK_STEPS, RECORDING_STEPS = 4, 3

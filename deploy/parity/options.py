@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from runtimes.session import SessionOptions
+from runtimes.backends.session import SessionOptions
 
 # Things that any text-to-image model knows; a build of the reference model passes the model's own subjects.
 PROMPTS = (

@@ -7,21 +7,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from deploy.parity.answers import Reference, total_bytes
+from deploy.core.budgets import Budget
 from deploy.parity.blame import SCHEDULE_TOLERANCE, different_facts, different_keys, different_tokens, schedule_error
-from deploy.parity.budgets import Budget
 from deploy.parity.components import SOURCE_FORMAT, ComponentReport, open_candidate
-from deploy.parity.drawing import Drawing, DrawRequest, assemble_pipeline, draw
+from deploy.parity.image_level import Pair, latent_errors, pairs
 from deploy.parity.metrics import Comparison, worst
 from deploy.parity.options import ParityOptions
-from deploy.parity.pictures import Pair, latent_errors, pairs
-from deploy.parity.pool import SessionPool
-from deploy.parity.retrieval import Gallery
-from deploy.parity.shapes import plan_runs
-from runtimes.bundle import Bundle
+from deploy.parity.reference.answers import Reference, total_bytes
+from deploy.parity.reference.planned_shapes import plan_runs
+from deploy.parity.reference.session_pool import SessionPool
+from deploy.parity.reference.trajectories import Drawing, DrawRequest, assemble_pipeline, draw
+from deploy.reference_models.retrieval import Gallery
+from runtimes.backends.session import FORMATS
+from runtimes.bundle.folder import Bundle
 from runtimes.errors import DeployError, UnavailableError
-from runtimes.loading import needed, scheduler_config
-from runtimes.session import FORMATS
+from runtimes.pipeline.loading import needed, scheduler_config
 
 
 @dataclass(frozen=True)

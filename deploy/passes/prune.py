@@ -7,15 +7,15 @@ from importlib import util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from deploy.plan import Pass, Planned, Skip, Step, Unavailable
-from deploy.reference_model import GUIDANCE_SCALE, subject_names
-from deploy.spec import REFERENCE
-from runtimes.bundle import Bundle, link_or_copy, records_below
+from deploy.core.plan import Pass, Planned, Skip, Step, Unavailable
+from deploy.core.spec import REFERENCE
+from deploy.reference_models import GUIDANCE_SCALE, subject_names
+from runtimes.bundle.folder import Bundle, link_or_copy, records_below
+from runtimes.bundle.manifest import Component, Manifest
 from runtimes.errors import InputError
-from runtimes.manifest import Component, Manifest
 
 if TYPE_CHECKING:
-    from deploy.spec import BuildSpec
+    from deploy.core.spec import BuildSpec
 
 NAME, TEACHER = "unet", "unet_teacher"
 WEIGHTS_FILE = "model.safetensors"
@@ -66,7 +66,7 @@ class Prune(Pass):
             for file in source.component(NAME).files:
                 link_or_copy(source.path / file, out / file.replace(f"components/{NAME}/", f"components/{TEACHER}/"))
             return replace(planned, files=records_below(folder, out))
-        from deploy.pruning.network import prune_unet, size_of, write_network
+        from deploy.pruning.prune_network import prune_unet, size_of, write_network
 
         network, details = prune_unet(source, NAME, step.config)
         write_network(network, folder / WEIGHTS_FILE, planned.precision)

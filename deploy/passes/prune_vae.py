@@ -7,16 +7,16 @@ from importlib import util
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from deploy.origin import VAE_HALVES
+from deploy.core.plan import Pass, Planned, Skip, Step, Unavailable
+from deploy.model.source_bundle import VAE_HALVES
 from deploy.passes.prune import WEIGHTS_FILE, drawing_config
-from deploy.plan import Pass, Planned, Skip, Step, Unavailable
 from deploy.pruning.widths import AUTOENCODER
-from runtimes.bundle import Bundle, records_below
+from runtimes.bundle.folder import Bundle, records_below
+from runtimes.bundle.manifest import Component, Manifest
 from runtimes.errors import InputError
-from runtimes.manifest import Component, Manifest
 
 if TYPE_CHECKING:
-    from deploy.spec import BuildSpec
+    from deploy.core.spec import BuildSpec
 
 HALVES = tuple(VAE_HALVES)
 DRAWS_WITH = ("unet", "text_encoder")
@@ -63,8 +63,8 @@ class PruneVae(Pass):
     def run(self, step: Step, name: str, source: Bundle, out: Path) -> Component:
         """Prune the autoencoder, let this half of it learn; what was learned before an interruption is gone on from."""
         from deploy.pruning.autoencoder import prune_half
-        from deploy.pruning.network import size_of, write_network
-        from exporters.modules import torch_component
+        from deploy.pruning.prune_network import size_of, write_network
+        from exporters.source.networks import torch_component
 
         planned, folder = step.after.components[name], out / "components" / name
         folder.mkdir(parents=True)

@@ -6,15 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from deploy.core.plan import Pass, Planned, Skip, Step
+from deploy.core.pruning_options import DRAWINGS
 from deploy.passes.prune import NAME, TEACHER, WEIGHTS_FILE, drawing_config
-from deploy.plan import Pass, Planned, Skip, Step
-from deploy.pruning_options import DRAWINGS
-from runtimes.bundle import Bundle, records_below
+from runtimes.bundle.folder import Bundle, records_below
+from runtimes.bundle.manifest import Component, Manifest
 from runtimes.errors import InputError
-from runtimes.manifest import Component, Manifest
 
 if TYPE_CHECKING:
-    from deploy.spec import BuildSpec
+    from deploy.core.spec import BuildSpec
 
 
 class Recover(Pass):
@@ -44,7 +44,7 @@ class Recover(Pass):
 
     def run(self, step: Step, name: str, source: Bundle, out: Path) -> Component:
         """Train; what was learned before an interruption is gone on from."""
-        from deploy.pruning.network import write_network
+        from deploy.pruning.prune_network import write_network
         from deploy.pruning.recovery import recover_unet
 
         before, folder = source.component(name), out / "components" / name

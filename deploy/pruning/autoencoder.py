@@ -15,20 +15,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deploy.cache import default_root, pipeline_identity
-from deploy.console import err
+from deploy.cli.console import err
+from deploy.core.pass_cache import default_root, pipeline_identity
 from deploy.pruning.importance import scorer_of
-from deploy.pruning.network import size_of
+from deploy.pruning.prune_network import size_of
 from deploy.pruning.recovery import train
 from deploy.pruning.structured import HALVES, prune_network
 from deploy.pruning.teacher import Teacher, example_feeds, load_source_module
 from deploy.pruning.training import Schedule
 from deploy.pruning.widths import AUTOENCODER, config_of, levels_of, uniform_widths
-from exporters.modules import torch_component
-from runtimes.bundle import Bundle, replacing
-from runtimes.cache_store import use
-from runtimes.decode import unscaled
-from runtimes.manifest import digest_of, to_json
+from exporters.source.networks import torch_component
+from runtimes.bundle.folder import Bundle, replacing
+from runtimes.bundle.manifest import digest_of, to_json
+from runtimes.codec.autoencoder import unscaled
+from runtimes.system.cache_store import use
 
 ENCODER, DECODER = HALVES[AUTOENCODER]
 DENOISER = "unet"

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deploy.pruning.observed import Observed
+from deploy.pruning.block_activity import Observed
 from deploy.pruning.replay import Replay
+from deploy.pruning.teacher_trajectory import Trajectories
 from deploy.pruning.training import Schedule
-from deploy.pruning.trajectory import Trajectories
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ class Graph:
     """The dependency graph of one network.
 
     Args:
-        module: a wrapped component of `exporters.modules.torch_component`; its layers are pruned in place.
+        module: a wrapped component of `exporters.source.networks.torch_component`; its layers are pruned in place.
         feeds: example inputs in order, the smallest the network takes.
         widths: levels of the network.
         norm_groups: of its group normalizations.

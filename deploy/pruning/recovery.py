@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 
-from deploy.cache import default_root, pipeline_identity
-from deploy.console import err
+from deploy.cli.console import err
+from deploy.core.pass_cache import default_root, pipeline_identity
+from deploy.core.pruning_options import DRAWINGS
 from deploy.pruning.distill import Distillation, Recipe
-from deploy.pruning.network import relative_error
+from deploy.pruning.prune_network import relative_error
 from deploy.pruning.teacher import Teacher, load_source_module
 from deploy.pruning.training import Schedule, Task, Training
-from deploy.pruning_options import DRAWINGS
-from runtimes.bundle import Bundle
-from runtimes.manifest import digest_of, to_json
+from runtimes.bundle.folder import Bundle
+from runtimes.bundle.manifest import digest_of, to_json
 
 JUDGED, JUDGED_SEED = 8, 7
 REPORT_EVERY_SECONDS = 15.0

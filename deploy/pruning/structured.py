@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from deploy.pruning.groups import ChannelGroup, Graph
 from deploy.pruning.widths import UNET, Widths, config_of, pruned_config
-from exporters.modules import torch_component
+from exporters.source.networks import torch_component
 from runtimes.errors import DeployError
 
 Scorer = Callable[[Any], Tensor]
@@ -26,7 +26,7 @@ def prune_network(network: Any, feeds: Mapping[str, Sequence[Tensor]], widths: W
 
     Args:
         network: UNet2DConditionModel or AutoencoderKL, float32; left as it is. The scorer may read its gradients.
-        feeds: component of `HALVES` -> example inputs in the order of its wrapper in `exporters.modules`.
+        feeds: component of `HALVES` -> example inputs in the order of its wrapper in `exporters.source.networks`.
         widths: the shape to reach.
         scorer: a group of torch-pruning -> importance of each of its channels, (N,) float32.
         where: names the network in messages.

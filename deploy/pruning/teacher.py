@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deploy.pruning.observed import Observed
-from deploy.pruning.trajectory import Diffusion, Trajectories
-from exporters.modules import load_module, torch_component
-from runtimes.bundle import Bundle
+from deploy.pruning.block_activity import Observed
+from deploy.pruning.teacher_trajectory import Diffusion, Trajectories
+from exporters.source.networks import load_module, torch_component
+from runtimes.bundle.folder import Bundle
+from runtimes.bundle.manifest import Component
 from runtimes.errors import InputError
-from runtimes.loading import load_tokenizers, scheduler_config
-from runtimes.manifest import Component
+from runtimes.pipeline.loading import load_tokenizers, scheduler_config
 
 CALLS = ["sample", "timestep", "encoder_hidden_states"]
 

@@ -7,7 +7,7 @@ from typing import Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from runtimes.schedulers.sigmas import Float32
+from runtimes.schedulers.noise_levels import Float32
 
 Timesteps: TypeAlias = npt.NDArray[np.float32] | npt.NDArray[np.int64]
 

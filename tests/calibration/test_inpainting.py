@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from calibration.masks import KINDS, draw_mask
-from calibration.prompts import STEPS, InpaintingEpisode, plan_episodes
-from calibration.recorder import Recording, record
-from runtimes.pipeline import Pipeline
-from runtimes.tensors import TensorSpec
+from calibration.trajectory.inpainting_masks import KINDS, draw_mask
+from calibration.trajectory.prompts import STEPS, InpaintingEpisode, plan_episodes
+from calibration.trajectory.recorder import Recording, record
+from runtimes.bundle.tensors import TensorSpec
+from runtimes.pipeline.diffusion import Pipeline
 from tests.calibration.test_recorder import make as make_ordinary
 from tests.runtimes import fakes
 from tests.runtimes.fakes import CHANNELS, DDIM, FACTOR, FACTS, FakeSession, fake_sessions, tokenize

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from calibration.prompts import plan_episodes, read_prompts
-from calibration.recorder import Recording, record
+from calibration.trajectory.prompts import plan_episodes, read_prompts
+from calibration.trajectory.recorder import Recording, record
 from runtimes.errors import InputError
-from runtimes.pipeline import Pipeline
+from runtimes.pipeline.diffusion import Pipeline
 from tests.runtimes.fakes import DDIM, FACTS, fake_sessions, tokenize
 
 

@@ -42,8 +42,8 @@ def drawn(bundle: Path, side: int, tile: int, steps: int, count: int, layout: st
 def draw(bundle: str, side: int, tile: int, steps: int, count: int, layout: str, threads: int, out: str) -> None:
     """The child: draw one after the other, save them, print peak RSS."""
     import runtimes
-    from runtimes import tiling
-    from runtimes.resident import peak_rss_bytes
+    from runtimes.codec import tiling
+    from runtimes.system.process_memory import peak_rss_bytes
 
     if layout == "still":
         tiling.Tiling.shifted = lambda self, i: self  # type: ignore[method-assign]
@@ -98,8 +98,8 @@ def main() -> None:
     """Draw in each layout, print memory and seams beside those of a single tile."""
     from rich.table import Table
 
-    from deploy.builder import run_build
-    from deploy.spec import BuildSpec
+    from deploy.build.builder import run_build
+    from deploy.core.spec import BuildSpec
     from tests.peers.results import new_report, save, show
 
     parser = argparse.ArgumentParser(prog="python -m tests.deploy.seams", description=main.__doc__)

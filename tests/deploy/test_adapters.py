@@ -13,18 +13,18 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from deploy.builder import Silent, load_source, plan_build
-from deploy.cache import Cache
-from deploy.origin import open_origin
-from deploy.parity.drawing import assemble_pipeline
+from deploy.build.builder import Silent, load_source, plan_build
+from deploy.core.pass_cache import Cache
+from deploy.core.plan import Step
+from deploy.core.spec import BuildSpec
+from deploy.model.source_bundle import open_origin
+from deploy.parity.reference.torch_sessions import reference_sessions
+from deploy.parity.reference.trajectories import assemble_pipeline
 from deploy.passes.adapters import parse_embedding
-from deploy.plan import Step
-from deploy.reference import reference_sessions
-from deploy.spec import BuildSpec
-from exporters.modules import load_module
-from runtimes.bundle import Bundle
+from exporters.source.networks import load_module
+from runtimes.adapters.lora_files import parse_lora
+from runtimes.bundle.folder import Bundle
 from runtimes.errors import InputError
-from runtimes.lora import parse_lora
 from tests.deploy.conftest import Cli, assert_refused
 from tests.exporters.family_pipelines import autoencoder, make_pipeline, tiny_decoder
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from deploy.bench.contest import BenchOptions, run_bench
-from deploy.builder import run_build
-from deploy.spec import BuildSpec
-from runtimes.bundle import Bundle
+from deploy.build.builder import run_build
+from deploy.core.spec import BuildSpec
+from runtimes.bundle.folder import Bundle
 from runtimes.errors import InputError
 from tests.deploy.conftest import Cli, assert_refused
 
@@ -62,15 +62,15 @@ def test_bench_json_is_one_object(bundles: list[Path], cli: Cli):
 
 def test_auto_takes_the_runtime_that_measured_faster(tiny_model: Path, build_cache: Path, tmp_path: Path, monkeypatch):
     spec = BuildSpec(model=str(tiny_model), target="auto")
-    monkeypatch.setattr("deploy.auto_target._measured", lambda *_: {"onnxruntime": 0.02, "openvino": 0.01})
+    monkeypatch.setattr("deploy.build.choose_target._measured", lambda *_: {"onnxruntime": 0.02, "openvino": 0.01})
     assert run_build(spec, tmp_path / "b", cache_root=build_cache).bundle.manifest.target == "openvino"
-    monkeypatch.setattr("deploy.auto_target._measured", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr("deploy.build.choose_target._measured", lambda *_: pytest.fail("measured again"))
     assert run_build(spec, tmp_path / "b", cache_root=build_cache).up_to_date
 
 
 def test_auto_measures_every_runtime_that_is_installed(tiny_model: Path, build_cache: Path):
-    from deploy.auto_target import _measured
-    from deploy.builder import Silent
+    from deploy.build.builder import Silent
+    from deploy.build.choose_target import _measured
 
     found = _measured(BuildSpec(model=str(tiny_model)), ["onnxruntime", "openvino"], build_cache, Silent())
     assert sorted(found) == ["onnxruntime", "openvino"]

@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 
 import runtimes
-from deploy import presets
-from deploy.builder import run_build
-from deploy.presets import Measured, Setting
-from deploy.spec import BuildSpec
-from runtimes.bundle import Bundle, record_of
-from runtimes.manifest import FileRecord
+from deploy.bench import presets
+from deploy.bench.presets import Measured, Setting
+from deploy.build.builder import run_build
+from deploy.core.spec import BuildSpec
+from runtimes.bundle.folder import Bundle, record_of
+from runtimes.bundle.manifest import FileRecord
 from tests.conftest import ROOT
 from tests.deploy.conftest import Cli, assert_refused
 from tests.exporters.pipelines import edit_json

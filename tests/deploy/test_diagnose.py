@@ -12,12 +12,12 @@ import onnx_ir as ir
 import pytest
 from PIL import Image
 
-from deploy.diagnose import DiagnoseOptions, diagnose_pipeline
-from deploy.diagnosis import LIMITS, Drawn, check_guidance, moments
-from deploy.probe import Probe
-from runtimes.bundle import Bundle, records_below, write_manifest
+from deploy.diagnose.checks import LIMITS, Drawn, check_guidance, moments
+from deploy.diagnose.command import DiagnoseOptions, diagnose_pipeline
+from deploy.diagnose.probe import Probe
+from runtimes.bundle.folder import Bundle, records_below, write_manifest
+from runtimes.bundle.manifest import FileRecord
 from runtimes.errors import ParityError
-from runtimes.manifest import FileRecord
 from tests.deploy.conftest import Cli, assert_refused
 
 STEPS = 8

@@ -13,18 +13,18 @@ import torch
 from PIL import Image
 
 import runtimes
-from calibration.recorder import Recording
-from deploy.builder import Silent, load_source, run_build
-from deploy.cache import Cache
-from deploy.origin import open_origin
-from deploy.parity.drawing import assemble_pipeline
-from deploy.reference import reference_sessions
-from deploy.spec import BuildSpec
-from runtimes.bundle import Bundle
-from runtimes.conditions import SizeConditions
+from calibration.trajectory.recorder import Recording
+from deploy.build.builder import Silent, load_source, run_build
+from deploy.core.pass_cache import Cache
+from deploy.core.spec import BuildSpec
+from deploy.model.source_bundle import open_origin
+from deploy.parity.reference.torch_sessions import reference_sessions
+from deploy.parity.reference.trajectories import assemble_pipeline
+from runtimes.bundle.folder import Bundle
+from runtimes.bundle.tensors import ShapeRange
 from runtimes.errors import InputError
-from runtimes.pipeline import Pipeline
-from runtimes.tensors import ShapeRange
+from runtimes.pipeline.conditioner import SizeConditions
+from runtimes.pipeline.diffusion import Pipeline
 from tests.deploy.conftest import Cli
 from tests.exporters.family_pipelines import make_pipeline
 from tests.runtimes.diffusers_reference import psnr
@@ -192,10 +192,10 @@ def test_the_tiny_autoencoder_decodes(pair: Callable[[str], Pair]) -> None:
 def test_the_tiny_autoencoder_encodes_without_drawing(pair: Callable[[str], Pair]) -> None:
     pipeline, reference = pair("tiny-decoder")
     picture = np.random.default_rng(5).random((32, 32, 3)).astype(np.float32)
-    from runtimes import decode
+    from runtimes.codec import autoencoder
 
     pixels = picture.transpose(2, 0, 1)[None] * 2 - 1
-    mean, deviation = decode.encode(pipeline.sessions["vae_encoder"], pixels)
+    mean, deviation = autoencoder.encode(pipeline.sessions["vae_encoder"], pixels)
     assert deviation is None
     with torch.no_grad():
         expected = reference.vae.encode(torch.from_numpy(pixels)).latents.numpy()

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import runtimes
-from runtimes import decode
-from runtimes.tiling import Tiling
+from runtimes.codec import autoencoder
+from runtimes.codec.tiling import Tiling
 from tests.deploy.seams import COUNT, SIDE, STEPS, STRIDE, TILE, drawn, seam_ratio, seam_ratios
 
 
@@ -28,9 +28,9 @@ def test_decoding_in_tiles_adds_no_seam_to_what_decoding_the_whole_gives(referen
     pipeline = runtimes.load(reference_bundle, threads=1, check_hashes=False)
     latents = pipeline("flowers and leaves", seed=1, steps=8, height=128, width=128, output="latents")
     decoder, facts = pipeline.sessions["vae_decoder"], pipeline.facts
-    whole = decode.decode(decoder, latents, facts)[0]
+    whole = autoencoder.decode(decoder, latents, facts)[0]
     side, tile = (size // facts.vae_scale_factor for size in (128, TILE))
-    tiled = decode.decode_tiled(decoder, latents, facts, Tiling((side, side), (tile, tile)))[0]
+    tiled = autoencoder.decode_tiled(decoder, latents, facts, Tiling((side, side), (tile, tile)))[0]
     assert np.sqrt(np.mean((tiled - whole) ** 2)) < 0.05  # its attention and norms see a tile, not the whole
     for axis in (0, 1):
         for beside in (True, False):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from exporters.source import open_source
+from exporters.source.model_folder import open_source
 from tests.deploy.conftest import Cli, assert_refused
 
 

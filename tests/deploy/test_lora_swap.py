@@ -13,16 +13,16 @@ import torch
 from safetensors.torch import save_file
 
 import runtimes
-from deploy.builder import Silent, load_source, run_build
-from deploy.cache import Cache
-from deploy.origin import open_origin
-from deploy.parity.drawing import assemble_pipeline
-from deploy.reference import reference_sessions
-from deploy.spec import BuildSpec, make_spec
-from exporters.modules import load_module
-from runtimes.bundle import Bundle
+from deploy.build.builder import Silent, load_source, run_build
+from deploy.core.pass_cache import Cache
+from deploy.core.spec import BuildSpec, make_spec
+from deploy.model.source_bundle import open_origin
+from deploy.parity.reference.torch_sessions import reference_sessions
+from deploy.parity.reference.trajectories import assemble_pipeline
+from exporters.source.networks import load_module
+from runtimes.bundle.folder import Bundle
 from runtimes.errors import InputError
-from runtimes.pipeline import Pipeline
+from runtimes.pipeline.diffusion import Pipeline
 from tests.deploy.conftest import Cli, assert_refused
 from tests.exporters.family_pipelines import make_pipeline
 

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import runtimes
-from deploy.reference_model import WEIGHTS
+from deploy.reference_models import WEIGHTS
 from tests.runtimes.diffusers_reference import assert_same, generators
 
 # diffusers 0.42 hands tensors to numpy functions

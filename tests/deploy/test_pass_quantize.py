@@ -10,18 +10,18 @@ from typing import Any
 import onnx
 import pytest
 
-from calibration.ranges import Scheme
-from deploy.builder import run_build
-from deploy.origin import open_origin
+from calibration.integers.ranges import Scheme
+from deploy.build.builder import run_build
+from deploy.core.plan import Skip, Step
+from deploy.core.spec import BuildSpec, make_spec
+from deploy.model.source_bundle import open_origin
 from deploy.passes.precision import Precision
 from deploy.passes.quantize import Quantize
-from deploy.plan import Skip, Step
-from deploy.quantization import at_common_size
-from deploy.spec import BuildSpec, make_spec
-from runtimes.bundle import Bundle
+from deploy.quantization.recipes import at_common_size
+from runtimes.bundle.folder import Bundle
+from runtimes.bundle.manifest import Manifest
+from runtimes.bundle.tensors import ShapeRange
 from runtimes.errors import InputError, ParityError
-from runtimes.manifest import Manifest
-from runtimes.tensors import ShapeRange
 from tests.deploy.conftest import Cli, assert_refused
 
 
@@ -96,7 +96,7 @@ def test_dynamic_is_refused_where_there_are_no_kernels_for_it():
 
 
 def test_calibration_prompts_are_not_what_is_scored():
-    from deploy.gate import options_for
+    from deploy.build.gate import options_for
 
     prompts = planned().config["calibration"]["prompts"]
     options = options_for("reference", ())

@@ -9,15 +9,15 @@ from typing import Any, ClassVar
 
 import pytest
 
-from deploy.builder import Silent, _run_pass, workspace
-from deploy.cache import Cache, key_of
+from deploy.build.builder import Silent, _run_pass, workspace
+from deploy.core.pass_cache import Cache, key_of
+from deploy.core.plan import Pass, Skip, Step, load_passes, plan_all
+from deploy.core.spec import BuildSpec
 from deploy.passes import PASSES
-from deploy.plan import Pass, Skip, Step, load_passes, plan_all
-from deploy.spec import BuildSpec
-from runtimes.bundle import Bundle, records_below, write_manifest
+from runtimes.bundle.folder import Bundle, records_below, write_manifest
+from runtimes.bundle.manifest import SCHEMA, Component, FileRecord, Manifest, PipelineFacts, Source, digest_of
+from runtimes.bundle.tensors import Axis, ShapeRange
 from runtimes.errors import DeployError, InputError
-from runtimes.manifest import SCHEMA, Component, FileRecord, Manifest, PipelineFacts, Source, digest_of
-from runtimes.tensors import Axis, ShapeRange
 
 
 class Shout(Pass):
@@ -158,15 +158,16 @@ def test_what_a_read_component_is_counts_and_where_it_lies_does_not(bundle: Bund
 
 def test_calibration_recordings_know_the_facts(bundle: Bundle, monkeypatch, tmp_path: Path):
     """Two models of the same networks that scale latents differently are recorded apart."""
-    from deploy import quantization
+    from deploy.quantization import recipes
 
     seen: list[Any] = []
-    monkeypatch.setattr("calibration.recorder.record", lambda *_, source, **__: seen.append(digest_of(source)))
+    monkeypatch.setattr("calibration.trajectory.recorder.record",
+                        lambda *_, source, **__: seen.append(digest_of(source)))
     calibration = {"steps": 20, "strength": 0.6, "prompts": ["a cat"], "samples": 8, "guidance_scale": 5.0}
     other = Bundle(bundle.path, dataclasses.replace(bundle.manifest, pipeline=PipelineFacts(4, 8, 0.5, 64, 64, 16)))
-    monkeypatch.setattr("runtimes.loading.BundleSessions", lambda *_: {})
+    monkeypatch.setattr("runtimes.pipeline.loading.BundleSessions", lambda *_: {})
     for b in (bundle, other, bundle):
-        quantization.record_calibration(b, calibration)
+        recipes.record_calibration(b, calibration)
     assert seen[0] == seen[2] != seen[1]
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from deploy import presets
-from deploy.presets import Measured, Setting
+from deploy.bench import presets
+from deploy.bench.presets import Measured, Setting
 from runtimes.errors import InputError, UnavailableError
 
 

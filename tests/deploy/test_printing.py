@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from transformers import CLIPTokenizer
 
-from deploy import console
-from deploy.bench.table import show_bench
+from deploy.cli import console
+from deploy.cli.bench_table import show_bench
 from runtimes.errors import InputError
-from runtimes.tokenizer import prepare_tokenizer
+from runtimes.text.clip_tokenizer import prepare_tokenizer
 from tests.deploy.conftest import Cli
 from tests.runtimes.fakes import write_pipeline_bundle
 from tests.runtimes.vocabulary import make_vocabulary

@@ -10,8 +10,8 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 
 from deploy.pruning.blocks import remove_blocks
-from deploy.pruning.masks import mask_textbook, mask_two_of_four
 from deploy.pruning.widths import config_of, levels_of, uniform_widths
+from deploy.pruning.zeroed_weights import mask_textbook, mask_two_of_four
 from runtimes.errors import InputError
 
 needs_torch_pruning = pytest.mark.skipif(

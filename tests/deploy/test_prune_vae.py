@@ -14,17 +14,17 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from deploy.builder import run_build
+from deploy.build.builder import run_build
+from deploy.build.prune_folder import prune_folder
+from deploy.core.plan import Skip, Step, Unavailable
+from deploy.core.spec import BuildSpec
 from deploy.passes.prune import TEACHER
 from deploy.passes.prune_vae import HALVES, PruneVae
 from deploy.passes.recover import Recover
-from deploy.plan import Skip, Step, Unavailable
-from deploy.prune_folder import prune_folder
 from deploy.pruning.teacher import Teacher
 from deploy.pruning.training import Training
 from deploy.pruning.widths import config_of, levels_of, uniform_widths
-from deploy.spec import BuildSpec
-from exporters.modules import torch_component
+from exporters.source.networks import torch_component
 from runtimes.errors import InputError, ParityError
 from tests.deploy.conftest import Cli, assert_nothing_left, assert_refused
 from tests.deploy.test_pass_prune import LENIENT

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from deploy.pruning.sensitivity import scan, sensitive_widths
+from deploy.pruning.width_sensitivity import scan, sensitive_widths
 from deploy.pruning.widths import levels_of, make_widths, pruned_config, uniform_widths
 from runtimes.errors import InputError
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from runtimes.bundle import Bundle
+from runtimes.bundle.folder import Bundle
 from tests.deploy.real_size import write_model
 
 pytestmark = pytest.mark.large

@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from deploy.pruning import recovery
+from deploy.pruning.block_activity import Observed
 from deploy.pruning.distill import Distillation, Recipe
-from deploy.pruning.masks import mask_two_of_four
-from deploy.pruning.network import relative_error
-from deploy.pruning.observed import Observed
+from deploy.pruning.prune_network import relative_error
 from deploy.pruning.replay import Replay
 from deploy.pruning.teacher import Teacher
+from deploy.pruning.teacher_trajectory import Diffusion, Trajectories
 from deploy.pruning.training import Training
-from deploy.pruning.trajectory import Diffusion, Trajectories
+from deploy.pruning.zeroed_weights import mask_two_of_four
 from runtimes.errors import InputError, ParityError
 from runtimes.schedulers import from_config
 from tests.deploy.test_prune_network import CROSS, PLAIN, unet

@@ -13,9 +13,10 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from deploy.charts import Axis, Point, Series, chart
-from deploy.report import Picture, amplified_difference, grouped, report_bundles, reproduction, write_report
-from deploy.report_sections import (
+from deploy.core.spec import BuildSpec, covering, make_spec
+from deploy.report.charts import Axis, Point, Series, chart
+from deploy.report.page import Picture, amplified_difference, grouped, report_bundles, reproduction, write_report
+from deploy.report.sections import (
     Section,
     conversions,
     drift_chart,
@@ -25,11 +26,10 @@ from deploy.report_sections import (
     picture_rows,
     read_metrics,
 )
-from deploy.spec import BuildSpec, covering, make_spec
-from runtimes.bundle import Bundle, records_below, write_manifest
+from runtimes.bundle.folder import Bundle, records_below, write_manifest
+from runtimes.bundle.manifest import to_json
+from runtimes.bundle.tensors import ShapeRange
 from runtimes.errors import BundleError, InputError
-from runtimes.manifest import to_json
-from runtimes.tensors import ShapeRange
 from tests.deploy.browser import CHROMIUM, Browser
 from tests.deploy.conftest import Cli, assert_refused
 from tests.deploy.test_plan_and_cache import make_bundle

@@ -16,14 +16,14 @@ from transformers import CLIPConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import runtimes
-from deploy.builder import plan_build, run_build
-from deploy.spec import BuildSpec
-from exporters.modules import filled, load_module
+from deploy.build.builder import plan_build, run_build
+from deploy.core.spec import BuildSpec
 from exporters.quiet import quiet
+from exporters.source.networks import filled, load_module
+from runtimes.backends.session import Arrays, Session
+from runtimes.bundle.tensors import ShapeRange
+from runtimes.codec.safety_checker import CONCEPT_SCORES, SPECIAL_SCORES, Preprocessing, flags
 from runtimes.errors import InputError
-from runtimes.safety import CONCEPT_SCORES, SPECIAL_SCORES, Preprocessing, flags
-from runtimes.session import Arrays, Session
-from runtimes.tensors import ShapeRange
 from tests.deploy.conftest import Cli, assert_refused
 from tests.exporters.pipelines import edit_json, edit_weights
 from tests.parity.pipelines import write_model
@@ -109,7 +109,7 @@ def test_special_concepts_lower_the_other_thresholds_as_in_diffusers(
     module = "diffusers.pipelines.stable_diffusion.safety_checker"
     monkeypatch.setattr(f"{module}.cosine_distance", lambda embeds, concept_embeds: torch.from_numpy(
         {3: special, 17: concepts}[len(concept_embeds)]))
-    monkeypatch.setattr("exporters.modules.filled", lambda network, weights: filled(network, {
+    monkeypatch.setattr("exporters.source.networks.filled", lambda network, weights: filled(network, {
         name: weight * 0 if name.endswith("_embeds_weights") else weight for name, weight in weights.items()}))
     prepared = np.zeros((len(special), 3, SIDE, SIDE), np.float32)
 
@@ -123,7 +123,7 @@ def test_special_concepts_lower_the_other_thresholds_as_in_diffusers(
 
 
 def test_generate_reports_and_replaces_only_when_asked(cli: Cli, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtimes.pipeline.flags", lambda session, prepared: [False, True])
+    monkeypatch.setattr("runtimes.pipeline.diffusion.flags", lambda session, prepared: [False, True])
     options = ("generate", bundle, "a", "-n", "2", "--steps", "1", "--seed", "3", "-o", "x.png")
     files = [Path("x-1.png"), Path("x-2.png")]
     plain = cli(*options)

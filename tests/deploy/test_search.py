@@ -10,14 +10,15 @@ from typing import Any
 
 import pytest
 
-from calibration.ranges import Scheme
-from deploy import console, quantization
-from deploy.builder import run_build
-from deploy.cache import rooted
-from deploy.parity.budgets import Budget
-from deploy.search import Trial, Trials, search
-from deploy.spec import BuildSpec
-from runtimes.bundle import Bundle
+from calibration.integers.ranges import Scheme
+from deploy.build.builder import run_build
+from deploy.cli import console
+from deploy.core.budgets import Budget
+from deploy.core.pass_cache import rooted
+from deploy.core.spec import BuildSpec
+from deploy.quantization import recipes
+from deploy.quantization.precision_search import Trial, Trials, search
+from runtimes.bundle.folder import Bundle
 from runtimes.errors import ParityError
 from tests.runtimes.fakes import AFFINE, affine_bundle
 
@@ -130,22 +131,22 @@ def test_a_search_quantizes_whatever_else_draws_and_takes_the_methods(tmp_path: 
         prepared.append(methods)
         return graph
 
-    monkeypatch.setattr("calibration.transforms.prepare", prepare)
-    monkeypatch.setattr("calibration.transforms.channel_means", lambda *_: prepared.append("means"))
-    monkeypatch.setattr("calibration.layers.find_layers", lambda _: [])
-    monkeypatch.setattr("calibration.noise.predict_noise", lambda *_: {})
-    monkeypatch.setattr(quantization, "find_ranges", lambda *_: ({}, {"ranges": {}}))
-    monkeypatch.setattr(quantization, "quantize_by_recipe", lambda *_: {})
+    monkeypatch.setattr("calibration.graphs.transforms.prepare", prepare)
+    monkeypatch.setattr("calibration.graphs.transforms.channel_means", lambda *_: prepared.append("means"))
+    monkeypatch.setattr("calibration.graphs.layers.find_layers", lambda _: [])
+    monkeypatch.setattr("calibration.choice.quantization_noise.predict_noise", lambda *_: {})
+    monkeypatch.setattr(recipes, "find_ranges", lambda *_: ({}, {"ranges": {}}))
+    monkeypatch.setattr(recipes, "quantize_by_recipe", lambda *_: {})
 
     def trials(source, low, budget, prompts):
         raise Searched(sorted(low))
 
-    monkeypatch.setattr("deploy.search.Trials", trials)
+    monkeypatch.setattr("deploy.quantization.precision_search.Trials", trials)
     methods = ["smoothquant", "bias-correction"]
     config = {"recipes": dict.fromkeys(parts, "hybrid"), "keep": [], "methods": methods,
               "search": {"budget": asdict(Budget(1, 1, 0, 0, 0)), "prompts": []}}
     with pytest.raises(Searched) as caught:
-        quantization.search_unet(source, tmp_path / "out.onnx", config, Scheme(), recording)
+        recipes.search_unet(source, tmp_path / "out.onnx", config, Scheme(), recording)
     assert caught.value.args[0] == sorted((*encoders, "vae_decoder"))
     assert prepared == [methods, "means"]
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from deploy.builder import Silent, load_source
-from deploy.cache import Cache
-from deploy.origin import open_origin
-from deploy.parity.drawing import assemble_pipeline
-from deploy.reference import reference_sessions
-from deploy.spec import BuildSpec
-from runtimes.pipeline import Pipeline
+from deploy.build.builder import Silent, load_source
+from deploy.core.pass_cache import Cache
+from deploy.core.spec import BuildSpec
+from deploy.model.source_bundle import open_origin
+from deploy.parity.reference.torch_sessions import reference_sessions
+from deploy.parity.reference.trajectories import assemble_pipeline
+from runtimes.pipeline.diffusion import Pipeline
 from tests.exporters.family_pipelines import make_pipeline
 from tests.runtimes.diffusers_reference import psnr
 

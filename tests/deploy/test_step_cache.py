@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from deploy.presets import DRAFT_PSNR_DB
-from runtimes.bundle import Bundle
+from deploy.bench.presets import DRAFT_PSNR_DB
+from runtimes.bundle.folder import Bundle
 from tests.deploy.conftest import Cli
 
 

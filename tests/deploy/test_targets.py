@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 import runtimes
-from deploy.builder import run_build
-from deploy.spec import BuildSpec, Precision
-from runtimes.bundle import Bundle
+from deploy.build.builder import run_build
+from deploy.core.spec import BuildSpec, Precision
+from runtimes.bundle.folder import Bundle
+from runtimes.bundle.tensors import ShapeRange
 from runtimes.errors import UnavailableError
-from runtimes.tensors import ShapeRange
 from tests.deploy.conftest import Cli, assert_refused
 
 COMPONENTS = ["text_encoder", "unet", "vae_decoder", "vae_encoder"]
@@ -87,7 +87,7 @@ def test_16_bit_storage_saves_bytes_and_keeps_float32_arithmetic(tiny_model: Pat
 
 
 def test_a_missing_builder_stops_the_build_before_any_work(tiny_model: Path, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr("exporters.tensorrt_from_onnx.installed", lambda builder: False)
+    monkeypatch.setattr("exporters.tensorrt.engine_builder.installed", lambda builder: False)
     with pytest.raises(UnavailableError, match="no TensorRT builder is installed"):
         run_build(BuildSpec(model=str(tiny_model), target="tensorrt"), tmp_path / "b", cache_root=tmp_path / "cache")
     assert not (tmp_path / "b").exists() and not (tmp_path / "cache").exists()

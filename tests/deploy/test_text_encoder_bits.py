@@ -13,15 +13,15 @@ import onnx
 import pytest
 
 import runtimes
-from deploy.builder import run_build
+from deploy.build.builder import run_build
+from deploy.core.plan import Step
+from deploy.core.spec import BuildSpec
 from deploy.passes.precision import Precision
 from deploy.passes.quantize import Quantize
-from deploy.plan import Step
-from deploy.report import reproduction
-from deploy.spec import BuildSpec
-from runtimes.bundle import Bundle
+from deploy.report.page import reproduction
+from runtimes.backends.openvino_session import new_core
+from runtimes.bundle.folder import Bundle
 from runtimes.errors import InputError, ParityError
-from runtimes.session_openvino import new_core
 from tests.deploy.conftest import Cli, assert_refused
 from tests.deploy.test_pass_quantize import exported, planned
 from tests.parity.pipelines import write_model

@@ -16,13 +16,13 @@ import pytest
 from transformers import CLIPTokenizer
 
 import runtimes
-from deploy.triton import TritonOptions, component_config, export_triton, parse_config, pipeline_config
-from runtimes.bundle import Bundle
+from deploy.build.triton_repository import TritonOptions, component_config, export_triton, parse_config, pipeline_config
+from runtimes.backends.onnxruntime_session import OrtSession
+from runtimes.backends.session import SessionOptions
+from runtimes.bundle.folder import Bundle
+from runtimes.bundle.tensors import Axis, ShapeRange
 from runtimes.errors import InputError, UnavailableError
-from runtimes.session import SessionOptions
-from runtimes.session_ort import OrtSession
-from runtimes.tensors import Axis, ShapeRange
-from runtimes.tokenizer import prepare_tokenizer
+from runtimes.text.clip_tokenizer import prepare_tokenizer
 from tests.runtimes.fakes import write_pipeline_bundle
 from tests.runtimes.vocabulary import make_vocabulary
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from exporters.families import FAMILIES
-from exporters.source import open_source
+from exporters.source.model_folder import open_source
+from runtimes.bundle.manifest import PipelineFacts
+from runtimes.bundle.tensors import ShapeRange
 from runtimes.errors import InputError
-from runtimes.manifest import PipelineFacts
-from runtimes.tensors import ShapeRange
 from tests.exporters.pipelines import TOKENS, edit_json
 
 

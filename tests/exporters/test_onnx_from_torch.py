@@ -8,7 +8,7 @@ from pathlib import Path
 import onnx
 import pytest
 
-from exporters.source import open_source
+from exporters.source.model_folder import open_source
 from runtimes.errors import InputError
 from tests.exporters.exporting import (
     component_module,
@@ -103,7 +103,7 @@ def test_operator_without_onnx_form_is_named(pristine: Path, tmp_path: Path) -> 
         def forward(self, latent_sample: torch.Tensor) -> tuple[torch.Tensor]:
             return (torch.linalg.qr(latent_sample)[0],)
 
-    from exporters.onnx_from_torch import export_onnx
+    from exporters.onnx.trace import export_onnx
 
     source = open_source(pristine)
     spec = source.family.components(source, {})["vae_decoder"]
@@ -119,7 +119,7 @@ def test_a_network_that_pytorch_cannot_run_is_bad_input(pristine: Path, tmp_path
         def forward(self, latent_sample: torch.Tensor) -> tuple[torch.Tensor]:
             return (torch.nn.Identity()(latent_sample, unknown=1),)
 
-    from exporters.onnx_from_torch import export_onnx
+    from exporters.onnx.trace import export_onnx
 
     spec = (source := open_source(pristine)).family.components(source, {})["vae_decoder"]
     with pytest.raises(InputError, match=r"vae_decoder: PyTorch cannot run the network: TypeError: .*unknown"):
@@ -135,9 +135,9 @@ def test_export_is_silent(pristine: Path, tmp_path: Path, capfd: pytest.CaptureF
 def test_weights_above_the_limit_go_beside_the_graph(
     pristine: Path, exported: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from exporters import onnx_from_torch
+    from exporters.onnx import trace
 
-    monkeypatch.setattr(onnx_from_torch, "EXTERNAL_ABOVE_BYTES", 1000)
+    monkeypatch.setattr(trace, "EXTERNAL_ABOVE_BYTES", 1000)
     source = open_source(pristine)
     result = export_component(source, "text_encoder", tmp_path)
     assert result.data == tmp_path / "model.onnx.data"

@@ -9,9 +9,9 @@ from pathlib import Path
 import onnx
 import pytest
 
-from exporters.onnx_fusions import FUSIONS
-from exporters.onnx_optimize import FUSIONS_FOR, optimize_onnx
-from exporters.source import open_source
+from exporters.onnx.fusions import FUSIONS
+from exporters.onnx.optimize_graph import FUSIONS_FOR, optimize_onnx
+from exporters.source.model_folder import open_source
 from runtimes.errors import BundleError
 from tests.exporters.exporting import feeds_for, relative_l2, run_onnx
 
@@ -101,7 +101,7 @@ def test_table_names_known_fusions() -> None:
 
 
 def test_measurement_compares_variants(exported: Exported, pristine: Path, tmp_path: Path) -> None:
-    from exporters.measure_fusions import measure, table, variants_of
+    from exporters.measure.fusion_speed import measure, table, variants_of
 
     source = open_source(pristine)
     spec = source.family.components(source, {})["vae_encoder"]

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.session import Arrays, Session
+from runtimes.backends.session import Arrays, Session
 
 Array = np.ndarray[Any, Any]
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from exporters.source import link_component, open_source
-from runtimes.bundle import Bundle, link_or_copy, records_below, write_manifest
-from runtimes.manifest import SCHEMA, Component, Manifest, Source
-from runtimes.session import Session, SessionOptions
-from runtimes.tensors import ShapeRange
-from runtimes.tokenizer import prepare_tokenizer
+from exporters.source.model_folder import link_component, open_source
+from runtimes.backends.session import Session, SessionOptions
+from runtimes.bundle.folder import Bundle, link_or_copy, records_below, write_manifest
+from runtimes.bundle.manifest import SCHEMA, Component, Manifest, Source
+from runtimes.bundle.tensors import ShapeRange
+from runtimes.text.clip_tokenizer import prepare_tokenizer
 from tests.exporters.pipelines import edit_json, edit_weights, write_pipeline
 
 SHAPES = {"batch": ShapeRange(1, 1, 3), "height": ShapeRange(32, 64, 128), "width": ShapeRange(32, 64, 128)}
@@ -101,7 +101,7 @@ class FakeSession(Session):
     """The true component, except for what its manifest's `behaviour` says."""
 
     def __init__(self, bundle: Bundle, name: str, options: SessionOptions) -> None:
-        from deploy.reference import TorchSession
+        from deploy.parity.reference.torch_sessions import TorchSession
 
         component = bundle.component(name)
         super().__init__(name, component)

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from deploy.builder import run_build
+from deploy.build.builder import run_build
+from deploy.core.spec import BuildSpec, make_spec
 from deploy.parity.effort import LIMIT_MACS, choose, picture_macs
-from deploy.parity.gate import verify
 from deploy.parity.options import ParityOptions
-from deploy.parity.shapes import halved_sizes, plan_runs
-from deploy.spec import BuildSpec, make_spec
+from deploy.parity.reference.planned_shapes import halved_sizes, plan_runs
+from deploy.parity.verdict import verify
+from runtimes.bundle.manifest import Component, PipelineFacts
+from runtimes.bundle.tensors import ShapeRange
 from runtimes.errors import InputError
-from runtimes.manifest import Component, PipelineFacts
-from runtimes.tensors import ShapeRange
 from tests.parity.test_gate import FP32
 from tests.parity.test_shapes import FACTS, sizes, stable_diffusion
 

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deploy.parity.answers import Reference
-from deploy.parity.budgets import budget_for
+from deploy.core.budgets import budget_for
 from deploy.parity.effort import Effort
-from deploy.parity.gate import check_components, check_pipeline, enforce, verify
-from deploy.parity.retrieval import Gallery
-from runtimes.bundle import Bundle
+from deploy.parity.reference.answers import Reference
+from deploy.parity.verdict import check_components, check_pipeline, enforce, verify
+from deploy.reference_models.retrieval import Gallery
+from runtimes.backends.session import SessionOptions
+from runtimes.bundle.folder import Bundle
+from runtimes.bundle.manifest import digest_of
 from runtimes.errors import ParityError
-from runtimes.manifest import digest_of
-from runtimes.session import SessionOptions
 from tests.exporters.pipelines import edit_json
 from tests.parity.pipelines import changed, double_one_weight, misbehaving
 
@@ -65,7 +65,7 @@ def test_the_json_holds_no_infinity_or_nan_and_has_a_digest(equal):
 
 
 def test_inputs_are_real_latents_at_several_noise_levels(source, reference, options):
-    from deploy.parity.shapes import plan_runs
+    from deploy.parity.reference.planned_shapes import plan_runs
 
     component = source.component("unet")
     runs = plan_runs(source.manifest.components, source.manifest.pipeline)
@@ -282,7 +282,7 @@ def test_a_second_verify_asks_the_reference_for_nothing(source, options, tmp_pat
     opened: list[int] = []
 
     def opener(bundle, capacity):
-        from deploy.reference import reference_sessions
+        from deploy.parity.reference.torch_sessions import reference_sessions
 
         opened.append(capacity)
         return reference_sessions(bundle, capacity=capacity)
@@ -303,7 +303,7 @@ def test_other_weights_or_settings_are_other_cache_entries(source, reference, op
 
 
 def test_large_networks_are_held_one_at_a_time(source, options, monkeypatch):
-    from deploy.reference import TorchSession
+    from deploy.parity.reference.torch_sessions import TorchSession
 
     alive: set[int] = set()
     most = 0
@@ -327,7 +327,7 @@ def test_large_networks_are_held_one_at_a_time(source, options, monkeypatch):
 
 
 def test_retrieval_is_scored_for_both_and_its_loss_is_budgeted(source, reference, options, fake_format, tmp_path):
-    from deploy.parity.drawing import DrawRequest
+    from deploy.parity.reference.trajectories import DrawRequest
 
     names = ("a cat", "a dog", "a bus")
     images = reference.draw(DrawRequest(names, "ddim", options.steps, options.guidance_scale, options.seed, 64, 64,

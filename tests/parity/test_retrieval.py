@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deploy.parity.retrieval import Gallery
+from deploy.reference_models.retrieval import Gallery
 from runtimes.errors import InputError
 
 NAMES = ("red apple", "cat", "yellow bus", "tree", "house")

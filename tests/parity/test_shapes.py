@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from deploy.parity.shapes import plan_runs
+from deploy.parity.reference.planned_shapes import plan_runs
+from runtimes.bundle.manifest import Component, PipelineFacts
+from runtimes.bundle.tensors import Axis, ShapeRange, TensorSpec
 from runtimes.errors import InputError
-from runtimes.manifest import Component, PipelineFacts
-from runtimes.tensors import Axis, ShapeRange, TensorSpec
 
 FACTS = PipelineFacts(4, 8, 0.18215, 512, 512, 77)
 

@@ -16,11 +16,11 @@ from typing import Any
 
 from rich.console import Console
 
-from calibration.observe import compare
-from deploy.builder import run_build
-from deploy.quantization import plan_calibration, record_calibration
-from deploy.spec import BuildSpec
-from runtimes.bundle import Bundle
+from calibration.trajectory.observation import compare
+from deploy.build.builder import run_build
+from deploy.core.spec import BuildSpec
+from deploy.quantization.recipes import plan_calibration, record_calibration
+from runtimes.bundle.folder import Bundle
 from tests.peers.replaced import BASE, Judge, add_latencies, measuring_options, table_of
 from tests.peers.results import new_report, save, show
 

@@ -19,13 +19,13 @@ from typing import Any
 
 from rich.console import Console
 
-from calibration.ranges import Scheme
-from calibration.recorder import Recording
-from deploy.builder import run_build
+from calibration.integers.ranges import Scheme
+from calibration.trajectory.recorder import Recording
+from deploy.build.builder import run_build
+from deploy.core.spec import BuildSpec
 from deploy.passes.quantize import SCHEMES
-from deploy.quantization import plan_calibration, quantize_component, record_calibration
-from deploy.spec import BuildSpec
-from runtimes.bundle import Bundle
+from deploy.quantization.recipes import plan_calibration, quantize_component, record_calibration
+from runtimes.bundle.folder import Bundle
 from runtimes.errors import UnavailableError
 from tests.peers.prepare import derived
 from tests.peers.replaced import BASE, Graphs, Judge, add_latencies, measuring_options, table_of
@@ -127,7 +127,7 @@ def half(precision: str) -> Make:
     """16 bits as they are built for CPUs: stored, not computed in; OpenVINO computes in bfloat16 where the CPU can."""
 
     def make(context: Context, row: str) -> Graphs:
-        from exporters.onnx_precision import convert_precision
+        from exporters.precision.sixteen_bits import convert_precision
 
         made = {}
         for runtime, graph in full(context, row).items():

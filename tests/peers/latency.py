@@ -22,9 +22,9 @@ from rich.console import Console
 from rich.table import Table
 
 from deploy.bench.contest import spread
-from deploy.bench.table import shown
 from deploy.bench.worker import Worker
-from deploy.doctor import machine
+from deploy.cli.bench_table import shown
+from deploy.core.doctor import machine
 from runtimes.errors import UnavailableError
 from tests.peers.contestants import BARE_ORT, COMPILED, CONTESTANTS, EAGER, OPTIMUM, OURS, start
 from tests.peers.prepare import MODEL, OPTIMUM_PINS, ROOT, model_digest

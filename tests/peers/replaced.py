@@ -16,18 +16,18 @@ import numpy as np
 import onnx_ir as ir
 from rich.table import Table
 
-from calibration.layers import find_layers
-from calibration.observe import compare, plain_session, probed
-from calibration.recorder import Recording
+from calibration.graphs.layers import find_layers
+from calibration.trajectory.observation import compare, plain_session, probed
+from calibration.trajectory.recorder import Recording
 from deploy.bench.contest import spread
-from deploy.gate import gallery_for, options_for
-from deploy.parity.answers import Reference
+from deploy.build.gate import gallery_for, options_for
 from deploy.parity.pipelines import check_pipeline
-from deploy.reference_model import subject_names
-from deploy.search import ANYTHING, candidate_bundle
-from runtimes.bundle import Bundle
-from runtimes.loading import BundleSessions
-from runtimes.session import SessionOptions
+from deploy.parity.reference.answers import Reference
+from deploy.quantization.precision_search import ANYTHING, candidate_bundle
+from deploy.reference_models import subject_names
+from runtimes.backends.session import SessionOptions
+from runtimes.bundle.folder import Bundle
+from runtimes.pipeline.loading import BundleSessions
 
 BASE = "fp32"  # the row that others are divided by
 Graphs = dict[str, Path]  # runtime -> graph

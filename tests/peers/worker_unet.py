@@ -36,8 +36,8 @@ def torch_eager() -> Call:
 
 def bundle_session() -> Call:
     """SOURCE is a bundle."""
-    from runtimes.bundle import Bundle
-    from runtimes.session import SessionOptions, open_session
+    from runtimes.backends.session import SessionOptions, open_session
+    from runtimes.bundle.folder import Bundle
 
     session = open_session(Bundle.open(SOURCE), "unet", SessionOptions(threads=THREADS))
     return lambda feeds: next(iter(session.run(feeds).values()))

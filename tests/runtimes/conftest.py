@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from runtimes import tensorrt_device
+from runtimes.backends.tensorrt import cuda_device
 
 
 @pytest.fixture(scope="session")
@@ -50,8 +50,8 @@ def cuda(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
     from tests.runtimes.fake_gpu import GPU, FakeCuda
 
     fake = FakeCuda()
-    monkeypatch.setattr(tensorrt_device, "load_runtime", lambda: fake)
-    monkeypatch.setattr(tensorrt_device, "find_gpu", lambda ordinal=0: GPU)
+    monkeypatch.setattr(cuda_device, "load_runtime", lambda: fake)
+    monkeypatch.setattr(cuda_device, "find_gpu", lambda ordinal=0: GPU)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     yield fake
     gc.collect()

@@ -11,11 +11,11 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from runtimes.manifest import PipelineFacts
-from runtimes.pipeline import Pipeline
+from runtimes.bundle.manifest import PipelineFacts
+from runtimes.bundle.tensors import Axis, ShapeRange, TensorSpec
+from runtimes.pipeline.diffusion import Pipeline
 from runtimes.schedulers import SCHEDULERS
-from runtimes.tensors import Axis, ShapeRange, TensorSpec
-from runtimes.tokenizer import ClipTokenizer, prepare_tokenizer
+from runtimes.text.clip_tokenizer import ClipTokenizer, prepare_tokenizer
 from tests.runtimes.fakes import FakeSession, axes, component
 from tests.runtimes.scheduler_reference import CLASSES
 from tests.runtimes.vocabulary import make_vocabulary

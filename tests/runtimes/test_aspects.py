@@ -6,10 +6,10 @@ import math
 
 import pytest
 
-from runtimes.aspects import BUCKETS, nearest_size, parse_aspect
+from runtimes.bundle.tensors import ShapeRange
 from runtimes.errors import InputError
-from runtimes.pipeline import Pipeline
-from runtimes.tensors import ShapeRange
+from runtimes.pipeline.aspect_ratios import BUCKETS, nearest_size, parse_aspect
+from runtimes.pipeline.diffusion import Pipeline
 from tests.runtimes.fakes import DDIM, FACTS, fake_sessions, tokenize
 
 FREE = (ShapeRange(64, 512, 2048), 8)

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from runtimes import images
+from runtimes.codec import pixels
+from runtimes.codec.pixels import open_image, open_mask, to_mask, to_pil, to_pixels
 from runtimes.errors import InputError
-from runtimes.images import open_image, open_mask, to_mask, to_pil, to_pixels
 
 RAMP = np.linspace(0, 255, 16).round().astype(np.uint8)
 IMAGES, MASKS = (VaeImageProcessor(vae_scale_factor=8, **options) for options in
@@ -236,7 +236,7 @@ def test_a_truncated_picture_is_said(picture, tmp_path, kind):
 
 def test_a_huge_picture_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
     Image.new("1", (4000, 4000)).save(tmp_path / "a.png")
-    monkeypatch.setattr(images, "MAX_PIXELS", 1_000_000)
+    monkeypatch.setattr(pixels, "MAX_PIXELS", 1_000_000)
     with pytest.raises(InputError, match="more than 1,000,000 pixels"):
         open_image(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow's own limit raises

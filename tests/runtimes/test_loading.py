@@ -11,11 +11,11 @@ import pytest
 from transformers import CLIPTokenizer
 
 import runtimes
-from runtimes import loading
-from runtimes.bundle import Bundle
+from runtimes.backends.session import SessionOptions, open_session
+from runtimes.bundle.folder import Bundle
 from runtimes.errors import BundleError, UnavailableError
-from runtimes.session import SessionOptions, open_session
-from runtimes.tokenizer import prepare_tokenizer
+from runtimes.pipeline import loading
+from runtimes.text.clip_tokenizer import prepare_tokenizer
 from tests.runtimes.fakes import AFFINE, affine_bundle, write_pipeline_bundle
 from tests.runtimes.vocabulary import make_vocabulary
 
@@ -105,7 +105,7 @@ def test_importing_is_quick_and_brings_no_backend(run_python):
     output = run_python(
         "import sys, time; start = time.perf_counter(); import runtimes; seconds = time.perf_counter() - start\n"
         "print(seconds, sorted({'numpy', 'onnxruntime', 'PIL', 'tokenizers', 'torch'} & set(sys.modules)))\n"
-        "import runtimes.pipeline, runtimes.loading\n"
+        "import runtimes.pipeline.diffusion, runtimes.pipeline.loading\n"
         "print(sorted({'onnxruntime', 'PIL', 'tokenizers', 'torch'} & set(sys.modules)))")
     first, second = output.splitlines()
     seconds, _, modules = first.partition(" ")

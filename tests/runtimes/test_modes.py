@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from runtimes.denoising import Step
+from runtimes.bundle.tensors import TensorSpec
 from runtimes.errors import CancelledError, InputError
-from runtimes.pipeline import Pipeline
-from runtimes.tensors import TensorSpec
-from runtimes.weighting import parse
+from runtimes.pipeline.denoising import Step
+from runtimes.pipeline.diffusion import Pipeline
+from runtimes.text.prompt_weighting import parse
 from tests.runtimes import fakes
 from tests.runtimes.fakes import CHANNELS, DDIM, FACTS, FakeSession, calls_of, fake_sessions, tokenize
 

@@ -11,8 +11,8 @@ import torch
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline, StableDiffusionPipeline
 from PIL import Image
 
-from runtimes.noise import NoiseStreams
-from runtimes.prompts import MAX_WINDOWS
+from runtimes.pipeline.noise import NoiseStreams
+from runtimes.text.prompt_encoder import MAX_WINDOWS
 from tests.runtimes.diffusers_reference import (
     CHANNELS,
     NEGATIVES,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from runtimes.errors import InputError
-from runtimes.pipeline import Pipeline
+from runtimes.pipeline.diffusion import Pipeline
 from tests.runtimes.fakes import CHANNELS, DDIM, FACTS, calls_of, fake_sessions, tokenize
 
 BASE: dict[str, Any] = {"prompt": "x", "steps": 2, "seed": 1, "output": "latents"}

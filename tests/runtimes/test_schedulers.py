@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from runtimes.handover import begin_part
+from runtimes.pipeline.base_and_refiner import begin_part
 from runtimes.schedulers import SCHEDULERS
 from tests.runtimes.scheduler_reference import (
     CLASSES,

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from runtimes.conditions import Conditions
+from runtimes.codec.tiling import Tiling
 from runtimes.errors import InputError
-from runtimes.guidance import Guidance, GuidedUnet
-from runtimes.pipeline import Pipeline
-from runtimes.tiling import Tiling
+from runtimes.pipeline.conditioner import Conditions
+from runtimes.pipeline.diffusion import Pipeline
+from runtimes.pipeline.guidance import Guidance, GuidedUnet
 from tests.runtimes.fakes import CHANNELS, DDIM, FACTOR, FACTS, calls_of, fake_sessions, tokenize
 
 SHAPES = [((8, 8), (8, 8)), ((16, 8), (8, 8)), ((13, 29), (8, 4)), ((9, 9), (8, 8)), ((64, 64), (8, 8))]
