@@ -104,7 +104,7 @@ def _own_size(facts: PipelineFacts, unet: ComponentSpec) -> tuple[PipelineFacts,
 def as_loaded(source: PipelineSource) -> PipelineSource:
     """The source as diffusers loads it: configs completed and corrected, defaults of each mode.
 
-    `exporters.source.diffusers_pipeline` asks it, which takes seconds to import; the answer is stored by all it depends on.
+    `exporters.source.diffusers_pipeline` asks it, which takes seconds to import; the answer is stored.
 
     Raises:
         InputError: diffusers refuses it.
@@ -113,7 +113,7 @@ def as_loaded(source: PipelineSource) -> PipelineSource:
             "networks": {n: [c.library, c.class_name, c.config] for n, c in source.components.items()}}
     key = {"kind": "as diffusers loads", "read": json.dumps(read, sort_keys=True),
            "libraries": versions_of(("diffusers", "transformers")),
-           "asked": [sha256_of(Path(exporters.__path__[0]) / f"{name}.py") for name in ("upstream", "config_keys")]}
+           "asked": [sha256_of(Path(file)) for file in (diffusers_pipeline.__file__, config_keys.__file__)]}
     cache = Cache(default_root())
     if (found := cache.find_fact(key)) is None:
         from exporters.source import diffusers_pipeline

@@ -3,8 +3,8 @@
 Imports onnx and onnxscript; import it inside the function that needs it.
 
 What `FUSIONS_FOR` holds was decided by `python -m exporters.measure.fusion_speed`, which prints these figures again:
-speed of one call relative to the exported graph, by CPU time of one thread of an AMD EPYC (Zen 4), onnxruntime 1.32, float32,
-the reference model's architecture at 8x8 latents (U-Net and text encoder: batch 2). Runs differ by about 0.015.
+speed of one call relative to the exported graph, by CPU time of one thread of an AMD EPYC (Zen 4), onnxruntime 1.32,
+float32, the reference model's architecture at 8x8 latents (U-Net, text encoder: batch 2). Runs differ by about 0.015.
 
     alone                       unet   vae_encoder  vae_decoder  text_encoder
     attention                   1.019  0.982        0.997        1.018
