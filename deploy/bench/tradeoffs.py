@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from deploy.bench.presets import Measured, Setting
-from deploy.build.gate import gallery_for, options_for
+from deploy.parity.options import gallery_for, options_for
 from runtimes.bundle.folder import Bundle
 from runtimes.pipeline.diffusion import Pipeline
 from runtimes.pipeline.guidance import SHALLOW

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from deploy.build import choose_share
-from deploy.build.choose_target import decide, require_decided
 from deploy.core.pass_cache import Cache, assemble, default_root, key_of, rooted, versions_of
 from deploy.build.gate import Gate
 from deploy.core.isolation import is_large, run_isolated
 from deploy.core.observers import measured
 from deploy.model.source_bundle import open_origin
 from deploy.passes import PASSES
+from deploy.core.progress import Listener, Silent, listening
 from deploy.core.plan import Pass, PlannedPass, Step, Unavailable, load_passes, plan_all, structure
 from deploy.core.spec import LOCAL_FILES, BuildSpec
 from runtimes.bundle.folder import (
@@ -35,26 +34,6 @@ from runtimes.errors import BundleError, DeployError, ParityError
 from runtimes.bundle.manifest import Component, Manifest, digest_of, to_json
 
 
-class Listener(Protocol):
-    """Told what a build is doing."""
-
-    def working(self, text: str) -> None:
-        """Something begins."""
-
-    def finished(self, text: str) -> None:
-        """Something is done."""
-
-
-class Silent:
-    """A listener for library use."""
-
-    def working(self, text: str) -> None:
-        """Nothing."""
-
-    def finished(self, text: str) -> None:
-        """Nothing."""
-
-
 @dataclass(frozen=True)
 class Outcome:
     """What a build made; `up_to_date` if the output already was this very build."""
@@ -63,30 +42,18 @@ class Outcome:
     up_to_date: bool
 
 
-def plan_build(spec: BuildSpec) -> list[PlannedPass]:
-    """Lay out a build without any work.
-
-    Raises:
-        InputError: the model cannot be read, or the passes do not fit together.
-    """
-    require_decided(spec)
-    return plan_all(load_passes(PASSES), open_origin(spec).manifest, spec)
-
-
 def default_output(spec: BuildSpec, origin: Bundle) -> Path:
     """`build/<model>-<target>-<precision>`."""
     return Path("build") / f"{Path(origin.manifest.source.id).name}-{spec.target}-{spec.precision}"
 
 
-def run_build(spec: BuildSpec, output: Path | None = None, *, progress: Listener | None = None,
-              cache_root: Path | None = None) -> Outcome:
-    """Build a bundle.
+def build_decided(spec: BuildSpec, output: Path | None = None, *, progress: Listener | None = None,
+                  cache_root: Path | None = None, found: Mapping[str, Any] | None = None) -> Outcome:
+    """Build a bundle of a spec that leaves nothing to choose; `deploy.build.choose.run_build` makes it one.
 
     Args:
-        spec: what to build.
-        output: folder of the bundle; default `build/<model>-<target>-<precision>`.
-        progress: told what happens.
-        cache_root: where finished components are kept; default `~/.cache/ldm-deploy`.
+        spec, output, progress, cache_root: as of `run_build`.
+        found: what choosing the spec measured, for the manifest's `measured`.
 
     Raises:
         InputError: bad model, spec or output (nothing is written).
@@ -94,8 +61,6 @@ def run_build(spec: BuildSpec, output: Path | None = None, *, progress: Listener
         UnavailableError: this machine lacks something.
     """
     listener = progress or Silent()
-    spec, candidates = choose_share.decide(spec, cache_root, listener)
-    spec = decide(spec, cache_root, listener)
     listener.working("reading the model")
     origin = open_origin(spec)
     target = output or default_output(spec, origin)
@@ -108,17 +73,14 @@ def run_build(spec: BuildSpec, output: Path | None = None, *, progress: Listener
     if (done := find_finished(target, key)) is not None:
         return Outcome(done, up_to_date=True)
     cache = Cache(cache_root or default_root())
-    with translated_disk_errors(cache.root), rooted(cache.root):
+    with translated_disk_errors(cache.root), rooted(cache.root), listening(listener):
         cache.drop_leftovers()
         with workspace(cache.root) as work:
             result, gate = run_passes(spec, origin, planned, cache, work, listener)
             parity = gate.check_pipeline(listener)
-            tools = tool_versions([p.instance for p in planned])
-            result = replace(result, manifest=replace(result.manifest, parity=parity, tools=tools))
-            if candidates:
-                tried = {**result.manifest.measured, "prune_candidates": to_json(candidates)}
-                result = replace(result, manifest=replace(result.manifest, measured=tried))
-            bundle = _commit(spec, result, gate, key, target, listener)
+            manifest = replace(result.manifest, parity=parity, tools=tool_versions([p.instance for p in planned]),
+                               measured={**result.manifest.measured, **(found or {})})
+            bundle = _commit(spec, replace(result, manifest=manifest), gate, key, target, listener)
     return Outcome(bundle, up_to_date=False)
 
 

@@ -8,6 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deploy.build.builder import build_decided, workspace
+from deploy.core.progress import Listener
+from deploy.model.source_bundle import open_origin
 from deploy.core.pass_cache import Cache, default_root, versions_of
 from deploy.core.call_times import seconds_in_turns, usual_feeds
 from deploy.passes.prune import NAME as DENOISER
@@ -16,7 +19,6 @@ from runtimes.errors import ParityError, UnavailableError
 from runtimes.backends.session import Session, SessionOptions, open_session
 
 if TYPE_CHECKING:
-    from deploy.build.builder import Listener
     from deploy.core.spec import BuildSpec
 
 TIMED_CALLS = 9
@@ -63,12 +65,10 @@ def decide(spec: BuildSpec, cache_root: Path | None, listener: Listener) -> tupl
 
     Raises:
         ParityError: not even the U-Net as it was keeps the budget; names the best found.
-        DeployError: as `run_build`.
+        DeployError: as `build_decided`.
     """
     if not spec.prune_candidates:
         return spec, []
-    from deploy.model.source_bundle import open_origin
-
     cache = Cache(cache_root or default_root())
     key = {"kind": "prune candidates", "source": open_origin(spec).manifest.digest, "spec": spec.resolved(),
            "libraries": versions_of(("onnxruntime", "openvino", "torch", "torch-pruning", "diffusers"))}
@@ -93,8 +93,6 @@ def spec_of(spec: BuildSpec, share: float) -> BuildSpec:
 
 
 def _tried(spec: BuildSpec, cache_root: Path | None, listener: Listener) -> list[Candidate]:
-    from deploy.build.builder import run_build, workspace
-
     built: dict[float, Bundle] = {}
     broken: dict[float, str] = {}
     figures: dict[float, Mapping[str, Any] | None] = {}
@@ -103,13 +101,13 @@ def _tried(spec: BuildSpec, cache_root: Path | None, listener: Listener) -> list
             candidate, place = spec_of(spec, share), folder / f"prune-{share}"
             listener.working(f"prune: trying {share:.0%}")
             try:
-                built[share] = run_build(candidate, place, progress=listener, cache_root=cache_root).bundle
+                built[share] = build_decided(candidate, place, progress=listener, cache_root=cache_root).bundle
                 broken[share], figures[share] = "", built[share].manifest.parity
             except ParityError as error:
                 broken[share], figures[share] = error.what, error.figures
                 # All of it comes from the cache: this asks how large and fast what was refused is.
                 unproven = candidate.model_copy(update={"verify": "no"})
-                built[share] = run_build(unproven, place, cache_root=cache_root).bundle
+                built[share] = build_decided(unproven, place, cache_root=cache_root).bundle
                 listener.finished(f"prune: {share:.0%} does not keep the budget: {error.what}")
             if not broken[share]:
                 break

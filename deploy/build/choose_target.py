@@ -7,6 +7,9 @@ from importlib import util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from deploy.build.builder import build_decided, workspace
+from deploy.core.progress import Listener
+from deploy.model.source_bundle import open_origin
 from deploy.core.pass_cache import Cache, default_root, versions_of
 from deploy.core.call_times import seconds_in_turns, usual_feeds
 from deploy.core.doctor import machine
@@ -14,7 +17,6 @@ from runtimes.errors import InputError
 from runtimes.backends.session import Session, SessionOptions, open_session
 
 if TYPE_CHECKING:
-    from deploy.build.builder import Listener
     from deploy.core.spec import BuildSpec
 
 AUTO = "auto"
@@ -28,12 +30,10 @@ def decide(spec: BuildSpec, cache_root: Path | None, listener: Listener) -> Buil
     What was measured is kept in the cache by model, spec, processor and versions: the same build decides alike.
 
     Raises:
-        DeployError: as `run_build`, of which it makes one for each candidate, without verification.
+        DeployError: as `build_decided`, of which it makes one for each candidate, without verification.
     """
     if spec.target != AUTO:
         return spec
-    from deploy.model.source_bundle import open_origin
-
     cache = Cache(cache_root or default_root())
     there = [target for target, module in CANDIDATES.items() if util.find_spec(module) is not None]
     host = machine()
@@ -66,13 +66,11 @@ def require_decided(spec: BuildSpec) -> None:
 
 def _measured(spec: BuildSpec, targets: list[str], cache_root: Path | None, listener: Listener) -> dict[str, float]:
     """Median seconds of one U-Net call by target, the targets taking turns."""
-    from deploy.build.builder import run_build, workspace
-
     with workspace(cache_root or default_root()) as folder:
         sessions: dict[str, Session] = {}
         for target in targets:
             listener.working(f"target auto: building for {target}")
-            made = run_build(spec.model_copy(update={"target": target, "verify": "no"}), folder / target,
+            made = build_decided(spec.model_copy(update={"target": target, "verify": "no"}), folder / target,
                              cache_root=cache_root)
             sessions[target] = open_session(made.bundle, "unet", SessionOptions())
         listener.working("target auto: measuring")

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from deploy.build.against_diffusers import AgainstDiffusers, upstream_of
 from deploy.core.pass_cache import Cache, versions_of
@@ -17,42 +17,18 @@ from deploy.core.budgets import PRUNED, budget_for
 from deploy.parity.components import ComponentReport, Figures, check_components
 from deploy.parity.effort import Effort, choose
 from deploy.parity.verdict import Verification, component_json, enforce
-from deploy.parity.options import PROMPTS, ParityOptions
+from deploy.core.progress import Listener
+from deploy.parity.options import ParityOptions, gallery_for, options_for
 from deploy.parity.pipelines import PipelineReport, check_pipeline
 from deploy.parity.provable_graphs import computes_in_16_bits, provable
-from deploy.reference_models.retrieval import Gallery
 from deploy.parity.upstream.levels import Level, merged
 from deploy.parity.upstream.levels import enforce as enforce_levels
-from deploy.reference_models import GALLERY_COLUMNS, GALLERY_FILE, GALLERY_TILE, demo_prompts, subject_names
 from deploy.report.page import Picture
-from deploy.core.spec import REFERENCE, BuildSpec
+from deploy.core.spec import BuildSpec
 from runtimes.bundle.folder import Bundle
 from runtimes.errors import ParityError
 from runtimes.system.compute_identity import runtime_identity
 from runtimes.bundle.manifest import digest_of, from_json, to_json
-from runtimes.backends.session import SessionOptions
-
-if TYPE_CHECKING:
-    from deploy.build.builder import Listener
-
-RETRIEVAL_PROMPTS = 40
-
-
-def options_for(source_id: str, prompts: tuple[str, ...], device: str = "cpu") -> ParityOptions:
-    """What is drawn: the user's prompts, else the reference model's own subjects, else everyday ones."""
-    session = SessionOptions(device)
-    if source_id != REFERENCE:
-        return ParityOptions(prompts=prompts or PROMPTS, session=session)
-    names = subject_names()
-    asked = tuple(names[round(i * (len(names) - 1) / (RETRIEVAL_PROMPTS - 1))] for i in range(RETRIEVAL_PROMPTS))
-    return ParityOptions(prompts=prompts or demo_prompts()[:8], retrieval_prompts=asked, session=session)
-
-
-def gallery_for(source_id: str) -> Gallery | None:
-    """The pictures retrieval is scored by: only the reference model has them."""
-    if source_id != REFERENCE:
-        return None
-    return Gallery.load(GALLERY_FILE, subject_names(), columns=GALLERY_COLUMNS, tile=GALLERY_TILE)
 
 
 class Gate:

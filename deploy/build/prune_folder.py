@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from deploy.build.builder import Listener, Silent, run_passes, workspace
+from deploy.build.builder import run_passes, workspace
+from deploy.core.progress import Listener, Silent
 from deploy.core.pass_cache import Cache, default_root, rooted
 from deploy.model.source_bundle import VAE_HALVES, open_origin
 from deploy.passes import PASSES

@@ -6,9 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from deploy.build.against_diffusers import AgainstDiffusers, upstream_of
-from deploy.build.builder import Silent, load_source, workspace
+from deploy.build.builder import load_source, workspace
+from deploy.core.progress import Silent
 from deploy.core.pass_cache import Cache, default_root
-from deploy.build.gate import gallery_for, options_for
+from deploy.parity.options import gallery_for, options_for
 from deploy.model.hub import is_name
 from deploy.model.source_bundle import open_origin
 from deploy.parity.reference.answers import Reference

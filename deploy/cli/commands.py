@@ -100,7 +100,7 @@ def build(
     output: Annotated[Path | None, typer.Option("-o", "--output", help="default: build/MODEL-TARGET-PRECISION")] = None,
 ) -> None:
     """Build a bundle: load, export, optimize, and prove it equal to PyTorch."""
-    from deploy.build.builder import plan_build, run_build
+    from deploy.build.choose import plan_build, run_build
     from deploy.cli import console
     from deploy.core.pruning_options import given_options
     from deploy.core.spec import covering, make_spec, parse_budget, parse_engine, parse_shapes

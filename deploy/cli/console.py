@@ -63,7 +63,7 @@ def show_error(error: DeployError) -> None:
 
 
 class BuildProgress:
-    """Passes and components as they run. Implements `deploy.build.builder.Listener`."""
+    """Passes and components as they run. Implements `deploy.core.progress.Listener`."""
 
     def __enter__(self) -> BuildProgress:
         self._bars = Progress(SpinnerColumn(), TextColumn("{task.description}", markup=False),

@@ -51,7 +51,7 @@ def opened(target: str, device: str) -> Iterator[tuple[Mapping[str, Session], Bu
         BundleError, InputError: it is neither.
     """
     from runtimes.backends.session import SessionOptions
-    from runtimes.pipeline.loading import BundleSessions
+    from runtimes.pipeline.bundle_sessions import BundleSessions
 
     if (Path(target) / MANIFEST_FILE).is_file():
         bundle = Bundle.open(target)
@@ -60,8 +60,9 @@ def opened(target: str, device: str) -> Iterator[tuple[Mapping[str, Session], Bu
     if device.lower() != "cpu":
         raise InputError("a model is diagnosed in PyTorch on the CPU", where="--device",
                          fix="leave it out, or build a bundle and diagnose that")
-    from deploy.build.builder import Silent, load_source, workspace
+    from deploy.build.builder import load_source, workspace
     from deploy.core.pass_cache import Cache, default_root
+    from deploy.core.progress import Silent
     from deploy.core.spec import BuildSpec
     from deploy.model.source_bundle import open_origin
 

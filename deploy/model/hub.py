@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from deploy.cli.console import err
+from deploy.core.progress import listener
 from exporters.source.model_folder import MODEL_INDEX
 from runtimes.bundle.folder import translated_disk_errors
 from runtimes.codec.safety_checker import PREPROCESSOR_FILE, SAFETY_CHECKER
@@ -76,7 +76,7 @@ def fetch(model: str, revision: str = "", variant: str = "", safety_checker: boo
                               variant, safety_checker, model)
         missing = [name for name in wanted if not (first / name).is_file()]
         if missing:
-            err.print(f"{model}: {len(missing)} files from the Hub", markup=False)
+            listener().finished(f"{model}: {len(missing)} files from the Hub")
         folder = Path(snapshot_download(model, revision=first.name, allow_patterns=sorted(wanted)))
     return Snapshot(folder, folder.name)
 

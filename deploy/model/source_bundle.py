@@ -6,17 +6,18 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from importlib import util
 from pathlib import Path
 
-import exporters
 from deploy.core.pass_cache import Cache, default_root, versions_of
 from deploy.core.spec import REFERENCE, BuildSpec
 from deploy.model.hub import cached_name
 from deploy.model.read_from import own_folder, source_folder
-from exporters.families import ComponentSpec
+from exporters.families import ComponentSpec, family_of
 from exporters.families.checker_component import with_safety_checker
+from exporters.families.open_source import open_source
 from exporters.families.shallow_component import shallow_weights, with_step_cache
-from exporters.source.model_folder import MODEL_INDEX, ComponentSource, open_source, read_json
+from exporters.source.model_folder import MODEL_INDEX, ComponentSource, read_json
 from exporters.source.model_folder import Source as PipelineSource
 from runtimes import schedulers
 from runtimes.bundle.folder import Bundle, record_of, records_below, sha256_of
@@ -41,7 +42,7 @@ def open_origin(spec: BuildSpec) -> Bundle:
     folder = source_folder(spec)
     source = as_loaded(open_source(folder, spec.variant))
     check_schedulers(source)
-    specs = source.family.components(source, spec.shapes)
+    specs = family_of(source.pipeline_class).components(source, spec.shapes)
     if spec.step_cache:
         unet = source.components["unet"]
         specs = with_step_cache(specs, unet.config, str(unet.folder))
@@ -58,11 +59,11 @@ def open_origin(spec: BuildSpec) -> Bundle:
     files.update(records_below(folder / "scheduler", folder))
     if spec.safety_checker:
         files[PREPROCESSOR_FILE] = record_of(folder / PREPROCESSOR_FILE)
-    facts, notes = _own_size(source.family.facts(source), specs["unet"])
+    facts, notes = _own_size(family_of(source.pipeline_class).facts(source), specs["unet"])
     notes = [*source.notes, *notes]
     manifest = Manifest(
         schema=SCHEMA,
-        family=source.family.name,
+        family=family_of(source.pipeline_class).name,
         source=_named(spec, {name: record.sha256 for name, record in hashes.items()}),
         target=spec.target,
         precision=spec.precision,
@@ -113,7 +114,7 @@ def as_loaded(source: PipelineSource) -> PipelineSource:
             "networks": {n: [c.library, c.class_name, c.config] for n, c in source.components.items()}}
     key = {"kind": "as diffusers loads", "read": json.dumps(read, sort_keys=True),
            "libraries": versions_of(("diffusers", "transformers")),
-           "asked": [sha256_of(Path(file)) for file in (diffusers_pipeline.__file__, config_keys.__file__)]}
+           "asked": [sha256_of(file) for file in _askers()]}
     cache = Cache(default_root())
     if (found := cache.find_fact(key)) is None:
         from exporters.source import diffusers_pipeline
@@ -130,6 +131,12 @@ def as_loaded(source: PipelineSource) -> PipelineSource:
         scheduler_class=answer["scheduler"]["_class_name"],
         components={n: replace(c, config=answer["configs"][n]) for n, c in source.components.items()},
         modes={name: parsed(ModeFacts, facts, name) for name, facts in answer["modes"].items()})
+
+
+def _askers() -> list[Path]:
+    """The code that asks diffusers; found, not imported."""
+    found = [util.find_spec(f"exporters.source.{name}") for name in ("diffusers_pipeline", "config_keys")]
+    return [Path(str(spec.origin)) for spec in found if spec]
 
 
 def check_schedulers(source: PipelineSource) -> None:

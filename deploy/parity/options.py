@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from deploy.core.spec import REFERENCE
+from deploy.reference_models import GALLERY_COLUMNS, GALLERY_FILE, GALLERY_TILE, demo_prompts, subject_names
+from deploy.reference_models.retrieval import Gallery
 from runtimes.backends.session import SessionOptions
 
 # Things that any text-to-image model knows; a build of the reference model passes the model's own subjects.
@@ -11,6 +14,7 @@ PROMPTS = (
     "a red apple", "a cat", "a yellow bus", "a green tree", "a house by the sea", "a cup of coffee", "a guitar",
     "a smiling face",
 )
+RETRIEVAL_PROMPTS = 40
 
 
 @dataclass(frozen=True)
@@ -47,3 +51,20 @@ class ParityOptions:
     session: SessionOptions = field(default_factory=SessionOptions)
     small: bool = False
     keep_bytes: int = 1 << 30
+
+
+def options_for(source_id: str, prompts: tuple[str, ...], device: str = "cpu") -> ParityOptions:
+    """What is drawn: the user's prompts, else the reference model's own subjects, else everyday ones."""
+    session = SessionOptions(device)
+    if source_id != REFERENCE:
+        return ParityOptions(prompts=prompts or PROMPTS, session=session)
+    names = subject_names()
+    asked = tuple(names[round(i * (len(names) - 1) / (RETRIEVAL_PROMPTS - 1))] for i in range(RETRIEVAL_PROMPTS))
+    return ParityOptions(prompts=prompts or demo_prompts()[:8], retrieval_prompts=asked, session=session)
+
+
+def gallery_for(source_id: str) -> Gallery | None:
+    """The pictures retrieval is scored by: only the reference model has them."""
+    if source_id != REFERENCE:
+        return None
+    return Gallery.load(GALLERY_FILE, subject_names(), columns=GALLERY_COLUMNS, tile=GALLERY_TILE)

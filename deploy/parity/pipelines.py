@@ -21,7 +21,8 @@ from deploy.reference_models.retrieval import Gallery
 from runtimes.backends.session import FORMATS
 from runtimes.bundle.folder import Bundle
 from runtimes.errors import DeployError, UnavailableError
-from runtimes.pipeline.loading import needed, scheduler_config
+from runtimes.pipeline.bundle_sessions import needed
+from runtimes.pipeline.loading import scheduler_config
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,6 @@ class Load(Pass):
 
 def _opened(step: Step, source: Bundle) -> PipelineSource:
     """The model that the origin was made from."""
-    from exporters.source.model_folder import open_source
+    from exporters.families.open_source import open_source
 
     return open_source(source.path, step.after.spec.get("variant", ""))

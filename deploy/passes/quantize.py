@@ -61,8 +61,8 @@ class Quantize(Pass):
         if spec.quantization == "dynamic" and spec.graph_target != "onnxruntime":
             raise InputError(f"{spec.graph_target} has no kernels for ranges found at run time", where="quantization",
                              fix="use hybrid or static")
-        from deploy.build.gate import options_for
         from deploy.core.budgets import budget_for
+        from deploy.parity.options import options_for
         from deploy.quantization.recipes import plan_calibration
 
         budget = budget_for(spec.precision, spec.budget)

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deploy.cli.console import err
 from deploy.core.pass_cache import default_root, pipeline_identity
+from deploy.core.progress import listener
 from deploy.pruning.importance import scorer_of
 from deploy.pruning.prune_network import size_of
 from deploy.pruning.recovery import train
@@ -164,7 +164,7 @@ def own_latents(source: Bundle, config: Mapping[str, Any], count: int) -> Tensor
     if not use(file):
         device = "cuda" if torch.cuda.is_available() else "cpu"
         teacher = Teacher.load(source, DENOISER, config["prompts"], config["guidance_scale"], device)
-        err.print(f"prune-vae: drawing {count} pictures to learn from")
+        listener().finished(f"prune-vae: drawing {count} pictures to learn from")
         drawn = teacher.trajectories(min(count, DRAWN_AT_ONCE)).draw(count)
         with replacing(file) as partial:
             save_file({"latents": drawn.cpu()}, partial)

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from deploy.cli.console import err
 from deploy.core.pass_cache import default_root, pipeline_identity
+from deploy.core.progress import listener
 from deploy.core.pruning_options import DRAWINGS
 from deploy.pruning.distill import Distillation, Recipe
 from deploy.pruning.prune_network import relative_error
@@ -76,7 +76,7 @@ def train(task: Task, schedule: Schedule, key: Mapping[str, Any], root: Path | N
     task.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a quarter faster backwards
     training = Training(task, schedule, folder, keep_zeros=keep_zeros)
     if training.step:
-        err.print(f"recover: going on from step {training.step} of {schedule.steps}")
+        listener().finished(f"recover: going on from step {training.step} of {schedule.steps}")
     try:
         network = training.run(_progress(schedule.steps, training.step))
     except KeyboardInterrupt:
@@ -98,7 +98,7 @@ def _progress(steps: int, first: int) -> Callable[[int, float], None]:
         if now - last > REPORT_EVERY_SECONDS or step == steps:
             last = now
             left = (now - began) / (step - first) * (steps - step) / 60
-            err.print(f"recover: step {step} of {steps}, squared error {smooth:.4f} of the teacher's variance, "
-                      f"{left:.1f} min left")
+            listener().finished(f"recover: step {step} of {steps}, squared error {smooth:.4f} of the teacher's "
+                                f"variance, {left:.1f} min left")
 
     return report

@@ -49,7 +49,7 @@ def takes_masks(manifest: Manifest) -> bool:
 
 def default_prompts(source_id: str) -> tuple[str, ...]:
     """The reference model's subjects that its retrieval score does not ask for; everyday things for other models."""
-    from deploy.build.gate import options_for
+    from deploy.parity.options import options_for
 
     options = options_for(source_id, ())
     if not options.retrieval_prompts:
@@ -71,7 +71,7 @@ def record_calibration(source: Bundle, calibration: Mapping[str, Any]) -> Record
     from deploy.core.pass_cache import default_root, pipeline_identity
     from deploy.parity.reference.trajectories import assemble_pipeline
     from runtimes.backends.session import SessionOptions
-    from runtimes.pipeline.loading import BundleSessions
+    from runtimes.pipeline.bundle_sessions import BundleSessions
 
     steps, strength = calibration["steps"], calibration["strength"]
     episodes = plan_episodes(calibration["prompts"], calibration["samples"], steps=steps, strength=strength,
@@ -243,7 +243,7 @@ def search_unet(source: Bundle, destination: Path, config: Mapping[str, Any], sc
     from calibration.graphs.transforms import ALPHA, channel_means, prepare
     from deploy.core.budgets import Budget
     from deploy.quantization.precision_search import Trials, search
-    from runtimes.pipeline.loading import needed
+    from runtimes.pipeline.bundle_sessions import needed
 
     with tempfile.TemporaryDirectory(prefix="ldm-search-") as scratch:
         graph = source.file(source.component("unet").file)

@@ -24,7 +24,7 @@ FAMILIES: dict[str, Family] = {
 __all__ = ["FAMILIES", "ComponentSpec", "Family", "family_of"]
 
 
-def family_of(pipeline_class: str, where: str) -> Family:
+def family_of(pipeline_class: str, where: str = "") -> Family:
     """The family of a pipeline class.
 
     Args:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from exporters.families.declaration import ComponentSpec, config_value
+from exporters.source.model_folder import Source
 from runtimes.bundle.tensors import TensorSpec
 from runtimes.codec.safety_checker import (
     CLIP_INPUT,
@@ -16,9 +16,6 @@ from runtimes.codec.safety_checker import (
     Preprocessing,
 )
 from runtimes.errors import InputError
-
-if TYPE_CHECKING:
-    from exporters.source.model_folder import Source
 
 CLASS_NAME, CONCEPTS, SPECIAL_CONCEPTS = "StableDiffusionSafetyChecker", 17, 3  # as diffusers' class has them
 

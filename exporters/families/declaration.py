@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from exporters.source.model_folder import Source
 from runtimes.bundle.manifest import PipelineFacts
 from runtimes.bundle.tensors import Axis, ShapeRange, TensorSpec
 from runtimes.errors import InputError
-
-if TYPE_CHECKING:
-    from exporters.source.model_folder import Source
 
 SHAPE_NAMES = ("batch", "height", "width", "sequence")
 Shapes = Mapping[str, ShapeRange]

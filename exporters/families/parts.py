@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from exporters.families.declaration import ComponentSpec, Shapes, check_shapes, config_value, pixels_to_latents, scaled
+from exporters.source.model_folder import ComponentSource, Source
 from runtimes.bundle.manifest import PipelineFacts
 from runtimes.bundle.tensors import Axis, ShapeRange, TensorSpec
 from runtimes.errors import InputError
-
-if TYPE_CHECKING:
-    from exporters.source.model_folder import ComponentSource, Source
 
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny", "VQModel")
 # U-Net inputs that no sampling loop here supplies: a config that asks for one is refused.

@@ -163,7 +163,7 @@ def _check_keys(source: Source, networks: Mapping[str, Any]) -> None:
         component, config = source.components[name], module.config
         known = set(inspect.signature(type(module).__init__).parameters) if isinstance(config, dict) else set(
             type(config)().to_dict())
-        check_network(component.class_name, source.family.name, component.config, known,
+        check_network(component.class_name, source.family, component.config, known,
                       component.folder / "config.json")
     classes = [cls for cls in (own_class(source), *(upstream_class(source, mode) for mode in MODES)) if cls]
     known = {name for cls in classes for name in inspect.signature(cls.__init__).parameters}

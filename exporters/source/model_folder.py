@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from exporters.families import Family, family_of
 from exporters.source.weight_files import find_weights
 from runtimes.bundle.folder import link_or_copy
 from runtimes.bundle.manifest import ModeFacts
@@ -67,7 +66,7 @@ class Source:
 
     Attributes:
         pipeline_class: `_class_name` of model_index.json.
-        family: the family that class belongs to.
+        family: name of the family that class belongs to.
         components: networks that the family needs, by their name in model_index.json.
         tokenizers: tokenizer folders by name.
         scheduler_class: class named for the scheduler; scheduler_config: its config.
@@ -80,7 +79,7 @@ class Source:
 
     path: Path
     pipeline_class: str
-    family: Family
+    family: str
     components: Mapping[str, ComponentSource]
     tokenizers: Mapping[str, Path]
     scheduler_class: str
@@ -107,74 +106,27 @@ class Source:
             InputError: the pipeline has none of that name, or its files are missing or unusable.
         """
         entry = read_json(self.path / MODEL_INDEX).get(name)
-        if not isinstance(entry, list) or not _names_a_class(entry) or not (self.path / name).is_dir():
+        if not isinstance(entry, list) or not names_a_class(entry) or not (self.path / name).is_dir():
             raise InputError(f"the pipeline has no {name}", where=str(self.path / MODEL_INDEX),
                              fix=f"copy the whole pipeline again, or build without its {name.replace('_', ' ')}")
-        return replace(self, components={**self.components, name: _component(self.path, name, entry, self.variant)})
+        return replace(self, components={**self.components, name: read_component(self.path, name, entry, self.variant)})
 
     def weight_files(self) -> dict[str, Path]:
         """Every weight file by its path relative to the pipeline."""
         return {f.relative_to(self.path).as_posix(): f for c in self.components.values() for f in c.weights}
 
 
-def open_source(path: Path | str, variant: str = "") -> Source:
-    """Read a pipeline folder.
-
-    Args:
-        path: holds model_index.json.
-        variant: of the weight files, such as "fp16"; a component without files of it has its plain ones.
-
-    Raises:
-        InputError: no such folder, no or broken model_index.json, an unknown pipeline class, a component whose
-            folder, config or weights are missing or truncated, or weights as pickle only.
-    """
-    folder = Path(path)
-    if not folder.is_dir():
-        kind = "it is a file" if folder.exists() else "no such folder"
-        raise InputError(kind, where=str(folder), fix="give a diffusers pipeline folder, the one with model_index.json"
-                         + ("; `convert` makes one of a single-file checkpoint" if folder.exists() else ""))
-    index_file = folder / MODEL_INDEX
-    if not index_file.is_file():
-        raise InputError(f"it holds no {MODEL_INDEX}", where=str(folder),
-                         fix="give a diffusers pipeline folder; `pipe.save_pretrained(folder)` writes one")
-    index = read_json(index_file)
-    family = family_of(str(index.get("_class_name")), str(index_file))
-    entries = {name: entry for name, entry in index.items() if _names_a_class(entry)}
-    present = tuple(name for name in family.optional if name in entries)
-    tokenizers = (*family.tokenizers, *(name for name in present if name.startswith("tokenizer")))
-    networks = (*family.source_components, *(name for name in present if name not in tokenizers))
-    for name in (*networks, *tokenizers, "scheduler"):
-        if name not in entries:
-            raise InputError(f"{name} is missing", where=str(index_file), fix="save the whole pipeline again")
-        if not (folder / name).is_dir():
-            raise InputError(f"the folder {name} is missing", where=str(folder), fix="copy the whole pipeline again")
-        _library(folder, name, entries[name])
-    used = {*networks, *tokenizers, "scheduler"}
-    source = Source(
-        path=folder,
-        pipeline_class=index["_class_name"],
-        family=family,
-        components={name: _component(folder, name, entries[name], variant) for name in networks},
-        tokenizers={name: folder / name for name in tokenizers},
-        scheduler_class=entries["scheduler"][1],
-        scheduler_config=read_json(folder / "scheduler" / "scheduler_config.json"),
-        ignored=tuple(sorted(set(entries) - used)),
-        options={k: v for k, v in index.items()
-                 if isinstance(v, bool | int | float | str | None) and not k.startswith("_")},
-        variant=variant,
-    )
-    if variant and not any(f".{variant}" in name for name in source.weight_files()):
-        raise InputError(f"it holds no weights of the variant {variant!r}", where=str(folder),
-                         fix="leave --variant out, or give one that it has")
-    return source
-
-
-def _names_a_class(entry: Any) -> bool:
+def names_a_class(entry: Any) -> bool:
+    """Whether an entry of model_index.json is a pair of library and class."""
     return isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry)
 
 
-def _library(pipeline: Path, name: str, entry: list[str]) -> str:
-    """The library of an entry of model_index.json; diffusers would import any other, from the folder itself too."""
+def library_of(pipeline: Path, name: str, entry: list[str]) -> str:
+    """The library of an entry of model_index.json; diffusers would import any other, from the folder itself too.
+
+    Raises:
+        InputError: another than diffusers and transformers.
+    """
     library = _LIBRARIES.get(entry[0])
     if library is None:
         raise InputError(f"{name} comes from the library {entry[0]!r}", where=str(pipeline / MODEL_INDEX),
@@ -182,8 +134,13 @@ def _library(pipeline: Path, name: str, entry: list[str]) -> str:
     return library
 
 
-def _component(pipeline: Path, name: str, entry: list[str], variant: str) -> ComponentSource:
-    folder, library = pipeline / name, _library(pipeline, name, entry)
+def read_component(pipeline: Path, name: str, entry: list[str], variant: str) -> ComponentSource:
+    """One network of a pipeline folder.
+
+    Raises:
+        InputError: its config or weights are missing or unusable.
+    """
+    folder, library = pipeline / name, library_of(pipeline, name, entry)
     config = read_json(folder / "config.json")
     loader = "transformers" if entry[1] in _TRANSFORMERS_LOAD else library
     weights, index = find_weights(folder, loader, variant)

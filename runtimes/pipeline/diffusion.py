@@ -28,6 +28,7 @@ from runtimes.pipeline.conditioner import Conditions, SizeConditions, gather
 from runtimes.pipeline.denoising import OnStep, Step, Stop, denoise
 from runtimes.pipeline.guidance import SHALLOW, Guidance, GuidedUnet
 from runtimes.pipeline.initial_latents import Start, begin
+from runtimes.pipeline.memory_budget import MemoryBudget
 from runtimes.pipeline.noise import NoiseStreams
 from runtimes.pipeline.request import (
     OUTPUTS,
@@ -47,7 +48,6 @@ from runtimes.text.prompt_encoder import PromptStyle, Tokenize
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from runtimes.pipeline.memory_budget import MemoryBudget
 
 __all__ = ["Pipeline", "Step"]
 Float32 = NDArray[np.float32]

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from runtimes.adapters.lora_inputs import check_options
-from runtimes.backends.session import Session, SessionOptions, open_session
+from runtimes.backends.session import SessionOptions
 from runtimes.bundle.folder import Bundle, read_object
-from runtimes.bundle.manifest import PipelineFacts
 from runtimes.codec.safety_checker import PREPROCESSOR_FILE, SAFETY_CHECKER, Preprocessing
+from runtimes.pipeline.bundle_sessions import BundleSessions, needed
 from runtimes.pipeline.diffusion import Pipeline
+from runtimes.pipeline.memory_budget import MemoryBudget
 from runtimes.text.clip_tokenizer import ClipTokenizer
 
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
@@ -46,7 +46,7 @@ def load(bundle_dir: Path | str | Bundle, device: str = "cpu", threads: int = 0,
     options = SessionOptions(device, threads, hint, pin_threads, tuple(lora), keep_graphs=True)
     budget = None
     if memory_budget is not None:
-        from runtimes.pipeline.memory_budget import MemoryBudget, memory_model
+        from runtimes.pipeline.memory_measurement import memory_model
 
         budget = MemoryBudget(memory_budget, memory_model(bundle, options))
     sessions = BundleSessions(bundle, options)
@@ -56,12 +56,6 @@ def load(bundle_dir: Path | str | Bundle, device: str = "cpu", threads: int = 0,
     preprocessing = load_preprocessing(bundle) if SAFETY_CHECKER in bundle.manifest.components else None
     return Pipeline(sessions, facts, scheduler_config(bundle), *load_tokenizers(bundle), preprocessing=preprocessing,
                     memory=budget)
-
-
-def needed(facts: PipelineFacts) -> tuple[str, ...]:
-    """Components loaded with the bundle, so that a device or a graph that is missing shows at once; the encoder waits
-    for an image."""
-    return (*facts.text_encoders, "unet", "vae_decoder")
 
 
 def load_tokenizers(bundle: Bundle) -> list[ClipTokenizer]:
@@ -93,28 +87,3 @@ def load_preprocessing(bundle: Bundle) -> Preprocessing:
     """
     file = bundle.file(PREPROCESSOR_FILE)
     return Preprocessing.from_config(read_object(file), str(file))
-
-
-class BundleSessions(Mapping[str, Session]):
-    """The components of a bundle, each loaded when first asked for, once for all threads."""
-
-    def __init__(self, bundle: Bundle, options: SessionOptions) -> None:
-        self._bundle, self._options = bundle, options
-        self._loaded: dict[str, Session] = {}
-        self._lock = threading.Lock()
-
-    def __getitem__(self, name: str) -> Session:
-        if name not in self._loaded:
-            with self._lock:
-                if name not in self._loaded:
-                    self._loaded[name] = open_session(self._bundle, name, self._options)
-        return self._loaded[name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._bundle.manifest.components
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._bundle.manifest.components)
-
-    def __len__(self) -> int:
-        return len(self._bundle.manifest.components)

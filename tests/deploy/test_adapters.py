@@ -13,9 +13,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from deploy.build.builder import Silent, load_source, plan_build
+from deploy.build.builder import load_source
+from deploy.build.choose import plan_build
 from deploy.core.pass_cache import Cache
 from deploy.core.plan import Step
+from deploy.core.progress import Silent
 from deploy.core.spec import BuildSpec
 from deploy.model.source_bundle import open_origin
 from deploy.parity.reference.torch_sessions import reference_sessions

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from deploy.bench.contest import BenchOptions, run_bench
-from deploy.build.builder import run_build
+from deploy.build.choose import run_build
 from deploy.core.spec import BuildSpec
 from runtimes.bundle.folder import Bundle
 from runtimes.errors import InputError
@@ -69,8 +69,8 @@ def test_auto_takes_the_runtime_that_measured_faster(tiny_model: Path, build_cac
 
 
 def test_auto_measures_every_runtime_that_is_installed(tiny_model: Path, build_cache: Path):
-    from deploy.build.builder import Silent
     from deploy.build.choose_target import _measured
+    from deploy.core.progress import Silent
 
     found = _measured(BuildSpec(model=str(tiny_model)), ["onnxruntime", "openvino"], build_cache, Silent())
     assert sorted(found) == ["onnxruntime", "openvino"]

@@ -14,8 +14,10 @@ from PIL import Image
 
 import runtimes
 from calibration.trajectory.recorder import Recording
-from deploy.build.builder import Silent, load_source, run_build
+from deploy.build.builder import load_source
+from deploy.build.choose import run_build
 from deploy.core.pass_cache import Cache
+from deploy.core.progress import Silent
 from deploy.core.spec import BuildSpec
 from deploy.model.source_bundle import open_origin
 from deploy.parity.reference.torch_sessions import reference_sessions

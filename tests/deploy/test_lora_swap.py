@@ -13,8 +13,10 @@ import torch
 from safetensors.torch import save_file
 
 import runtimes
-from deploy.build.builder import Silent, load_source, run_build
+from deploy.build.builder import load_source
+from deploy.build.choose import run_build
 from deploy.core.pass_cache import Cache
+from deploy.core.progress import Silent
 from deploy.core.spec import BuildSpec, make_spec
 from deploy.model.source_bundle import open_origin
 from deploy.parity.reference.torch_sessions import reference_sessions

@@ -10,7 +10,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from deploy.build.builder import run_build
+from deploy.build.choose import run_build
 from deploy.build.prune_folder import prune_folder
 from deploy.core.budgets import BUDGETS, PRUNED, Budget
 from deploy.core.plan import Skip, Step, Unavailable
@@ -146,7 +146,7 @@ def test_a_ratio_that_does_not_fit_names_one_that_does(cli: Cli, tiny_model: Pat
 
 
 def _parameters(model: Path) -> int:
-    from exporters.source.model_folder import open_source
+    from exporters.families.open_source import open_source
 
     return open_source(model).components["unet"].parameters
 

@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 
 import pytest
 
-from deploy.build.builder import Silent, _run_pass, workspace
+from deploy.build.builder import _run_pass, workspace
 from deploy.core.pass_cache import Cache, key_of
 from deploy.core.plan import Pass, Skip, Step, load_passes, plan_all
+from deploy.core.progress import Silent
 from deploy.core.spec import BuildSpec
 from deploy.passes import PASSES
 from runtimes.bundle.folder import Bundle, records_below, write_manifest

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.build.builder import run_build
+from deploy.build.choose import run_build
 from deploy.build.choose_share import spec_of
 from deploy.build.choose_target import require_decided
 from deploy.cli import console

@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from deploy.build.builder import run_build
+from deploy.build.choose import run_build
 from deploy.build.prune_folder import prune_folder
 from deploy.core.plan import Skip, Step, Unavailable
 from deploy.core.spec import BuildSpec

@@ -11,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from deploy.build.builder import Silent, load_source
+from deploy.build.builder import load_source
 from deploy.core.pass_cache import Cache
+from deploy.core.progress import Silent
 from deploy.core.spec import BuildSpec
 from deploy.model.source_bundle import open_origin
 from deploy.parity.reference.torch_sessions import reference_sessions

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from exporters.families import ComponentSpec
+from exporters.families import ComponentSpec, family_of
 from exporters.source.model_folder import Source
 
 
@@ -22,7 +22,7 @@ def component_module(source: Source, spec: ComponentSpec) -> Any:
 def export_component(source: Source, name: str, folder: Path) -> Any:
     from exporters.onnx.trace import export_onnx
 
-    spec = source.family.components(source, {})[name]
+    spec = family_of(source.pipeline_class).components(source, {})[name]
     return export_onnx(component_module(source, spec), spec, folder)
 
 

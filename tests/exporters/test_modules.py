@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from exporters.source.model_folder import open_source
+from exporters.families.open_source import open_source
 from runtimes.errors import InputError
 from tests.exporters.pipelines import edit_json, edit_weights, to_old_layout
 

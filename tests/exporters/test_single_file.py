@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from exporters.source.model_folder import open_source
+from exporters.families import family_of
+from exporters.families.open_source import open_source
 from runtimes.errors import InputError
 from tests.exporters.compvis import write_single_file
 from tests.exporters.family_pipelines import write_pipeline_of
@@ -65,7 +66,7 @@ def test_the_layouts_of_stable_diffusion_2_and_xl(kind: str, family: str, networ
     configs = Path(shutil.copytree(original, tmp_path / "configs", ignore=shutil.ignore_patterns("*.safetensors")))
     out = convert_single_file(checkpoint, configs, tmp_path / "out")
     source = open_source(out)
-    assert source.family.name == family and set(source.components) == networks
+    assert family_of(source.pipeline_class).name == family and set(source.components) == networks
     assert_same(out, original)
 
 

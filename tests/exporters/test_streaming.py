@@ -9,7 +9,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from exporters.source.model_folder import open_source
+from exporters.families import family_of
+from exporters.families.open_source import open_source
 from runtimes.errors import DeployError, InputError
 from tests.exporters.exporting import export_component
 from tests.exporters.pipelines import edit_weights, to_old_layout
@@ -21,7 +22,7 @@ def streamed(folder: Path, name: str, out: Path) -> Path:
     from exporters.source.networks import torch_component
 
     source = open_source(folder)
-    spec = source.family.components(source, {})[name]
+    spec = family_of(source.pipeline_class).components(source, {})[name]
     origin = source.components[spec.source_component]
     module, stored = unread_module(origin.folder, origin.library, origin.class_name)
     return export_onnx(torch_component(name, module), spec, out, stored=stored).file

@@ -14,8 +14,8 @@ import pytest
 
 from deploy.core.spec import BuildSpec
 from deploy.model.source_bundle import as_loaded, check_schedulers, open_origin
+from exporters.families.open_source import open_source
 from exporters.source import diffusers_pipeline
-from exporters.source.model_folder import open_source
 from runtimes.bundle.manifest import from_json, to_json
 from runtimes.bundle.tensors import ShapeRange
 from runtimes.errors import InputError

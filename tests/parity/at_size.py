@@ -12,8 +12,9 @@ import time
 from pathlib import Path
 
 from deploy.build.against_diffusers import AgainstDiffusers, upstream_of
-from deploy.build.builder import Silent, load_source
+from deploy.build.builder import load_source
 from deploy.core.pass_cache import Cache
+from deploy.core.progress import Silent
 from deploy.core.spec import make_spec
 from deploy.model.source_bundle import open_origin
 from deploy.parity.upstream.levels import in_words

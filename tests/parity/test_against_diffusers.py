@@ -14,8 +14,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from deploy.build.against_diffusers import upstream_of
-from deploy.build.builder import Silent, load_source
+from deploy.build.builder import load_source
 from deploy.core.pass_cache import Cache
+from deploy.core.progress import Silent
 from deploy.core.spec import make_spec
 from deploy.model.source_bundle import open_origin
 from deploy.parity.upstream.asked_model import Upstream

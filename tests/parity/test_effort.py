@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.build.builder import run_build
+from deploy.build.choose import run_build
 from deploy.core.spec import BuildSpec, make_spec
 from deploy.parity.effort import LIMIT_MACS, choose, picture_macs
 from deploy.parity.options import ParityOptions

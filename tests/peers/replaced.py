@@ -20,14 +20,14 @@ from calibration.graphs.layers import find_layers
 from calibration.trajectory.observation import compare, plain_session, probed
 from calibration.trajectory.recorder import Recording
 from deploy.bench.contest import spread
-from deploy.build.gate import gallery_for, options_for
+from deploy.parity.options import gallery_for, options_for
 from deploy.parity.pipelines import check_pipeline
 from deploy.parity.reference.answers import Reference
 from deploy.quantization.precision_search import ANYTHING, candidate_bundle
 from deploy.reference_models import subject_names
 from runtimes.backends.session import SessionOptions
 from runtimes.bundle.folder import Bundle
-from runtimes.pipeline.loading import BundleSessions
+from runtimes.pipeline.bundle_sessions import BundleSessions
 
 BASE = "fp32"  # the row that others are divided by
 Graphs = dict[str, Path]  # runtime -> graph

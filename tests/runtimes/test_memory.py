@@ -13,7 +13,8 @@ import runtimes
 from runtimes.backends.session import SessionOptions
 from runtimes.errors import InputError
 from runtimes.pipeline.diffusion import Pipeline
-from runtimes.pipeline.memory_budget import MARGIN, MemoryBudget, MemoryModel, fit, memory_model
+from runtimes.pipeline.memory_budget import MARGIN, MemoryBudget, MemoryModel, fit
+from runtimes.pipeline.memory_measurement import memory_model
 from runtimes.system.byte_sizes import parse_bytes
 from tests.conftest import ROOT
 from tests.runtimes.fakes import DDIM, FACTS, calls_of, fake_sessions, tokenize

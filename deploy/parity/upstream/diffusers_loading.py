@@ -18,9 +18,10 @@ from deploy.parity.upstream.asked_model import Upstream
 from deploy.parity.upstream.recorded_networks import Network
 from exporters.adapters.lora_differences import DIFFERENCES, differences
 from exporters.adapters.textual_inversion import read_embedding
+from exporters.families.open_source import open_source
 from exporters.quiet import quiet
 from exporters.source.diffusers_pipeline import upstream_pipeline
-from exporters.source.model_folder import Source, open_source, read_json
+from exporters.source.model_folder import Source, read_json
 from runtimes.adapters.lora_inputs import DETAILS, own_file
 from runtimes.bundle.folder import Bundle
 from runtimes.bundle.manifest import Component
