@@ -16,7 +16,7 @@ from calibration.graphs.layers import FLOAT, STATIC, WEIGHT, Layer, find_layers
 from calibration.graphs.qdq_placement import rewrite
 from calibration.integers.int8 import Integers
 from calibration.integers.ranges import Range, Scheme
-from calibration.trajectory.observation import Calls, Feeds, beside, plain_session, probed, relative_l2
+from calibration.trajectory.inner_tensors import Calls, Feeds, beside, plain_session, probed, relative_l2
 
 # An activation that goes back to float32 costs no bytes but time: all of them cost as much as this share of the bytes.
 ACTIVATION_COST = 0.25

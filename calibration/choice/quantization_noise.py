@@ -25,7 +25,7 @@ from calibration.graphs.qdq_placement import Writer
 from calibration.integers.external_data import array_of
 from calibration.integers.int8 import Integers
 from calibration.integers.ranges import Range, Scheme
-from calibration.trajectory.observation import Calls, beside, plain_session
+from calibration.trajectory.inner_tensors import Calls, beside, plain_session
 
 BELOW = {STATIC: (STATIC, WEIGHT), WEIGHT: (WEIGHT,)}
 PARAMETERS_AT_ONCE = 1 << 29  # whose integers one graph holds beside the float32 weights

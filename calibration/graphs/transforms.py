@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from calibration.graphs.layers import FLOAT, find_layers
 from calibration.graphs.qdq_placement import save
 from calibration.integers.external_data import array_of
-from calibration.trajectory.observation import Calls, probed
+from calibration.trajectory.inner_tensors import Calls, probed
 
 METHODS = ("split-skips", "smoothquant", "bias-correction")
 ALPHA = 0.5

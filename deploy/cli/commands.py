@@ -336,7 +336,7 @@ def diagnose(
 ) -> None:
     """Find what is wrong with drawings: VAE, U-Net without a prompt, response to text, guidance, in this order."""
     from deploy.cli import console
-    from deploy.diagnose.command import DiagnoseOptions, diagnose_pipeline
+    from deploy.diagnose.run_checks import DiagnoseOptions, diagnose_pipeline
 
     options = DiagnoseOptions(tuple(image), steps, guidance, device)
     found = diagnose_pipeline(target, options, grid, console.say)

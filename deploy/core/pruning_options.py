@@ -16,18 +16,18 @@ class PruningOptions(BaseModel):
     """What is taken out of the denoising network and the autoencoder, and how they learn to do without.
 
     Attributes:
-        prune: share of its channels to remove, 0 to 1 (`deploy.pruning.widths`).
+        prune: share of its channels to remove, 0 to 1 (`deploy.pruning.shrink.widths`).
         prune_candidates: several shares, of which the largest that keeps the budget is taken, or none at all
             (`deploy.build.choose_share`).
         prune_vae: share of the autoencoder's channels to remove, of encoder and decoder alike, 0 to 1
-            (`deploy.pruning.autoencoder`).
-        prune_method: what a channel's importance is (`deploy.pruning.importance`).
+            (`deploy.pruning.narrow_autoencoder`).
+        prune_method: what a channel's importance is (`deploy.pruning.shrink.importance`).
         prune_widths: every level loses the same share, or each as much as the output bears
-            (`deploy.pruning.width_sensitivity`).
-        prune_blocks: whole blocks to remove first, named as BK-SDM does (`deploy.pruning.blocks`).
-        mask: weights to set to zero without changing a shape (`deploy.pruning.zeroed_weights`).
+            (`deploy.pruning.shrink.width_sensitivity`).
+        prune_blocks: whole blocks to remove first, named as BK-SDM does (`deploy.pruning.shrink.whole_blocks`).
+        mask: weights to set to zero without changing a shape (`deploy.pruning.shrink.zeroed_weights`).
         recover: optimizer steps of distillation from the original, for each network that was pruned
-            (`deploy.pruning.training`).
+            (`deploy.pruning.recovery.training_loop`).
         recover_batch: pictures that the teacher draws at a time; with fewer than 32, which take less memory, the
             gradients of several batches make one step of 32.
         recover_prompts: what it is distilled on; the model's own set when empty.

@@ -93,7 +93,7 @@ def overflow(low: Path, decoder: Component, facts: PipelineFacts) -> str:
     Returns:
         what happens, empty if nothing does.
     """
-    from calibration.trajectory.observation import plain_session
+    from calibration.trajectory.inner_tensors import plain_session
     from exporters.precision.emulation import emulate
 
     latents = decoder.inputs[0]

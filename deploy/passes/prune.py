@@ -66,7 +66,7 @@ class Prune(Pass):
             for file in source.component(NAME).files:
                 link_or_copy(source.path / file, out / file.replace(f"components/{NAME}/", f"components/{TEACHER}/"))
             return replace(planned, files=records_below(folder, out))
-        from deploy.pruning.prune_network import prune_unet, size_of, write_network
+        from deploy.pruning.shrink.prune_network import prune_unet, size_of, write_network
 
         network, details = prune_unet(source, NAME, step.config)
         write_network(network, folder / WEIGHTS_FILE, planned.precision)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 from deploy.core.plan import Pass, Planned, Skip, Step, Unavailable
 from deploy.model.source_bundle import VAE_HALVES
 from deploy.passes.prune import WEIGHTS_FILE, drawing_config
-from deploy.pruning.widths import AUTOENCODER
+from deploy.pruning.shrink.widths import AUTOENCODER
 from runtimes.bundle.folder import Bundle, records_below
 from runtimes.bundle.manifest import Component, Manifest
 from runtimes.errors import InputError
@@ -62,8 +62,8 @@ class PruneVae(Pass):
 
     def run(self, step: Step, name: str, source: Bundle, out: Path) -> Component:
         """Prune the autoencoder, let this half of it learn; what was learned before an interruption is gone on from."""
-        from deploy.pruning.autoencoder import prune_half
-        from deploy.pruning.prune_network import size_of, write_network
+        from deploy.pruning.narrow_autoencoder import prune_half
+        from deploy.pruning.shrink.prune_network import size_of, write_network
         from exporters.source.networks import torch_component
 
         planned, folder = step.after.components[name], out / "components" / name

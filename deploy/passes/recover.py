@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Recover(Pass):
-    """Distillation along the original's own trajectories (deploy.pruning.distill)."""
+    """Distillation along the original's own trajectories (deploy.pruning.recovery.distill)."""
 
     name: ClassVar[str] = "recover"
     version: ClassVar[int] = 2
@@ -44,8 +44,8 @@ class Recover(Pass):
 
     def run(self, step: Step, name: str, source: Bundle, out: Path) -> Component:
         """Train; what was learned before an interruption is gone on from."""
-        from deploy.pruning.prune_network import write_network
-        from deploy.pruning.recovery import recover_unet
+        from deploy.pruning.recovery.recover_network import recover_unet
+        from deploy.pruning.shrink.prune_network import write_network
 
         before, folder = source.component(name), out / "components" / name
         folder.mkdir(parents=True)

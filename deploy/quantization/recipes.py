@@ -130,7 +130,7 @@ def quantize_component(graph: Path, destination: Path, recipe: str, config: Mapp
     from calibration.graphs.layers import INT4, assign, find_layers
     from calibration.graphs.qdq_placement import quantize
     from calibration.graphs.transforms import ALPHA, channel_means, prepare
-    from calibration.trajectory.observation import compare
+    from calibration.trajectory.inner_tensors import compare
 
     summary: dict[str, Any] = {"recipe": recipe, "scheme": asdict(scheme)}
     layers: dict[str, Any] = {}
@@ -200,7 +200,7 @@ def find_ranges(graph: Path, assignment: Mapping[str, str], config: Mapping[str,
 
     from calibration.graphs.qdq_placement import tensors_to_observe
     from calibration.integers.ranges import drift, estimate
-    from calibration.trajectory.observation import observe
+    from calibration.trajectory.inner_tensors import observe
 
     tensors = tensors_to_observe(ir.load(graph), assignment, scheme)
     seen = observe(graph, tensors, lambda: recording.calls(name), histograms=config["estimator"] != "minmax")

@@ -190,7 +190,7 @@ def export_reference(folder: Path, names: Sequence[str]) -> Iterator[tuple[Compo
                               module.config.to_dict() if name == "text_encoder" else dict(module.config), ())
         for name, module in modules.items()
     }
-    source = Source(folder, "StableDiffusionPipeline", STABLE_DIFFUSION, components,
+    source = Source(folder, "StableDiffusionPipeline", STABLE_DIFFUSION.name, components,
                     {"tokenizer": folder / "tokenizer"}, "", {})
     specs = STABLE_DIFFUSION.components(source, {})
     for name in names or specs:

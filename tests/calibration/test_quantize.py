@@ -15,7 +15,7 @@ from calibration.choice.layer_sensitivity import relieve
 from calibration.graphs.layers import assign, check_patterns, find_layers, matching
 from calibration.graphs.qdq_placement import quantize, tensors_to_observe
 from calibration.integers.ranges import Scheme, estimate
-from calibration.trajectory.observation import compare, observe
+from calibration.trajectory.inner_tensors import compare, observe
 from runtimes.backends.openvino_session import openvino_core
 from runtimes.errors import InputError
 from tests.calibration.graphs import calls, write_graph

@@ -14,7 +14,7 @@ from calibration.graphs.layers import WEIGHT, assign, find_layers
 from calibration.graphs.qdq_placement import quantize
 from calibration.graphs.transforms import channel_means, channels_of, prepare
 from calibration.integers.ranges import Scheme
-from calibration.trajectory.observation import compare, plain_session
+from calibration.trajectory.inner_tensors import compare, plain_session
 
 A, B, OUT = 6, 4, 16
 

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from deploy.diagnose.checks import LIMITS, Drawn, check_guidance, moments
-from deploy.diagnose.command import DiagnoseOptions, diagnose_pipeline
 from deploy.diagnose.probe import Probe
+from deploy.diagnose.run_checks import DiagnoseOptions, diagnose_pipeline
 from runtimes.bundle.folder import Bundle, records_below, write_manifest
 from runtimes.bundle.manifest import FileRecord
 from runtimes.errors import ParityError

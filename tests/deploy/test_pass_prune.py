@@ -94,7 +94,7 @@ def test_pruning_beyond_the_budget_stops_the_build_and_names_the_pass(tiny_model
 @needs_torch_pruning
 def test_importance_along_the_trajectory_and_sensitive_widths_need_only_prompts(tiny_model: Path, tmp_path: Path,
                                                                                monkeypatch: pytest.MonkeyPatch):
-    from deploy.pruning import importance, prune_network
+    from deploy.pruning.shrink import importance, prune_network
 
     monkeypatch.setattr(importance, "TIMESTEPS", 3)
     monkeypatch.setattr(prune_network, "SCAN_BATCHES", 2)

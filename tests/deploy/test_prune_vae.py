@@ -21,9 +21,9 @@ from deploy.core.spec import BuildSpec
 from deploy.passes.prune import TEACHER
 from deploy.passes.prune_vae import HALVES, PruneVae
 from deploy.passes.recover import Recover
-from deploy.pruning.teacher import Teacher
-from deploy.pruning.training import Training
-from deploy.pruning.widths import config_of, levels_of, uniform_widths
+from deploy.pruning.recovery.training_loop import Training
+from deploy.pruning.shrink.widths import config_of, levels_of, uniform_widths
+from deploy.pruning.teacher.original import Teacher
 from exporters.source.networks import torch_component
 from runtimes.errors import InputError, ParityError
 from tests.deploy.conftest import Cli, assert_nothing_left, assert_refused
@@ -54,8 +54,8 @@ def macs(module: torch.nn.Module, example: torch.Tensor) -> int:
 
 
 def narrowed(network: AutoencoderKL, ratio: float = 0.5) -> AutoencoderKL:
-    from deploy.pruning.importance import scorer_of
-    from deploy.pruning.structured import prune_network
+    from deploy.pruning.shrink.importance import scorer_of
+    from deploy.pruning.shrink.structured import prune_network
 
     widths = uniform_widths(levels_of(config_of(network), "vae"), ratio, "vae")
     feeds = {"vae_encoder": [torch.rand(1, 3, 8, 8)], "vae_decoder": [torch.rand(1, 4, 4, 4)]}
@@ -64,7 +64,7 @@ def narrowed(network: AutoencoderKL, ratio: float = 0.5) -> AutoencoderKL:
 
 def learning(half: str, folder: Path, steps: int, **more) -> Training:
     """A half whose last convolution is wrong, learning from the whole one."""
-    from deploy.pruning.autoencoder import HalfDistillation, HalfRecipe
+    from deploy.pruning.narrow_autoencoder import HalfDistillation, HalfRecipe
 
     network = autoencoder()
     student = copy.deepcopy(network)
@@ -121,7 +121,7 @@ def test_a_model_that_cannot_draw_from_text_is_told_what_works(source):
 
 @needs_torch_pruning
 def test_both_halves_do_less_work_each_with_channels_of_its_own(tmp_path):
-    from deploy.pruning.autoencoder import accumulate_cycle_gradients
+    from deploy.pruning.narrow_autoencoder import accumulate_cycle_gradients
 
     network = autoencoder()
     for layer in network.modules():
@@ -188,7 +188,7 @@ def test_pictures_larger_than_a_crop_are_learned_from_in_parts(tmp_path):
 
 @needs_torch_pruning
 def test_an_autoencoder_alone_is_built_narrower_and_recovered(tiny_model: Path, tmp_path: Path, monkeypatch):
-    from deploy.pruning import autoencoder as module
+    from deploy.pruning import narrow_autoencoder as module
 
     monkeypatch.setattr(module, "SCORED", 2)
     monkeypatch.setattr(module, "LEARNED", 3)
@@ -240,7 +240,7 @@ def test_both_networks_are_pruned_in_one_go_and_diffusers_loads_the_folder(tmp_p
 
 @needs_torch_pruning
 def test_the_folder_has_of_each_half_what_that_half_learned(tiny_model: Path, tmp_path: Path, monkeypatch):
-    from deploy.pruning import autoencoder as module
+    from deploy.pruning import narrow_autoencoder as module
 
     monkeypatch.setattr(module, "LEARNED", 3)
     monkeypatch.setattr(module, "JUDGED", 2)

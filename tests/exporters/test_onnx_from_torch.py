@@ -122,7 +122,7 @@ def test_a_network_that_pytorch_cannot_run_is_bad_input(pristine: Path, tmp_path
 
     from exporters.onnx.trace import export_onnx
 
-    spec = (source := open_source(pristine)).family.components(source, {})["vae_decoder"]
+    spec = family_of((source := open_source(pristine)).pipeline_class).components(source, {})["vae_decoder"]
     with pytest.raises(InputError, match=r"vae_decoder: PyTorch cannot run the network: TypeError: .*unknown"):
         export_onnx(Broken().eval(), spec, tmp_path)
     assert not list(tmp_path.iterdir())

@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
-from calibration.trajectory.observation import compare
+from calibration.trajectory.inner_tensors import compare
 from deploy.build.choose import run_build
 from deploy.core.spec import BuildSpec
 from deploy.quantization.recipes import plan_calibration, record_calibration

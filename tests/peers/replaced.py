@@ -17,7 +17,7 @@ import onnx_ir as ir
 from rich.table import Table
 
 from calibration.graphs.layers import find_layers
-from calibration.trajectory.observation import compare, plain_session, probed
+from calibration.trajectory.inner_tensors import compare, plain_session, probed
 from calibration.trajectory.recorder import Recording
 from deploy.bench.contest import spread
 from deploy.parity.options import gallery_for, options_for

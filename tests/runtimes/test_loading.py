@@ -15,6 +15,7 @@ from runtimes.backends.session import SessionOptions, open_session
 from runtimes.bundle.folder import Bundle
 from runtimes.errors import BundleError, UnavailableError
 from runtimes.pipeline import loading
+from runtimes.pipeline.bundle_sessions import BundleSessions
 from runtimes.text.clip_tokenizer import prepare_tokenizer
 from tests.runtimes.fakes import AFFINE, affine_bundle, write_pipeline_bundle
 from tests.runtimes.vocabulary import make_vocabulary
@@ -96,7 +97,7 @@ def test_a_broken_scheduler_config_is_said(bundle, tmp_path, content):
 
 
 def test_sessions_are_a_mapping_of_the_components(bundle):
-    sessions = loading.BundleSessions(Bundle.open(bundle), SessionOptions(threads=1))
+    sessions = BundleSessions(Bundle.open(bundle), SessionOptions(threads=1))
     assert set(sessions) == {"text_encoder", "unet", "vae_encoder", "vae_decoder"} and len(sessions) == 4
     assert sessions["unet"] is sessions["unet"]
 

@@ -1,4 +1,4 @@
-"""`python -m tests.structure [FOLDER]`: the folders with their files and arrows, and what breaks the rules of the tree."""
+"""`python -m tests.structure [FOLDER]`: folders with their files and arrows, and what breaks the rules of the tree."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who imports whom in the four packages, read from the source: circles, arrows back up inside a folder, crowded folders.
+"""Who imports whom in the four packages, read from the source: circles, arrows back up, crowded folders, look-alikes.
 
 Imports inside functions and those for type checkers alone count like any other. The arrows from a package's
 `__init__.py`, its public face, count as the package's own: nothing below may import it.

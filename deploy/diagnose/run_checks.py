@@ -144,7 +144,7 @@ def draw(probe: Probe, pipeline: Pipeline, prompts: tuple[str, ...], options: Di
 
 def write_grid(probe: Probe, drawn: Drawn, file: Path) -> None:
     """A row for each prompt; in each column what the picture will be, as far as the latents of that step tell."""
-    from deploy.cli.generate import save_images
+    from deploy.core.image_files import save_images
 
     columns = [to_pil(to_uint8(probe.decode(latents))) for latents in drawn.estimates]
     save_images([column[row] for row in range(len(drawn.prompts)) for column in columns], file, len(columns), [])

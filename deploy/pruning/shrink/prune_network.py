@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from deploy.pruning.blocks import remove_blocks
-from deploy.pruning.teacher import Teacher, example_feeds, load_source_module
-from deploy.pruning.teacher_trajectory import Batch
-from deploy.pruning.zeroed_weights import mask_textbook, mask_two_of_four
+from deploy.pruning.shrink.whole_blocks import remove_blocks
+from deploy.pruning.shrink.zeroed_weights import mask_textbook, mask_two_of_four
+from deploy.pruning.teacher.denoising_runs import Batch
+from deploy.pruning.teacher.original import Teacher, example_feeds, load_source_module
 from runtimes.bundle.folder import Bundle
 
 SCAN_BATCHES, SCAN_SIZE = 16, 8
@@ -65,10 +65,10 @@ def write_network(network: Any, file: Path, precision: str) -> None:
 
 
 def _narrowed(network: Any, source: Bundle, name: str, config: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    from deploy.pruning.importance import accumulate_gradients, scorer_of
-    from deploy.pruning.structured import prune_network
-    from deploy.pruning.width_sensitivity import scan, sensitive_widths
-    from deploy.pruning.widths import Widths, config_of, levels_of, uniform_widths
+    from deploy.pruning.shrink.importance import accumulate_gradients, scorer_of
+    from deploy.pruning.shrink.structured import prune_network
+    from deploy.pruning.shrink.width_sensitivity import scan, sensitive_widths
+    from deploy.pruning.shrink.widths import Widths, config_of, levels_of, uniform_widths
 
     levels, ratio = levels_of(config_of(network), name), config["prune"]
     widths = uniform_widths(levels, ratio, name)  # before any drawing: it refuses what cannot be

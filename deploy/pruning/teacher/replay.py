@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from deploy.pruning.block_activity import Observed
-from deploy.pruning.teacher_trajectory import Batch, Trajectories
+from deploy.pruning.teacher.block_activity import Observed
+from deploy.pruning.teacher.denoising_runs import Batch, Trajectories
 
 _MAPS, _DRAWINGS, _MEMORY = "maps.", "trajectories.", "memory."
 

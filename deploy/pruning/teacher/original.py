@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deploy.pruning.block_activity import Observed
-from deploy.pruning.teacher_trajectory import Diffusion, Trajectories
+from deploy.pruning.teacher.block_activity import Observed
+from deploy.pruning.teacher.denoising_runs import Diffusion, Trajectories
 from exporters.source.networks import load_module, torch_component
 from runtimes.bundle.folder import Bundle
 from runtimes.bundle.manifest import Component

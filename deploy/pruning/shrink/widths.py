@@ -3,7 +3,7 @@
 diffusers builds a network from its config, so a pruned one loads with `from_pretrained` only if the config can say
 its shape. A config has one width per resolution level (`block_out_channels`), the heads of each level, and one number
 of norm groups; every other width follows from these. So a level shrinks as a whole, in steps of whole norm groups,
-and only *which* channels go is free, separately in every group of coupled layers (`deploy.pruning.groups`). No torch.
+and only *which* channels go is free, separately in every group of coupled layers (`groups`). No torch.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from deploy.pruning.widths import UNET, config_of
+from deploy.pruning.shrink.widths import UNET, config_of
 from runtimes.errors import InputError
 
 

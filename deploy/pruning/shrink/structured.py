@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deploy.pruning.groups import ChannelGroup, Graph
-from deploy.pruning.widths import UNET, Widths, config_of, pruned_config
+from deploy.pruning.shrink.groups import ChannelGroup, Graph
+from deploy.pruning.shrink.widths import UNET, Widths, config_of, pruned_config
 from exporters.source.networks import torch_component
 from runtimes.errors import DeployError
 

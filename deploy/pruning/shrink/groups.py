@@ -16,7 +16,7 @@ import torch
 import torch_pruning
 from torch import Tensor, nn
 
-from deploy.pruning.widths import Widths
+from deploy.pruning.shrink.widths import Widths
 from runtimes.errors import DeployError, InputError
 
 # The network's own inputs and outputs keep their channels.

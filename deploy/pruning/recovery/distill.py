@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deploy.pruning.block_activity import Observed
-from deploy.pruning.replay import Replay
-from deploy.pruning.teacher_trajectory import Trajectories
-from deploy.pruning.training import Schedule
+from deploy.pruning.recovery.training_loop import Schedule
+from deploy.pruning.teacher.block_activity import Observed
+from deploy.pruning.teacher.denoising_runs import Trajectories
+from deploy.pruning.teacher.replay import Replay
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Recipe(Schedule):
 
 
 class Distillation:
-    """The task of a pruned U-Net (`deploy.pruning.training.Task`).
+    """The task of a pruned U-Net (`deploy.pruning.recovery.training_loop.Task`).
 
     The loss: mean squared error of the prediction for both branches of classifier-free guidance and of the guided
     prediction, each in units of the teacher's variance (output distillation as in BK-SDM, arXiv:2305.15798, eq. 2),

@@ -17,13 +17,13 @@ from torch.nn import functional as F
 
 from deploy.core.pass_cache import default_root, pipeline_identity
 from deploy.core.progress import listener
-from deploy.pruning.importance import scorer_of
-from deploy.pruning.prune_network import size_of
-from deploy.pruning.recovery import train
-from deploy.pruning.structured import HALVES, prune_network
-from deploy.pruning.teacher import Teacher, example_feeds, load_source_module
-from deploy.pruning.training import Schedule
-from deploy.pruning.widths import AUTOENCODER, config_of, levels_of, uniform_widths
+from deploy.pruning.recovery.recover_network import train
+from deploy.pruning.recovery.training_loop import Schedule
+from deploy.pruning.shrink.importance import scorer_of
+from deploy.pruning.shrink.prune_network import size_of
+from deploy.pruning.shrink.structured import HALVES, prune_network
+from deploy.pruning.shrink.widths import AUTOENCODER, config_of, levels_of, uniform_widths
+from deploy.pruning.teacher.original import Teacher, example_feeds, load_source_module
 from exporters.source.networks import torch_component
 from runtimes.bundle.folder import Bundle, replacing
 from runtimes.bundle.manifest import digest_of, to_json
@@ -56,7 +56,7 @@ class HalfRecipe(Schedule):
 
 
 class HalfDistillation:
-    """The task of half an autoencoder (`deploy.pruning.training.Task`): to answer like the original half.
+    """The task of half an autoencoder (`deploy.pruning.recovery.training_loop.Task`): to answer like the original half.
 
     The decoder learns the pictures that the original makes of the model's latents, the encoder the moments that the
     original makes of those pictures. Loss: squared error in units of the original's variance, and absolute error in

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 
-from deploy.pruning.widths import Level, Widths, fit_together, make_widths
+from deploy.pruning.shrink.widths import Level, Widths, fit_together, make_widths
 
 MAX_CHOICES = 6  # of a level that are tried
 TOLERANCE = 0.02  # shapes whose share of removed channels is this near the wanted one compete

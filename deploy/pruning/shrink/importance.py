@@ -10,7 +10,7 @@ import torch_pruning
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deploy.pruning.teacher import Teacher
+from deploy.pruning.teacher.original import Teacher
 
 Method = Literal["l1", "l2", "taylor"]
 TIMESTEPS, DRAWN_AT_ONCE = 25, 16

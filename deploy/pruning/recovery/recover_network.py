@@ -14,10 +14,10 @@ import torch
 from deploy.core.pass_cache import default_root, pipeline_identity
 from deploy.core.progress import listener
 from deploy.core.pruning_options import DRAWINGS
-from deploy.pruning.distill import Distillation, Recipe
-from deploy.pruning.prune_network import relative_error
-from deploy.pruning.teacher import Teacher, load_source_module
-from deploy.pruning.training import Schedule, Task, Training
+from deploy.pruning.recovery.distill import Distillation, Recipe
+from deploy.pruning.recovery.training_loop import Schedule, Task, Training
+from deploy.pruning.shrink.prune_network import relative_error
+from deploy.pruning.teacher.original import Teacher, load_source_module
 from runtimes.bundle.folder import Bundle
 from runtimes.bundle.manifest import digest_of, to_json
 
