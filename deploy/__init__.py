@@ -20,7 +20,7 @@ def build(model: str | Path = "reference", *, output: Path | str | None = None, 
         options: fields of `deploy.core.spec.BuildSpec`: target, precision, shapes, prune, lora, ...
 
     Returns:
-        the finished bundle; `runtimes.load` draws with it.
+        the finished bundle; `runtimes.load` generates with it.
 
     Raises:
         InputError: an unknown option, a bad model or output; nothing is written.

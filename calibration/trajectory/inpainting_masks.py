@@ -1,7 +1,7 @@
-"""Masks as people who inpaint draw them, of any share of a picture. Which ones calibration uses is planned elsewhere.
+"""Masks as people who inpaint paint them, of any share of an image. Which ones calibration uses is planned elsewhere.
 
 Free-form strokes, rectangles and outpainting are what inpainting is trained and measured under (Yu et al., arXiv
-1806.03589; Suvorov et al., LaMa, arXiv 2109.07161; Lugmayr et al., RePaint, arXiv 2201.09865, for half pictures).
+1806.03589; Suvorov et al., LaMa, arXiv 2109.07161; Lugmayr et al., RePaint, arXiv 2201.09865, for half images).
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ Float64 = NDArray[np.float64]
 Draw = Callable[[np.random.Generator, int, int, float, int], Bools]
 _BENDS = 5  # of a stroke
 _LONG = 0.35  # a stroke's segment, relative to the side of a square of the painted area
-_MOST_STRETCHED = 2.0  # a rectangle's sides, relative to those of the picture's shape
+_MOST_STRETCHED = 2.0  # a rectangle's sides, relative to those of the image's shape
 
 
-def draw_mask(kind: str, height: int, width: int, painted: float, seed: int, grain: int = 1) -> NDArray[np.uint8]:
+def paint_mask(kind: str, height: int, width: int, painted: float, seed: int, grain: int = 1) -> NDArray[np.uint8]:
     """A mask of one kind.
 
     Args:
         kind: one of KINDS.
         height, width: pixels.
-        painted: share of the picture that is painted anew, above 0; at 1, all of it whatever the kind.
+        painted: share of the image that is painted anew, above 0; at 1, all of it whatever the kind.
         seed: of the mask's place and shape; equal seeds give equal masks.
         grain: pixels per latent. What is painted is never so small that it would miss every latent, and what is kept
             never so small unless a brush left it.
 
     Returns:
-        (height, width) uint8, 255 where the picture is painted anew and 0 where it is kept.
+        (height, width) uint8, 255 where the image is painted anew and 0 where it is kept.
     """
     if painted >= 1:
         return np.full((height, width), 255, np.uint8)
@@ -54,7 +54,7 @@ def _rectangle(random: np.random.Generator, height: int, width: int, painted: fl
 
 
 def _outpainting(random: np.random.Generator, height: int, width: int, painted: float, grain: int) -> Bools:
-    """A picture continued beyond its borders: all but a rectangle."""
+    """An image continued beyond its borders: all but a rectangle."""
     return ~_rectangle(random, height, width, 1 - painted, grain)
 
 
@@ -68,7 +68,7 @@ def _half_plane(random: np.random.Generator, height: int, width: int, painted: f
 
 
 def _strokes(random: np.random.Generator, height: int, width: int, painted: float, grain: int) -> Bools:
-    """A brush drawn along a crooked line, as wide as the share asks for."""
+    """A brush painted along a crooked line, as wide as the share asks for."""
     reach, ends = _LONG * np.sqrt(painted * height * width), np.array([height, width], np.float64) - grain
     place, angle = random.uniform(0, ends), random.uniform(0, 2 * np.pi)
     line = [place]

@@ -1,4 +1,4 @@
-"""Which moments of which drawings calibration looks at: prompts from a file, strata of prompts, timesteps and masks."""
+"""Which moments of which trajectories calibration records: prompts from a file, strata of prompts, timesteps, masks."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from runtimes.errors import InputError
 from runtimes.system.text_files import lines_of, read_text
 
 CALLS_PER_EPISODE = 8
-SECOND_CALLS, MASKED_CALLS = 2, 4  # of these in the second drawing: image to image, inpainting
+SECOND_CALLS, MASKED_CALLS = 2, 4  # of these in the second trajectory: image to image, inpainting
 STEPS = 20
 STRENGTH = 0.6
 LEAST_SAMPLES = CALLS_PER_EPISODE
 _GOLDEN = 0.6180339887498949  # multiples of it modulo 1 fill the unit interval evenly, however many there are
 _SILVER = 0.4142135623730951  # so do this one's, and together they do not run in step
 _SMALLEST, _LARGEST = 0.03, 0.93  # painted shares; what is larger paints everything
-_PARTIAL_IN = 3  # one drawing under a mask in so many; prime to the kinds of masks, so that each meets each
+_PARTIAL_IN = 3  # one trajectory under a mask in so many; prime to the kinds of masks, so that each meets each
 
 
 def read_prompts(file: Path) -> tuple[str, ...]:
@@ -35,13 +35,13 @@ def read_prompts(file: Path) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Episode:
-    """One drawing from a prompt, and a second one that starts from the first's picture: what one shard holds.
+    """One trajectory from a prompt, and a second one that starts from the first's image: what one shard holds.
 
     Attributes:
-        prompt: of the first drawing.
-        second_prompt: of the drawing that starts from its picture.
-        seed: of the first drawing; the second uses the next one.
-        keep, second_keep: U-Net calls that are recorded, counted from 0 in each drawing.
+        prompt: of the first trajectory.
+        second_prompt: of the trajectory that starts from its image.
+        seed: of the first trajectory; the second uses the next one.
+        keep, second_keep: U-Net calls that are recorded, counted from 0 in each trajectory.
     """
 
     prompt: str
@@ -53,14 +53,14 @@ class Episode:
 
 @dataclass(frozen=True)
 class InpaintingEpisode(Episode):
-    """One of a U-Net trained for inpainting: its second drawing paints a part of the first's picture anew.
+    """One of a U-Net trained for inpainting: its second trajectory paints a part of the first's image anew.
 
     A type of its own, so that the episodes of other U-Nets, and what is recorded of them, keep their identity.
 
     Attributes:
-        strength: of the second drawing; 1 starts from noise alone, as diffusers does unless it is told otherwise.
+        strength: of the second trajectory; 1 starts from noise alone, as diffusers does unless it is told otherwise.
         mask: kind of the mask, one of `masks.KINDS`.
-        painted: share of the picture under it; 1 is all.
+        painted: share of the image under it; 1 is all.
     """
 
     strength: float
@@ -74,17 +74,17 @@ def plan_episodes(prompts: Sequence[str], samples: int, *, steps: int = STEPS, s
 
     Each episode records one call from each of six equal parts of the schedule, the place inside the part shifting
     from episode to episode, so that together they cover every step equally often whatever their number. A U-Net for
-    inpainting is asked for pictures under masks above all: half of its calls are, one from each of four parts of the
-    schedule, two drawings of three from noise alone. The other half paints everything anew, which is what text to
+    inpainting is asked for images under masks above all: half of its calls are, one from each of four parts of the
+    schedule, two samples of three from noise alone. The other half paints everything anew, which is what text to
     image is to it.
 
     Args:
         prompts: used in turn.
         samples: U-Net calls to record; both guidance branches are in each.
-        steps: of a drawing.
-        strength: of the drawings that start from a picture.
+        steps: of a trajectory.
+        strength: of the trajectories that start from an image.
         seed: of the first episode.
-        inpaints: whether the U-Net takes a mask and a masked picture: gives `InpaintingEpisode`s.
+        inpaints: whether the U-Net takes a mask and a masked image: gives `InpaintingEpisode`s.
 
     Raises:
         InputError: no prompts, or so few samples that a part of the schedule would go unseen.
@@ -113,7 +113,7 @@ def plan_episodes(prompts: Sequence[str], samples: int, *, steps: int = STEPS, s
 
 
 def _masked(episode: Episode, number: int, strength: float) -> InpaintingEpisode:
-    """The episode with the mask of its second drawing: kinds in turn, areas of all sizes mixed, half below a third."""
+    """The episode with the mask of its second trajectory: kinds in turn, areas of all sizes, half below a third."""
     kinds = tuple(KINDS)
     place = (0.5 + number * _SILVER) % 1.0  # begins in the middle: a single episode should be no extreme
     painted = _SMALLEST + place**2 * (1 - _SMALLEST)

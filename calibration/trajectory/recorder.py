@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from calibration.trajectory.inpainting_masks import draw_mask
+from calibration.trajectory.inpainting_masks import paint_mask
 from calibration.trajectory.prompts import CALLS_PER_EPISODE, STEPS, STRENGTH, Episode, InpaintingEpisode
 from runtimes.backends.session import Arrays, Session
 from runtimes.bundle.folder import replacing, translated_disk_errors
@@ -82,8 +82,8 @@ def record(sessions: Mapping[str, Session], assemble: Assemble, episodes: tuple[
     """Run the pipeline and keep what its networks are fed; what was recorded before, also by a killed run, is kept.
 
     The U-Net's calls hold both guidance branches (rows: unconditional, then conditional). Text encoder and decoder are
-    recorded at every call; the encoder sees the picture that the second drawing of an episode starts from, and where
-    the episodes are for inpainting, the picture without what its mask covers, and the grey that text to image starts
+    recorded at every call; the encoder sees the image that the second trajectory of an episode starts from, and where
+    the episodes are for inpainting, the image without what its mask covers, and the grey that text to image starts
     from.
 
     Args:
@@ -124,14 +124,14 @@ def _play(taps: Mapping[str, _Tap], assemble: Assemble, episode: Episode, guidan
     for name, tap in taps.items():
         tap.begin(episode.keep if name == DENOISER else None)
     prompt, second_prompt = (episode.prompt, episode.second_prompt) if pipeline.facts.text_encoders else ("", "")
-    pictures = pipeline(prompt, steps=steps, guidance_scale=guidance_scale, seed=episode.seed)
+    images = pipeline(prompt, steps=steps, guidance_scale=guidance_scale, seed=episode.seed)
     if not episode.second_keep or "vae_encoder" not in taps:
         return
     taps[DENOISER].begin(episode.second_keep)
-    how: dict[str, Any] = {"image": pictures[0], "strength": strength}
+    how: dict[str, Any] = {"image": images[0], "strength": strength}
     if isinstance(episode, InpaintingEpisode):
-        width, height = pictures[0].size
-        how = {"image": pictures[0], "strength": episode.strength, "mask": draw_mask(
+        width, height = images[0].size
+        how = {"image": images[0], "strength": episode.strength, "mask": paint_mask(
             episode.mask, height, width, episode.painted, episode.seed, pipeline.facts.vae_scale_factor)}
     pipeline(second_prompt, steps=steps, guidance_scale=guidance_scale, seed=episode.seed + 1, **how)
 

@@ -1,4 +1,4 @@
-"""Contestant "a bundle": drawn through `runtimes`, without torch. A process of its own."""
+"""Contestant "a bundle": sampled through `runtimes`, without torch. A process of its own."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from runtimes.errors import InputError, UnavailableError
 
 QUALITIES = ("draft", "balanced", "high")
 DRAFT_POINTS = 2.0  # of retrieval that a draft may lose
-DRAFT_PSNR_DB = 20.0  # where there is no retrieval: the same picture, details differ
+DRAFT_PSNR_DB = 20.0  # where there is no retrieval: the same image, details differ
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class Measured:
     """A setting with its cost and its accuracy.
 
     Attributes:
-        milliseconds: median for one picture on this machine.
-        psnr_db: mean over pictures, to a long run of the bundle's own sampler from the same noise.
+        milliseconds: median for one image on this machine.
+        psnr_db: mean over images, to a long run of the bundle's own sampler from the same noise.
         retrieval: share of prompts found again, 0 to 1; None for models without a gallery.
     """
 
@@ -93,7 +93,7 @@ def _good_enough(entry: Measured, high: Measured) -> bool:
 
 
 def within(milliseconds: float, measured: Sequence[Measured]) -> Measured:
-    """The most accurate setting that takes at most so long for one picture.
+    """The most accurate setting that takes at most so long for one image.
 
     Raises:
         InputError: even the fastest takes longer.

@@ -36,44 +36,44 @@ def candidates(bundle: Bundle) -> list[Setting]:
 
 
 def measure(
-    bundle: Bundle, *, pictures: int = 100, device: str = "cpu", threads: int = 0,
+    bundle: Bundle, *, images: int = 100, device: str = "cpu", threads: int = 0,
     progress: Callable[[str], None] = lambda text: None,
 ) -> list[Measured]:
-    """Draw the same prompts from the same noise with every setting, then time one picture in interleaved rounds.
+    """Generate the same prompts from the same noise with every setting, then time one image in interleaved rounds.
 
     Args:
         bundle: any bundle.
-        pictures: how many are drawn with each setting, of subjects spread over the gallery where there is one.
+        images: how many are generated with each setting, of subjects spread over the gallery where there is one.
         device, threads: as for `runtimes.load`.
-        progress: told what is drawn.
+        progress: told what is generated.
     """
     pipeline = load(bundle, device=device, threads=threads)
     settings = candidates(bundle)
     gallery = gallery_for(bundle.manifest.source.id)
     known = options_for(bundle.manifest.source.id, ()).prompts if gallery is None else gallery.names
-    prompts = [known[round(i * len(known) / pictures) % len(known)] for i in range(pictures)]
-    reference = _draw(pipeline, prompts, Setting(LONG_STEPS), progress)
+    prompts = [known[round(i * len(known) / images) % len(known)] for i in range(images)]
+    reference = _generate(pipeline, prompts, Setting(LONG_STEPS), progress)
     accuracy = []
     for setting in settings:
-        drawn = _draw(pipeline, prompts, setting, progress)
-        psnr = float(np.mean([_psnr(a, b) for a, b in zip(reference, drawn, strict=True)]))
-        accuracy.append((psnr, None if gallery is None else gallery.score(drawn, prompts)))
+        generated = _generate(pipeline, prompts, setting, progress)
+        psnr = float(np.mean([_psnr(a, b) for a, b in zip(reference, generated, strict=True)]))
+        accuracy.append((psnr, None if gallery is None else gallery.score(generated, prompts)))
     progress("timing")
     milliseconds = _timed(pipeline, prompts[0], settings)
     return [Measured(s, ms, psnr, found)
             for s, ms, (psnr, found) in zip(settings, milliseconds, accuracy, strict=True)]
 
 
-def _draw(pipeline: Pipeline, prompts: Sequence[str], setting: Setting, progress: Callable[[str], None]) -> Float32:
-    """(N, H, W, 3) float32 in 0..1, picture i from seed i."""
-    progress(f"drawing with {setting}")
+def _generate(pipeline: Pipeline, prompts: Sequence[str], setting: Setting, progress: Callable[[str], None]) -> Float32:
+    """(N, H, W, 3) float32 in 0..1, image i from seed i."""
+    progress(f"generating with {setting}")
     parts = [pipeline(prompts[i : i + 8], seed=i, output="numpy", **setting.options())
              for i in range(0, len(prompts), 8)]
     return np.concatenate(parts)
 
 
 def _timed(pipeline: Pipeline, prompt: str, settings: Sequence[Setting]) -> list[float]:
-    """Median milliseconds of one picture; rounds interleave, so that a machine that slows down slows all."""
+    """Median milliseconds of one image; rounds interleave, so that a machine that slows down slows all."""
     seconds: list[list[float]] = [[] for _ in settings]
     for _ in range(TIMED_ROUNDS):
         for setting, own in zip(settings, seconds, strict=True):

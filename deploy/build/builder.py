@@ -320,7 +320,7 @@ def _commit(spec: BuildSpec, result: Bundle, gate: Gate, key: str, target: Path,
         for name in manifest.all_files():
             link_or_copy(result.path / name, folder / name)
         if spec.verify != "no":
-            write_report(folder / "report", manifest, gate.pictures)
+            write_report(folder / "report", manifest, gate.images)
             report = records_below(folder / "report", folder)
             manifest = replace(manifest, measured={**measurements, "files": to_json(report)})
         write_manifest(folder, manifest)

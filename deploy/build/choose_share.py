@@ -32,7 +32,7 @@ class Candidate:
         prune: the share; 0 is the U-Net as it was.
         bytes, macs: of the U-Net.
         seconds: of one of its calls, median; None where it cannot run here.
-        trajectory_relative_l2, psnr_db, ssim: of the worst picture, retrieval: share found again; each None where it
+        trajectory_relative_l2, psnr_db, ssim: of the worst image, retrieval: share found again; each None where it
             was not compared.
         broken: what is outside the budget, empty if nothing is.
     """

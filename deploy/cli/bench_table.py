@@ -29,7 +29,7 @@ def show_bench(report: Mapping[str, Any]) -> None:
                       f"{run['psnr_db']:.1f} dB")
     out.print(table)
     parts = sorted({part for run in report["runs"] for part in run["components"]})
-    table = Table(Column(overflow="fold"), *parts, title="Where the time goes: ms of a drawing, share")
+    table = Table(Column(overflow="fold"), *parts, title="Where the time goes: ms of an image, share")
     for run in report["runs"]:
         found = run["components"]
         table.add_row(run["name"], *(f"{found[p]['seconds'] * 1e3:.1f} ({found[p]['share']:.1%})" if p in found else ""

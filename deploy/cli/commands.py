@@ -47,12 +47,12 @@ Mask = Annotated[str, typer.Option(help="weights to zero, no shape changes: text
 Recover = Annotated[int, typer.Option(help="steps of distillation from the original after pruning")]
 RecoverPrompts = Annotated[Path | None, typer.Option(help="file with one prompt a line to distil on")]
 BudgetOptions = Annotated[list[str], typer.Option(help="override an accuracy limit: image_psnr_db=40")]
-Verify = Annotated[str, typer.Option(help="compare with PyTorch: full, quick (4 steps of a picture), components, no; "
+Verify = Annotated[str, typer.Option(help="compare with PyTorch: full, quick (4 steps of an image), components, no; "
                                           "auto: full where that takes a minute or two, else quick")]
 NoVerify = Annotated[bool, typer.Option("--no-verify", help="the same as --verify no")]
 Variant = Annotated[str, typer.Option(help="of the weight files: fp16 reads *.fp16.safetensors where there are such")]
 Revision = Annotated[str, typer.Option(help="of a MODEL on the Hub: a branch, a tag or a commit; default main")]
-OutputPng = Annotated[Path, typer.Option("-o", "--output", help="PNG file; several pictures get numbered names")]
+OutputPng = Annotated[Path, typer.Option("-o", "--output", help="PNG file; several images get numbered names")]
 Against = Annotated[str | None, typer.Option(help="the source model; default: where the bundle was built from")]
 ModelArgument = Annotated[str, typer.Argument(help="folder in diffusers layout, or OWNER/NAME on the Hugging Face Hub; "
                                                     "default: the model that ships with us")]
@@ -178,17 +178,17 @@ def prune_model(
 @app.command()
 def generate(
     bundle: BundlePath,
-    prompt: Annotated[list[str], typer.Argument(help="what to draw")] = [],  # noqa: B006
+    prompt: Annotated[list[str], typer.Argument(help="what to generate")] = [],  # noqa: B006
     prompts: Annotated[Path | None, typer.Option(help="file with one prompt a line, instead of PROMPT")] = None,
     negative: Annotated[str | None, typer.Option(help="what not to generate")] = None,
-    image: Annotated[Path | None, typer.Option(help="start from this picture (image-to-image)")] = None,
+    image: Annotated[Path | None, typer.Option(help="start from this image (image-to-image)")] = None,
     mask: Annotated[Path | None, typer.Option(help="white where the image is painted anew (inpainting)")] = None,
     strength: Annotated[float | None, typer.Option(help="how far to leave the image, above 0 to 1; default the "
                                                         "model's: 0.8, of XL 0.3, with --mask 1")] = None,
     steps: Annotated[int | None, typer.Option(help="denoising steps; default 25")] = None,
     quality: Annotated[str, typer.Option(help="draft, balanced or high: what `tradeoffs` measured of the bundle; "
                                               "options that are given win")] = "",
-    budget_ms: Annotated[float | None, typer.Option(help="the most accurate that takes so long for a picture, as "
+    budget_ms: Annotated[float | None, typer.Option(help="the most accurate that takes so long for an image, as "
                                                          "`tradeoffs` measured")] = None,
     guidance: Annotated[float | None, typer.Option(help="guidance_scale, 1 is off; default the model's: 7.5, of XL "
                                                         "5")] = None,
@@ -201,7 +201,7 @@ def generate(
     cache_interval: Annotated[int | None, typer.Option(help="compute the U-Net's deep layers every so many steps; "
                                                             "needs a bundle built with --step-cache")] = None,
     seed: Annotated[int, typer.Option(help="the first image's seed, as PyTorch's; the next ones count up")] = 0,
-    count: Annotated[int, typer.Option("-n", "--count", min=1, help="pictures for each prompt")] = 1,
+    count: Annotated[int, typer.Option("-n", "--count", min=1, help="images for each prompt")] = 1,
     scheduler: Annotated[str | None, typer.Option(
         help="sampling method, by default the model's: ddim, ddpm, euler, euler-ancestral, heun, kdpm2, "
              "kdpm2-ancestral, lms, dpm++, dpm-single, dpm-sde, deis, unipc, sa-solver, lcm, tcd, pndm, "
@@ -209,8 +209,8 @@ def generate(
     height: Annotated[int | None, typer.Option(help="pixels")] = None,
     width: Annotated[int | None, typer.Option(help="pixels")] = None,
     aspect: Annotated[str, typer.Option(help="width:height, as 16:9; the bundle's nearest size")] = "",
-    memory_budget: Annotated[str, typer.Option(help="as 2GB: as many pictures at once as fit")] = "",
-    tile: Annotated[int | None, typer.Option(help="draw in overlapping tiles of so many pixels, for large pictures")]
+    memory_budget: Annotated[str, typer.Option(help="as 2GB: as many images at once as fit")] = "",
+    tile: Annotated[int | None, typer.Option(help="generate in overlapping tiles of so many pixels, for large images")]
     = None,
     latents: Annotated[Path | None, typer.Option(help="initial latents, .npy float32 (B, C, H/f, W/f)")] = None,
     save_latents: Annotated[Path | None, typer.Option(help="write the final latents as .npy")] = None,
@@ -227,7 +227,7 @@ def generate(
     check: Annotated[bool, typer.Option("--check", help="hash large files again that nobody wrote to since")] = False,
     output: OutputPng = Path("out.png"),
 ) -> None:
-    """Draw pictures with a bundle. Needs no PyTorch."""
+    """Generate images with a bundle. Needs no PyTorch."""
     from deploy.cli.generate import GenerateRequest, generate_files
 
     generate_files(
@@ -247,7 +247,7 @@ def generate(
 @app.command()
 def tradeoffs(
     bundle: BundlePath,
-    pictures: Annotated[int, typer.Option(min=1, help="drawn with each setting")] = 100,
+    images: Annotated[int, typer.Option(min=1, help="generated with each setting")] = 100,
     device: Device = "cpu",
     threads: Threads = 0,
     json: Json = False,
@@ -260,7 +260,7 @@ def tradeoffs(
 
     opened = Bundle.open(bundle)
     with console.BuildProgress() as progress:
-        measured = measure(opened, pictures=pictures, device=device, threads=threads, progress=progress.working)
+        measured = measure(opened, images=images, device=device, threads=threads, progress=progress.working)
     file = presets.save(opened.manifest.digest, measured)
     console.print_json(presets.summary(measured)) if json else console.show_tradeoffs(measured, file)
 
@@ -289,7 +289,7 @@ def verify(
 def bench(
     bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE...", help="folders that `build` wrote")],
     against: Annotated[str, typer.Option(help="also measure PyTorch: torch,torch.compile")] = "",
-    rounds: Annotated[int, typer.Option(min=1, help="interleaved drawings of each that count")] = 7,
+    rounds: Annotated[int, typer.Option(min=1, help="interleaved images of each that count")] = 7,
     steps: Annotated[int, typer.Option(help="denoising steps")] = 25,
     guidance: Annotated[float, typer.Option(help="guidance_scale")] = 7.5,
     batch: Annotated[str, typer.Option(help="images at once, several with commas: 1,2,4,8")] = "1",
@@ -315,7 +315,7 @@ def report(
     output: Annotated[Path, typer.Option("-o", "--output", help="HTML file")] = Path("report.html"),
     bench: Annotated[Path | None, typer.Option(help="what `bench --json` printed: adds the bundles' seconds")] = None,
 ) -> None:
-    """Write one page about bundles: passes, sizes, accuracy, pictures; several are set against each other."""
+    """Write one page about bundles: passes, sizes, accuracy, images; several are set against each other."""
     from deploy.cli import console
     from deploy.report.page import report_bundles
 
@@ -327,14 +327,14 @@ def report(
 @app.command()
 def diagnose(
     target: Annotated[str, typer.Argument(metavar="BUNDLE|MODEL", help="folder that `build` wrote, or a model")],
-    image: Annotated[list[Path], typer.Option(help="picture to judge the VAE by; may come again")] = [],  # noqa: B006
-    grid: Annotated[Path | None, typer.Option(help="PNG: how drawings come about along the denoising")] = None,
+    image: Annotated[list[Path], typer.Option(help="image to judge the VAE by; may come again")] = [],  # noqa: B006
+    grid: Annotated[Path | None, typer.Option(help="PNG: how images come about along the denoising")] = None,
     steps: Annotated[int, typer.Option(min=2, help="denoising steps")] = 20,
     guidance: Annotated[float, typer.Option(help="guidance_scale")] = 5.0,
     device: Device = "cpu",
     json: Json = False,
 ) -> None:
-    """Find what is wrong with drawings: VAE, U-Net without a prompt, response to text, guidance, in this order."""
+    """Find what is wrong with images: VAE, U-Net without a prompt, response to text, guidance, in this order."""
     from deploy.cli import console
     from deploy.diagnose.run_checks import DiagnoseOptions, diagnose_pipeline
 

@@ -91,7 +91,7 @@ class StepProgress:
     latents: NDArray[np.float32]
 
     def __init__(self, steps: int) -> None:
-        self._bars = Progress(TextColumn("drawing"), BarColumn(30), TextColumn("{task.completed}/{task.total}"),
+        self._bars = Progress(TextColumn("generating"), BarColumn(30), TextColumn("{task.completed}/{task.total}"),
                               console=err, transient=True, disable=not err.is_terminal)
         self._task = self._bars.add_task("", total=steps)
 
@@ -356,11 +356,11 @@ def show_trimmed(found: Mapping[str, Any]) -> None:
         out.print(Text("more than the limit: the rest is in use by a running build", "yellow"))
 
 
-def show_generated(files: Sequence[Path], *, count: int, load_seconds: float, draw_seconds: float,
+def show_generated(files: Sequence[Path], *, count: int, load_seconds: float, generate_seconds: float,
                    peak_rss_bytes: int) -> None:
-    """Where the pictures are and what they cost."""
+    """Where the images are and what they cost."""
     names = str(files[0]) if len(files) == 1 else f"{files[0]} … {files[-1]}"
-    out.print(f"{names}: {count} picture{'s' if count > 1 else ''} in {draw_seconds:.2f} s, "
+    out.print(f"{names}: {count} image{'s' if count > 1 else ''} in {generate_seconds:.2f} s, "
               f"loaded in {load_seconds:.2f} s, peak memory {megabytes(peak_rss_bytes)}")
 
 
@@ -370,7 +370,7 @@ def show_tradeoffs(measured: Sequence[Measured], file: Path) -> None:
 
     best = presets.front(measured)
     names = {quality: presets.preset(quality, measured) for quality in presets.QUALITIES}
-    table = Table(title="one picture; PSNR to 50 steps of the bundle's own sampler; * on the Pareto front",
+    table = Table(title="one image; PSNR to 50 steps of the bundle's own sampler; * on the Pareto front",
                   box=box.SIMPLE_HEAD, padding=0)
     for title in ("steps", "sampler", "guided", "cache", "ms", "×", "dB", "found", "preset"):
         table.add_column(title, no_wrap=True)

@@ -1,4 +1,4 @@
-"""`generate`: from command-line values to picture files. Needs the base dependencies only."""
+"""`generate`: from command-line values to image files. Needs the base dependencies only."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def prompts_of(request: GenerateRequest, *, wanted: bool = True) -> list[str]:
 
     Args:
         request: the options.
-        wanted: whether the model reads prompts; one that does not draws one picture for no prompt.
+        wanted: whether the model reads prompts; one that does not generates one image for no prompt.
 
     Raises:
         InputError: both or neither given, an unreadable file, or nothing in it.
@@ -129,7 +129,7 @@ def read_interval(text: str, option: str) -> tuple[float, float]:
 
 
 def generate_files(request: GenerateRequest) -> list[Path]:
-    """Draw and write; returns the files written."""
+    """Generate and write; returns the files written."""
     import runtimes
 
     if request.safety not in SAFETY:
@@ -167,8 +167,8 @@ def generate_files(request: GenerateRequest) -> list[Path]:
         save_array(progress.latents, request.save_latents)
     texts = descriptions(request, options, bundle.manifest.digest, wanted, seeds) if request.metadata else []
     files = save_images(result, request.output, request.grid, texts)
-    drawn = time.perf_counter()
-    console.show_generated(files, count=len(result), load_seconds=loaded - began, draw_seconds=drawn - loaded,
+    generated = time.perf_counter()
+    console.show_generated(files, count=len(result), load_seconds=loaded - began, generate_seconds=generated - loaded,
                            peak_rss_bytes=peak_rss_bytes())
     return files
 
@@ -186,20 +186,20 @@ def check_session(request: GenerateRequest, bundle: Bundle) -> None:
         raise InputError("threads are pinned on a CPU only", where="--pin-threads", fix="leave it out")
 
 
-def checked(pipeline: Pipeline, pictures: list[Image], *, replace: bool) -> list[Image]:
-    """Say which pictures the bundle's safety checker flags; black pictures in their place if they are to be replaced.
+def checked(pipeline: Pipeline, images: list[Image], *, replace: bool) -> list[Image]:
+    """Say which images the bundle's safety checker flags; black images in their place if they are to be replaced.
 
     Raises:
         InputError: the bundle has no safety checker.
     """
     from PIL import Image as PillowImage
 
-    flagged = pipeline.flagged(pictures)
+    flagged = pipeline.flagged(images)
     if any(flagged):
         numbers = ", ".join(str(number) for number, flag in enumerate(flagged, 1) if flag)
-        console.say(f"flagged by the safety checker{' and replaced' if replace else ''}: {numbers} of {len(pictures)}")
-    return [PillowImage.new("RGB", picture.size) if flag and replace else picture
-            for picture, flag in zip(pictures, flagged, strict=True)]
+        console.say(f"flagged by the safety checker{' and replaced' if replace else ''}: {numbers} of {len(images)}")
+    return [PillowImage.new("RGB", image.size) if flag and replace else image
+            for image, flag in zip(images, flagged, strict=True)]
 
 
 def size_of(request: GenerateRequest, pipeline: Pipeline) -> tuple[int | None, int | None]:
@@ -253,7 +253,7 @@ def given_options(request: GenerateRequest) -> dict[str, Any]:
 def descriptions(
     request: GenerateRequest, options: Mapping[str, Any], digest: str, prompts: list[str], seeds: list[int]
 ) -> list[dict[str, str]]:
-    """What each picture's PNG says about how it was made; what is not said was left to its default."""
+    """What each image's PNG says about how it was made; what is not said was left to its default."""
     common = {"negative_prompt": request.negative or "", "bundle": digest, "software": "ldm-deploy",
               "lora": ", ".join(Path(option).name for option in request.lora)}
     common |= {name: str(options[name] or "") for name in ("steps", "scheduler", "guidance_scale") if name in options}

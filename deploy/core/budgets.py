@@ -35,8 +35,8 @@ class Budget:
 # fp32 is re-association alone: 1e-6 to 1e-5 a call, so the budget of 1e-4 leaves room for fused kernels of other
 # hardware and none for a wrong weight. bf16 has 8 bits of mantissa to fp16's 11: 8 times fp16's rounding.
 # int8 is two to three times what the hybrid recipe loses on the reference model (0.061 a call at its worst shape, 0.105
-# in the final latents, no retrieval), its pictures no worse than bf16 allows (they have 29 dB, SSIM 0.95).
-# Below 16 bits the sampler walks to a different picture of the same prompt: PSNR then only catches broken images,
+# in the final latents, no retrieval), its images no worse than bf16 allows (they have 29 dB, SSIM 0.95).
+# Below 16 bits the sampler walks to a different image of the same prompt: PSNR then only catches broken images,
 # and what the user loses is said by retrieval, which is why its budget stays small.
 PRUNED = "pruned"
 BUDGETS: Mapping[str, Budget] = MappingProxyType({

@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from PIL.PngImagePlugin import PngInfo
 
 
-def save_preview(pictures: np.ndarray[Any, Any], factor: int, file: Path) -> None:
+def save_preview(images: np.ndarray[Any, Any], factor: int, file: Path) -> None:
     """Write (B, h, w, 3) uint8 side by side as one PNG, `factor` times larger."""
     from PIL import Image as PillowImage
 
-    images = [PillowImage.fromarray(p).resize((p.shape[1] * factor, p.shape[0] * factor)) for p in pictures]
-    save_images(images, file, len(images), [])
+    enlarged = [PillowImage.fromarray(p).resize((p.shape[1] * factor, p.shape[0] * factor)) for p in images]
+    save_images(enlarged, file, len(enlarged), [])
 
 
 def save_array(array: np.ndarray[Any, Any], file: Path) -> None:
@@ -33,13 +33,13 @@ def save_array(array: np.ndarray[Any, Any], file: Path) -> None:
 def save_images(
     images: list[Image], output: Path, columns: int, texts: Sequence[Mapping[str, str]]
 ) -> list[Path]:
-    """Write PNG files through temporary siblings: one sheet if columns > 0, else one file a picture.
+    """Write PNG files through temporary siblings: one sheet if columns > 0, else one file an image.
 
     Args:
         images: of one size.
         output: name of the file, or of numbered siblings.
         columns: of the sheet.
-        texts: key -> value for each picture's text chunks, or nothing; a sheet says what its pictures say, a line each.
+        texts: key -> value for each image's text chunks, or nothing; a sheet says what its images say, a line each.
     """
     if columns > 0:
         images = [contact_sheet(images, columns)]
@@ -65,7 +65,7 @@ def _chunks(texts: Mapping[str, str]) -> PngInfo:
 
 
 def contact_sheet(images: list[Image], columns: int) -> Image:
-    """Pictures of one size, row by row, on white."""
+    """Images of one size, row by row, on white."""
     from PIL import Image as PillowImage
 
     width, height = images[0].size

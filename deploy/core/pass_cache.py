@@ -54,7 +54,7 @@ def key_of(instance: Pass, step: Step, name: str, source: Bundle) -> str:
 
 
 def pipeline_identity(manifest: Manifest) -> dict[str, Any]:
-    """Everything about the sampling loop that decides what is drawn with given networks, as JSON."""
+    """Everything about the sampling loop that decides what is generated with given networks, as JSON."""
     return {"facts": to_json(manifest.pipeline), "files": {n: r.sha256 for n, r in sorted(manifest.files.items())}}
 
 

@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from runtimes.errors import InputError
 
-DRAWINGS = 32  # of the teacher that one step of a recovery learns from
+TRAJECTORIES = 32  # of the teacher that one step of a recovery learns from
 
 
 class PruningOptions(BaseModel):
@@ -28,7 +28,7 @@ class PruningOptions(BaseModel):
         mask: weights to set to zero without changing a shape (`deploy.pruning.shrink.zeroed_weights`).
         recover: optimizer steps of distillation from the original, for each network that was pruned
             (`deploy.pruning.recovery.training_loop`).
-        recover_batch: pictures that the teacher draws at a time; with fewer than 32, which take less memory, the
+        recover_batch: images that the teacher generates at a time; with fewer than 32, which take less memory, the
             gradients of several batches make one step of 32.
         recover_prompts: what it is distilled on; the model's own set when empty.
     """
@@ -41,7 +41,7 @@ class PruningOptions(BaseModel):
     prune_blocks: Literal["none", "base", "small", "tiny"] = "none"
     mask: Literal["none", "textbook", "2:4"] = "none"
     recover: int = Field(default=0, ge=0)
-    recover_batch: int = Field(default=DRAWINGS, ge=1, le=DRAWINGS)
+    recover_batch: int = Field(default=TRAJECTORIES, ge=1, le=TRAJECTORIES)
     recover_prompts: tuple[str, ...] = ()
 
     @property

@@ -52,13 +52,13 @@ class BuildSpec(PruningOptions):
         verify: how much the parity gate compares (deploy.parity.effort); after "no" the bundle is marked as not
             verified. YAML reads a bare `no` as false, so true and false are taken for "auto" and "no".
         budget: overrides of the precision's accuracy budget, by name.
-        prompts: what the image-level comparison draws; the model's own set when empty.
+        prompts: what the image-level comparison generates; the model's own set when empty.
         keep: patterns of node names or op types that stay in float32 when precision is lowered.
         quantization: recipe of int8 builds (calibration.graphs.layers.assign).
         text_encoder_bits: of the weights of text encoders in int8 builds; 4 comes with a scale for every 32 inputs.
         quantization_methods: what is done to lose less in 8 bits (calibration.graphs.transforms).
         smoothquant_alpha: of the method smoothquant: 0 leaves the difficulty in the activations, 1 in the weights.
-        calibration_prompts: what is drawn to find the ranges of activations; the model's own set when empty.
+        calibration_prompts: what is generated to find the ranges of activations; the model's own set when empty.
         calibration_samples: U-Net calls that are recorded.
         device: of onnxruntime: what the bundle will run on. For a GPU, graphs have TensorRT's form: float16 computes in
             float16 instead of being stored alone, and INT8 is symmetric.

@@ -22,12 +22,12 @@ class Limits:
 
     Attributes:
         latent_std: least and greatest deviation of scaled latents; a scaling factor makes them 1 on its data set.
-        reconstruction_psnr_db: least, of pictures encoded and decoded.
+        reconstruction_psnr_db: least, of images encoded and decoded.
         noise_error: greatest mean squared error of predicted noise, relative to the best linear guess.
         sample_std: least and greatest deviation of denoised latents.
         text_response: least relative L2 between predictions under a prompt and under none.
-        prompts_found: least share of drawings whose noise the prompt they were drawn from explains best.
-        clipped: greatest share of pixel values at black or white beyond what drawings without guidance have.
+        prompts_found: least share of images whose noise the prompt they were generated from explains best.
+        clipped: greatest share of pixel values at black or white beyond what images without guidance have.
     """
 
     latent_std: tuple[float, float] = (0.75, 1.33)
@@ -83,14 +83,14 @@ class Diagnosis:
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """The pipeline's drawings of some prompts from the same noise, (B, C, H/f, W/f) and (B, H, W, 3) float32.
+class Samples:
+    """The pipeline's images of some prompts from the same noise, (B, C, H/f, W/f) and (B, H, W, 3) float32.
 
     Attributes:
         latents, pixels: under guidance.
         plain, plain_pixels: with the prompt and without guidance.
         blank: without a prompt.
-        estimates: of the guided drawing along its steps, one (B, C, H/f, W/f) for each column of the grid.
+        estimates: of the guided run along its steps, one (B, C, H/f, W/f) for each column of the grid.
     """
 
     prompts: tuple[str, ...]
@@ -102,17 +102,17 @@ class Drawn:
     estimates: tuple[Float32, ...]
 
 
-def check_vae(probe: Probe, drawn: Drawn, pictures: Float32 | None) -> Check:
-    """Are latents of pictures, times the scaling factor, what the U-Net was trained on, and do pictures come back?
+def check_vae(probe: Probe, generated: Samples, images: Float32 | None) -> Check:
+    """Are latents of images, times the scaling factor, what the U-Net was trained on, and do images come back?
 
     Args:
         probe: of the pipeline.
-        drawn: stands in for pictures that were not given. What a decoder drew is natural to its encoder, so that a
+        generated: stands in for images that were not given. What a decoder drew is natural to its encoder, so that a
             wrong factor shows in them too: they come back at another scale than they left.
-        pictures: (B, 3, H, W) float32 in -1..1.
+        images: (B, 3, H, W) float32 in -1..1.
     """
-    given = pictures is not None
-    pixels = pictures if pictures is not None else drawn.plain_pixels.transpose(0, 3, 1, 2) * 2 - 1
+    given = images is not None
+    pixels = images if images is not None else generated.plain_pixels.transpose(0, 3, 1, 2) * 2 - 1
     latents = probe.encode(np.ascontiguousarray(pixels, np.float32))
     figures: dict[str, Any] = {"pictures": "given" if given else "drawn", **moments(latents), "channel_std": [
         round(float(s), 4) for s in latents.std(axis=(0, 2, 3))], "scaling_factor": probe.facts.scaling_factor}
@@ -123,26 +123,26 @@ def check_vae(probe: Probe, drawn: Drawn, pictures: Float32 | None) -> Check:
     low, high = LIMITS.latent_std
     if not low <= deviation <= high:
         fitting = probe.facts.scaling_factor / deviation
-        return Check("vae", False, f"latents of pictures have a deviation of {deviation:.2f}, expected about 1 "
+        return Check("vae", False, f"latents of images have a deviation of {deviation:.2f}, expected about 1 "
                      f"({low} to {high})", f"set scaling_factor in the model's vae/config.json: {fitting:.4g} would fit"
-                     + ("" if given else "; give pictures of your own with --image to be sure"), figures)
+                     + ("" if given else "; give images of your own with --image to be sure"), figures)
     if decibels < LIMITS.reconstruction_psnr_db:
-        return Check("vae", False, f"a picture that is encoded and decoded comes back at {decibels:.1f} dB, expected "
+        return Check("vae", False, f"an image that is encoded and decoded comes back at {decibels:.1f} dB, expected "
                      f"{LIMITS.reconstruction_psnr_db:.0f} or more", "the autoencoder's weights or precision are at "
                      "fault: compare it with its source by `verify`, or build with another --vae", figures)
-    return Check("vae", True, f"latents have a deviation of {deviation:.2f}, pictures come back at {decibels:.1f} dB",
+    return Check("vae", True, f"latents have a deviation of {deviation:.2f}, images come back at {decibels:.1f} dB",
                  figures=figures)
 
 
-def check_unconditional(probe: Probe, drawn: Drawn, pictures: Float32 | None) -> Check:
-    """Does the U-Net, told nothing, know noise from picture, and does its sampler end at latents of a picture?
+def check_unconditional(probe: Probe, generated: Samples, images: Float32 | None) -> Check:
+    """Does the U-Net, told nothing, know noise from image, and does its sampler end at latents of an image?
 
-    Noise is added to the latents of `pictures`, (B, 3, H, W) float32 in -1..1, or to the drawn ones.
+    Noise is added to the latents of `images`, (B, 3, H, W) float32 in -1..1, or to the generated ones.
     """
-    latents = drawn.plain if pictures is None else probe.encode(pictures)
+    latents = generated.plain if images is None else probe.encode(images)
     errors = {t: noise_error(probe, latents, ("",) * len(latents), t) for t in probe.levels}
     relative = {t: error / probe.signal(t) for t, error in errors.items()}
-    mean, sample = float(np.mean(list(relative.values()))), moments(drawn.blank)
+    mean, sample = float(np.mean(list(relative.values()))), moments(generated.blank)
     figures: dict[str, Any] = {"noise_error": {str(t): e for t, e in errors.items()},
                "relative_noise_error": {str(t): e for t, e in relative.items()},
                "mean_relative_noise_error": mean, "sample": sample}
@@ -152,56 +152,57 @@ def check_unconditional(probe: Probe, drawn: Drawn, pictures: Float32 | None) ->
                      f"expected less than {LIMITS.noise_error}", "the U-Net's weights, or prediction_type or betas in "
                      "scheduler_config.json, are not those of its training", figures)
     if not low <= sample["std"] <= high:
-        return Check("unconditional", False, f"drawings without a prompt end with a deviation of {sample['std']:.2f}, "
+        return Check("unconditional", False, f"images without a prompt end with a deviation of {sample['std']:.2f}, "
                      f"expected {low} to {high}", "predictions are right and the sampler is not: look at the timesteps "
                      "and prediction_type in scheduler_config.json, or try more steps", figures)
     return Check("unconditional", True, f"predicted noise is off by {mean:.2f} of what a linear guess is off by",
                  figures=figures)
 
 
-def check_text(probe: Probe, drawn: Drawn) -> Check:
-    """Does the prompt change what the U-Net predicts, and is it the right prompt that explains a drawing best?
+def check_text(probe: Probe, generated: Samples) -> Check:
+    """Does the prompt change what the U-Net predicts, and is it the right prompt that explains an image best?
 
     The second is the classifier of Li et al., Your Diffusion Model is Secretly a Zero-Shot Classifier, arXiv
-    2303.16203, eq. 6, over the prompts drawn.
+    2303.16203, eq. 6, over the prompts generated.
     """
-    blank = ("",) * len(drawn.prompts)
-    response = {t: relative_l2(*(probe.predict(drawn.latents, told, t)[1] for told in (blank, drawn.prompts)))
+    blank = ("",) * len(generated.prompts)
+    response = {t: relative_l2(*(probe.predict(generated.latents, told, t)[1] for told in (blank, generated.prompts)))
                 for t in probe.levels}
-    strongest, found = max(response.values()), prompts_found(probe, drawn.latents, drawn.prompts)
+    strongest, found = max(response.values()), prompts_found(probe, generated.latents, generated.prompts)
     figures = {"response": {str(t): r for t, r in response.items()}, "strongest_response": strongest,
-               "prompts_found": found, "prompts": list(drawn.prompts)}
+               "prompts_found": found, "prompts": list(generated.prompts)}
     if not strongest >= LIMITS.text_response:
         return Check("text", False, f"a prompt changes the prediction by {strongest:.2g} at most, expected "
                      f"{LIMITS.text_response} or more", "the prompt does not reach the U-Net: look at the text "
                      "encoder's weights and tokenizer, and at the U-Net's cross-attention (attn2)", figures)
     if not found >= LIMITS.prompts_found:
-        return Check("text", False, f"the prompt that a drawing was made from explains it best in {found:.0%} of "
-                     f"drawings, expected {LIMITS.prompts_found:.0%} or more", "prompts mean something else than in "
+        return Check("text", False, f"the prompt that an image was made from explains it best in {found:.0%} of "
+                     f"images, expected {LIMITS.prompts_found:.0%} or more", "prompts mean something else than in "
                      "training: are tokenizer and text encoder this model's?", figures)
-    return Check("text", True, f"prompts change the prediction by up to {strongest:.2g}; {found:.0%} of drawings are "
+    return Check("text", True, f"prompts change the prediction by up to {strongest:.2g}; {found:.0%} of images are "
                  "explained best by their own", figures=figures)
 
 
-def check_guidance(probe: Probe, drawn: Drawn) -> Check:
-    """Does guidance move drawings, towards their prompts, without burning them out?"""
-    moved, burnt = relative_l2(drawn.plain, drawn.latents), clipped(drawn.pixels) - clipped(drawn.plain_pixels)
-    guided, plain = (evidence(probe, latents, drawn) for latents in (drawn.latents, drawn.plain))
-    figures = {"moved": moved, "clipped": clipped(drawn.pixels), "clipped_without": clipped(drawn.plain_pixels),
-               "std": moments(drawn.latents)["std"], "std_without": moments(drawn.plain)["std"],
+def check_guidance(probe: Probe, generated: Samples) -> Check:
+    """Does guidance move images, towards their prompts, without burning them out?"""
+    moved = relative_l2(generated.plain, generated.latents)
+    burnt = clipped(generated.pixels) - clipped(generated.plain_pixels)
+    guided, plain = (evidence(probe, latents, generated) for latents in (generated.latents, generated.plain))
+    figures = {"moved": moved, "clipped": clipped(generated.pixels), "clipped_without": clipped(generated.plain_pixels),
+               "std": moments(generated.latents)["std"], "std_without": moments(generated.plain)["std"],
                "evidence": guided, "evidence_without": plain}
     if not moved >= LIMITS.text_response:
-        return Check("guidance", False, f"guidance changes drawings by {moved:.2g}, expected {LIMITS.text_response} or "
+        return Check("guidance", False, f"guidance changes images by {moved:.2g}, expected {LIMITS.text_response} or "
                      "more", "predictions with and without the prompt are the same: was the model trained with prompts "
                      "left out at times, and is it a distilled one, which needs none?", figures)
     if not guided >= plain / 2:
-        return Check("guidance", False, f"guided drawings show their prompts less ({guided:.2g}) than those without "
+        return Check("guidance", False, f"guided images show their prompts less ({guided:.2g}) than those without "
                      f"guidance ({plain:.2g})", "guidance leads away from the prompt: the empty prompt's embedding "
                      "is not that of training", figures)
     if not burnt <= LIMITS.clipped:
         return Check("guidance", False, f"guidance clips {burnt:.0%} more of all pixel values to black or white",
                      "lower --guidance, or use --guidance-rescale 0.7", figures)
-    return Check("guidance", True, f"guidance moves drawings by {moved:.2g} and clips {burnt:+.1%} of pixel values",
+    return Check("guidance", True, f"guidance moves images by {moved:.2g} and clips {burnt:+.1%} of pixel values",
                  figures=figures)
 
 
@@ -226,7 +227,7 @@ def noise_error(probe: Probe, latents: Float32, prompts: tuple[str, ...], timest
 
 
 def explained(probe: Probe, latents: Float32, prompts: tuple[str, ...]) -> NDArray[np.float64]:
-    """Error of predicted noise for each drawing (rows) under each prompt, at the middle of the schedule: (B, B)."""
+    """Error of predicted noise for each image (rows) under each prompt, at the middle of the schedule: (B, B)."""
     table = np.zeros((len(latents), len(prompts)))
     for timestep in probe.levels[len(probe.levels) // 2 - 1 : len(probe.levels) // 2 + 1]:
         for column, prompt in enumerate(prompts):
@@ -236,14 +237,14 @@ def explained(probe: Probe, latents: Float32, prompts: tuple[str, ...]) -> NDArr
 
 
 def prompts_found(probe: Probe, latents: Float32, prompts: tuple[str, ...]) -> float:
-    """Share of drawings whose own prompt explains them best."""
+    """Share of images whose own prompt explains them best."""
     table = explained(probe, latents, prompts)
     return float(np.mean([all(row[i] < v for j, v in enumerate(row) if j != i) for i, row in enumerate(table)]))
 
 
-def evidence(probe: Probe, latents: Float32, drawn: Drawn) -> float:
-    """By how much other prompts explain drawings worse than their own."""
-    table = explained(probe, latents, drawn.prompts)
+def evidence(probe: Probe, latents: Float32, generated: Samples) -> float:
+    """By how much other prompts explain images worse than their own."""
+    table = explained(probe, latents, generated.prompts)
     own = np.eye(len(table), dtype=bool)
     return float(table[~own].mean() - table[own].mean())
 

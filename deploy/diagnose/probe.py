@@ -1,4 +1,4 @@
-"""Asking a pipeline's networks single questions: latents of a picture, and noise as the U-Net sees it. No torch."""
+"""Asking a pipeline's networks single questions: latents of an image, and noise as the U-Net sees it. No torch."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Probe:
         return np.concatenate([np.ones_like(grey[:, :1]), grey], axis=1)
 
     def encode(self, pixels: Float32) -> Float32:
-        """Mean latents of pictures, scaled as the U-Net is given them.
+        """Mean latents of images, scaled as the U-Net is given them.
 
         Args:
             pixels: (B, 3, H, W) float32 in -1..1.
@@ -70,7 +70,7 @@ class Probe:
         return autoencoder.decode(self._sessions["vae_decoder"], latents, self.facts)
 
     def conditions(self, prompts: Sequence[str]) -> Conditions:
-        """What the U-Net is told of prompts, one for each picture."""
+        """What the U-Net is told of prompts, one for each image."""
         request = check_request(
             self._sessions, self.facts, prompt=list(prompts), negative_prompt=None, images_per_prompt=1, guided=False,
             seed=0, height=None, width=None, image=None, mask=None, strength=1.0, latents=None, tile=None)
@@ -100,6 +100,6 @@ class Probe:
         return noise, to_epsilon(self._schedule.prediction_type, output, sample, alpha, sigma)
 
     def signal(self, timestep: int) -> float:
-        """Share of the variance at a timestep that is the picture's: the squared error of the best linear guess of the
+        """Share of the variance at a timestep that is the image's: the squared error of the best linear guess of the
         noise, sigma x_t, where latents are white and of unit variance."""
         return float(self._schedule.levels(timestep)[0]) ** 2

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from deploy.diagnose.checks import Diagnosis, Drawn, check_guidance, check_text, check_unconditional, check_vae
+from deploy.diagnose.checks import Diagnosis, Samples, check_guidance, check_text, check_unconditional, check_vae
 from deploy.diagnose.probe import Probe
 from deploy.parity.options import PROMPTS
 from deploy.parity.reference.trajectories import assemble_pipeline
@@ -23,7 +23,7 @@ from runtimes.errors import InputError
 from runtimes.pipeline.diffusion import Pipeline, Step
 
 Float32 = NDArray[np.float32]
-PICTURES = 4
+IMAGES = 4
 GRID_COLUMNS = 8
 
 
@@ -32,8 +32,8 @@ class DiagnoseOptions:
     """How to look.
 
     Attributes:
-        images: pictures for the VAE; the pipeline's own drawings where there are none.
-        steps, guidance_scale: of the drawings.
+        images: images for the VAE; the pipeline's own images where there are none.
+        steps, guidance_scale: of the images.
         device: where a bundle runs.
     """
 
@@ -86,45 +86,45 @@ def diagnose_pipeline(target: str, options: DiagnoseOptions, grid: Path | None =
         say: told what is being done.
 
     Raises:
-        InputError: it is neither, or a picture cannot be read.
+        InputError: it is neither, or an image cannot be read.
         ParityError: its numbers are not finite: where is said.
     """
     with opened(target, options.device) as (sessions, bundle):
         probe, pipeline = Probe(sessions, bundle), assemble_pipeline(sessions, bundle)
         if "vae_encoder" not in bundle.manifest.components:
             raise InputError("there is no vae_encoder, which every check begins with", where=target)
-        pictures = read_pictures(options.images, probe.facts.height, probe.facts.width)
-        say("drawing")
-        drawn = draw(probe, pipeline, prompts_for(bundle), options)
+        images = read_images(options.images, probe.facts.height, probe.facts.width)
+        say("generating")
+        generated = generate(probe, pipeline, prompts_for(bundle), options)
         say("asking the networks")
-        checks = [check_vae(probe, drawn, pictures), check_unconditional(probe, drawn, pictures)]
+        checks = [check_vae(probe, generated, images), check_unconditional(probe, generated, images)]
         if probe.facts.text_encoders:
-            checks += [check_text(probe, drawn), check_guidance(probe, drawn)]
+            checks += [check_text(probe, generated), check_guidance(probe, generated)]
         if grid is not None:
-            write_grid(probe, drawn, grid)
+            write_grid(probe, generated, grid)
     return Diagnosis(tuple(checks))
 
 
 def prompts_for(bundle: Bundle) -> tuple[str, ...]:
-    """What is drawn: the reference model's own subjects, or everyday things; nothing of a model without prompts."""
+    """What is generated: the reference model's own subjects, or everyday things; nothing of a model without prompts."""
     if not bundle.manifest.pipeline.text_encoders:
-        return ("",) * PICTURES
+        return ("",) * IMAGES
     if bundle.manifest.source.id == "reference":  # deploy.core.spec.REFERENCE, whose module needs pydantic
         from deploy.reference_models import demo_prompts
 
-        return demo_prompts()[:PICTURES]
-    return PROMPTS[:PICTURES]
+        return demo_prompts()[:IMAGES]
+    return PROMPTS[:IMAGES]
 
 
-def read_pictures(files: Sequence[Path], height: int, width: int) -> Float32 | None:
+def read_images(files: Sequence[Path], height: int, width: int) -> Float32 | None:
     """(B, 3, H, W) float32 in -1..1, or None without files."""
     if not files:
         return None
     return np.stack([to_pixels(open_image(file, str(file)), height, width) for file in files])
 
 
-def draw(probe: Probe, pipeline: Pipeline, prompts: tuple[str, ...], options: DiagnoseOptions) -> Drawn:
-    """Draw with guidance, without, and without a prompt."""
+def generate(probe: Probe, pipeline: Pipeline, prompts: tuple[str, ...], options: DiagnoseOptions) -> Samples:
+    """Generate with guidance, without, and without a prompt."""
     estimates: list[Float32] = []
     wanted = {round(i * (options.steps - 1) / (GRID_COLUMNS - 1)) for i in range(GRID_COLUMNS)}
 
@@ -139,12 +139,12 @@ def draw(probe: Probe, pipeline: Pipeline, prompts: tuple[str, ...], options: Di
 
     guided, plain = latents(prompts, options.guidance_scale, keep), latents(prompts, 1.0)
     blank = latents(("",) * len(prompts), 1.0)
-    return Drawn(prompts, guided, probe.decode(guided), plain, probe.decode(plain), blank, tuple(estimates))
+    return Samples(prompts, guided, probe.decode(guided), plain, probe.decode(plain), blank, tuple(estimates))
 
 
-def write_grid(probe: Probe, drawn: Drawn, file: Path) -> None:
-    """A row for each prompt; in each column what the picture will be, as far as the latents of that step tell."""
+def write_grid(probe: Probe, generated: Samples, file: Path) -> None:
+    """A row for each prompt; in each column what the image will be, as far as the latents of that step tell."""
     from deploy.core.image_files import save_images
 
-    columns = [to_pil(to_uint8(probe.decode(latents))) for latents in drawn.estimates]
-    save_images([column[row] for row in range(len(drawn.prompts)) for column in columns], file, len(columns), [])
+    columns = [to_pil(to_uint8(probe.decode(latents))) for latents in generated.estimates]
+    save_images([column[row] for row in range(len(generated.prompts)) for column in columns], file, len(columns), [])

@@ -1,4 +1,4 @@
-"""What besides the networks makes two pipelines draw differently: scheduler, tokenizer, facts. By name."""
+"""What besides the networks makes two pipelines generate differently: scheduler, tokenizer, facts. By name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a comparison draws and how: prompts, samplers, steps, sizes. Every default in one frozen object."""
+"""What a comparison generates and how: prompts, samplers, steps, sizes. Every default in one frozen object."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class ParityOptions:
     """Settings of all three levels.
 
     Attributes:
-        prompts: drawn at trajectory and image level; those of the component level are taken from them too.
-        schedulers: keys of `runtimes.schedulers.SCHEDULERS`; every prompt is drawn with every one.
+        prompts: generated at trajectory and image level; those of the component level are taken from them too.
+        schedulers: keys of `runtimes.schedulers.SCHEDULERS`; every prompt is generated with every one.
         steps: denoising steps at trajectory and image level, and for retrieval.
         recording_steps: denoising steps of the runs that component inputs are recorded from.
         guidance_scale: of classifier-free guidance, in every run.
-        seed: of the initial latents and of the samplers that draw noise.
+        seed: of the initial latents and of the samplers that sample noise.
         height, width: pixels at trajectory and image level; the pipeline's default if None.
-        retrieval_prompts: names of gallery tiles to draw and find again; none leaves retrieval out.
+        retrieval_prompts: names of gallery tiles to generate and find again; none leaves retrieval out.
         retrieval_scheduler: key of `SCHEDULERS` for them.
         allow_scheduler_change: a build may replace the noise schedule on purpose (a distilled model's).
         session: device and threads of the candidate.
@@ -54,7 +54,7 @@ class ParityOptions:
 
 
 def options_for(source_id: str, prompts: tuple[str, ...], device: str = "cpu") -> ParityOptions:
-    """What is drawn: the user's prompts, else the reference model's own subjects, else everyday ones."""
+    """What is generated: the user's prompts, else the reference model's own subjects, else everyday ones."""
     session = SessionOptions(device)
     if source_id != REFERENCE:
         return ParityOptions(prompts=prompts or PROMPTS, session=session)
@@ -64,7 +64,7 @@ def options_for(source_id: str, prompts: tuple[str, ...], device: str = "cpu") -
 
 
 def gallery_for(source_id: str) -> Gallery | None:
-    """The pictures retrieval is scored by: only the reference model has them."""
+    """The images retrieval is scored by: only the reference model has them."""
     if source_id != REFERENCE:
         return None
     return Gallery.load(GALLERY_FILE, subject_names(), columns=GALLERY_COLUMNS, tile=GALLERY_TILE)

@@ -64,7 +64,7 @@ def _enforce_pipeline(report: PipelineReport, budget: Budget, pass_name: str) ->
     where = _where(pass_name, report.culprit or "pipeline")
     why = f"; {report.why}" if report.why else ""
     if report.problem:
-        raise ParityError(f"{report.problem}{why}", where=where, fix="the source model draws it")
+        raise ParityError(f"{report.problem}{why}", where=where, fix="the source model generates it")
     if broken.metric.startswith("noise schedule"):
         raise ParityError(f"{broken}{why}", where=where, fix="restore scheduler/scheduler_config.json of the source")
     raise ParityError(f"{broken}{why}", where=where, fix=_loosen(broken.metric, broken))

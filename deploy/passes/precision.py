@@ -83,7 +83,7 @@ def overflow(low: Path, decoder: Component, facts: PipelineFacts) -> str:
     """Whether a float16 decoder fails: its emulation, which a CPU can run, on noise as large as latents are.
 
     Decoders that were trained in float32 may hold values above 65,504: that of Stable Diffusion XL does
-    (madebyollin/sdxl-vae-fp16-fix), and draws black pictures.
+    (madebyollin/sdxl-vae-fp16-fix), and generates black images.
 
     Args:
         low: the graph that computes in float16.
@@ -104,9 +104,9 @@ def overflow(low: Path, decoder: Component, facts: PipelineFacts) -> str:
         session = plain_session(Path(scratch) / low.name, threads=0)
         for _ in range(PROBES):
             noise = unscaled(facts, random.standard_normal(shape, np.float32))
-            pictures = session.run(None, {latents.name: noise})
-            if wrong := sum(int((~np.isfinite(picture)).sum()) for picture in pictures):
-                return f"{wrong} of {sum(p.size for p in pictures)} values of a picture are not finite"
+            images = session.run(None, {latents.name: noise})
+            if wrong := sum(int((~np.isfinite(image)).sum()) for image in images):
+                return f"{wrong} of {sum(p.size for p in images)} values of an image are not finite"
     return ""
 
 

@@ -81,9 +81,9 @@ class Quantize(Pass):
                 raise InputError("the model has no text encoder", where="--text-encoder-bits", fix="leave it out")
             config["blocks"] = BLOCKS[spec.graph_target]
         if "auto" in recipes.values():
-            drawn = options_for(before.source.id, spec.prompts)
-            config["search"] = {"budget": asdict(budget), "prompts": list(drawn.prompts),
-                                "retrieval": len(drawn.retrieval_prompts)}
+            generated = options_for(before.source.id, spec.prompts)
+            config["search"] = {"budget": asdict(budget), "prompts": list(generated.prompts),
+                                "retrieval": len(generated.retrieval_prompts)}
         if any(recipe in NEEDS_RANGES for recipe in recipes.values()):
             config["calibration"] = plan_calibration(before, spec)
         every = tuple(before.components)
@@ -162,7 +162,7 @@ def recipe_of(component: str, quantization: str, text_encoder_bits: int) -> str:
     """The recipe of one component.
 
     The text encoder runs once for a prompt that the cache does not know: its time does not matter, its bytes do, and
-    everything that is drawn hangs on its output.
+    everything that is generated hangs on its output.
     """
     if component.startswith("text_encoder"):
         return INT4 if text_encoder_bits == 4 else "weight-only"

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from deploy.core.plan import Pass, Planned, Skip, Step
-from deploy.core.pruning_options import DRAWINGS
-from deploy.passes.prune import NAME, TEACHER, WEIGHTS_FILE, drawing_config
+from deploy.core.pruning_options import TRAJECTORIES
+from deploy.passes.prune import NAME, TEACHER, WEIGHTS_FILE, generation_config
 from runtimes.bundle.folder import Bundle, records_below
 from runtimes.bundle.manifest import Component, Manifest
 from runtimes.errors import InputError
@@ -34,8 +34,8 @@ class Recover(Pass):
         if TEACHER not in before.components or before.components[NAME].format != "safetensors":
             raise InputError("there is no original to learn from", where="pass recover",
                              fix="recover comes right after prune")
-        fewer = {"batch": spec.recover_batch} if spec.recover_batch < DRAWINGS else {}
-        config = {"steps": spec.recover, "keep_zeros": spec.mask != "none", **fewer, **drawing_config(before, spec)}
+        fewer = {"batch": spec.recover_batch} if spec.recover_batch < TRAJECTORIES else {}
+        config = {"steps": spec.recover, "keep_zeros": spec.mask != "none", **fewer, **generation_config(before, spec)}
         components = {n: c for n, c in before.components.items() if n != TEACHER}
         components[NAME] = replace(components[NAME], files={})
         step = Step(self.name, self.version, config, {NAME: (NAME, TEACHER, "text_encoder")},

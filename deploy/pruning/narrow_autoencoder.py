@@ -1,4 +1,4 @@
-"""An autoencoder made narrower, and what its halves then learn from pictures of the model's own: no data is needed.
+"""An autoencoder made narrower, and what its halves then learn from images of the model's own: no data is needed.
 
 diffusers builds encoder and decoder from one `block_out_channels`, so both halves shrink to the same widths; which
 channels go is chosen in each apart. Latents and moments keep their channels: every other network fits as before.
@@ -32,8 +32,8 @@ from runtimes.system.cache_store import use
 
 ENCODER, DECODER = HALVES[AUTOENCODER]
 DENOISER = "unet"
-SCORED, LEARNED, JUDGED = 32, 64, 16  # drawings: for importance; to learn from, and others for the figures
-DRAWN_AT_ONCE = 16
+SCORED, LEARNED, JUDGED = 32, 64, 16  # trajectories: for importance; to learn from, and others for the figures
+GENERATED_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class HalfRecipe(Schedule):
     """How half an autoencoder is trained.
 
     Attributes:
-        batch: pictures a step.
-        crop: side of what is taken of each, in latent pixels: convolutions learn nothing more from larger pictures.
+        batch: images a step.
+        crop: side of what is taken of each, in latent pixels: convolutions learn nothing more from larger images.
         absolute_weight: of the mean absolute error against the squared one: it keeps edges sharp.
         variance_weight: of the moments' log-variances against their means.
     """
@@ -58,8 +58,8 @@ class HalfRecipe(Schedule):
 class HalfDistillation:
     """The task of half an autoencoder (`deploy.pruning.recovery.training_loop.Task`): to answer like the original half.
 
-    The decoder learns the pictures that the original makes of the model's latents, the encoder the moments that the
-    original makes of those pictures. Loss: squared error in units of the original's variance, and absolute error in
+    The decoder learns the images that the original makes of the model's latents, the encoder the moments that the
+    original makes of those images. Loss: squared error in units of the original's variance, and absolute error in
     units of its deviation. Latents are mirrored at random, which costs nothing: the original answers those, too.
 
     Args:
@@ -77,7 +77,7 @@ class HalfDistillation:
 
     def loss(self) -> tuple[Tensor, float]:
         """One batch: the loss, and the squared error relative to the variance of what the original answers."""
-        inputs, wanted = _example(self._decoder, self._encoder, self.drawn(self._batches))
+        inputs, wanted = _example(self._decoder, self._encoder, self.generated(self._batches))
         self._batches += 1
         found, recipe = self.network(inputs)[0], self._recipe
         if self._encoder is None:
@@ -96,7 +96,7 @@ class HalfDistillation:
         """Go on with the next batch."""
         self._batches = int(tensors["batches"])
 
-    def drawn(self, batch: int) -> Tensor:
+    def generated(self, batch: int) -> Tensor:
         """The latents of one batch, (batch size, C, h, w): crops of some of all, every second one mirrored."""
         generator = torch.Generator().manual_seed(self._recipe.seed * 1_000_003 + batch)
         rows = torch.randint(len(self._latents), (self._recipe.batch,), generator=generator)
@@ -114,7 +114,7 @@ def prune_half(source: Bundle, name: str, config: Mapping[str, Any]) -> tuple[An
     has the right shape and is not used.
 
     Args:
-        source: a bundle in the format "safetensors" with the original autoencoder and, to draw with, U-Net and text
+        source: a bundle in the format "safetensors" with the original autoencoder and, to generate with, U-Net and text
             encoder.
         name: of the half: "vae_encoder" or "vae_decoder".
         config: of pass `prune-vae`.
@@ -124,12 +124,12 @@ def prune_half(source: Bundle, name: str, config: Mapping[str, Any]) -> tuple[An
 
     Raises:
         InputError: a ratio that its norm groups do not allow (names the level and what works), or a U-Net that cannot
-            be drawn with here.
+            be generated with here.
         ParityError: the loss of the recovery is not finite.
     """
     network = load_source_module(source, source.component(name))
     levels = levels_of(config_of(network), "vae")
-    widths = uniform_widths(levels, config["prune"], "vae")  # before any drawing: it refuses what cannot be
+    widths = uniform_widths(levels, config["prune"], "vae")  # before any image is generated: it refuses what cannot be
     count = LEARNED + JUDGED if config["steps"] else SCORED if config["method"] == "taylor" else 0
     latents = own_latents(source, config, count) if count else torch.empty(0)
     if config["method"] == "taylor":
@@ -147,34 +147,34 @@ def prune_half(source: Bundle, name: str, config: Mapping[str, Any]) -> tuple[An
 
 
 def own_latents(source: Bundle, config: Mapping[str, Any], count: int) -> Tensor:
-    """What the model draws, (count, C, H, W) float32, divided by the scaling factor; kept in the build cache.
+    """What the model generates, (count, C, H, W) float32, divided by the scaling factor; kept in the build cache.
 
     Args:
         source: holds U-Net, text encoder and scheduler.
         config: says with which prompts and guidance.
-        count: of drawings; of one seed, so that fewer are the first of more.
+        count: of samples; of one seed, so that fewer are the first of more.
 
     Raises:
         InputError: a U-Net with other inputs than sample, timestep and text.
     """
-    drawn_by = {name: source.component(name).sha256 for name in (DENOISER, "text_encoder")}
-    key = {"weights": drawn_by, "pipeline": pipeline_identity(source.manifest), "prompts": config["prompts"],
+    generated_by = {name: source.component(name).sha256 for name in (DENOISER, "text_encoder")}
+    key = {"weights": generated_by, "pipeline": pipeline_identity(source.manifest), "prompts": config["prompts"],
            "guidance_scale": config["guidance_scale"], "count": count}
     file = default_root() / "recover" / f"latents-{digest_of(to_json(key))}.safetensors"
     if not use(file):
         device = "cuda" if torch.cuda.is_available() else "cpu"
         teacher = Teacher.load(source, DENOISER, config["prompts"], config["guidance_scale"], device)
-        listener().finished(f"prune-vae: drawing {count} pictures to learn from")
-        drawn = teacher.trajectories(min(count, DRAWN_AT_ONCE)).draw(count)
+        listener().finished(f"prune-vae: generating {count} images to learn from")
+        generated = teacher.trajectories(min(count, GENERATED_AT_ONCE)).generate(count)
         with replacing(file) as partial:
-            save_file({"latents": drawn.cpu()}, partial)
+            save_file({"latents": generated.cpu()}, partial)
     return torch.from_numpy(unscaled(source.manifest.pipeline, load_file(file)["latents"].numpy()))
 
 
 def accumulate_cycle_gradients(network: Any, latents: Tensor) -> None:
     """Leave the gradient of a reconstruction in `.grad` of every parameter of both halves.
 
-    The reconstruction is of the decoder's own pictures, ||decode(mean(encode(x))) - x||^2 with x = decode(z), clipped:
+    The reconstruction is of the decoder's own images, ||decode(mean(encode(x))) - x||^2 with x = decode(z), clipped:
     an error against its own answers would have no gradient; this one has, because no autoencoder is its own inverse.
 
     Args:
@@ -183,11 +183,11 @@ def accumulate_cycle_gradients(network: Any, latents: Tensor) -> None:
     """
     encoder, decoder = (torch_component(half, network) for half in HALVES[AUTOENCODER])
     network.requires_grad_(True)
-    for part in latents.split(DRAWN_AT_ONCE // 2):
+    for part in latents.split(GENERATED_AT_ONCE // 2):
         with torch.no_grad():
-            picture = decoder(part)[0].clamp(-1, 1)
-        mean = encoder(picture)[0].chunk(2, 1)[0]
-        F.mse_loss(decoder(mean)[0], picture).backward()
+            image = decoder(part)[0].clamp(-1, 1)
+        mean = encoder(image)[0].chunk(2, 1)[0]
+        F.mse_loss(decoder(mean)[0], image).backward()
 
 
 def _recover(source: Bundle, name: str, network: Any, smaller: Any, latents: Tensor,
@@ -210,11 +210,11 @@ def _recover(source: Bundle, name: str, network: Any, smaller: Any, latents: Ten
 
 @torch.no_grad()
 def _example(decoder: nn.Module, encoder: nn.Module | None, latents: Tensor) -> tuple[Tensor, Tensor]:
-    """What a half is given and what the original makes of it: latents and picture, or picture and moments."""
-    picture = decoder(latents)[0]
+    """What a half is given and what the original makes of it: latents and image, or image and moments."""
+    image = decoder(latents)[0]
     if encoder is None:
-        return latents, picture
-    clipped = picture.clamp(-1, 1)  # as every picture that it is given later
+        return latents, image
+    clipped = image.clamp(-1, 1)  # as every image that it is given later
     return clipped, encoder(clipped)[0]
 
 

@@ -1,4 +1,4 @@
-"""The search behind `--precision auto`: drawn pictures decide which layers of the U-Net may be integers."""
+"""The search behind `--precision auto`: generated images decide which layers of the U-Net may be integers."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from runtimes.system.compute_identity import runtime_identity
 
 TIMED_CALLS = 9
 ANYTHING = Budget(1e9, 1e9, 0.0, 0.0, 100.0)  # nothing is to blame while searching: the caller judges
-VERSION = 3  # of what a trial draws and counts
+VERSION = 3  # of what a trial generates and counts
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One candidate U-Net as it draws.
+    """One candidate U-Net as it generates.
 
     Attributes:
         name: "hybrid", or the number of promotions.
         bytes: of its file.
-        trajectory_relative_l2, psnr_db, ssim: of the worst picture; retrieval: share found again, or None.
+        trajectory_relative_l2, psnr_db, ssim: of the worst image; retrieval: share found again, or None.
         holds: whether it is within the budget.
         time_ratio: of one call to the float32 graph's, for ONNX Runtime; another runtime compiles the graph anew.
     """
@@ -57,9 +57,9 @@ class Trial:
 
 
 class Trials:
-    """Draws with candidates of one component and with the float32 graphs, which the gate has compared with PyTorch.
+    """Samples with candidates of one component and with the float32 graphs, which the gate has compared with PyTorch.
 
-    What was drawn is known again by content: a search that was interrupted goes on.
+    What was generated is known again by content: a search that was interrupted goes on.
 
     Args:
         source: the float32 bundle.
@@ -79,16 +79,16 @@ class Trials:
                           "options": to_json(self._options), "runtime": runtime_identity("cpu", "onnx")}
         self.done: list[Trial] = []
 
-    def draw(self, name: str, unet: Path) -> Trial:
-        """Draw everything that the gate will draw, and compare."""
+    def generate(self, name: str, unet: Path) -> Trial:
+        """Generate everything that the gate will generate, and compare."""
         key = {**self._identity, "unet": {part.name: sha256_of(part) for part in parts_of(unet)}}
         if (known := self._cache.find_fact(key)) is None:
-            known = asdict(self._drawn(name, unet))
+            known = asdict(self._generated(name, unet))
             self._cache.store_fact(key, known)
         self.done.append(trial := Trial(**{**known, "name": name}))
         return trial
 
-    def _drawn(self, name: str, unet: Path) -> Trial:
+    def _generated(self, name: str, unet: Path) -> Trial:
         with candidate_bundle(self._source, {**self._low, "unet": unet}) as bundle:
             report = check_pipeline(self._reference, bundle, ANYTHING, self._options, gallery=self._gallery)
             took = self._time_ratio(bundle)
@@ -96,7 +96,7 @@ class Trials:
             raise UnavailableError(f"a trial cannot be compared here: {report.unverified}", where="search",
                                    fix="build with --precision int8, whose recipe needs no trials")
         comparisons = report.comparisons(self._budget)
-        worst = {"trajectory_relative_l2": 1e9, "image_psnr_db": 0.0, "image_ssim": 0.0}  # of one that draws nothing
+        worst = {"trajectory_relative_l2": 1e9, "image_psnr_db": 0.0, "image_ssim": 0.0}  # of one that fails
         figures = worst | {c.metric: c.measured for c in comparisons if math.isfinite(c.measured)}
         retrieval = None if report.retrieval is None else report.retrieval[1]
         size = sum(part.stat().st_size for part in parts_of(unet))
@@ -168,15 +168,15 @@ def search(trials: Trials, hybrid: Path, build: Callable[[int], Path], steps: in
     from calibration.choice.layer_sensitivity import fewest
 
     files: dict[str, Path] = {"hybrid": hybrid}
-    trials.draw("hybrid", hybrid)
+    trials.generate("hybrid", hybrid)
 
     def holds(count: int) -> bool:
         name = f"{count} promotions"
         files[name] = build(count)
-        return trials.draw(name, files[name]).holds
+        return trials.generate(name, files[name]).holds
 
     fewest(steps, holds)
-    # As good as hybrid where hybrid holds: a few bytes are not worth pictures that are not found again.
+    # As good as hybrid where hybrid holds: a few bytes are not worth images that are not found again.
     fair = [t for t in trials.done if t.holds]
     if not fair:
         trials.refuse()

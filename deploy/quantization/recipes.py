@@ -64,7 +64,7 @@ def default_prompts(source_id: str) -> tuple[str, ...]:
 def record_calibration(source: Bundle, calibration: Mapping[str, Any]) -> Recording:
     """Record the float32 graphs' inputs, or find the recording of an earlier build of the same graphs.
 
-    Pictures have the size that the build's shapes call the most common.
+    Images have the size that the build's shapes call the most common.
     """
     from calibration.trajectory.prompts import plan_episodes
     from calibration.trajectory.recorder import record
@@ -87,7 +87,7 @@ def record_calibration(source: Bundle, calibration: Mapping[str, Any]) -> Record
 
 
 def at_common_size(manifest: Manifest) -> PipelineFacts:
-    """The pipeline's facts with the picture size that is the `opt` of the U-Net's axes, where those are dynamic."""
+    """The pipeline's facts with the image size that is the `opt` of the U-Net's axes, where those are dynamic."""
     facts, unet = manifest.pipeline, manifest.components.get("unet")
     if unet is None or not {"height", "width"} <= unet.axes.keys():
         return facts
@@ -225,8 +225,8 @@ def search_unet(source: Bundle, destination: Path, config: Mapping[str, Any], sc
     """Find the cheapest assignment of precisions to the U-Net's layers that keeps the image-level budget.
 
     Every layer begins in integers. What each costs the output is predicted (`quantization_noise`); layers then go back
-    to float32, the most error for the least bytes and time first, and halving finds how many must. Each trial draws
-    what the gate will draw, with the other components quantized as well. The hybrid recipe is a trial too.
+    to float32, the most error for the least bytes and time first, and halving finds how many must. Each trial generates
+    what the gate will generate, with the other components quantized as well. The hybrid recipe is a trial too.
 
     Returns:
         as `quantize_component` does; the layers' file also holds the errors and the Pareto front.

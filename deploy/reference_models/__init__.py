@@ -19,5 +19,5 @@ def subject_names() -> tuple[str, ...]:
 
 
 def demo_prompts() -> tuple[str, ...]:
-    """The prompts that `make demo` draws."""
+    """The prompts that `make demo` generates."""
     return tuple((HERE / "demo_prompts.txt").read_text(encoding="utf-8").split("\n")[:16])

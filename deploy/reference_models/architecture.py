@@ -116,7 +116,7 @@ def make_unet() -> UNet2DConditionModel:
 def make_scheduler() -> DDIMScheduler:
     """Stable Diffusion's noise schedule with v-prediction (Salimans & Ho 2022, arXiv:2202.00512).
 
-    v rather than epsilon: the pictures stand on white, so the mean of the latents is far from zero, and at the
+    v rather than epsilon: the images stand on white, so the mean of the latents is far from zero, and at the
     last timesteps an epsilon error would be multiplied by 14 on its way to that mean.
     """
     return DDIMScheduler(

@@ -28,10 +28,10 @@ GROUPS = {
     "Objects": "object",
     "Symbols": "symbol",
 }
-# Not things one can picture from their name: arrows, letters in boxes, clock hands, gender signs.
+# Not things one can image from their name: arrows, letters in boxes, clock hands, gender signs.
 LEFT_OUT = {"arrow", "keycap", "alphanum", "geometric", "time", "gender", "av-symbol", "transport-sign", "zodiac",
             "math", "punctuation", "currency", "hair-style", "religion"}
-MINIMUM_DISTANCE = 0.2  # RMS over [0, 1] at 32x32; below it two of these pictures are told apart only by their details
+MINIMUM_DISTANCE = 0.2  # RMS over [0, 1] at 32x32; below it two of these images are told apart only by their details
 MAXIMUM_WORDS = 4
 # Kept before anything they resemble: the everyday words with which people try a text-to-image model.
 FIRST = {"red apple", "dog", "cat", "red heart", "house", "automobile", "pizza", "hamburger", "sunflower", "star",

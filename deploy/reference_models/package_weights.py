@@ -1,6 +1,6 @@
 """Put a trained model into the package: `python -m deploy.reference_models.package_weights [FOLDER]`.
 
-Copies the fp16 pipeline that training left to `weights/`, without what a reader does not need, and draws
+Copies the fp16 pipeline that training left to `weights/`, without what a reader does not need, and generates
 `gallery.png`, the 32x32 contact sheet by which retrieval is scored.
 """
 
@@ -20,14 +20,14 @@ from deploy.reference_models.train import CHECKPOINTS
 
 
 def write_gallery() -> None:
-    """Draw every subject on white, box-downsampled from 64x64, in the order of subjects.json."""
-    pictures = on_white(render_all([s.character for s in load_subjects()], 2 * GALLERY_TILE)).astype(np.float32)
-    small = pictures.reshape(-1, GALLERY_TILE, 2, GALLERY_TILE, 2, 3).mean(axis=(2, 4)).round().astype(np.uint8)
+    """Generate every subject on white, box-downsampled from 64x64, in the order of subjects.json."""
+    images = on_white(render_all([s.character for s in load_subjects()], 2 * GALLERY_TILE)).astype(np.float32)
+    small = images.reshape(-1, GALLERY_TILE, 2, GALLERY_TILE, 2, 3).mean(axis=(2, 4)).round().astype(np.uint8)
     rows = -(-len(small) // GALLERY_COLUMNS)
     sheet = np.full((rows * GALLERY_TILE, GALLERY_COLUMNS * GALLERY_TILE, 3), 255, np.uint8)
-    for i, picture in enumerate(small):
+    for i, image in enumerate(small):
         y, x = (GALLERY_TILE * n for n in divmod(i, GALLERY_COLUMNS))
-        sheet[y : y + GALLERY_TILE, x : x + GALLERY_TILE] = picture
+        sheet[y : y + GALLERY_TILE, x : x + GALLERY_TILE] = image
     Image.fromarray(sheet).save(GALLERY_FILE, optimize=True)
 
 

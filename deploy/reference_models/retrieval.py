@@ -1,4 +1,4 @@
-"""Prompt retrieval: is the picture that was drawn still the one that was asked for?"""
+"""Prompt retrieval: is the image that was generated still the one that was asked for?"""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Gallery:
-    """The pictures that a model was trained on, small, each with its name.
+    """The images that a model was trained on, small, each with its name.
 
-    The score of a set of drawn pictures is the share whose nearest tile is the one of their prompt, nearest by the
+    The score of a set of generated images is the share whose nearest tile is the one of their prompt, nearest by the
     root mean square difference of RGB after a box filter down to the tile's size. Why this distance: it depends on no
     network, so nothing under test judges itself; the box filter over 2x2 pixels makes a shift by one pixel or
     the softness of an autoencoder cost little; and the reference model's subjects were chosen 0.2 RMS apart
     (`deploy/reference_models/choose_subjects.py`; 0.195 at least between the tiles of gallery.png, which another filter
-    drew), so a picture closer than 0.097 to its own tile cannot be nearer to another.
+    drew), so an image closer than 0.097 to its own tile cannot be nearer to another.
 
     Attributes:
         names: of the tiles, all different.
@@ -46,7 +46,7 @@ class Gallery:
             tile: side of a tile in pixels.
 
         Raises:
-            InputError: no such picture, a sheet of another size than the names need, or a name given twice.
+            InputError: no such image, a sheet of another size than the names need, or a name given twice.
         """
         try:
             with Image.open(file) as image:
@@ -75,7 +75,7 @@ class Gallery:
                          fix=f"did you mean {' or '.join(near)}?" if near else "use names of the gallery")
 
     def nearest(self, images: Array) -> Array:
-        """Index of the tile nearest to each picture, -1 for one that is not finite: (B,) int64.
+        """Index of the tile nearest to each image, -1 for one that is not finite: (B,) int64.
 
         Args:
             images: (B, H, W, 3) float in 0..1, H and W multiples of the tile's side.
@@ -90,17 +90,17 @@ class Gallery:
         return np.where(np.isfinite(squared).all(axis=1), squared.argmin(axis=1), -1)
 
     def score(self, images: Array, prompts: Sequence[str]) -> float:
-        """Share, 0 to 1, of pictures whose nearest tile is the one asked for.
+        """Share, 0 to 1, of images whose nearest tile is the one asked for.
 
         Args:
             images: (B, H, W, 3) float in 0..1.
             prompts: B names of tiles.
 
         Raises:
-            InputError: no pictures, another number of them than prompts, an unknown name, or an unusable size.
+            InputError: no images, another number of them than prompts, an unknown name, or an unusable size.
         """
         if not len(prompts) or len(images) != len(prompts):
-            raise InputError(f"{len(images)} pictures for {len(prompts)} prompts", where="retrieval")
+            raise InputError(f"{len(images)} images for {len(prompts)} prompts", where="retrieval")
         wanted = np.array([self.index(prompt) for prompt in prompts])
         return float((self.nearest(images) == wanted).mean())
 
@@ -109,8 +109,8 @@ class Gallery:
         tile = self.tiles.shape[1]
         count, height, width, channels = images.shape
         if height % tile or width % tile or not height or not width:
-            raise InputError(f"pictures of {width}x{height} cannot be averaged to {tile}x{tile}", where="retrieval",
-                             fix=f"draw sizes that are multiples of {tile}")
+            raise InputError(f"images of {width}x{height} cannot be averaged to {tile}x{tile}", where="retrieval",
+                             fix=f"generate sizes that are multiples of {tile}")
         blocks = images.astype(np.float64).reshape(count, tile, height // tile, tile, width // tile, channels)
         shrunk: Array = blocks.mean(axis=(2, 4))
         return shrunk

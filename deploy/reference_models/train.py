@@ -1,7 +1,7 @@
 """Train the reference model: `python -m deploy.reference_models.train`. Two stages, seeded, resumable.
 
-Stage `autoencoder` learns 64x64 pictures <-> (8, 8, 8) latents; stage `diffusion` learns text -> latents from
-the cached posterior. Everything a step draws comes from a generator seeded with (seed, stage, step), so an
+Stage `autoencoder` learns 64x64 images <-> (8, 8, 8) latents; stage `diffusion` learns text -> latents from
+the cached posterior. Everything a step samples comes from a generator seeded with (seed, stage, step), so an
 interrupted run goes on as if it had not been interrupted. Learning rates warm up, stay, and end near zero.
 """
 
@@ -36,7 +36,7 @@ from runtimes.errors import ParityError
 from runtimes.system.cache_root import cache_home
 
 CHECKPOINTS = cache_home() / "reference_model"
-CAPTION_FORMS = ("{}",) * 6 + ("a {}", "the {}", "a picture of {}", "{} emoji")
+CAPTION_FORMS = ("{}",) * 6 + ("a {}", "the {}", "an image of {}", "{} emoji")
 
 
 @dataclass(frozen=True)
@@ -140,45 +140,45 @@ def augment(rgba: Tensor, generator: torch.Generator) -> Tensor:
 
     (B, 4, H, W) premultiplied in [0, 1] -> (B, 3, H, W) in [-1, 1].
 
-    Half of the pictures stay as they are on white; the others keep the autoencoder useful for pictures people bring.
+    Half of the images stay as they are on white; the others keep the autoencoder useful for images people bring.
     """
     rows = []
-    draws = torch.rand(len(rgba), 8, generator=generator)
-    for picture, draw in zip(rgba, draws, strict=True):
+    generates = torch.rand(len(rgba), 8, generator=generator)
+    for image, generate in zip(rgba, generates, strict=True):
         background = torch.ones(3)
-        if draw[0] < 0.5:
-            picture = picture.roll((int(draw[1] * 9) - 4, int(draw[2] * 9) - 4), (1, 2))
-            if draw[3] < 0.5:
-                picture = picture.flip(2)
-            if draw[4] < 0.3:
+        if generate[0] < 0.5:
+            image = image.roll((int(generate[1] * 9) - 4, int(generate[2] * 9) - 4), (1, 2))
+            if generate[3] < 0.5:
+                image = image.flip(2)
+            if generate[4] < 0.3:
                 order = torch.randperm(3, generator=generator)
-                picture = torch.cat([picture[order], picture[3:]])
-            if draw[5] < 0.3:
+                image = torch.cat([image[order], image[3:]])
+            if generate[5] < 0.3:
                 background = torch.rand(3, generator=generator)
-        rows.append(picture[:3] + (1 - picture[3:]) * background[:, None, None])
+        rows.append(image[:3] + (1 - image[3:]) * background[:, None, None])
     return torch.stack(rows) * 2 - 1
 
 
-def edges(picture: Tensor) -> Tensor:
+def edges(image: Tensor) -> Tensor:
     """Horizontal and vertical differences, flattened: what makes outlines crisp where L1 alone blurs them."""
-    return torch.cat([(picture[..., 1:] - picture[..., :-1]).flatten(1),
-                      (picture[..., 1:, :] - picture[..., :-1, :]).flatten(1)], 1)
+    return torch.cat([(image[..., 1:] - image[..., :-1]).flatten(1),
+                      (image[..., 1:, :] - image[..., :-1, :]).flatten(1)], 1)
 
 
-def save_grid(pictures: np.ndarray[Any, Any], columns: int, file: Path) -> None:
+def save_grid(images: np.ndarray[Any, Any], columns: int, file: Path) -> None:
     """Write (N, H, W, 3) uint8 as one PNG sheet."""
-    count, height, width, _ = pictures.shape
+    count, height, width, _ = images.shape
     rows = math.ceil(count / columns)
     sheet = np.full((rows * height, columns * width, 3), 255, np.uint8)
-    for i, picture in enumerate(pictures):
+    for i, image in enumerate(images):
         y, x = divmod(i, columns)
-        sheet[y * height : (y + 1) * height, x * width : (x + 1) * width] = picture
+        sheet[y * height : (y + 1) * height, x * width : (x + 1) * width] = image
     Image.fromarray(sheet).save(file)
 
 
-def to_uint8(pictures: Tensor) -> np.ndarray[Any, Any]:
+def to_uint8(images: Tensor) -> np.ndarray[Any, Any]:
     """(N, 3, H, W) in [-1, 1] -> (N, H, W, 3) uint8."""
-    shifted = (pictures.float().clamp(-1, 1) + 1) * 127.5
+    shifted = (images.float().clamp(-1, 1) + 1) * 127.5
     array: np.ndarray[Any, Any] = shifted.round().byte().permute(0, 2, 3, 1).numpy()
     return array
 
@@ -191,22 +191,22 @@ def train_autoencoder(stage: Stage, subjects: list[Subject], folder: Path, seed:
     trainer = Trainer(stage, nn.ModuleDict({"vae": vae}), folder, seed, bfloat16)
 
     def loss_of(generator: torch.Generator) -> Tensor:
-        pictures = augment(rgba[torch.randint(len(rgba), (stage.batch,), generator=generator)], generator)
-        posterior = vae.encode(pictures).latent_dist
+        images = augment(rgba[torch.randint(len(rgba), (stage.batch,), generator=generator)], generator)
+        posterior = vae.encode(images).latent_dist
         decoded = vae.decode(posterior.sample(generator)).sample.float()
-        pixels = pictures[0].numel()
-        loss: Tensor = (F.l1_loss(decoded, pictures) + F.l1_loss(edges(decoded), edges(pictures))
+        pixels = images[0].numel()
+        loss: Tensor = (F.l1_loss(decoded, images) + F.l1_loss(edges(decoded), edges(images))
                 + 1e-6 * posterior.kl().float().mean() / pixels)
         return loss
 
     plain = torch.from_numpy(on_white(render_all([s.character for s in subjects[::21]]))).permute(0, 3, 1, 2)
 
     def look(step: int) -> None:
-        pictures = plain.float() / 127.5 - 1
-        decoded = vae.decode(vae.encode(pictures).latent_dist.mode()).sample
-        pairs = np.concatenate([to_uint8(pictures), to_uint8(decoded)], axis=2)
+        images = plain.float() / 127.5 - 1
+        decoded = vae.decode(vae.encode(images).latent_dist.mode()).sample
+        pairs = np.concatenate([to_uint8(images), to_uint8(decoded)], axis=2)
         save_grid(pairs, 8, folder / f"reconstructions-{step:06d}.png")
-        error = (decoded.clamp(-1, 1) - pictures).square().mean() / 4
+        error = (decoded.clamp(-1, 1) - images).square().mean() / 4
         print(f"reconstruction PSNR {-10 * math.log10(error):.2f} dB")  # noqa: T201
 
     trainer.run(loss_of, look, every=500)
@@ -215,12 +215,12 @@ def train_autoencoder(stage: Stage, subjects: list[Subject], folder: Path, seed:
 
 
 def cache_latents(vae: Any, subjects: list[Subject], file: Path) -> Tensor:
-    """Posterior moments of every picture on white, (N, 2, 8, 8, 8): mean and standard deviation; cached on disk."""
+    """Posterior moments of every image on white, (N, 2, 8, 8, 8): mean and standard deviation; cached on disk."""
     if file.is_file():
         return torch.load(file, weights_only=True)  # type: ignore[no-any-return]
-    pictures = torch.from_numpy(on_white(render_all([s.character for s in subjects]))).permute(0, 3, 1, 2) / 127.5 - 1
+    images = torch.from_numpy(on_white(render_all([s.character for s in subjects]))).permute(0, 3, 1, 2) / 127.5 - 1
     with torch.no_grad():
-        posteriors = [vae.encode(batch).latent_dist for batch in pictures.split(64)]
+        posteriors = [vae.encode(batch).latent_dist for batch in images.split(64)]
     moments = torch.stack([torch.cat([p.mean for p in posteriors]), torch.cat([p.std for p in posteriors])], 1)
     torch.save(moments, file)
     return moments
@@ -251,7 +251,7 @@ def train_diffusion(stage: Stage, subjects: list[Subject], vae: Any, folder: Pat
         mean, std = moments[chosen].unbind(1)
         latents = (mean + std * torch.randn(mean.shape, generator=generator)) * scale
         noise = torch.randn(mean.shape, generator=generator)
-        # Stratified over the batch: less noise in the gradient than independent draws.
+        # Stratified over the batch: less noise in the gradient than independent samples.
         t = ((torch.arange(stage.batch) + torch.rand(stage.batch, generator=generator)) / stage.batch * 1000).long()
         states = text_encoder(tokens[caption]).last_hidden_state
         predicted = unet(scheduler.add_noise(latents, noise, t), t, states).sample.float()
@@ -267,9 +267,9 @@ def train_diffusion(stage: Stage, subjects: list[Subject], vae: Any, folder: Pat
     def look(step: int) -> None:
         pipeline.unet.eval()
         pipeline.text_encoder.eval()
-        pictures = pipeline(names[::21], num_inference_steps=25, guidance_scale=3.0, output_type="np",
+        images = pipeline(names[::21], num_inference_steps=25, guidance_scale=3.0, output_type="np",
                             height=64, width=64, generator=torch.Generator().manual_seed(0)).images
-        save_grid((pictures * 255).round().astype(np.uint8), 8, folder / f"samples-{step:06d}.png")
+        save_grid((images * 255).round().astype(np.uint8), 8, folder / f"samples-{step:06d}.png")
 
     trainer.run(loss_of, look, every=500)
     trainer.swap_averaged()

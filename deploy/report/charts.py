@@ -1,6 +1,6 @@
 """Plots of the report page as inline SVG: lines over steps, and points of a Pareto front. Nothing is computed here.
 
-Drawn by hand: a plotting library is megabytes in the page or in the set-up, and these are two kinds of picture.
+Plotted by hand: a plotting library is megabytes in the page or in the set-up, and these are two kinds of image.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Point:
     Attributes:
         x, y: position in the axes' units.
         tip: what is said of it under the pointer.
-        strong: drawn filled; a point that others beat is drawn hollow.
+        strong: plotted filled; a point that others beat is plotted hollow.
     """
 
     x: float
@@ -49,14 +49,14 @@ class Axis:
 
 
 def chart(series: Sequence[Series], x: Axis, y: Axis, *, joined: bool = True) -> str:
-    """An SVG; empty if there is nothing to draw. Values that are not finite are left out.
+    """An SVG; empty if there is nothing to plot. Values that are not finite are left out.
 
     Args:
         series: at most as many colours as there are; more begin again.
         x, y: the axes.
-        joined: draw lines from point to point.
+        joined: plot lines from point to point.
     """
-    shown = [Series(s.name, tuple(p for p in s.points if _drawable(p, x, y))) for s in series]
+    shown = [Series(s.name, tuple(p for p in s.points if _plottable(p, x, y))) for s in series]
     points = [p for s in shown for p in s.points]
     if not points:
         return ""
@@ -74,7 +74,7 @@ def chart(series: Sequence[Series], x: Axis, y: Axis, *, joined: bool = True) ->
                  f'</text><text x="15" y="{(TOP + HEIGHT - BOTTOM) / 2}" text-anchor="middle" transform="rotate(-90 15 '
                  f'{(TOP + HEIGHT - BOTTOM) / 2})">{escape(y.label)}</text>')
     for number, one in enumerate(shown):
-        parts.append(_drawn(one, f"var(--c{number % COLOURS})", across, down, joined))
+        parts.append(_generated(one, f"var(--c{number % COLOURS})", across, down, joined))
     return "".join([*parts, "</svg>"])
 
 
@@ -87,7 +87,7 @@ def legend(series: Sequence[Series]) -> str:
     return f'<div class="legend">{"".join(items)}</div>'
 
 
-def _drawn(series: Series, colour: str, across: _Scale, down: _Scale, joined: bool) -> str:
+def _generated(series: Series, colour: str, across: _Scale, down: _Scale, joined: bool) -> str:
     places = [(_across(across, p.x), _down(down, p.y), p) for p in series.points]
     line = ""
     if joined and len(places) > 1:
@@ -99,7 +99,7 @@ def _drawn(series: Series, colour: str, across: _Scale, down: _Scale, joined: bo
     return line + "".join(dots)
 
 
-def _drawable(point: Point, x: Axis, y: Axis) -> bool:
+def _plottable(point: Point, x: Axis, y: Axis) -> bool:
     return (math.isfinite(point.x) and math.isfinite(point.y)
             and (point.x > 0 or not x.log) and (point.y > 0 or not y.log))
 

@@ -1,4 +1,4 @@
-"""What a finished bundle says of itself, read from its folder and laid out for the report page; nothing is drawn."""
+"""What a finished bundle says of itself, read from its folder and laid out for the report page; nothing is run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from runtimes.bundle.manifest import Manifest
 from runtimes.errors import BundleError
 
 LAYERS_FILE = "quantization.json"
-PICTURE_BYTES = 3_200_000  # of all pictures of a page: with them it stays below 5 MB
+IMAGE_BYTES = 3_200_000  # of all images of a page: with them it stays below 5 MB
 SHOWN_RANGES, SHOWN_LAYERS = 6, 12
 PRECISIONS = {"w8a8": "8-bit weights and activations", "w8": "8-bit weights", "w4": "4-bit weights",
               "dynamic": "8 bits, ranges at run time", "float": "not quantized"}
@@ -30,7 +30,7 @@ class Section:
         path: its folder.
         manifest: of the bundle.
         metrics: its report/metrics.json; empty if the bundle has no report.
-        seconds: for one drawing, median of `bench`, or None.
+        seconds: for one image, median of `bench`, or None.
     """
 
     name: str
@@ -83,8 +83,8 @@ def pass_rows(manifest: Manifest) -> list[dict[str, Any]]:
     return rows
 
 
-def picture_rows(section: Section, budget: int) -> tuple[list[dict[str, Any]], int]:
-    """The pictures that fit into `budget` bytes as data URIs, those with the worst PSNR first choice, and how many
+def image_rows(section: Section, budget: int) -> tuple[list[dict[str, Any]], int]:
+    """The images that fit into `budget` bytes as data URIs, those with the worst PSNR first choice, and how many
     there are.
 
     Returns:
@@ -109,7 +109,7 @@ def picture_rows(section: Section, budget: int) -> tuple[list[dict[str, Any]], i
 
 
 def _data_uris(reference: Path, limit: int) -> tuple[str, str]:
-    """A picture of the reference and the bundle's; both halved until they take at most `limit` bytes together."""
+    """An image of the reference and the bundle's; both halved until they take at most `limit` bytes together."""
     from PIL import Image
 
     files = reference, reference.with_name(reference.name.replace("-reference", "-bundle"))
@@ -126,7 +126,7 @@ def _data_uris(reference: Path, limit: int) -> tuple[str, str]:
                     halved.append(stream.getvalue())
             contents = halved
     except OSError as error:
-        raise BundleError(f"cannot read a picture: {error}", where=str(reference), fix="build the bundle again"
+        raise BundleError(f"cannot read an image: {error}", where=str(reference), fix="build the bundle again"
                           ) from error
     return _uri(contents[0]), _uri(contents[1])
 
@@ -199,7 +199,7 @@ def range_chart(drift: Mapping[str, Sequence[Sequence[float]]]) -> str:
     """How far the activations of a tensor reach along the schedule, for the tensors that move most.
 
     Args:
-        drift: tensor -> [stratum of the timesteps, low, high]; stratum 0 is nearest to the clean picture.
+        drift: tensor -> [stratum of the timesteps, low, high]; stratum 0 is nearest to the clean image.
     """
     reach = {name: [(row[0], max(abs(row[1]), abs(row[2]))) for row in rows] for name, rows in drift.items()}
     moving = {name: max(r for _, r in rows) / min(r for _, r in rows) for name, rows in reach.items()
@@ -221,7 +221,7 @@ def pareto_charts(sections: Sequence[Section]) -> list[dict[str, str]]:
         (Axis("prompt retrieval, %", most=100),
          lambda s: 100 * s.parity["retrieval"]["bundle"] if s.parity.get("retrieval") else None)]
     costs: list[tuple[str, Measure]] = [("size, MB", lambda s: s.size / 1e6),
-                                        ("seconds a drawing", lambda s: s.seconds)]
+                                        ("seconds an image", lambda s: s.seconds)]
     found = []
     for cost_label, cost in costs:
         for axis, accuracy in accuracies:

@@ -28,7 +28,7 @@ def with_safety_checker(specs: Mapping[str, ComponentSpec], source: Source) -> d
         source: with the component safety_checker.
 
     Raises:
-        InputError: of another class, or what its pictures are prepared by is missing or of another size.
+        InputError: of another class, or what its images are prepared by is missing or of another size.
     """
     from exporters.source.model_folder import read_json
 
@@ -42,12 +42,12 @@ def with_safety_checker(specs: Mapping[str, ComponentSpec], source: Source) -> d
     file = source.path / PREPROCESSOR_FILE
     prepare = Preprocessing.from_config(read_json(file), str(file))
     if prepare.crop != (side, side):
-        raise InputError(f"pictures are cut to {prepare.crop}, the safety checker takes {(side, side)}",
+        raise InputError(f"images are cut to {prepare.crop}, the safety checker takes {(side, side)}",
                          where=str(file), fix="copy the pipeline again")
-    scores = "cosine less threshold: above 0 the concept is in the picture"
+    scores = "cosine less threshold: above 0 the concept is in the image"
     return {**specs, SAFETY_CHECKER: ComponentSpec(
         SAFETY_CHECKER, SAFETY_CHECKER,
-        (TensorSpec(CLIP_INPUT, "float32", ("batch", 3, side, side), "pictures as CLIPImageProcessor prepares them"),),
+        (TensorSpec(CLIP_INPUT, "float32", ("batch", 3, side, side), "images as CLIPImageProcessor prepares them"),),
         (TensorSpec(SPECIAL_SCORES, "float32", ("batch", SPECIAL_CONCEPTS), scores),
          TensorSpec(CONCEPT_SCORES, "float32", ("batch", CONCEPTS), scores)),
         {"batch": specs["vae_decoder"].axes["batch"]})}

@@ -69,7 +69,7 @@ def known(shape: Any) -> Known | None:
 
 
 def transpose_flat(model: ir.Model) -> None:
-    """Between pictures and tokens, transpose three dimensions instead of four.
+    """Between images and tokens, transpose three dimensions instead of four.
 
     (B, C, H, W) -> Transpose -> Reshape -> (B, HW, C) becomes Reshape -> Transpose, and likewise on the way back.
     """
@@ -77,16 +77,16 @@ def transpose_flat(model: ir.Model) -> None:
     for node in [n for n in model.graph if n.op_type == "Transpose"]:
         order, reader, maker = attribute(node, "perm"), only_user(node.outputs[0]), made_by(node.inputs[0], "Reshape")
         if order == (0, 2, 3, 1) and reader is not None and reader.op_type == "Reshape":
-            picture, tokens = (known(v.shape) if v is not None else None for v in (node.inputs[0], reader.outputs[0]))
-            if picture and tokens and len(tokens) == 3 and tokens[2] == picture[1] and isinstance(picture[1], int):
-                target = _constant(model, [0, picture[1], -1])
+            image, tokens = (known(v.shape) if v is not None else None for v in (node.inputs[0], reader.outputs[0]))
+            if image and tokens and len(tokens) == 3 and tokens[2] == image[1] and isinstance(image[1], int):
+                target = _constant(model, [0, image[1], -1])
                 _swap(node, reader, "Reshape", target, (tokens[0], tokens[2], tokens[1]), tokens)
         elif order == (0, 3, 1, 2) and maker is not None:
-            tokens, picture = (known(v.shape) if v is not None else None for v in (maker.inputs[0], node.outputs[0]))
-            if picture and tokens and len(tokens) == 3 and tokens[2] == picture[1]:
-                shape = shapes.target(picture, maker)
+            tokens, image = (known(v.shape) if v is not None else None for v in (maker.inputs[0], node.outputs[0]))
+            if image and tokens and len(tokens) == 3 and tokens[2] == image[1]:
+                shape = shapes.target(image, maker)
                 if shape is not None:
-                    _swap(maker, node, "Transpose", shape, (tokens[0], tokens[2], tokens[1]), picture)
+                    _swap(maker, node, "Transpose", shape, (tokens[0], tokens[2], tokens[1]), image)
 
 
 def _swap(first: ir.Node, second: ir.Node, new_first: str, target: ir.Value, middle: Known, final: Known) -> None:

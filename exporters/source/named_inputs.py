@@ -92,7 +92,7 @@ class VaeEncoder(nn.Module):
         self.encoder, self.quant_conv = model.encoder, getattr(model, "quant_conv", None) or nn.Identity()
 
     def forward(self, sample: Tensor) -> tuple[Tensor]:
-        """Moments of the posterior, or latents; drawing and scaling stay outside."""
+        """Moments of the posterior, or latents; sampling and scaling stay outside."""
         return (self.quant_conv(self.encoder(sample)),)
 
 
@@ -105,7 +105,7 @@ class VaeDecoder(nn.Module):
         self.decoder, self.post_quant_conv = model.decoder, getattr(model, "post_quant_conv", None) or nn.Identity()
 
     def forward(self, latent_sample: Tensor) -> tuple[Tensor]:
-        """The picture, not clipped."""
+        """The image, not clipped."""
         return (self.decoder(self.post_quant_conv(latent_sample)),)
 
 
@@ -118,7 +118,7 @@ class VqDecoder(VaeDecoder):
         self.codebook, self.spatial = model.quantize.embedding, model.config.norm_type == "spatial"
 
     def forward(self, latent_sample: Tensor) -> tuple[Tensor]:
-        """The picture, not clipped. |z - e|^2 = z^2 + e^2 - 2 e z, of which z^2 is the same for every entry."""
+        """The image, not clipped. |z - e|^2 = z^2 + e^2 - 2 e z, of which z^2 is the same for every entry."""
         latents, codes = latent_sample.permute(0, 2, 3, 1), self.codebook.weight
         nearest = torch.argmin((codes * codes).sum(1) - 2 * latents @ codes.T, dim=-1)
         quantized = self.codebook(nearest).permute(0, 3, 1, 2)
@@ -143,7 +143,7 @@ class SafetyChecker(nn.Module):
         self.model = model
 
     def forward(self, clip_input: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores of each picture; above zero the concept is in it."""
+        """Scores of each image; above zero the concept is in it."""
         model, normalize = self.model, nn.functional.normalize
         embeds = normalize(model.visual_projection(model.vision_model(clip_input)[1]))
         return (embeds @ normalize(model.special_care_embeds).T - model.special_care_embeds_weights,

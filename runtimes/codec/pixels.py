@@ -105,7 +105,7 @@ def to_pil(pixels: NDArray[np.uint8]) -> list[Image]:
     """(B, H, W, 3) uint8 as Pillow images."""
     from PIL import Image
 
-    return [Image.fromarray(picture) for picture in pixels]
+    return [Image.fromarray(image) for image in pixels]
 
 
 def _opened(source: ImageLike, where: str) -> Opened:

@@ -36,8 +36,8 @@ class Colours:
 def fit(decoder: Session, facts: PipelineFacts, seed: int = 0) -> Colours:
     """Least squares between latents and the mean colour of the pixels that each becomes.
 
-    The latents are half one colour per picture, half changing from place to place, of unit variance together as
-    the latents of pictures are: a decoder answers to both differently, and pictures hold both. Published factors would
+    The latents are half one colour per image, half changing from place to place, of unit variance together as
+    the latents of images are: a decoder answers to both differently, and images hold both. Published factors would
     serve the autoencoders that they were published for; this serves any, fine-tuned ones included.
 
     Args:
@@ -60,7 +60,7 @@ def fit(decoder: Session, facts: PipelineFacts, seed: int = 0) -> Colours:
 
 
 def _side(decoder: Session, position: int, default: int) -> int:
-    """A small number of latent rows or columns that the decoder takes: small pictures are as good and cost less."""
+    """A small number of latent rows or columns that the decoder takes: small images are as good and cost less."""
     size = input_spec(decoder, "latent_sample").shape[position]
     if isinstance(size, int):
         return size

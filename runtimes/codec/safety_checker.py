@@ -1,6 +1,6 @@
-"""Pictures through the model's own safety checker: what it is fed, and which pictures its scores flag.
+"""Images through the model's own safety checker: what it is fed, and which images its scores flag.
 
-Nothing here changes a picture, and nothing calls it unless it is asked for.
+Nothing here changes an image, and nothing calls it unless it is asked for.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SPECIAL_CARE = np.float32(0.01)
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How pictures become the checker's input: transformers' CLIPImageProcessor over Pillow.
+    """How images become the checker's input: transformers' CLIPImageProcessor over Pillow.
 
     Attributes:
         shortest: pixels of the shorter side after resizing.
@@ -90,19 +90,19 @@ class Preprocessing:
         return (cut.astype(np.float32) - mean) / deviation
 
 
-def flags(session: Session, pictures: Float32) -> list[bool]:
-    """Which pictures the checker flags, as diffusers' StableDiffusionSafetyChecker decides it.
+def flags(session: Session, images: Float32) -> list[bool]:
+    """Which images the checker flags, as diffusers' StableDiffusionSafetyChecker decides it.
 
-    A picture that one of the special concepts applies to is flagged by every other concept a little sooner. Scores are
+    An image that one of the special concepts applies to is flagged by every other concept a little sooner. Scores are
     rounded to three digits, so one that is above its threshold by less than half of the last is not above it.
 
     Args:
         session: clip_input -> special_scores (B, 3), concept_scores (B, 17): cosines less their thresholds.
-        pictures: (B, 3, H, W) float32 from `Preprocessing`.
+        images: (B, 3, H, W) float32 from `Preprocessing`.
     """
-    scores = RowRunner(session, len(pictures)).run({CLIP_INPUT: pictures})
+    scores = RowRunner(session, len(images)).run({CLIP_INPUT: images})
     special, concepts = (scores[name].astype(np.float32) for name in (SPECIAL_SCORES, CONCEPT_SCORES))
-    careful = np.zeros(len(pictures), bool)
+    careful = np.zeros(len(images), bool)
     for column in special.T:
         careful |= _above(column, careful)
     return [bool(row.any()) for row in _above(concepts.T, careful).T]

@@ -1,10 +1,10 @@
-"""Pictures larger than the networks were built for, from overlapping tiles that are blended smoothly.
+"""Images larger than the networks were built for, from overlapping tiles that are blended smoothly.
 
 Bar-Tal et al., MultiDiffusion, arXiv 2302.08113: at every step each tile is predicted on its own and the predictions
 are averaged where tiles overlap, eq. 5 with weights that fall off towards a tile's border. The autoencoder's halves
 are tiled and blended alike. A tile knows nothing of its neighbours but what the overlap says, so a prompt should
 describe what may be anywhere. Tiles lie elsewhere at every step (as in Du et al., DemoFusion, arXiv 2311.16973,
-section 3.4), so that no place of the picture is always at a border and none always in the middle.
+section 3.4), so that no place of the image is always at a border and none always in the middle.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ OVERLAP = 0.5
 
 
 class Tiling:
-    """Where tiles lie on a grid of latents, and how they are blended. Holds no picture.
+    """Where tiles lie on a grid of latents, and how they are blended. Holds no image.
 
     Attributes:
         count: number of tiles.
@@ -43,7 +43,7 @@ class Tiling:
         """As many tiles that lie elsewhere: each by itself, but for those at a side of the whole along that side.
 
         Moved by half a stride at most, rows of tiles share at least a stride of rows, and tiles of a row still touch:
-        the whole stays covered. Where they go depends on i alone, so that a picture can be drawn again.
+        the whole stays covered. Where they go depends on i alone, so that an image can be generated again.
         """
         moved, random = Tiling(self._shape, self._tile), np.random.default_rng(i)
         moved._places = [(_moved(y, self._rows, random), _moved(x, self._columns, random)) for y, x in self._places]

@@ -30,7 +30,7 @@ def parse_aspect(text: str) -> float:
 def nearest_size(aspect: float, pixels: int, height: Side, width: Side) -> tuple[int, int]:
     """Height and width in pixels nearest to a shape: the ratio counts twice as much as the number of pixels.
 
-    Both are compared as logarithms, so that a picture twice as wide is as far off as one half as wide.
+    Both are compared as logarithms, so that an image twice as wide is as far off as one half as wide.
 
     Args:
         aspect: width over height.

@@ -19,7 +19,7 @@ def begin_part(scheduler: Scheduler, steps: int, part: tuple[float, float], stre
     Args:
         scheduler: gives the length of the training schedule.
         steps: of the whole schedule.
-        part: first and last share of the noise schedule, 0 is pure noise and 1 a clean picture.
+        part: first and last share of the noise schedule, 0 is pure noise and 1 a clean image.
         strength, eta: see `Scheduler.start`; a part that begins later has its own strength.
 
     Returns:

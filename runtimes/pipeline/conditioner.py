@@ -26,9 +26,9 @@ class SizeConditions:
     """Sizes and scores that Stable Diffusion XL was trained to be told, in pixels. Other models ignore them.
 
     Attributes:
-        original: height and width that the training picture had before it was resized; the picture's by default.
+        original: height and width that the training image had before it was resized; the image's by default.
         crop: top and left of the crop.
-        target: height and width to draw for; the picture's by default.
+        target: height and width to generate for; the image's by default.
         aesthetic_score, negative_aesthetic_score: of the refiner, 0 to 10, for the prompt and the negative prompt.
     """
 

@@ -59,7 +59,7 @@ class Stop:
             raise CancelledError(self.taken, self._total)
 
     def watch(self, session: Session) -> Session:
-        """`session`, asking before every call: a step of a large picture has hundreds of them."""
+        """`session`, asking before every call: a step of a large image has hundreds of them."""
         return session if self._cancel is None else _Stoppable(session, self)
 
 
@@ -86,7 +86,7 @@ def denoise(
         predict: (sample as the U-Net wants it, timestep, step) -> prediction of the same shape.
         run: one run of a scheduler.
         start: the sample at the run's first noise level, (B, C, H/f, W/f) float32, and what of it is kept.
-        noise: where steps that need fresh noise draw it.
+        noise: where steps that need fresh noise sample it.
         stop: may end the run before a step; told of each that is finished.
         on_step: called after every step; False ends the run, as does what it raises.
         count: how many steps, where the rest is another model's; every one by default.
@@ -102,7 +102,7 @@ def denoise(
     for i, timestep in enumerate(timesteps):
         stop.check()
         prediction = predict(run.scale_model_input(sample, i), timestep, i)
-        fresh = noise.draw(sample.shape[1:]) if run.needs_noise(i) else None
+        fresh = noise.generate(sample.shape[1:]) if run.needs_noise(i) else None
         sample = run.step(prediction, i, sample, fresh)
         if start.kept is not None:
             sample = start.kept.put_back(sample, run, i)

@@ -75,7 +75,7 @@ class Pipeline:
             scheduler_config: as scheduler_config.json holds it.
             tokenizers: prompts -> (B, tokens) int64, one for each of `facts.text_encoders`.
             cache_bytes: bound of the cache of embedded prompts.
-            preprocessing: what the safety checker's pictures go through, where the sessions hold one.
+            preprocessing: what the safety checker's images go through, where the sessions hold one.
             memory: how many images share a call; as many as the networks take if None.
         """
         self.sessions, self.facts = sessions, facts
@@ -132,7 +132,7 @@ class Pipeline:
                 U-Net must take that many tokens: build with --shapes sequence=...
             cache_interval: compute the U-Net's deep layers at every so many steps only, and reuse them between; needs a
                 bundle built with --step-cache. 1 is every step; 3 is more than twice as fast.
-            tile: draw in overlapping tiles of so many pixels a side, one at a time, so that height and width may go
+            tile: generate in overlapping tiles of so many pixels a side, one at a time, so that height and width may go
                 beyond what the bundle was built for, within the memory of one tile; see `runtimes.codec.tiling`.
             latents: (B, C, H/f, W/f) float32 of unit variance, used instead of the seeds' initial noise; under a mask,
                 denoising starts from them alone, whatever the strength.
@@ -142,7 +142,7 @@ class Pipeline:
             profile: records where the time goes.
             part: share of the noise schedule to denoise: (0, 0.8) with output="latents" by a base model, then (0.8, 1)
                 with those latents by a refiner. A part that does not begin at 0 starts from `latents` as they are.
-            sizes: what Stable Diffusion XL is told about sizes; by default, that the picture is whole.
+            sizes: what Stable Diffusion XL is told about sizes; by default, that the image is whole.
 
         Returns:
             list of B PIL images, or (B, H, W, 3) float32, or (B, C, H/f, W/f) float32.
@@ -203,7 +203,7 @@ class Pipeline:
         self, sessions: Mapping[str, Session], request: Request, conditions: Conditions, guidance: Guidance,
         count: int, extra: Float32 | None, cache_interval: int, at_once: int | None,
     ) -> Callable[[Float32, float, int], Float32]:
-        """The U-Net under the request's prompts, for the whole picture or tile by tile."""
+        """The U-Net under the request's prompts, for the whole image or tile by tile."""
         tiling = request.tiling
         shallow = sessions[SHALLOW] if cache_interval > 1 else None
         if tiling is None:
@@ -246,7 +246,7 @@ class Pipeline:
         return nearest_size(aspect, self.facts.height * self.facts.width, *sides)
 
     def preview(self, latents: Float32) -> NDArray[np.uint8]:
-        """A small picture of latents, for `Step.estimate`: one pixel for each latent, without the decoder.
+        """A small image of latents, for `Step.estimate`: one pixel for each latent, without the decoder.
 
         The linear map from latents to colours is fitted to the bundle's own decoder at the first call, once.
 
@@ -260,11 +260,11 @@ class Pipeline:
             self._colours = fit(self.sessions["vae_decoder"], self.facts)
         return self._colours.show(latents)
 
-    def flagged(self, pictures: Sequence[Image]) -> list[bool]:
-        """Which pictures the model's own safety checker flags. It runs here only, and changes nothing.
+    def flagged(self, images: Sequence[Image]) -> list[bool]:
+        """Which images the model's own safety checker flags. It runs here only, and changes nothing.
 
         Args:
-            pictures: B Pillow images of any size.
+            images: B Pillow images of any size.
 
         Raises:
             InputError: the bundle has no safety checker.
@@ -272,7 +272,7 @@ class Pipeline:
         if self._preprocessing is None or SAFETY_CHECKER not in self.sessions:
             raise InputError("this bundle has no safety checker", where=SAFETY_CHECKER,
                              fix="build --safety-checker, from a model that has one")
-        return flags(self.sessions[SAFETY_CHECKER], self._preprocessing(pictures)) if pictures else []
+        return flags(self.sessions[SAFETY_CHECKER], self._preprocessing(images)) if images else []
 
     def _scheduler(self, name: str | None, mode: ModeFacts) -> Scheduler:
         key = name, mode.pipeline_class

@@ -1,4 +1,4 @@
-"""What denoising starts from: noise, a noised picture, and what inpainting keeps of one."""
+"""What denoising starts from: noise, a noised image, and what inpainting keeps of one."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ Float32 = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Kept:
-    """The part of a picture that a U-Net without channels for it must not repaint.
+    """The part of an image that a U-Net without channels for it must not repaint.
 
     Attributes:
-        original: (B, C, H/f, W/f) float32 encoded picture.
+        original: (B, C, H/f, W/f) float32 encoded image.
         noise: the run's initial noise, same shape.
-        mask: (B, 1, H/f, W/f) float32, 1 where the picture is painted anew.
+        mask: (B, 1, H/f, W/f) float32, 1 where the image is painted anew.
     """
 
     original: Float32
@@ -48,7 +48,7 @@ class Start:
 
     Attributes:
         sample: (B, C, H/f, W/f) float32 at the run's first noise level.
-        extra: (B, 1 + C, H/f, W/f) float32, mask and masked picture for a U-Net trained for inpainting, or None.
+        extra: (B, 1 + C, H/f, W/f) float32, mask and masked image for a U-Net trained for inpainting, or None.
         kept: for any other U-Net under a mask, or None.
     """
 
@@ -60,30 +60,30 @@ class Start:
 def begin(
     sessions: Mapping[str, Session], facts: PipelineFacts, request: Request, run: Run, noise: NoiseStreams
 ) -> Start:
-    """Encode and noise what a request asks for. Random numbers are drawn in the order that diffusers draws them.
+    """Encode and noise what a request asks for. Random numbers are sampled in the order that diffusers samples them.
 
     Raises:
-        InputError: the U-Net takes channels that are not those of latents, a mask and a masked picture.
+        InputError: the U-Net takes channels that are not those of latents, a mask and a masked image.
     """
     paints = inpaints(sessions["unet"], request.latent_shape[0])
     # Under a mask, all of the schedule starts from noise alone, and so do latents that the caller gives.
     pure = request.masks is not None and (request.strength == 1 or request.latents is not None)
     original: Float32 | None = None
-    if request.pictures is not None and not (paints and pure):
-        original = _encoded(sessions, facts, request.pictures, request.picture_of, request, noise)
-    fresh = noise.draw(request.latent_shape) if request.latents is None else request.latents
+    if request.images is not None and not (paints and pure):
+        original = _encoded(sessions, facts, request.images, request.image_of, request, noise)
+    fresh = noise.generate(request.latent_shape) if request.latents is None else request.latents
     sample = fresh * np.float32(run.init_noise_sigma) if pure or original is None else run.add_noise(original, fresh)
     if paints:
         return Start(sample, extra=_conditions(sessions, facts, request, noise))
     if request.masks is None or original is None:
         return Start(sample)
     if sessions["vae_encoder"].component.outputs[0].name != "latents":
-        noise.draw(request.latent_shape)  # diffusers encodes the masked image here too, and uses the numbers only
+        noise.generate(request.latent_shape)  # diffusers encodes the masked image here too, and uses the numbers only
     return Start(sample, kept=Kept(original, fresh, _small(request)))
 
 
 def inpaints(unet: Described, channels: int) -> bool:
-    """Whether a U-Net takes mask and masked picture besides latents of so many channels.
+    """Whether a U-Net takes mask and masked image besides latents of so many channels.
 
     Raises:
         InputError: it takes something else.
@@ -98,15 +98,15 @@ def inpaints(unet: Described, channels: int) -> bool:
 def _conditions(
     sessions: Mapping[str, Session], facts: PipelineFacts, request: Request, noise: NoiseStreams
 ) -> Float32:
-    """Mask and masked picture; without a mask everything is painted anew, without a picture over grey."""
+    """Mask and masked image; without a mask everything is painted anew, without an image over grey."""
     count, (_, rows, columns) = len(request.seeds), request.latent_shape
-    if request.masks is None or request.pictures is None:
+    if request.masks is None or request.images is None:
         factor = request.height // rows
         masked, of = np.zeros((1, 3, rows * factor, columns * factor), np.float32), (0,) * count
         mask = np.ones((count, 1, rows, columns), np.float32)
     else:
-        masked = request.pictures * (request.masks < 0.5)
-        of = request.picture_of if len(request.pictures) > 1 else request.mask_of
+        masked = request.images * (request.masks < 0.5)
+        of = request.image_of if len(request.images) > 1 else request.mask_of
         mask = _small(request)
     return np.concatenate([mask, _encoded(sessions, facts, masked, of, request, noise)], axis=1)
 
@@ -119,13 +119,13 @@ def _small(request: Request) -> Float32:
 
 
 def _encoded(
-    sessions: Mapping[str, Session], facts: PipelineFacts, pictures: Float32, of: tuple[int, ...], request: Request,
+    sessions: Mapping[str, Session], facts: PipelineFacts, images: Float32, of: tuple[int, ...], request: Request,
     noise: NoiseStreams,
 ) -> Float32:
-    """Pictures as scaled latents, drawn from the encoder's distribution: (B, C, H/f, W/f) float32."""
+    """Images as scaled latents, generated from the encoder's distribution: (B, C, H/f, W/f) float32."""
     factor = request.height // request.latent_shape[1]
-    mean, deviation = autoencoder.encode(sessions["vae_encoder"], pictures, request.tiling, factor)
+    mean, deviation = autoencoder.encode(sessions["vae_encoder"], images, request.tiling, factor)
     latents = mean[list(of)]
     if deviation is not None:
-        latents = latents + deviation[list(of)] * noise.draw(request.latent_shape)
+        latents = latents + deviation[list(of)] * noise.generate(request.latent_shape)
     return autoencoder.scaled(facts, latents, masked=request.masks is not None)

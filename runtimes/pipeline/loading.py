@@ -31,7 +31,7 @@ def load(bundle_dir: Path | str | Bundle, device: str = "cpu", threads: int = 0,
             compared and nobody wrote to it since; otherwise only presence and size.
         hint: of OpenVINO: "latency" gives one call every core, "throughput" runs several calls at once.
         pin_threads: keep each CPU thread on a core of its own.
-        memory_budget: bytes that this process may take while it draws from text: as many images share a call as fit.
+        memory_budget: bytes that this process may take while it generates: as many images share a call as fit.
             What calls take is measured once on each machine; see `runtimes.pipeline.memory_budget`.
         lora: of a bundle built with `--lora-mode swap`: `FILE[:SCALE]` each instead of its own, or "none" alone.
 
@@ -79,7 +79,7 @@ def scheduler_config(bundle: Bundle) -> dict[str, Any]:
 
 
 def load_preprocessing(bundle: Bundle) -> Preprocessing:
-    """How the safety checker's pictures are prepared.
+    """How the safety checker's images are prepared.
 
     Raises:
         BundleError: the file is missing or not a JSON object.

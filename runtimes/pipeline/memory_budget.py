@@ -18,16 +18,16 @@ from runtimes.errors import InputError
 
 MEASURED = ("unet", "vae_decoder")
 NOISE_BYTES = 1_000_000
-MARGIN = 1.1  # of what is drawn with, above what is loaded: the least error seen in repeated runs is a few percent
-PICTURE_BYTES = 2 * 3 * 4  # for each pixel: float32 RGB, once more while it is converted
+MARGIN = 1.1  # of what is generated with, above what is loaded: the least error seen in repeated runs is a few percent
+IMAGE_BYTES = 2 * 3 * 4  # for each pixel: float32 RGB, once more while it is converted
 
 
 @dataclass(frozen=True)
 class MemoryModel:
-    """Peak resident memory of a process that draws.
+    """Peak resident memory of a process that generates.
 
     Attributes:
-        base_bytes: with everything loaded and nothing drawn.
+        base_bytes: with everything loaded and nothing generated.
         costs: component -> c, b and q of the formula above, in bytes.
     """
 
@@ -63,13 +63,13 @@ class MemoryBudget:
         for images in range(count, 0, -1):
             parts = -(-count // images)
             # A backend keeps memory for every shape it has met, and calls may differ by one image.
-            needed = PICTURE_BYTES * pixels + self.model.peak_bytes(
+            needed = IMAGE_BYTES * pixels + self.model.peak_bytes(
                 [{"unet": copies * n, "vae_decoder": n} for n in {count // parts, -(-count // parts)}], area)
             if needed <= self.bytes:
                 return images
-        raise InputError(f"one picture at a time needs about {needed / 1e6:.0f} MB, the budget is "
+        raise InputError(f"one image at a time needs about {needed / 1e6:.0f} MB, the budget is "
                          f"{self.bytes / 1e6:.0f} MB", where="memory budget",
-                         fix="draw in smaller tiles, a smaller picture, or raise the budget")
+                         fix="generate in smaller tiles, a smaller image, or raise the budget")
 
 
 def fit(measured: Mapping[str, Any]) -> MemoryModel:

@@ -59,7 +59,7 @@ def memory_model(bundle: Bundle, options: SessionOptions) -> MemoryModel:
         request.write_text(json.dumps({"bundle": str(bundle.path.resolve()), **asdict(options)}), encoding="utf-8")
         if run_child("runtimes.pipeline.memory_measurement", request, log):
             raise UnavailableError(f"its memory could not be measured: {last_words(log)}", where=str(bundle.path),
-                                   fix="draw without a memory budget")
+                                   fix="generate without a memory budget")
         model = fit(read_object(request.with_name(MEASURED_FILE)))
     with replacing(file) as partial:
         partial.write_text(json.dumps(asdict(model)), encoding="utf-8")
@@ -124,7 +124,7 @@ def main() -> None:
     options |= {"lora": tuple(options["lora"]), "keep_graphs": True}
     sessions = BundleSessions(bundle, SessionOptions(**options))
     loaded = {name: sessions[name] for name in needed(bundle.manifest.pipeline)}
-    for module in ("PIL.Image", "runtimes.pipeline.diffusion"):  # what a process that draws has in memory besides
+    for module in ("PIL.Image", "runtimes.pipeline.diffusion"):  # what a process that generates has in memory besides
         importlib.import_module(module)
     for name in bundle.manifest.pipeline.text_encoders:
         component = loaded[name].component

@@ -1,4 +1,4 @@
-"""Random numbers bit for bit as `torch.randn` draws them from a CPU generator, one stream per image. No global state.
+"""Random numbers bit for bit as `torch.randn` samples them from a CPU generator, one stream per image. No global state.
 
 A seed means what it means in PyTorch and diffusers, and an image is the same alone or within a batch. The arithmetic is
 ATen's (`native/cpu/DistributionTemplates.h`, `core/DistributionsHelper.h`), in its AVX2 form: what every x86 CPU since
@@ -19,7 +19,7 @@ from runtimes.errors import InputError
 
 Float32 = NDArray[np.float32]
 F = np.float32
-BLOCK = 16  # numbers of one Box-Muller block; ATen draws fewer than that one by one, in double precision
+BLOCK = 16  # numbers of one Box-Muller block; ATen samples fewer than that one by one, in double precision
 LEAST_SEED, MOST_SEED = -(2**63), 2**64 - 1
 
 # Coefficients of ATen's avx_mathfun.h, which has them from Cephes' logf, sinf and cosf.
@@ -39,7 +39,7 @@ class NoiseStreams:
     def __init__(self, seeds: Sequence[int]) -> None:
         self._generators = [NormalGenerator(seed) for seed in seeds]
 
-    def draw(self, shape: tuple[int, ...]) -> Float32:
+    def generate(self, shape: tuple[int, ...]) -> Float32:
         """The next numbers of every stream: (images, *shape) float32, unit variance."""
         size = math.prod(shape)
         rows = [generator.randn(size) for generator in self._generators]

@@ -36,12 +36,12 @@ class Request:
         latent_shape: (C, H/f, W/f).
         height, width: pixels.
         tiling: where the networks' tiles lie, or None where they take the whole.
-        pictures: distinct initial images, (K, 3, H, W) float32 in -1..1, or None for text to image.
-        picture_of: index into `pictures` for every image.
+        images: distinct initial images, (K, 3, H, W) float32 in -1..1, or None for text to image.
+        image_of: index into `images` for every image.
         strength: share of the schedule that initial images go through; 1 starts from noise alone under a mask.
         masks: distinct masks, (M, 1, H, W) float32, 1 where an image is painted anew, or None.
         mask_of: index into `masks` for every image.
-        latents: given initial noise, (B, C, H/f, W/f) float32 of unit variance, or None to draw it.
+        latents: given initial noise, (B, C, H/f, W/f) float32 of unit variance, or None to sample it.
     """
 
     prompts: tuple[str, ...]
@@ -52,8 +52,8 @@ class Request:
     width: int
     tiling: Tiling | None
     seeds: tuple[int, ...]
-    pictures: NDArray[np.float32] | None
-    picture_of: tuple[int, ...]
+    images: NDArray[np.float32] | None
+    image_of: tuple[int, ...]
     strength: float
     masks: NDArray[np.float32] | None
     mask_of: tuple[int, ...]
@@ -77,7 +77,7 @@ def check_request(
         raise InputError("no prompt", where="prompt", fix="give at least one; it may be an empty string")
     copies = whole(images_per_prompt, "images_per_prompt", MOST // len(prompts))
     if not facts.text_encoders and any(prompts):
-        raise InputError("this model draws without prompts", where="prompt", fix="leave the prompt empty")
+        raise InputError("this model generates without prompts", where="prompt", fix="leave the prompt empty")
     negatives = _texts("" if negative_prompt is None else negative_prompt, "the negative prompt")
     if negative_prompt is None or isinstance(negative_prompt, str):
         negatives *= len(prompts)
@@ -85,14 +85,14 @@ def check_request(
         raise InputError(f"{len(negatives)} negative prompts for {len(prompts)} prompts", where="negative_prompt",
                          fix="give one, or one per prompt")
     count = len(prompts) * copies
-    pictures = [] if image is None else _opened_all(image, open_image, "image", count)
+    images = [] if image is None else _opened_all(image, open_image, "image", count)
     masks = [] if mask is None else _opened_all(mask, open_mask, "mask", count)
-    if masks and not pictures:
+    if masks and not images:
         raise InputError("a mask without an image", where="mask", fix="give the image that it lies over")
-    if len({len(pictures), len(masks)} - {0, 1}) > 1:
-        raise InputError(f"{len(masks)} masks for {len(pictures)} images", where="mask", fix="give one, or one each")
+    if len({len(images), len(masks)} - {0, 1}) > 1:
+        raise InputError(f"{len(masks)} masks for {len(images)} images", where="mask", fix="give one, or one each")
     # As diffusers has it, an image sets the size of what is made of it, but not of what is painted into it.
-    height, width = _size(facts, sessions, height, width, None if masks or not pictures else size_of(pictures[0]),
+    height, width = _size(facts, sessions, height, width, None if masks or not images else size_of(images[0]),
                           latents, tile)
     shape = facts.latent_channels, height // facts.vae_scale_factor, width // facts.vae_scale_factor
     return Request(
@@ -104,8 +104,8 @@ def check_request(
         width=width,
         tiling=None if tile is None else _tiling(facts, sessions, height, width, tile),
         seeds=resolve_seeds(seed, count),
-        pictures=np.stack([to_pixels(p, height, width) for p in pictures]) if pictures else None,
-        picture_of=_dealt(len(pictures), count),
+        images=np.stack([to_pixels(p, height, width) for p in images]) if images else None,
+        image_of=_dealt(len(images), count),
         strength=strength,
         masks=np.stack([to_mask(m, height, width) for m in masks]) if masks else None,
         mask_of=_dealt(len(masks), count),
@@ -251,7 +251,7 @@ def _repeated(values: Sequence[Any], copies: int) -> tuple[Any, ...]:
 
 
 def _dealt(distinct: int, count: int) -> tuple[int, ...]:
-    """Which of several pictures belongs to each of `count` images: in turn, as diffusers repeats a batch of them."""
+    """Which of several images belongs to each of `count` images: in turn, as diffusers repeats a batch of them."""
     return tuple(i % distinct for i in range(count)) if distinct else ()
 
 
@@ -277,9 +277,9 @@ def _opened_all(
 
 def _size(
     facts: PipelineFacts, sessions: Mapping[str, Session], height: int | None, width: int | None,
-    picture: tuple[int, int] | None, latents: object, tile: int | None,
+    image: tuple[int, int] | None, latents: object, tile: int | None,
 ) -> tuple[int, int]:
-    """Height and width in pixels: as asked for, else the latents', else the picture's rounded down to whole latents,
+    """Height and width in pixels: as asked for, else the latents', else the image's rounded down to whole latents,
     else the model's own."""
     own = facts.height, facts.width
     sizes = []
@@ -288,8 +288,8 @@ def _size(
             size = given
         elif isinstance(latents, np.ndarray) and latents.ndim == 4 and latents.shape[axis + 2]:
             size = latents.shape[axis + 2] * facts.vae_scale_factor
-        elif picture is not None:
-            sizes.append(_picture_size(facts, sessions, name, picture[axis], tile))
+        elif image is not None:
+            sizes.append(_image_size(facts, sessions, name, image[axis], tile))
             continue
         else:
             size = own[axis]
@@ -297,10 +297,10 @@ def _size(
     return sizes[0], sizes[1]
 
 
-def _picture_size(
+def _image_size(
     facts: PipelineFacts, sessions: Mapping[str, Session], name: str, pixels: int, tile: int | None
 ) -> int:
-    """A picture's height or width in whole latents, rounded down as by `VaeImageProcessor.get_default_height_width`."""
+    """An image's height or width in whole latents, rounded down as by `VaeImageProcessor.get_default_height_width`."""
     try:
         return _checked_size(facts, sessions, name, pixels - pixels % facts.vae_scale_factor, tile)
     except InputError as error:
@@ -315,7 +315,7 @@ def _checked_size(
 
 
 def _check_tiled(facts: PipelineFacts, name: str, pixels: int) -> int:
-    """Tiles cover any whole number of latents, up to what a picture may have at all."""
+    """Tiles cover any whole number of latents, up to what an image may have at all."""
     factor = facts.vae_scale_factor
     if whole(pixels, name, LARGEST_SIDE) % factor or pixels > MAX_TILED_SIDE:
         raise InputError(f"{name} is {pixels}, expected a multiple of {factor} up to {MAX_TILED_SIDE:,}", where=name,
@@ -326,7 +326,7 @@ def _check_tiled(facts: PipelineFacts, name: str, pixels: int) -> int:
 def _tiling(
     facts: PipelineFacts, sessions: Mapping[str, Session], height: int, width: int, tile: int
 ) -> Tiling | None:
-    """Tiles of `tile` pixels, smaller where the picture is; None if one tile is all of it."""
+    """Tiles of `tile` pixels, smaller where the image is; None if one tile is all of it."""
     tile = whole(tile, "tile", LARGEST_SIDE)
     rows = check_size(facts, sessions, "height", min(tile, height)) // facts.vae_scale_factor
     columns = check_size(facts, sessions, "width", min(tile, width)) // facts.vae_scale_factor

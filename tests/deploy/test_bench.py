@@ -1,4 +1,4 @@
-"""`bench` and `--target auto`: what is measured is really run, in turns, and equal pictures are said to be equal."""
+"""`bench` and `--target auto`: what is measured is really run, in turns, and equal images are said to be equal."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def bundles(tiny_model: Path, build_cache: Path, tmp_path_factory: pytest.TempPa
                       cache_root=build_cache).bundle.path for precision in ("fp32", "fp16")]
 
 
-def test_a_bundle_and_pytorch_draw_the_same_picture_in_turns(reference_bundle: Path):
+def test_a_bundle_and_pytorch_generate_the_same_image_in_turns(reference_bundle: Path):
     said: list[str] = []
     options = BenchOptions(("torch",), rounds=2, steps=2, batches=(1, 2), threads=1)
     report = run_bench([reference_bundle], options, said.append)
@@ -31,7 +31,7 @@ def test_a_bundle_and_pytorch_draw_the_same_picture_in_turns(reference_bundle: P
     for run in report["runs"]:
         assert 0 < run["seconds"]["min"] <= run["seconds"]["median"] <= run["seconds"]["max"]
         assert run["cold_start_seconds"] > run["seconds"]["min"]
-        assert run["psnr_db"] > 40, f"{run['name']} drew another picture"
+        assert run["psnr_db"] > 40, f"{run['name']} drew another image"
         assert set(run["components"]) == {"text_encoder", "unet", "vae_decoder", "python"}
         assert sum(part["share"] for part in run["components"].values()) == pytest.approx(1)
     rss = {run["name"]: run["peak_rss_bytes"] for run in report["runs"]}

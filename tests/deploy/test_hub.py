@@ -22,7 +22,7 @@ UNET = "unet/diffusion_pytorch_model.safetensors"
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model as repositories hold it: beside the pipeline a checkpoint, pickles, a variant and a picture."""
+    """A model as repositories hold it: beside the pipeline a checkpoint, pickles, a variant and an image."""
     folder = write_pipeline_of("sd2", tmp_path_factory.mktemp("hub") / "tiny")
     for name in ("v1-5-pruned.safetensors", "unet/diffusion_pytorch_model.bin", "README.md", "assets/a.png",
                  "safety_checker/model.safetensors", "unet/flax_model.msgpack"):

@@ -193,7 +193,7 @@ def test_precision_computes_in_16_bits_on_gpus_and_stores_in_them_on_cpus(bundle
 
 
 def test_a_decoder_that_overflows_in_float16_stays_in_float32_and_says_so(bundle, tmp_path):
-    """As Stable Diffusion XL's does: what it draws is right, values inside it are above 65,504."""
+    """As Stable Diffusion XL's does: what it generates is right, values inside it are above 65,504."""
     loud = Bundle.open(shutil.copytree(bundle.path, tmp_path / "loud"))
     file = loud.file(loud.component("vae_decoder").file)
     model = onnx.load(file)

@@ -109,7 +109,7 @@ def test_plans_of_unets_without_masks_are_what_they_were():
     assert set(planned().config["calibration"]) == {"prompts", "samples", "steps", "strength", "guidance_scale"}
 
 
-def test_int8_is_a_third_of_the_bytes_and_keeps_what_is_drawn(int8_bundle: Bundle, reference_bundle: Path):
+def test_int8_is_a_third_of_the_bytes_and_keeps_what_is_generated(int8_bundle: Bundle, reference_bundle: Path):
     manifest, full = int8_bundle.manifest, Bundle.open(reference_bundle).manifest
     unet = manifest.components["unet"]
     assert unet.bytes <= 0.30 * full.components["unet"].bytes
@@ -152,7 +152,7 @@ def test_another_recipe_uses_the_recording_again(int8_bundle: Bundle, build_cach
     assert before == {p: p.stat().st_mtime_ns for p in (build_cache / "calibration").rglob("shard-*.npz")}
 
 
-def test_calibration_draws_at_the_size_that_the_shapes_call_most_common():
+def test_calibration_generates_at_the_size_that_the_shapes_call_most_common():
     spec = BuildSpec(precision="int8", shapes={"height": ShapeRange(64, 128, 256), "width": ShapeRange(64, 96, 256)})
     facts = at_common_size(exported(spec))
     assert (facts.height, facts.width) == (128, 96)

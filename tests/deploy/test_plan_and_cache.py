@@ -121,7 +121,7 @@ def test_a_new_version_of_the_pass_or_a_new_config_has_another_key(bundle: Bundl
     assert len(keys) == 3
 
 
-class Drawing(Shout):
+class Trajectory(Shout):
     """What it writes depends on the sampling loop."""
 
     reads_pipeline: ClassVar[bool] = True
@@ -134,13 +134,13 @@ class Drawing(Shout):
 ], ids=["scheduler", "tokenizer", "facts"])
 def test_a_pass_that_reads_the_sampling_loop_has_its_own_key_for_each_and_others_do_not(bundle: Bundle, change: Any):
     other = Bundle(bundle.path, dataclasses.replace(bundle.manifest, **change))
-    for kind, differs in ((Drawing, True), (Shout, False)):
+    for kind, differs in ((Trajectory, True), (Shout, False)):
         step = kind().plan(bundle.manifest, BuildSpec())
         keys = {key_of(kind(), step, "unet", b) for b in (bundle, other)}
         assert (len(keys) == 2) == differs
 
 
-def test_the_passes_that_draw_or_calibrate_say_that_they_read_the_sampling_loop():
+def test_the_passes_that_generate_or_calibrate_say_that_they_read_the_sampling_loop():
     reading = {instance.name for instance in load_passes(PASSES) if instance.reads_pipeline}
     assert reading == {"adapters", "prune-vae", "prune", "recover", "quantize", "precision", "engine"}
 

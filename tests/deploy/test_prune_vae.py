@@ -80,10 +80,10 @@ def test_it_is_planned_when_asked_for_and_reads_what_decides_its_result(source):
     assert isinstance(PruneVae().plan(source.manifest, BuildSpec(prune=0.3)), Skip)
     step = PruneVae().plan(source.manifest, BuildSpec(prune_vae=0.3))
     assert isinstance(step, Step)
-    assert step.reads == {half: (half, "unet", "text_encoder") for half in HALVES}, "the original U-Net draws"
+    assert step.reads == {half: (half, "unet", "text_encoder") for half in HALVES}, "the original U-Net generates"
     assert isinstance(Recover().plan(source.manifest, BuildSpec(prune_vae=0.3, recover=5)), Skip), "no U-Net recovers"
     plain = PruneVae().plan(source.manifest, BuildSpec(prune_vae=0.3, prune_method="l2"))
-    assert isinstance(plain, Step) and plain.reads == {half: (half,) for half in HALVES}, "magnitudes need no drawing"
+    assert isinstance(plain, Step) and plain.reads == {half: (half,) for half in HALVES}, "magnitudes need no image"
     learned = PruneVae().plan(source.manifest, BuildSpec(prune_vae=0.3, prune_method="l2", recover=5))
     assert isinstance(learned, Step) and learned.reads == step.reads
 
@@ -111,10 +111,10 @@ def test_another_autoencoder_or_a_wrong_order_is_refused(source, change, words):
         PruneVae().plan(dataclasses.replace(source.manifest, components=components), BuildSpec(prune_vae=0.3))
 
 
-def test_a_model_that_cannot_draw_from_text_is_told_what_works(source):
+def test_a_model_that_cannot_generate_from_text_is_told_what_works(source):
     components = {name: c for name, c in source.manifest.components.items() if name != "text_encoder"}
     silent = dataclasses.replace(source.manifest, components=components)
-    with pytest.raises(InputError, match=r"no text_encoder to draw with.*--prune-method l2 and without --recover"):
+    with pytest.raises(InputError, match=r"no text_encoder to generate with.*--prune-method l2 and without --recover"):
         PruneVae().plan(silent, BuildSpec(prune_vae=0.3))
     assert isinstance(PruneVae().plan(silent, BuildSpec(prune_vae=0.3, prune_method="l2")), Step)
 
@@ -176,13 +176,15 @@ def test_an_interrupted_half_ends_as_if_it_had_not_been_interrupted(half, tmp_pa
         assert torch.equal(value, resumed[name]), name
 
 
-def test_pictures_larger_than_a_crop_are_learned_from_in_parts(tmp_path):
+def test_images_larger_than_a_crop_are_learned_from_in_parts(tmp_path):
     task: Any = learning("vae_decoder", tmp_path, 1, crop=5).task
-    drawn = [task.drawn(number) for number in (0, 1, 0)]
-    assert drawn[0].shape == (4, 4, 5, 5)
-    assert torch.equal(drawn[0], drawn[2]) and not torch.equal(drawn[0], drawn[1]), "a batch follows from its number"
+    generated = [task.generated(number) for number in (0, 1, 0)]
+    assert generated[0].shape == (4, 4, 5, 5)
+    assert torch.equal(generated[0], generated[2]) and not torch.equal(generated[0], generated[1]), (
+        "a batch follows from its number")
     everything = latents().unfold(2, 5, 1).unfold(3, 5, 1).permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
-    found = [(everything == crop).flatten(1).all(1).any() for crop in torch.cat([drawn[0][:2], drawn[0][2:].flip(3)])]
+    crops = torch.cat([generated[0][:2], generated[0][2:].flip(3)])
+    found = [(everything == crop).flatten(1).all(1).any() for crop in crops]
     assert all(found), "two as they are, two mirrored"
 
 
@@ -204,7 +206,7 @@ def test_an_autoencoder_alone_is_built_narrower_and_recovered(tiny_model: Path, 
     outcome = run_build(spec, tmp_path / "b")
     manifest = outcome.bundle.manifest
     assert [p.name for p in manifest.passes] == ["load", "prune-vae", "export", "optimize"]
-    assert len(loads) == 1, "both halves learn from the same drawings"
+    assert len(loads) == 1, "both halves learn from the same images"
     plain = run_build(BuildSpec(model=str(tiny_model), verify="no"), tmp_path / "plain").bundle.manifest
     for half in HALVES:
         component, before = manifest.components[half], plain.components[half]

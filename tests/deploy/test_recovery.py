@@ -110,7 +110,7 @@ def test_the_teacher_is_asked_once_for_each_batch_after_the_memory_is_full():
     for number in range(7):
         replay.mixed()
         assert len(calls) == 4 + number
-    assert not stream.finished, "what is drawn is not kept"
+    assert not stream.finished, "what is generated is not kept"
 
 
 def test_the_student_comes_nearer_to_its_teacher(tmp_path):
@@ -151,7 +151,7 @@ def test_a_checkpoint_of_another_recipe_is_not_gone_on_from(tmp_path):
     assert make(tmp_path, Recipe(3))[0].step == 0
 
 
-def test_fewer_drawings_at_a_time_make_steps_of_as_many(monkeypatch):
+def test_fewer_trajectories_at_a_time_make_steps_of_as_many(monkeypatch):
     seen = []
 
     class Asked(Exception):
@@ -162,8 +162,8 @@ def test_fewer_drawings_at_a_time_make_steps_of_as_many(monkeypatch):
         raise Asked
 
     teacher = Observed(unet(levels=(CROSS, PLAIN), widths=(16, 16)))
-    drawn = Teacher(teacher.network, teacher, DIFFUSION, torch.randn(3, 5, 12), torch.zeros(5, 12), (4, 8, 8), 3.0)
-    monkeypatch.setattr(Teacher, "load", lambda *_: drawn)
+    generated = Teacher(teacher.network, teacher, DIFFUSION, torch.randn(3, 5, 12), torch.zeros(5, 12), (4, 8, 8), 3.0)
+    monkeypatch.setattr(Teacher, "load", lambda *_: generated)
     monkeypatch.setattr(recover_network, "load_source_module", lambda *_: copy.deepcopy(teacher.network))
     monkeypatch.setattr(recover_network, "train", train)
     source: Any = SimpleNamespace(component=lambda name: SimpleNamespace(sha256=name), manifest=None)

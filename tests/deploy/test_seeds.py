@@ -25,13 +25,13 @@ from tests.runtimes.diffusers_reference import psnr
 # diffusers 0.42 hands tensors to numpy functions
 pytestmark = [pytest.mark.usefixtures("one_thread"),
               pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")]
-PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)).resize((32, 32))
+IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)).resize((32, 32))
 MASK = Image.fromarray(np.pad(np.full((20, 13), 255, np.uint8), ((6, 6), (3, 16))))
 MODES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "text": ("StableDiffusionXLPipeline", {}, {}),
-    "image": ("StableDiffusionXLImg2ImgPipeline", {"image": PICTURE, "strength": 0.6}, {}),
-    "mask": ("StableDiffusionXLInpaintPipeline", {"image": PICTURE, "strength": 0.7}, {"mask_image": MASK}),
-    "mask, from noise": ("StableDiffusionXLInpaintPipeline", {"image": PICTURE, "strength": 1.0}, {"mask_image": MASK}),
+    "image": ("StableDiffusionXLImg2ImgPipeline", {"image": IMAGE, "strength": 0.6}, {}),
+    "mask": ("StableDiffusionXLInpaintPipeline", {"image": IMAGE, "strength": 0.7}, {"mask_image": MASK}),
+    "mask, from noise": ("StableDiffusionXLInpaintPipeline", {"image": IMAGE, "strength": 1.0}, {"mask_image": MASK}),
 }
 SCHEDULERS = {"ddim": ("DDIMScheduler", 0.0), "ddim, eta": ("DDIMScheduler", 0.6), "lcm": ("LCMScheduler", 0.0),
               "euler-ancestral": ("EulerAncestralDiscreteScheduler", 0.0)}

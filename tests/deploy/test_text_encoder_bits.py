@@ -43,7 +43,7 @@ def bundles(build_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
-def test_the_bundle_is_within_the_budget_of_int8_and_draws(bundles: dict[str, Bundle], target: str):
+def test_the_bundle_is_within_the_budget_of_int8_and_generates(bundles: dict[str, Bundle], target: str):
     manifest = bundles[target].manifest
     component = manifest.components[NAME]
     assert manifest.parity is not None and manifest.parity["ok"]
@@ -53,8 +53,8 @@ def test_the_bundle_is_within_the_budget_of_int8_and_draws(bundles: dict[str, Bu
     assert 0.01 < component.parity["relative_l2"] < 0.08
     assert {n: c.precision for n, c in manifest.components.items()} == {
         NAME: "int4", "unet": "int8", "vae_decoder": "int8", "vae_encoder": "int8"}
-    picture = runtimes.load(bundles[target].path)("a red apple", steps=3, seed=0)[0]
-    assert np.asarray(picture).std() > 5
+    image = runtimes.load(bundles[target].path)("a red apple", steps=3, seed=0)[0]
+    assert np.asarray(image).std() > 5
 
 
 def test_it_is_half_of_8_bits_and_the_table_of_words_a_quarter(bundles: dict[str, Bundle]):

@@ -1,4 +1,4 @@
-"""Triton's model repository: configurations that Triton reads, and a pipeline that draws the same images in it."""
+"""Triton's model repository: configurations that Triton reads, and a pipeline that generates the same images in it."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def served(bundle, tmp_path, monkeypatch) -> Any:
     return SimpleNamespace(model=model, triton=triton)
 
 
-def test_the_served_pipeline_draws_what_the_bundle_draws(bundle, served):
+def test_the_served_pipeline_generates_what_the_bundle_generates(bundle, served):
     request = served.triton.request(prompt=[b"a red apple", b"cat"], steps=[4], seed=[3], guidance_scale=[2.0])
     (response,) = served.model.execute([request])
     images = response.tensors["images"].as_numpy()

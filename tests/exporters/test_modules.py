@@ -123,9 +123,9 @@ def test_wrappers_equal_the_pipeline_parts(pristine: Path) -> None:
 
     from exporters.source.networks import torch_component
 
-    vae, picture = load(pristine, "vae"), torch.randn(1, 3, 16, 24)
+    vae, image = load(pristine, "vae"), torch.randn(1, 3, 16, 24)
     with torch.no_grad():
-        moments = torch_component("vae_encoder", vae)(picture)[0]
-        assert torch.equal(moments, vae.encode(picture).latent_dist.parameters)
+        moments = torch_component("vae_encoder", vae)(image)[0]
+        assert torch.equal(moments, vae.encode(image).latent_dist.parameters)
         latents = moments[:, :4]
         assert torch.equal(torch_component("vae_decoder", vae)(latents)[0], vae.decode(latents).sample)

@@ -102,7 +102,7 @@ def test_a_sequence_is_cut_to_its_first_tokens_or_repeated():
     np.testing.assert_array_equal(long["hidden"][0, :, 0], [0, 1, 2, 3, 4, 0, 1])
 
 
-def test_pictures_are_never_cut():
+def test_images_are_never_cut():
     with pytest.raises(InputError, match="height=6 was planned"):
         fit(UNET, [call(0)], {"batch": 2, "height": 6, "width": 4, "sequence": 5})
 

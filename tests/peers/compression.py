@@ -63,7 +63,7 @@ Make = Callable[[Context, str], Graphs]
 
 
 def main() -> int:
-    """Make every row, draw with it, time it, print the table, write the results file."""
+    """Make every row, generate with it, time it, print the table, write the results file."""
     parser = argparse.ArgumentParser(prog="python -m tests.peers.compression", description=__doc__.partition("\n")[0])
     parser.add_argument("--ablation", action="store_true")
     measuring_options(parser)
@@ -83,7 +83,7 @@ def main() -> int:
                 report["unavailable"][name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
         judge = Judge(context.bundle, "unet", context.recording, options)
         for name, graphs in context.unets.items():
-            log.print(f"drawing with {name}", style="dim")
+            log.print(f"generating with {name}", style="dim")
             report["rows"][name] = judge.row(graphs["onnxruntime"], context.macs_shares.get(name, 1))
         add_latencies(report["rows"], context.unets, next(context.recording.calls("unet")), options, {"bf16": "bf16"})
     file = save(report, "ablation" if options.ablation else "compression")

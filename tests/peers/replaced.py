@@ -1,4 +1,4 @@
-"""One network of a float32 bundle replaced by others: bytes, multiply-accumulates, time, and what each draws."""
+"""One network of a float32 bundle replaced by others: bytes, multiply-accumulates, time, and what each generates."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Graphs = dict[str, Path]  # runtime -> graph
 
 def measuring_options(parser: argparse.ArgumentParser) -> None:
     """What every such comparison can be asked."""
-    parser.add_argument("--retrieval", type=int, default=120, help="prompts that are drawn and found again")
+    parser.add_argument("--retrieval", type=int, default=120, help="prompts that are generated and found again")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--samples", type=int, default=128, help="recorded calls")
@@ -46,7 +46,7 @@ class Judge:
     """Size and accuracy of networks that take one component's place.
 
     Args:
-        bundle: in float32, of the reference model; draws the rest.
+        bundle: in float32, of the reference model; generates the rest.
         component: that is replaced.
         recording: of the component's calls.
         options: of the command line.

@@ -36,7 +36,7 @@ from tests.peers.prepare import exported_unet
 from tests.peers.results import new_report, save, show
 
 FOLDER = default_root() / "at-size"
-# Calibration draws at the most common size: small here, since ranges of random weights tell nothing anyway.
+# Calibration samples at the most common size: small here, since ranges of random weights tell nothing anyway.
 SHAPES = "batch=1:1:1,height=64:64:512,width=64:64:512"
 YARDSTICK = "ONNX Runtime fp32"
 BUNDLES = {

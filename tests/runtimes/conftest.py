@@ -28,7 +28,7 @@ def networks(folder) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def pictures() -> list[Image.Image]:
+def images() -> list[Image.Image]:
     rng = np.random.default_rng(0)
     return [Image.fromarray(rng.integers(0, 256, (9, 11, 3), np.uint8)).resize((45, 38)) for _ in range(2)]
 

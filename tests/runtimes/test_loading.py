@@ -56,8 +56,8 @@ def test_the_encoder_is_loaded_when_an_image_comes_and_once_for_all_threads(bund
     monkeypatch.setattr(loading, "open_session", recorded)
     pipeline = runtimes.load(bundle, threads=1)
     assert opened == ["text_encoder", "unet", "vae_decoder"]
-    picture = np.zeros((32, 32, 3))
-    threads = [threading.Thread(target=pipeline, args=("x",), kwargs={"image": picture, "steps": 2}) for _ in range(4)]
+    image = np.zeros((32, 32, 3))
+    threads = [threading.Thread(target=pipeline, args=("x",), kwargs={"image": image, "steps": 2}) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:

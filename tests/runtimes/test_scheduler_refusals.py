@@ -18,7 +18,7 @@ NOISE = {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}
 
 
 @pytest.mark.parametrize("name", ["euler-ancestral", "lcm"])
-def test_a_stochastic_step_without_noise_is_refused_not_drawn(name):
+def test_a_stochastic_step_without_noise_is_refused_not_generated(name):
     run = from_config(base_config(name)).start(4)
     assert [run.needs_noise(i) for i in range(4)] == [True, True, True, False]
     with pytest.raises(ValueError, match="noise"):

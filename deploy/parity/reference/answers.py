@@ -1,4 +1,4 @@
-"""What the reference answers: recorded component calls and drawn pictures, computed once and kept in a `Store`."""
+"""What the reference answers: recorded component calls and generated images, computed once and kept in a `Store`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from deploy.parity.reference.call_recorder import Recorder
 from deploy.parity.reference.planned_shapes import Possible, Run, always
 from deploy.parity.reference.sample_feeds import Feeds, Sample, cast, fit, pack, unpack
 from deploy.parity.reference.session_pool import close
-from deploy.parity.reference.trajectories import Drawing, DrawRequest, assemble_pipeline, draw
+from deploy.parity.reference.trajectories import Trajectory, TrajectoryRequest, assemble_pipeline, generate
 from runtimes.backends.session import Session
 from runtimes.bundle.folder import Bundle
 from runtimes.bundle.manifest import Component, to_json
@@ -100,15 +100,15 @@ class Reference:
 
         return SizeTrial(self.bundle).possible
 
-    def draw(self, request: DrawRequest) -> Drawing:
-        """The reference's latents and pictures for a request."""
-        key = {"source": self.identity, "kind": "drawing", "request": asdict(request)}
-        return Drawing.from_arrays(self._store.get(key, lambda: self._draw(request).to_arrays()))
+    def generate(self, request: TrajectoryRequest) -> Trajectory:
+        """The reference's latents and images for a request."""
+        key = {"source": self.identity, "kind": "trajectory", "request": asdict(request)}
+        return Trajectory.from_arrays(self._store.get(key, lambda: self._generate(request).to_arrays()))
 
-    def _draw(self, request: DrawRequest) -> Drawing:
+    def _generate(self, request: TrajectoryRequest) -> Trajectory:
         sessions = self._opener(self.bundle, self._capacity)
         try:
-            return draw(assemble_pipeline(sessions, self.bundle), request)
+            return generate(assemble_pipeline(sessions, self.bundle), request)
         finally:
             _close_all(sessions)
 
@@ -150,21 +150,21 @@ class Reference:
                 interval = 2 if SHALLOW in sessions else 1  # so that both of the U-Net's entries are called
                 request = _recording_request(run, options)
                 request = replace(request, cache_interval=interval, steps=max(request.steps, interval))
-                drawn = draw(pipeline, request)
+                generated = generate(pipeline, request)
                 key = {**self._recording_key(runs, options), "kind": "recording", "run": index}
                 for name in recorders:
-                    self._store.put({**key, "name": name}, pack(self._fed(name, recorders, drawn.images), "feeds"))
+                    self._store.put({**key, "name": name}, pack(self._fed(name, recorders, generated.images), "feeds"))
                 for recorder in recorders.values():
                     recorder.clear()
         finally:
             _close_all(sessions)
 
     def _fed(self, name: str, recorders: Mapping[str, Recorder], images: np.ndarray[Any, Any]) -> list[Feeds]:
-        """A component's calls; of those that text to image never calls, what they would be fed with its pictures."""
+        """A component's calls; of those that text to image never calls, what they would be fed with its images."""
         if name == SAFETY_CHECKER:
             return [{CLIP_INPUT: load_preprocessing(self.bundle)(to_pil(to_uint8(images)))}]
         if name == ENCODER and not recorders[name].calls and DECODER in recorders:
-            return _pictures(recorders[name].component, recorders[DECODER])
+            return _images(recorders[name].component, recorders[DECODER])
         return recorders[name].calls
 
 
@@ -173,15 +173,15 @@ def total_bytes(components: Mapping[str, Component]) -> int:
     return sum({name: r.bytes for c in components.values() for name, r in c.files.items()}.values())
 
 
-def _recording_request(run: Run, options: ParityOptions) -> DrawRequest:
+def _recording_request(run: Run, options: ParityOptions) -> TrajectoryRequest:
     prompts = tuple(options.prompts[i % len(options.prompts)] for i in range(run.images))
     guidance = options.guidance_scale if run.guided else 1.0
-    return DrawRequest(prompts, options.schedulers[0], 1 if run.once else options.recording_steps, guidance,
+    return TrajectoryRequest(prompts, options.schedulers[0], 1 if run.once else options.recording_steps, guidance,
                        options.seed, run.height, run.width, images_at_once=run.images)
 
 
-def _pictures(encoder: Component, decoder: Recorder) -> list[Feeds]:
-    """What the decoder drew as the encoder's input: text to image never encodes a picture."""
+def _images(encoder: Component, decoder: Recorder) -> list[Feeds]:
+    """What the decoder drew as the encoder's input: text to image never encodes an image."""
     source, target = decoder.component.outputs[0].name, encoder.inputs[0].name
     return [{target: np.clip(result[source], -1, 1)} for result in decoder.results]
 

@@ -24,7 +24,7 @@ class Run:
     """One run of the reference pipeline that inputs are recorded from.
 
     Attributes:
-        images: pictures drawn at once.
+        images: images generated at once.
         height, width: pixels.
         guided: whether both guidance branches run, which doubles the batch of the denoising network.
         sizes: component -> axis -> size that the recorded inputs are fitted to.
@@ -40,7 +40,7 @@ class Run:
 
 
 def spatial_spec(component: Component) -> TensorSpec | None:
-    """The input that is a picture or latents, (B, C, H, W), of the pipeline's own size; a text encoder has none."""
+    """The input that is an image or latents, (B, C, H, W), of the pipeline's own size; a text encoder has none."""
     return next((spec for spec in component.inputs if len(spec.shape) == 4 and spec.name != CLIP_INPUT), None)
 
 
@@ -115,7 +115,7 @@ class _Choice:
 
         Args:
             number: of the run.
-            avoid: a size to take only if there is no other (the other side of a picture).
+            avoid: a size to take only if there is no other (the other side of an image).
             odd: prefer odd sizes.
         """
         if number == 0:
@@ -142,7 +142,7 @@ class _Choice:
 
 
 def halved_sizes(components: Mapping[str, Component], facts: PipelineFacts) -> list[tuple[int, int]]:
-    """Latent rows and columns of the most common picture, then of ever smaller ones, each about half as high and wide.
+    """Latent rows and columns of the most common image, then of ever smaller ones, each about half as high and wide.
 
     Raises:
         InputError: the components' ranges have no latent size in common.

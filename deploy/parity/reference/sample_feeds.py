@@ -50,7 +50,7 @@ def fit(component: Component, calls: Sequence[Feeds], sizes: Mapping[str, int]) 
 
     Raises:
         NoRealInputsError: nothing was recorded.
-        InputError: a picture of another size was recorded.
+        InputError: an image of another size was recorded.
     """
     if not calls:
         raise NoRealInputsError("text to image never calls it, so there are no real inputs to compare at")

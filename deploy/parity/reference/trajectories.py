@@ -1,4 +1,4 @@
-"""Drawing a set of prompts with any pipeline and keeping the latents of every step: what two pipelines differ in."""
+"""Generating a set of prompts with any pipeline and keeping the latents of every step: what two pipelines differ in."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from runtimes.pipeline.loading import load_tokenizers, scheduler_config
 
 
 @dataclass(frozen=True)
-class DrawRequest:
-    """What to draw; equal requests give equal initial latents and, from samplers that draw noise, equal noise.
+class TrajectoryRequest:
+    """What to sample; equal requests give equal initial latents and, from samplers that sample noise, equal noise.
 
     Attributes:
-        prompts: one picture each.
+        prompts: one image each.
         scheduler: key of `runtimes.schedulers.SCHEDULERS`.
-        seed: of the first picture, the others counting on from it.
+        seed: of the first image, the others counting on from it.
         height, width: pixels; the pipeline's default if None.
-        images_at_once: how many pictures share a batch.
+        images_at_once: how many images share a batch.
         keep_latents: whether the latents of every step are wanted.
         cache_interval: see `Pipeline.__call__`.
     """
@@ -41,8 +41,8 @@ class DrawRequest:
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """A drawn request.
+class Trajectory:
+    """A generated request.
 
     Attributes:
         latents: (steps, B, C, H/f, W/f) float32 after each step, or (0,) if they were not wanted.
@@ -57,7 +57,7 @@ class Drawing:
         return {"latents": self.latents, "images": self.images}
 
     @classmethod
-    def from_arrays(cls, arrays: Mapping[str, np.ndarray[Any, Any]]) -> Drawing:
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray[Any, Any]]) -> Trajectory:
         """From `Store`."""
         return cls(arrays["latents"], arrays["images"])
 
@@ -75,8 +75,8 @@ def assemble_pipeline(
     return Pipeline(sessions, bundle.manifest.pipeline, config, *load_tokenizers(bundle))
 
 
-def draw(pipeline: Pipeline, request: DrawRequest) -> Drawing:
-    """Draw a request.
+def generate(pipeline: Pipeline, request: TrajectoryRequest) -> Trajectory:
+    """Generate a request.
 
     Raises:
         DeployError: the pipeline refuses it, or its numbers are not finite.
@@ -84,13 +84,13 @@ def draw(pipeline: Pipeline, request: DrawRequest) -> Drawing:
     parts = []
     for first in range(0, len(request.prompts), request.images_at_once):
         prompts = request.prompts[first : first + request.images_at_once]
-        parts.append(_draw_batch(pipeline, replace(request, prompts=prompts, seed=request.seed + first)))
+        parts.append(_generate_batch(pipeline, replace(request, prompts=prompts, seed=request.seed + first)))
     latents = [p.latents for p in parts]
-    return Drawing(np.concatenate(latents, axis=1) if request.keep_latents else np.empty(0, np.float32),
+    return Trajectory(np.concatenate(latents, axis=1) if request.keep_latents else np.empty(0, np.float32),
                    np.concatenate([p.images for p in parts]))
 
 
-def _draw_batch(pipeline: Pipeline, request: DrawRequest) -> Drawing:
+def _generate_batch(pipeline: Pipeline, request: TrajectoryRequest) -> Trajectory:
     latents: list[np.ndarray[Any, Any]] = []
 
     def keep(step: Step) -> None:
@@ -103,4 +103,4 @@ def _draw_batch(pipeline: Pipeline, request: DrawRequest) -> Drawing:
         output="numpy",
         on_step=keep if request.keep_latents else None,
     )
-    return Drawing(np.stack(latents) if latents else np.empty(0, np.float32), images)
+    return Trajectory(np.stack(latents) if latents else np.empty(0, np.float32), images)

@@ -145,7 +145,7 @@ def check_noise(pipe: Any) -> None:
     """Refuse a sampler whose noise no generator decides: two runs of diffusers itself differ.
 
     Raises:
-        CannotLoadError: scheduling_dpmsolver_sde.py draws from torchsde's Brownian tree, seeded by the global state.
+        CannotLoadError: scheduling_dpmsolver_sde.py samples from torchsde's Brownian tree, seeded by the global state.
     """
     if type(pipe.scheduler).__name__ == "DPMSolverSDEScheduler":
         raise CannotLoadError("the noise of diffusers' DPMSolverSDEScheduler follows from no generator")

@@ -22,7 +22,7 @@ class Recipe(Schedule):
     Attributes:
         feature_weight: of the feature loss against the prediction loss.
         guided_weight: of the error of the guided prediction, which is what the sampler uses.
-        memory: calls of the teacher's drawings that are learned from in mixed order.
+        memory: calls of the teacher's trajectories that are learned from in mixed order.
     """
 
     feature_weight: float = 0.05
@@ -35,7 +35,7 @@ class Distillation:
 
     The loss: mean squared error of the prediction for both branches of classifier-free guidance and of the guided
     prediction, each in units of the teacher's variance (output distillation as in BK-SDM, arXiv:2305.15798, eq. 2),
-    plus attention transfer between blocks (Zagoruyko & Komodakis 2017, arXiv:1612.03928, eq. 2): where in the picture
+    plus attention transfer between blocks (Zagoruyko & Komodakis 2017, arXiv:1612.03928, eq. 2): where in the image
     each block is active must match, whatever number of channels it is active with.
 
     Args:
@@ -66,7 +66,7 @@ class Distillation:
         return loss, prediction.item()
 
     def state(self) -> dict[str, Tensor]:
-        """Where the drawings are, and what is remembered of them."""
+        """Where the trajectories are, and what is remembered of them."""
         return self._replay.state()
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from deploy.core.pass_cache import default_root, pipeline_identity
 from deploy.core.progress import listener
-from deploy.core.pruning_options import DRAWINGS
+from deploy.core.pruning_options import TRAJECTORIES
 from deploy.pruning.recovery.distill import Distillation, Recipe
 from deploy.pruning.recovery.training_loop import Schedule, Task, Training
 from deploy.pruning.shrink.prune_network import relative_error
@@ -47,8 +47,8 @@ def recover_unet(source: Bundle, name: str, teacher_name: str, config: Mapping[s
     judged = teacher.trajectories(JUDGED, seed=JUDGED_SEED)
     batches = [judged.advance() for _ in range(16)]
     before = relative_error(student, batches)
-    batch = config.get("batch", DRAWINGS)
-    recipe = Recipe(config["steps"], accumulate=math.ceil(DRAWINGS / batch))
+    batch = config.get("batch", TRAJECTORIES)
+    recipe = Recipe(config["steps"], accumulate=math.ceil(TRAJECTORIES / batch))
     weights = {n: source.component(n).sha256 for n in (name, teacher_name, "text_encoder")}
     task = Distillation(student, teacher.observed, teacher.trajectories(batch, recipe.seed), recipe,
                         teacher.guidance_scale)

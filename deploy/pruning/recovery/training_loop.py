@@ -31,7 +31,7 @@ class Schedule:
         warmup: steps of it.
         accumulate: batches per optimizer step: their gradients are averaged.
         ema: decay of the averaged weights, which are the result.
-        seed: of what is drawn to learn from.
+        seed: of what is sampled to learn from.
     """
 
     steps: int

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from deploy.pruning.teacher.original import Teacher
 
 Method = Literal["l1", "l2", "taylor"]
-TIMESTEPS, DRAWN_AT_ONCE = 25, 16
+TIMESTEPS, GENERATED_AT_ONCE = 25, 16
 
 
 def scorer_of(method: Method) -> Callable[[Any], Tensor]:
@@ -30,25 +30,25 @@ def scorer_of(method: Method) -> Callable[[Any], Tensor]:
     return scorer  # type: ignore[no-any-return]
 
 
-def accumulate_gradients(network: nn.Module, teacher: Teacher, *, pictures: int = 64, threshold: float = 0.05,
+def accumulate_gradients(network: nn.Module, teacher: Teacher, *, images: int = 64, threshold: float = 0.05,
                          seed: int = 0) -> None:
     """Leave the gradient of the denoising loss over all timesteps in `.grad` of every parameter.
 
     Diff-Pruning (Fang et al. 2023, arXiv:2305.10924): the losses of timesteps far below the largest say nothing
-    about content and are left out. The pictures that are noised are the teacher's own, so no data is needed.
+    about content and are left out. The images that are noised are the teacher's own, so no data is needed.
 
     Args:
         network: holds the parameters; called as diffusers calls a UNet2DConditionModel.
-        teacher: draws the pictures.
-        pictures: how many to draw.
+        teacher: generates the images.
+        images: how many to generate.
         threshold: a timestep counts if its loss is at least this share of the largest.
         seed: of the noise.
     """
     generator = torch.Generator().manual_seed(seed)
-    drawings = teacher.trajectories(min(pictures, DRAWN_AT_ONCE), seed)
-    originals = drawings.draw(pictures)
+    trajectories = teacher.trajectories(min(images, GENERATED_AT_ONCE), seed)
+    originals = trajectories.generate(images)
     device, diffusion = originals.device, teacher.diffusion
-    states = teacher.prompts[torch.randint(len(teacher.prompts), (pictures,), generator=generator).to(device)]
+    states = teacher.prompts[torch.randint(len(teacher.prompts), (images,), generator=generator).to(device)]
     noise = torch.randn(originals.shape, generator=generator).to(device)
 
     def loss_at(timestep: int, part: slice) -> Tensor:
@@ -57,7 +57,7 @@ def accumulate_gradients(network: nn.Module, teacher: Teacher, *, pictures: int 
         output = network(diffusion.noised(original, noise[part], steps), steps, states[part], return_dict=False)[0]
         return F.mse_loss(output, diffusion.target(original, noise[part], steps))
 
-    parts = [slice(i, i + DRAWN_AT_ONCE) for i in range(0, pictures, DRAWN_AT_ONCE)]
+    parts = [slice(i, i + GENERATED_AT_ONCE) for i in range(0, images, GENERATED_AT_ONCE)]
     last = len(diffusion.alphas) - 1
     timesteps = [round(last * (i + 0.5) / TIMESTEPS) for i in range(TIMESTEPS)]
     with torch.no_grad():

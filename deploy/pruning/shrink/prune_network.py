@@ -71,11 +71,11 @@ def _narrowed(network: Any, source: Bundle, name: str, config: Mapping[str, Any]
     from deploy.pruning.shrink.widths import Widths, config_of, levels_of, uniform_widths
 
     levels, ratio = levels_of(config_of(network), name), config["prune"]
-    widths = uniform_widths(levels, ratio, name)  # before any drawing: it refuses what cannot be
+    widths = uniform_widths(levels, ratio, name)  # before any image is generated: it refuses what cannot be
     feeds = {name: example_feeds(source.component(name))}
     scorer = scorer_of(config["method"])
-    by_drawing = config["method"] == "taylor" or config["widths"] == "sensitivity"
-    teacher = Teacher.load(source, name, config["prompts"], config["guidance_scale"]) if by_drawing else None
+    by_generating = config["method"] == "taylor" or config["widths"] == "sensitivity"
+    teacher = Teacher.load(source, name, config["prompts"], config["guidance_scale"]) if by_generating else None
     details: dict[str, Any] = {"method": config["method"]}
     if teacher is not None and config["method"] == "taylor":
         accumulate_gradients(network, teacher)

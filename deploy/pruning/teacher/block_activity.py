@@ -49,7 +49,7 @@ class Observed:
 
 
 def activity(features: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, H W): mean square over the channels, divided by its mean over the picture."""
+    """(B, C, H, W) -> (B, H W): mean square over the channels, divided by its mean over the image."""
     maps = features.square().mean(1).flatten(1)
     return maps / maps.mean(1, keepdim=True).clamp(min=1e-6)
 

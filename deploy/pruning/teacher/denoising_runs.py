@@ -1,4 +1,4 @@
-"""The teacher's own trajectories: what pruning is judged on and recovery learns from. Needs prompts, no pictures."""
+"""The teacher's own trajectories: what pruning is judged on and recovery learns from. Needs prompts, no images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from runtimes.errors import InputError
 from runtimes.schedulers.noise_levels import cumulative_alphas, make_betas, rescale_zero_terminal_snr
 from runtimes.schedulers.prediction import EPSILON, SAMPLE, V_PREDICTION
 
-STEPS = (15, 30)  # a drawing's steps are drawn from here, so that no timestep is left out
+STEPS = (15, 30)  # a trajectory's steps are generated from here, so that no timestep is left out
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Batch:
 
     Attributes:
         sample: (2B, C, H, W) float32. timestep: (2B,) int64. states: (2B, S, D) float32 text embeddings.
-        output: (2B, C, H, W) float32, the teacher's answer. prompts: (B,) int64, which prompt each drawing has.
+        output: (2B, C, H, W) float32, the teacher's answer. prompts: (B,) int64, which prompt each trajectory has.
     """
 
     sample: Tensor
@@ -92,18 +92,18 @@ class Batch:
 
 
 class Trajectories:
-    """Pictures that the teacher is drawing with classifier-free guidance, each at a point of its own.
+    """Images that the teacher is generating with classifier-free guidance, each at a point of its own.
 
-    A drawing that is finished makes room for the next prompt; everything drawn at random comes from (seed, number of
-    the drawing), so a stream that goes on from its `state` is the stream that was never interrupted.
+    A trajectory that is finished makes room for the next prompt; all randomness comes from (seed, number of
+    the trajectory), so a stream that goes on from its `state` is the stream that was never interrupted.
 
     Args:
         teacher: (sample, timestep, states) -> (B, C, H, W).
         diffusion: how to get from one step to the next.
-        prompts: (N, S, D) float32 text embeddings, drawn in random order. empty: (S, D) of no prompt.
+        prompts: (N, S, D) float32 text embeddings, generated in random order. empty: (S, D) of no prompt.
         shape: (C, H, W) of the latents.
         guidance_scale: the usual one of the model.
-        size: drawings at a time: a batch holds two calls of each.
+        size: trajectories at a time: a batch holds two calls of each.
         seed: of everything.
 
     Attributes:
@@ -116,7 +116,7 @@ class Trajectories:
         self._shape, self._guidance, self._seed = shape, guidance_scale, seed
         self.size, self.device = size, prompts.device
         self._last = len(diffusion.alphas) - 1
-        self._drawn = 0
+        self._generated = 0
         self._latents = torch.empty(size, *shape, device=self.device)
         # prompt, steps, shift of the timesteps, steps done
         self._plans = torch.zeros(size, 4, dtype=torch.int64)
@@ -125,13 +125,13 @@ class Trajectories:
             self._begin(row)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Batches without end; each one moves every drawing one step on."""
+        """Batches without end; each one moves every trajectory one step on."""
         while True:
             yield self.advance()
 
     @torch.no_grad()
     def advance(self) -> Batch:
-        """Ask the teacher once for every drawing; pictures that end with it are kept in `finished`, (C, H, W) each."""
+        """Ask the teacher once for every trajectory; images that end with it are kept in `finished`, (C, H, W) each."""
         device = self.device
         now, after = (self._timesteps(offset).to(device) for offset in (0, 1))
         prompts = self._plans[:, 0].to(device)
@@ -151,34 +151,34 @@ class Trajectories:
         """(B,) int64 numbers of prompts -> (2B, S, D): theirs, then as many of no prompt."""
         return torch.cat([self._prompts[prompts], self._empty.expand(len(prompts), -1, -1)])
 
-    def draw(self, count: int) -> Tensor:
-        """The next `count` finished pictures, (count, C, H, W)."""
+    def generate(self, count: int) -> Tensor:
+        """The next `count` finished images, (count, C, H, W)."""
         while len(self.finished) < count:
             self.advance()
-        drawn, self.finished = self.finished[:count], self.finished[count:]
-        return torch.stack(drawn)
+        generated, self.finished = self.finished[:count], self.finished[count:]
+        return torch.stack(generated)
 
     def state(self) -> dict[str, Tensor]:
         """What the stream goes on from."""
-        return {"latents": self._latents, "plans": self._plans, "drawn": torch.tensor(self._drawn)}
+        return {"latents": self._latents, "plans": self._plans, "drawn": torch.tensor(self._generated)}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a `state`."""
         self._latents = state["latents"].to(self.device)
-        self._plans, self._drawn = state["plans"].clone(), int(state["drawn"])
+        self._plans, self._generated = state["plans"].clone(), int(state["drawn"])
 
     def _begin(self, row: int) -> None:
-        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self._drawn)
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self._generated)
         steps = int(torch.randint(*STEPS, (), generator=generator))
         half = math.ceil(self._last / steps / 2)
         self._plans[row] = torch.tensor([
             int(torch.randint(len(self._prompts), (), generator=generator)), steps,
             int(torch.randint(-half, half, (), generator=generator)), 0])
         self._latents[row] = torch.randn(self._shape, generator=generator).to(self._latents.device)
-        self._drawn += 1
+        self._generated += 1
 
     def _timesteps(self, offset: int) -> Tensor:
-        """(size,) int64: evenly spaced from the last down, all but the first shifted; -1 is the clean picture."""
+        """(size,) int64: evenly spaced from the last down, all but the first shifted; -1 is the clean image."""
         _, steps, shift, done = self._plans.T
         done = done + offset
         spaced = torch.round((self._last + 1) * (steps - done) / steps).long() - 1

@@ -1,4 +1,4 @@
-"""The original network as a teacher: loaded from a source bundle with everything that drawing with it needs."""
+"""The original network as a teacher: loaded from a source bundle with everything that generating with it needs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CALLS = ["sample", "timestep", "encoder_hidden_states"]
 
 @dataclass(frozen=True)
 class Teacher:
-    """A denoising network with prompts to draw.
+    """A denoising network with prompts to generate.
 
     Attributes:
         network: frozen, float32, on `prompts`' device. observed: the same as a function.
@@ -49,7 +49,7 @@ class Teacher:
             bundle: in the format "safetensors", with a text encoder.
             name: of the component that is the teacher.
             prompts: at least one.
-            guidance_scale: of its drawings.
+            guidance_scale: of its trajectories.
             device: of torch.
 
         Raises:
@@ -58,7 +58,7 @@ class Teacher:
         component, facts = bundle.component(name), bundle.manifest.pipeline
         inputs = [spec.name for spec in component.inputs]
         if inputs != CALLS or component.inputs[0].shape[1] != facts.latent_channels:
-            raise InputError(f"{name} reads {', '.join(inputs)}: only {', '.join(CALLS)} can be drawn with here",
+            raise InputError(f"{name} reads {', '.join(inputs)}: only {', '.join(CALLS)} can be generated with here",
                              where="pruning", fix="prune it with --prune-method l2 and without --recover")
         network = load_source_module(bundle, component).to(device)
         encoder = torch_component("text_encoder", load_source_module(bundle, bundle.component("text_encoder")))
@@ -70,7 +70,7 @@ class Teacher:
                    (facts.latent_channels, facts.height // factor, facts.width // factor), guidance_scale)
 
     def trajectories(self, size: int, seed: int = 0) -> Trajectories:
-        """`size` drawings at a time."""
+        """`size` trajectories at a time."""
         return Trajectories(self.observed, self.diffusion, self.prompts, self.empty, self.shape, self.guidance_scale,
                             size, seed)
 

@@ -81,7 +81,7 @@ class TritonPythonModel:
                                  *load_tokenizers(bundle))
 
     def execute(self, requests):
-        """Draw the images of each request; what is wrong with one does not touch the others."""
+        """Generate the images of each request; what is wrong with one does not touch the others."""
         return [self.answer(request) for request in requests]
 
     def answer(self, request):

@@ -94,7 +94,7 @@ class SaSolverRun(LambdaRun):
         return len(self.timesteps) - i if self._solver.lower_order_final else 4
 
     def needs_noise(self, i: int) -> bool:
-        """Every step, used or not: so diffusers draws."""
+        """Every step, used or not: so diffusers samples."""
         return True
 
     def step(self, model_output: Float32, i: int, sample: Float32, noise: Float32 | None = None) -> Float32:
