@@ -102,7 +102,7 @@ def denoise(
     for i, timestep in enumerate(timesteps):
         stop.check()
         prediction = predict(run.scale_model_input(sample, i), timestep, i)
-        fresh = noise.generate(sample.shape[1:]) if run.needs_noise(i) else None
+        fresh = noise.sample(sample.shape[1:]) if run.needs_noise(i) else None
         sample = run.step(prediction, i, sample, fresh)
         if start.kept is not None:
             sample = start.kept.put_back(sample, run, i)

@@ -71,14 +71,14 @@ def begin(
     original: Float32 | None = None
     if request.images is not None and not (paints and pure):
         original = _encoded(sessions, facts, request.images, request.image_of, request, noise)
-    fresh = noise.generate(request.latent_shape) if request.latents is None else request.latents
+    fresh = noise.sample(request.latent_shape) if request.latents is None else request.latents
     sample = fresh * np.float32(run.init_noise_sigma) if pure or original is None else run.add_noise(original, fresh)
     if paints:
         return Start(sample, extra=_conditions(sessions, facts, request, noise))
     if request.masks is None or original is None:
         return Start(sample)
     if sessions["vae_encoder"].component.outputs[0].name != "latents":
-        noise.generate(request.latent_shape)  # diffusers encodes the masked image here too, and uses the numbers only
+        noise.sample(request.latent_shape)  # diffusers encodes the masked image here too, and uses the numbers only
     return Start(sample, kept=Kept(original, fresh, _small(request)))
 
 
@@ -127,5 +127,5 @@ def _encoded(
     mean, deviation = autoencoder.encode(sessions["vae_encoder"], images, request.tiling, factor)
     latents = mean[list(of)]
     if deviation is not None:
-        latents = latents + deviation[list(of)] * noise.generate(request.latent_shape)
+        latents = latents + deviation[list(of)] * noise.sample(request.latent_shape)
     return autoencoder.scaled(facts, latents, masked=request.masks is not None)

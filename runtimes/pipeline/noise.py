@@ -39,7 +39,7 @@ class NoiseStreams:
     def __init__(self, seeds: Sequence[int]) -> None:
         self._generators = [NormalGenerator(seed) for seed in seeds]
 
-    def generate(self, shape: tuple[int, ...]) -> Float32:
+    def sample(self, shape: tuple[int, ...]) -> Float32:
         """The next numbers of every stream: (images, *shape) float32, unit variance."""
         size = math.prod(shape)
         rows = [generator.randn(size) for generator in self._generators]

@@ -139,7 +139,7 @@ def test_images_and_masks_are_paired_as_diffusers_does(
     chosen = inpainting_networks if trained else networks
     pipe, config = reference(chosen, StableDiffusionInpaintPipeline)
     given_masks = [mask, mask.rotate(180)][:masks]
-    latents = NoiseStreams([1, 2]).generate((CHANNELS, 8, 10))
+    latents = NoiseStreams([1, 2]).sample((CHANNELS, 8, 10))
     seeds = [5, 5]
     theirs = pipe(PROMPTS, image=small(images)[:shown], mask_image=given_masks, num_inference_steps=4, height=32,
                   width=40, latents=torch.from_numpy(latents), generator=generators(seeds), output_type="np").images
@@ -155,7 +155,7 @@ def test_given_latents_are_pure_noise_under_a_mask_as_in_diffusers(
 ):
     chosen = inpainting_networks if trained else networks
     pipe, config = reference(chosen, StableDiffusionInpaintPipeline, scheduler="euler-ancestral")
-    latents = NoiseStreams([1]).generate((CHANNELS, 8, 10))
+    latents = NoiseStreams([1]).sample((CHANNELS, 8, 10))
     options: dict[str, Any] = {"image": small(images)[0], "strength": strength, "height": 32, "width": 40}
     theirs = pipe("cat", mask_image=mask, num_inference_steps=6, latents=torch.from_numpy(latents), output_type="np",
                   generator=generators([7]), **options).images
@@ -214,7 +214,7 @@ def test_a_unet_for_inpainting_generates_from_the_prompt_alone_too(inpainting_ne
 @pytest.mark.parametrize("rescale", [0.3, 1.0])
 def test_guidance_rescale_equals_diffusers(networks, folder, rescale):
     pipe, config = reference(networks, prediction="v_prediction")
-    latents = NoiseStreams([1, 2]).generate((CHANNELS, 8, 8))
+    latents = NoiseStreams([1, 2]).sample((CHANNELS, 8, 8))
     options: dict[str, Any] = {"guidance_scale": 6.0, "guidance_rescale": rescale}
     theirs = pipe(PROMPTS, num_inference_steps=5, latents=torch.from_numpy(latents), output_type="np", **options).images
     pipeline = ours(networks, config, folder)
@@ -225,7 +225,7 @@ def test_guidance_rescale_equals_diffusers(networks, folder, rescale):
 
 def test_guidance_on_an_interval_equals_diffusers_switched_by_its_callback(networks, folder):
     pipe, config = reference(networks)
-    latents = NoiseStreams([1, 2]).generate((CHANNELS, 8, 8))
+    latents = NoiseStreams([1, 2]).sample((CHANNELS, 8, 8))
 
     def switch(pipeline, i, timestep, values):
         pipeline._guidance_scale = 5.0 if 2 <= i + 1 < 6 else 1.0
@@ -271,7 +271,7 @@ def test_weighted_and_long_prompts_equal_diffusers_given_their_embeddings(networ
         scale[1 : len(part) + 1] = torch.tensor(weights[first : first + room])
         windows.append(z_empty + scale[:, None] * (hidden_of(networks, row[None])[0] - z_empty))
     cond, uncond = torch.cat(windows)[None], torch.cat([z_empty] * len(windows))[None]
-    latents = NoiseStreams([1]).generate((CHANNELS, 8, 8))
+    latents = NoiseStreams([1]).sample((CHANNELS, 8, 8))
     theirs = pipe(prompt_embeds=cond, negative_prompt_embeds=uncond, num_inference_steps=5, guidance_scale=5.0,
                   latents=torch.from_numpy(latents), output_type="np").images
     prompt = "a red apple (grinning cat:1.4) on the house [crying dog]" + " house apple" * 10
@@ -312,7 +312,7 @@ def test_what_is_cut_from_a_weighted_prompt_is_logged(networks, folder, caplog):
 
 def test_the_default_reading_of_brackets_is_diffusers(networks, folder):
     pipe, config = reference(networks, StableDiffusionPipeline)
-    latents = NoiseStreams([1]).generate((CHANNELS, 8, 8))
+    latents = NoiseStreams([1]).sample((CHANNELS, 8, 8))
     prompt = "a (red:1.5) [cat]"
     theirs = pipe(prompt, num_inference_steps=3, latents=torch.from_numpy(latents), output_type="np").images
     assert_same(ours(networks, config, folder)(prompt, steps=3, latents=latents, output="numpy"), theirs)

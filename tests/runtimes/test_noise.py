@@ -111,7 +111,7 @@ def test_a_stream_per_image_generates_as_torch_with_a_list_of_generators():
     generators = [torch.Generator().manual_seed(seed) for seed in (7, 8, 99)]
     streams = NoiseStreams((7, 8, 99))
     for shape in ((4, 8, 8), (4, 5, 7), (4, 1, 1)):
-        assert_same_bits(streams.generate(shape), randn_tensor((3, *shape), generators).numpy())
+        assert_same_bits(streams.sample(shape), randn_tensor((3, *shape), generators).numpy())
     np.testing.assert_array_equal(NoiseStreams((7, 8)).generate((4, 8, 8))[1:], NoiseStreams((8,)).generate((4, 8, 8)))
 
 
@@ -119,7 +119,7 @@ def test_a_stream_per_image_generates_as_torch_with_a_list_of_generators():
 def test_generating_costs_next_to_nothing(shape, milliseconds):
     def taken() -> float:
         start = perf_counter()
-        NoiseStreams([0]).generate(shape)
+        NoiseStreams([0]).sample(shape)
         return 1e3 * (perf_counter() - start)
 
     assert min(taken() for _ in range(20)) < milliseconds

@@ -26,7 +26,7 @@ def plain_ddim(prompt: str, negative: str, steps: int, scale: float, seed: int) 
     """One image by hand, in float64: arXiv 2010.02502 eq. 12 with eta 0, arXiv 2207.12598 eq. 6."""
     betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
     signal = np.cumprod(1 - betas)
-    x = NoiseStreams([seed]).generate((CHANNELS, 8, 8)).astype(np.float64)
+    x = NoiseStreams([seed]).sample((CHANNELS, 8, 8)).astype(np.float64)
     hidden = [fakes.text_encoder(tokenize([text])) for text in (negative, prompt)]
     for t in np.arange(steps)[::-1] * (1000 // steps) + 1:
         uncond, cond = (fakes.unet(x.astype(np.float32), np.array([t], np.float32), h) for h in hidden)
@@ -68,7 +68,7 @@ def test_one_seed_counts_on_and_no_seed_differs():
 
 
 def test_latents_replace_the_seeds_noise_and_set_the_size():
-    latents = NoiseStreams([8]).generate((CHANNELS, 8, 10))
+    latents = NoiseStreams([8]).sample((CHANNELS, 8, 10))
     pipeline = make()
     np.testing.assert_array_equal(pipeline("x", latents=latents, **NUMPY),
                                   pipeline("x", seed=8, height=32, width=40, **NUMPY))

@@ -57,7 +57,7 @@ def test_the_negative_prompt_and_guidance_matter_here(networks, folder):
 @pytest.mark.parametrize("scale", [1.0, 0.5, 1.001])
 def test_guidance_at_and_around_one_equals_diffusers(networks, folder, scale):
     pipe, config = reference(networks)
-    latents = NoiseStreams([1]).generate((CHANNELS, 8, 8))
+    latents = NoiseStreams([1]).sample((CHANNELS, 8, 8))
     theirs = pipe(PROMPTS[0], num_inference_steps=3, guidance_scale=scale, latents=torch.from_numpy(latents),
                   output_type="np").images
     pipeline = ours(networks, config, folder)
@@ -67,7 +67,7 @@ def test_guidance_at_and_around_one_equals_diffusers(networks, folder, scale):
 
 def test_pil_output_and_several_images_per_prompt_equal_diffusers(networks, folder):
     pipe, config = reference(networks)
-    latents = NoiseStreams([1, 2, 3, 4]).generate((CHANNELS, 8, 8))
+    latents = NoiseStreams([1, 2, 3, 4]).sample((CHANNELS, 8, 8))
     theirs = pipe(PROMPTS, num_inference_steps=3, num_images_per_prompt=2, latents=torch.from_numpy(latents)).images
     mine = ours(networks, config, folder)(PROMPTS, steps=3, images_per_prompt=2, latents=latents)
     for a, b in zip(mine, theirs, strict=True):
@@ -77,7 +77,7 @@ def test_pil_output_and_several_images_per_prompt_equal_diffusers(networks, fold
 
 def test_latents_output_equals_diffusers(networks, folder):
     pipe, config = reference(networks, scheduler="euler")
-    latents = NoiseStreams([1]).generate((CHANNELS, 8, 8))
+    latents = NoiseStreams([1]).sample((CHANNELS, 8, 8))
     theirs = pipe(PROMPTS[0], num_inference_steps=5, latents=torch.from_numpy(latents), output_type="latent").images
     mine = ours(networks, config, folder)(PROMPTS[0], steps=5, latents=latents, scheduler="euler", output="latents")
     assert np.linalg.norm(mine - theirs.numpy()) <= 1e-5 * np.linalg.norm(theirs.numpy())
