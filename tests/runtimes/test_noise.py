@@ -112,7 +112,7 @@ def test_a_stream_per_image_generates_as_torch_with_a_list_of_generators():
     streams = NoiseStreams((7, 8, 99))
     for shape in ((4, 8, 8), (4, 5, 7), (4, 1, 1)):
         assert_same_bits(streams.sample(shape), randn_tensor((3, *shape), generators).numpy())
-    np.testing.assert_array_equal(NoiseStreams((7, 8)).generate((4, 8, 8))[1:], NoiseStreams((8,)).generate((4, 8, 8)))
+    np.testing.assert_array_equal(NoiseStreams((7, 8)).sample((4, 8, 8))[1:], NoiseStreams((8,)).sample((4, 8, 8)))
 
 
 @pytest.mark.parametrize(("shape", "milliseconds"), [((4, 64, 64), 5), ((4, 128, 128), 20)])
