@@ -155,7 +155,7 @@ def _sizes(manifest: Manifest) -> str:
     """The sides that a bundle makes, and the size of each usual aspect ratio."""
     from runtimes.backends.batching import Listed
     from runtimes.pipeline.aspect_ratios import BUCKETS, nearest_size, parse_aspect
-    from runtimes.pipeline.request import pixel_limits
+    from runtimes.pipeline.resolved import pixel_limits
 
     facts, parts = manifest.pipeline, {name: Listed(name, c) for name, c in manifest.components.items()}
     height, width = (pixel_limits(facts, parts, name) for name in ("height", "width"))

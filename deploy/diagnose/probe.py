@@ -10,11 +10,13 @@ from numpy.typing import NDArray
 from runtimes.backends.session import Session
 from runtimes.bundle.folder import Bundle
 from runtimes.codec import autoencoder
-from runtimes.pipeline.conditioner import Conditions, SizeConditions, gather
+from runtimes.pipeline.conditioner import Conditions, gather
 from runtimes.pipeline.guidance import Guidance, GuidedUnet
 from runtimes.pipeline.initial_latents import inpaints
 from runtimes.pipeline.loading import load_tokenizers, scheduler_config
-from runtimes.pipeline.request import check_request
+from runtimes.pipeline.request import Request
+from runtimes.pipeline.request_fields import SizeConditions
+from runtimes.pipeline.resolved import resolve
 from runtimes.schedulers.methods.ddim import Ddim
 from runtimes.schedulers.prediction import to_epsilon
 from runtimes.text.prompt_cache import PromptCache
@@ -71,9 +73,7 @@ class Probe:
 
     def conditions(self, prompts: Sequence[str]) -> Conditions:
         """What the U-Net is told of prompts, one for each image."""
-        request = check_request(
-            self._sessions, self.facts, prompt=list(prompts), negative_prompt=None, images_per_prompt=1, guided=False,
-            seed=0, height=None, width=None, image=None, mask=None, strength=1.0, latents=None, tile=None)
+        request = resolve(self._sessions, self.facts, Request(prompts, seed=0), guided=False, strength=1.0)
         return gather(self._sessions, self.facts, self._tokenizers, self._cache, PromptStyle(), request,
                       SizeConditions())
 

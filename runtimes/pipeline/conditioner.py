@@ -12,49 +12,13 @@ from numpy.typing import NDArray
 from runtimes.backends.batching import input_spec
 from runtimes.backends.session import Session
 from runtimes.bundle.manifest import PipelineFacts
-from runtimes.errors import InputError
-from runtimes.pipeline.request import Request
+from runtimes.pipeline.request_fields import SizeConditions
+from runtimes.pipeline.resolved import Resolved
 from runtimes.text.prompt_cache import PromptCache
 from runtimes.text.prompt_encoder import Embedder, PromptStyle, Tokenize
 
 Float32 = NDArray[np.float32]
 POOLED, SIZES = "text_embeds", "time_ids"
-
-
-@dataclass(frozen=True)
-class SizeConditions:
-    """Sizes and scores that Stable Diffusion XL was trained to be told, in pixels. Other models ignore them.
-
-    Attributes:
-        original: height and width that the training image had before it was resized; the image's by default.
-        crop: top and left of the crop.
-        target: height and width to generate for; the image's by default.
-        aesthetic_score, negative_aesthetic_score: of the refiner, 0 to 10, for the prompt and the negative prompt.
-    """
-
-    original: tuple[int, int] | None = None
-    crop: tuple[int, int] = (0, 0)
-    target: tuple[int, int] | None = None
-    aesthetic_score: float = 6.0
-    negative_aesthetic_score: float = 2.5
-
-    def numbers(self, names: Sequence[str], height: int, width: int, *, negative: bool = False) -> Float32:
-        """The values of `PipelineFacts.time_ids`, (len(names),) float32.
-
-        The refiner's negative branch has no crop and its own score, as in StableDiffusionXLImg2ImgPipeline.
-        """
-        scored = "aesthetic_score" in names
-        crop = (0, 0) if negative and scored else self.crop
-        original, target = self.original or (height, width), self.target or (height, width)
-        values = dict(zip(("original_height", "original_width", "crop_top", "crop_left", "target_height",
-                           "target_width"), (*original, *crop, *target), strict=True))
-        values["aesthetic_score"] = self.negative_aesthetic_score if negative else self.aesthetic_score  # type: ignore[assignment]
-        if unknown := [name for name in names if name not in values]:
-            raise InputError(f"the U-Net wants {unknown[0]}, which is unknown", where=SIZES, fix="upgrade ldm-deploy")
-        numbers = np.array([values[name] for name in names], np.float32)
-        if not np.isfinite(numbers).all():
-            raise InputError("sizes and scores must be finite", where="sizes")
-        return numbers
 
 
 @dataclass(frozen=True)
@@ -81,7 +45,7 @@ class Conditions:
 
 def gather(
     sessions: Mapping[str, Session], facts: PipelineFacts, tokenizers: Sequence[Tokenize], cache: PromptCache,
-    style: PromptStyle, request: Request, sizes: SizeConditions,
+    style: PromptStyle, request: Resolved, sizes: SizeConditions,
 ) -> Conditions:
     """Encode the prompts of a request and collect what else the U-Net takes.
 
@@ -91,7 +55,7 @@ def gather(
         tokenizers: one for each text encoder.
         cache: of embedded prompts.
         style: how prompts are read.
-        request: a checked call.
+        request: resolved.
         sizes: what is told about sizes.
     """
     images = len(request.prompts)

@@ -14,7 +14,7 @@ from runtimes.bundle.manifest import PipelineFacts
 from runtimes.codec import autoencoder
 from runtimes.errors import InputError
 from runtimes.pipeline.noise import NoiseStreams
-from runtimes.pipeline.request import Request
+from runtimes.pipeline.resolved import Resolved
 from runtimes.schedulers import Run
 
 Float32 = NDArray[np.float32]
@@ -58,7 +58,7 @@ class Start:
 
 
 def begin(
-    sessions: Mapping[str, Session], facts: PipelineFacts, request: Request, run: Run, noise: NoiseStreams
+    sessions: Mapping[str, Session], facts: PipelineFacts, request: Resolved, run: Run, noise: NoiseStreams
 ) -> Start:
     """Encode and noise what a request asks for. Random numbers are sampled in the order that diffusers samples them.
 
@@ -96,7 +96,7 @@ def inpaints(unet: Described, channels: int) -> bool:
 
 
 def _conditions(
-    sessions: Mapping[str, Session], facts: PipelineFacts, request: Request, noise: NoiseStreams
+    sessions: Mapping[str, Session], facts: PipelineFacts, request: Resolved, noise: NoiseStreams
 ) -> Float32:
     """Mask and masked image; without a mask everything is painted anew, without an image over grey."""
     count, (_, rows, columns) = len(request.seeds), request.latent_shape
@@ -111,7 +111,7 @@ def _conditions(
     return np.concatenate([mask, _encoded(sessions, facts, masked, of, request, noise)], axis=1)
 
 
-def _small(request: Request) -> Float32:
+def _small(request: Resolved) -> Float32:
     """The masks at the latents' size, nearest as diffusers': (B, 1, H/f, W/f) float32."""
     assert request.masks is not None
     factor = request.masks.shape[2] // request.latent_shape[1]
@@ -119,7 +119,7 @@ def _small(request: Request) -> Float32:
 
 
 def _encoded(
-    sessions: Mapping[str, Session], facts: PipelineFacts, images: Float32, of: tuple[int, ...], request: Request,
+    sessions: Mapping[str, Session], facts: PipelineFacts, images: Float32, of: tuple[int, ...], request: Resolved,
     noise: NoiseStreams,
 ) -> Float32:
     """Images as scaled latents, generated from the encoder's distribution: (B, C, H/f, W/f) float32."""

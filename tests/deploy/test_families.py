@@ -25,7 +25,7 @@ from deploy.parity.reference.trajectories import assemble_pipeline
 from runtimes.bundle.folder import Bundle
 from runtimes.bundle.tensors import ShapeRange
 from runtimes.errors import InputError
-from runtimes.pipeline.conditioner import SizeConditions
+from runtimes.pipeline.request_fields import SizeConditions
 from runtimes.pipeline.diffusion import Pipeline
 from tests.deploy.conftest import Cli
 from tests.exporters.family_pipelines import make_pipeline

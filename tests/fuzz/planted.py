@@ -143,10 +143,10 @@ FAULTS: Mapping[str, Fault] = {
     "a LoRA's alphas": Fault("runtimes.adapters.lora_files:_by_module", _changed_result(_without_alphas)),
     "an embedding's further vectors": Fault("runtimes.text.clip_tokenizer:_words_of_several_vectors",
                                             _changed_result(_second_vector_dropped)),
-    "a flipped mask": Fault("runtimes.pipeline.request:to_mask", _changed_result(lambda mask: 1 - mask)),
-    "the mask's threshold": Fault("runtimes.pipeline.request:to_mask", _changed_argument(
+    "a flipped mask": Fault("runtimes.pipeline.resolved:to_mask", _changed_result(lambda mask: 1 - mask)),
+    "the mask's threshold": Fault("runtimes.pipeline.resolved:to_mask", _changed_argument(
         0, lambda mask: mask * 0.9 if isinstance(mask, np.ndarray) else mask.convert("L").point(lambda v: v * 0.9))),
-    "the channels' order": Fault("runtimes.pipeline.request:to_pixels",
+    "the channels' order": Fault("runtimes.pipeline.resolved:to_pixels",
         _changed_result(lambda pixels: pixels[::-1].copy())),
     "the posterior's mode": Fault("runtimes.codec.autoencoder:encode", _mode_of_posterior),
     "a timestep": Fault("runtimes.pipeline.guidance:GuidedUnet.__call__", _second_timestep),
@@ -160,12 +160,12 @@ FAULTS: Mapping[str, Fault] = {
     "clip_sample": Fault("runtimes.pipeline.diffusion:from_config", _config(clip_sample=True)),
     "steps_offset": Fault("runtimes.pipeline.diffusion:from_config", _config(steps_offset=0)),
     "prediction_type": Fault("runtimes.pipeline.diffusion:from_config", _config(prediction_type="epsilon")),
-    "the negative prompt": Fault("runtimes.pipeline.diffusion:check_request", _changed_result(_negative_ignored)),
+    "the negative prompt": Fault("runtimes.pipeline.diffusion:resolve", _changed_result(_negative_ignored)),
     "the images' order": Fault("runtimes.pipeline.diffusion:Pipeline._finished", _changed_result(_reversed_order)),
     "a seed": Fault("runtimes.pipeline.diffusion:NoiseStreams",
         lambda original: lambda seeds: original([s + 1 for s in seeds])),
     "strength": Fault("runtimes.schedulers.settings:Settings.check_start", _later_start),
-    "the default size": Fault("runtimes.pipeline.request:_size", _changed_argument(
+    "the default size": Fault("runtimes.pipeline.resolved:_size", _changed_argument(
         0, lambda facts: replace(facts, height=facts.height // 2, width=facts.width // 2))),
     "zeros for no negative prompt": Fault("runtimes.pipeline.diffusion:gather", _changed_argument(
         1, lambda facts: replace(facts, zero_empty_negative=not facts.zero_empty_negative))),
