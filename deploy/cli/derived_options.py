@@ -50,7 +50,7 @@ class Option:
     @property
     def text(self) -> str:
         """The whole help text: what it does; its choices or range; its default."""
-        values = f": {joined(self.choices)}" if self.choices else f"; {span}" if (span := self.span) else ""
+        values = f"; one of {joined(self.choices)}" if self.choices else f"; {span}" if (span := self.span) else ""
         default = "" if self.default == "" else f"; default {in_words(self.default)}"
         return f"{self.help}{values}{default}"
 
@@ -75,6 +75,8 @@ def in_words(default: object) -> str:
         return "on" if default else "off"
     if isinstance(default, Sequence) and not isinstance(default, str):
         return ", ".join(map(str, default)) or "none"
+    if isinstance(default, float):
+        return f"{default:g}"
     return "none" if default is None or default == {} else str(default)
 
 
@@ -121,7 +123,7 @@ def command_line_type(annotation: Any) -> tuple[Any, tuple[object, ...]]:
 
 
 def derived_command(
-    app: typer.Typer, options: Callable[[], Sequence[Option]], name: str = ""
+    app: typer.Typer, options: Callable[[], Sequence[Option]]
 ) -> Callable[[Callable[[dict[str, Any]], None]], Callable[[dict[str, Any]], None]]:
     """Make a function a command of `app` with these options: it receives the values that were given, by name.
 
@@ -133,7 +135,7 @@ def derived_command(
             def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
                 return typer_command(run, options()).make_context(info_name, args, parent, **extra)
 
-        app.command(name or run.__name__, cls=Derived, help=inspect.getdoc(run))(lambda: None)
+        app.command(run.__name__, cls=Derived, help=inspect.getdoc(run))(lambda: None)
         return run
     return register
 
@@ -154,11 +156,26 @@ def typer_command(run: Callable[[dict[str, Any]], None], options: Sequence[Optio
 
 
 def annotated(option: Option) -> Any:
-    """The annotation that typer reads an option from. Brackets are escaped: typer takes them for markup."""
-    text = option.text.replace("[", "\\[")
+    """The annotation that typer reads an option of a derived command from."""
     if option.argument:
-        declared: Any = typer.Argument(metavar=option.argument, help=text, show_default=False)
+        declared: Any = typer.Argument(metavar=option.argument, help=escaped(option.text), show_default=False)
     else:
         flags = option.flags or (f"--{option.name.replace('_', '-')}",)
-        declared = typer.Option(*flags, help=text, show_default=False)
+        declared = typer.Option(*flags, help=escaped(option.text), show_default=False)
     return Annotated[option.type if option.required else option.type | None, declared]
+
+
+def described(
+    help: str, *flags: str, default: object = "", choices: Sequence[object] = (), least: int | None = None
+) -> Any:
+    """What typer reads an option of an ordinary command from: the same words in the same order.
+
+    `least` is checked by typer. tests/test_help.py compares `default` with the parameter's.
+    """
+    text = Option("", str, help, default, choices=tuple(choices), least=least).text
+    return typer.Option(*flags, help=escaped(text), show_default=False, min=least)
+
+
+def escaped(text: str) -> str:
+    """Typer takes [brackets] for markup."""
+    return text.replace("[", "\\[")

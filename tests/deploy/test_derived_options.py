@@ -59,7 +59,8 @@ def test_help_states_range_choices_and_default(given, monkeypatch):
     shown = given("--help").out
     for text in ("Cook.",
                  "who eats [at the table]; at least 1; default 2", "above 0, at most 1; default the cook's own",
-                 "of the oven: low or high; default low", "bring plates; default on", "default off", "default none"):
+                 "of the oven; one of low or high; default low", "bring plates; default on", "default off",
+                 "default none"):
         assert text in shown
     assert "internal" not in shown
 
