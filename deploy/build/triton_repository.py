@@ -6,6 +6,7 @@ backend that calls them and needs numpy, Pillow, tokenizers and our `runtimes`, 
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import shutil
@@ -17,6 +18,7 @@ from typing import Any
 from runtimes.bundle.folder import Bundle, committed, link_or_copy
 from runtimes.errors import InputError, UnavailableError
 from runtimes.pipeline.guidance import SHALLOW
+from runtimes.pipeline.request import Request
 from runtimes.bundle.manifest import MANIFEST_FILE, Component, dumps
 from runtimes.bundle.tensors import TensorSpec
 
@@ -135,16 +137,20 @@ def _tensor(kind: str, spec: TensorSpec) -> str:
     return f'{kind} [ {{ name: "{spec.name}" data_type: {DATA_TYPES[spec.dtype]} {shape} }} ]'
 
 
-_OPTIONAL = (("negative_prompt", "TYPE_STRING"), ("steps", "TYPE_INT32"), ("guidance_scale", "TYPE_FP32"),
-             ("seed", "TYPE_INT64"), ("height", "TYPE_INT32"), ("width", "TYPE_INT32"), ("scheduler", "TYPE_STRING"))
+def request_inputs() -> dict[str, str]:
+    """The pipeline's inputs, one for each field of a request that a tensor can hold: name -> line of config.pbtxt."""
+    inputs = {}
+    for declared in dataclasses.fields(Request):
+        if (tensor := declared.metadata["kind"].tensor) is not None:
+            dims = ", ".join(map(str, tensor[1]))
+            optional = "" if declared.name == "prompt" else " optional: true"
+            inputs[declared.name] = f'input [ {{ name: "{declared.name}" data_type: {tensor[0]} dims: [ {dims} ]{optional} }} ]'
+    return inputs
 
 
 def pipeline_config(options: TritonOptions) -> str:
-    """config.pbtxt of the pipeline: prompts in, (images, height, width, 3) bytes out."""
-    lines = [f'name: "{options.pipeline}"', 'backend: "python"', "max_batch_size: 0",
-             'input [ { name: "prompt" data_type: TYPE_STRING dims: [ -1 ] } ]']
-    lines += [f'input [ {{ name: "{name}" data_type: {kind} dims: [ 1 ] optional: true }} ]'
-              for name, kind in _OPTIONAL]
+    """config.pbtxt of the pipeline: the fields of a request in, (images, height, width, 3) bytes out."""
+    lines = [f'name: "{options.pipeline}"', 'backend: "python"', "max_batch_size: 0", *request_inputs().values()]
     lines += ['output [ { name: "images" data_type: TYPE_UINT8 dims: [ -1, -1, -1, 3 ] } ]',
               # Requests wait for the networks, not for Python: more of them in flight fill the networks' batches.
               f"instance_group [ {{ count: {max(2, options.instances)} kind: KIND_CPU }} ]"]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from deploy.cli import build_commands, file_commands, machine_commands
-from deploy.cli.derived_options import derived_command, described
+from deploy.cli.derived_options import Option, derived_command, described
 from deploy.cli.machine_commands import Json
 from runtimes.errors import DeployError, UnavailableError
 
@@ -29,85 +29,24 @@ BundlePaths = Annotated[list[Path], typer.Argument(metavar="BUNDLE...", help="fo
 Device = Annotated[str, described("where the bundle runs: cpu, cuda, tensorrt or tensorrt-rtx; with OpenVINO cpu, gpu, "
                                   "npu or auto", default="cpu")]
 Threads = Annotated[int, described("CPU threads, 0 being one for each core", default=0, least=0)]
-Hint = Annotated[str, described("how OpenVINO shares the cores: each call has all of them, or calls run side by side",
-                                default="latency", choices=("latency", "throughput"))]
-PinThreads = Annotated[bool, described("bind each CPU thread to one core", "--pin-threads", default=False)]
-Lora = Annotated[list[str], described("LoRA in place of the bundle's, FILE or FILE:SCALE, of a bundle built with "
-                                      "--lora-mode swap; may be given again", default=None)]
-OutputPng = Annotated[Path, described("PNG file; several images get numbered names", "-o", "--output",
-                                      default="out.png")]
 GUIDANCE = "guidance scale, the weight of the prompt; usual are 1 to 15, 1 being without guidance"
 Effort = Annotated[str, described("how much is compared, as --verify of `build`", default="auto",
                                   choices=("auto", "full", "quick", "components"))]
 
 
-@app.command()
-def generate(
-    bundle: BundlePath,
-    prompt: Annotated[list[str], typer.Argument(help="what to generate")] = [],  # noqa: B006
-    prompts: Annotated[Path | None, typer.Option(help="file with one prompt a line, instead of PROMPT")] = None,
-    negative: Annotated[str | None, typer.Option(help="what not to generate")] = None,
-    image: Annotated[Path | None, typer.Option(help="start from this image (image-to-image)")] = None,
-    mask: Annotated[Path | None, typer.Option(help="white where the image is painted anew (inpainting)")] = None,
-    strength: Annotated[float | None, typer.Option(help="how far to leave the image, above 0 to 1; default the "
-                                                        "model's: 0.8, of XL 0.3, with --mask 1")] = None,
-    steps: Annotated[int | None, typer.Option(help="denoising steps; default 25")] = None,
-    quality: Annotated[str, typer.Option(help="draft, balanced or high: what `tradeoffs` measured of the bundle; "
-                                              "options that are given win")] = "",
-    budget_ms: Annotated[float | None, typer.Option(help="the most accurate that takes so long for an image, as "
-                                                         "`tradeoffs` measured")] = None,
-    guidance: Annotated[float | None, typer.Option(help="guidance_scale, 1 is off; default the model's: 7.5, of XL "
-                                                        "5")] = None,
-    guidance_rescale: Annotated[float, typer.Option(help="against overexposure, 0 to 1")] = 0.0,
-    guidance_interval: Annotated[str, typer.Option(help="share of the steps under guidance, as first:last")] = "",
-    part: Annotated[str, typer.Option(help="of the schedule: 0:0.8 for a base model, 0.8:1 for a refiner")] = "0:1",
-    weighting: Annotated[bool, typer.Option("--weighting", help="weigh (word:1.3), (word), \\[word]")] = False,
-    long_prompts: Annotated[bool, typer.Option("--long-prompts", help="read long prompts in windows, do not cut")]
-    = False,
-    cache_interval: Annotated[int | None, typer.Option(help="compute the U-Net's deep layers every so many steps; "
-                                                            "needs a bundle built with --step-cache")] = None,
-    seed: Annotated[int, typer.Option(help="the first image's seed, as PyTorch's; the next ones count up")] = 0,
-    count: Annotated[int, typer.Option("-n", "--count", min=1, help="images for each prompt")] = 1,
-    scheduler: Annotated[str | None, typer.Option(
-        help="sampling method, by default the model's: ddim, ddpm, euler, euler-ancestral, heun, kdpm2, "
-             "kdpm2-ancestral, lms, dpm++, dpm-single, dpm-sde, deis, unipc, sa-solver, lcm, tcd, pndm, "
-             "edm-euler or edm-dpm++")] = None,
-    height: Annotated[int | None, typer.Option(help="pixels")] = None,
-    width: Annotated[int | None, typer.Option(help="pixels")] = None,
-    aspect: Annotated[str, typer.Option(help="width:height, as 16:9; the bundle's nearest size")] = "",
-    memory_budget: Annotated[str, typer.Option(help="as 2GB: as many images at once as fit")] = "",
-    tile: Annotated[int | None, typer.Option(help="generate in overlapping tiles of so many pixels, for large images")]
-    = None,
-    latents: Annotated[Path | None, typer.Option(help="initial latents, .npy float32 (B, C, H/f, W/f)")] = None,
-    save_latents: Annotated[Path | None, typer.Option(help="write the final latents as .npy")] = None,
-    safety: Annotated[str, typer.Option(help="the bundle's safety checker: off, report, or replace by black")] = "off",
-    grid: Annotated[int, typer.Option(min=0, help="write one sheet with this many columns")] = 0,
-    preview: Annotated[Path | None, typer.Option(help="PNG rewritten after each step: what will come of it")] = None,
-    metadata: Annotated[bool, typer.Option("--metadata/--no-metadata", help="prompt, seed and bundle hash in the PNG")]
-    = True,
-    lora: Lora = [],  # noqa: B006
-    device: Device = "cpu",
-    threads: Threads = 0,
-    hint: Hint = "latency",
-    pin_threads: PinThreads = False,
-    check: Annotated[bool, typer.Option("--check", help="hash large files again that nobody wrote to since")] = False,
-    output: OutputPng = Path("out.png"),
-) -> None:
-    """Generate images with a bundle. Needs no PyTorch."""
-    from deploy.cli.generate import GenerateRequest, generate_files
+def generate_options() -> list[Option]:
+    """The fields of a request, and what concerns the command alone."""
+    from deploy.cli.generate import generate_options
 
-    generate_files(
-        GenerateRequest(
-            bundle=bundle, prompts=tuple(prompt), prompts_file=prompts, negative=negative, image=image, mask=mask,
-            strength=strength, steps=steps, quality=quality, budget_ms=budget_ms, guidance_scale=guidance,
-            guidance_rescale=guidance_rescale, guidance_interval=guidance_interval, part=part, weighting=weighting,
-            long_prompts=long_prompts, cache_interval=cache_interval, seed=seed, count=count, scheduler=scheduler,
-            height=height, width=width, aspect=aspect, memory_budget=memory_budget, tile=tile, latents=latents,
-            save_latents=save_latents, safety=safety, grid=grid, preview=preview, metadata=metadata,
-            device=device, threads=threads, hint=hint, pin_threads=pin_threads, check=check,
-            lora=tuple(lora), output=output,
-        )
-    )
+    return generate_options()
+
+
+@derived_command(app, generate_options)
+def generate(given: dict[str, Any]) -> None:
+    """Generate images with a bundle. Needs no PyTorch."""
+    from deploy.cli.generate import generate
+
+    generate(given)
 
 
 @app.command()

@@ -3,6 +3,7 @@
 A field's name, default, range and help text are written here alone. The keywords of `Pipeline.__call__`, the options of
 `python -m deploy generate`, the keys of `Request.from_mapping` (JSON, YAML) and Triton's inputs are made of them.
 """
+# ruff: noqa: RUF009 - `asked` is dataclasses.field with metadata
 
 from __future__ import annotations
 
@@ -35,8 +36,8 @@ def asked(value: Any, kind: Kind, help: str, more: str = "", /, **limits: Any) -
         kind: what it may hold.
         help: what it does, in a line or two, without range, choices and default.
         more: what only a programmer wants to know.
-        limits: `default` in words; `least`, `above`, `most`, `choices`; of the command line: `flags`, `argument`, and
-            `command_line`, its own default, or why there is no such option.
+        limits: `default` in words; `least`, `above`, `most`, `choices`; of the command line `flags`, `argument`,
+            `command_line` (another default there), `no_option` (why there is none).
     """
     return field(default=value, metadata={"kind": kind, "help": help, "more": more, **limits})
 
@@ -54,8 +55,8 @@ class Request:
         default="none, for models without prompts", argument="PROMPT")
     _: KW_ONLY
     negative_prompt: str | Sequence[str] | None = asked(
-        None, kinds.TEXTS, "what to steer away from: one text, or one for each prompt; without effect where guidance is "
-        "off", default="the empty text; of XL zeros, as it was trained", flags=("--negative",))
+        None, kinds.TEXTS, "what to steer away from: one text, or one for each prompt; without effect where guidance "
+        "is off", default="the empty text; of XL zeros, as it was trained", flags=("--negative",))
     steps: int = asked(
         DEFAULT_STEPS, kinds.WHOLE, "denoising steps; more take longer and are more accurate", least=1)
     guidance_scale: float | None = asked(
@@ -94,18 +95,17 @@ class Request:
         "out in turn", "A path, a Pillow image of mode RGB, or a float array (H, W, 3) or (K, H, W, 3) in 0..1. See "
         "`runtimes.codec.pixels`.", default="none")
     mask: ImageLike | Sequence[ImageLike] | None = asked(
-        None, kinds.MASKS, "white where the image is painted anew, black where it stays (inpainting); resized to height "
-        "and width", "A path, a Pillow image, or an array (H, W) or (K, H, W), 1 from 0.5 on.", default="none")
+        None, kinds.MASKS, "white where the image is painted anew, black where it stays (inpainting); resized to "
+        "height and width", "A path, a Pillow image, or an array (H, W) or (K, H, W), 1 from 0.5 on.", default="none")
     strength: float | None = asked(
         None, kinds.NUMBER, "share of the steps that the image goes through: how far to leave it",
         "The default is that of diffusers' class for the mode; 1 under a mask starts from noise alone.",
         above=0, most=1, default="the model's: 0.8, of XL 0.3; under a mask 1, of XL 0.9999")
     weighting: bool = asked(
-        False, kinds.FLAG, "weigh (word:1.3), (word), [word] in prompts", "See `runtimes.text.prompt_weighting`.",
-        flags=("--weighting",))
+        False, kinds.FLAG, "weigh (word:1.3), (word), [word] in prompts", "See `runtimes.text.prompt_weighting`.")
     long_prompts: bool = asked(
         False, kinds.FLAG, "read prompts that are too long for the text encoder in windows, instead of cutting them",
-        "The denoiser must take that many tokens: build with --shapes sequence=...", flags=("--long-prompts",))
+        "The denoiser must take that many tokens: build with --shapes sequence=...")
     cache_interval: int = asked(
         1, kinds.WHOLE, "compute the denoiser's deep layers at every so many steps only, and reuse them between; 3 is "
         "more than twice as fast; needs a bundle built with --step-cache", least=1)
@@ -120,7 +120,7 @@ class Request:
     output: str = asked(
         "pil", kinds.ANSWER, "the form of the result: Pillow images, pixels (B, H, W, 3) float32 in 0..1, or latents "
         "(B, C, H/f, W/f) float32 that were not decoded", choices=OUTPUTS,
-        command_line="images are written to --output, latents to --save-latents")
+        no_option="images are written to --output, latents to --save-latents")
     part: tuple[float, float] = asked(
         WHOLE_RUN, kinds.INTERVAL, "share of the noise schedule to denoise: 0:0.8 by a base model, 0.8:1 by a refiner",
         'The first with output="latents", which the second starts from as they are.', default="0:1")
