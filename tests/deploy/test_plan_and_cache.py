@@ -174,7 +174,7 @@ def test_calibration_recordings_know_the_facts(bundle: Bundle, monkeypatch, tmp_
                         lambda *_, source, **__: seen.append(digest_of(source)))
     calibration = {"steps": 20, "strength": 0.6, "prompts": ["a cat"], "samples": 8, "guidance_scale": 5.0}
     other = Bundle(bundle.path, dataclasses.replace(bundle.manifest, pipeline=roles_of(0.5)))
-    monkeypatch.setattr("runtimes.pipeline.loading.BundleSessions", lambda *_: {})
+    monkeypatch.setattr("runtimes.pipeline.bundle_sessions.BundleSessions", lambda *_: {})
     for b in (bundle, other, bundle):
         recipes.record_calibration(b, calibration)
     assert seen[0] == seen[2] != seen[1]
