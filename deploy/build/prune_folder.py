@@ -81,5 +81,5 @@ def _write_part(bundle: Bundle, components: Mapping[str, Component], folder: Pat
     from safetensors.torch import load_file, save_file
 
     weights = {key: tensor for name, component in components.items()
-               for key, tensor in load_file(bundle.file(component.file)).items() if key.startswith(VAE_HALVES[name])}
+               for key, tensor in load_file(bundle.file(component.file)).items() if key.startswith(VAE_HALVES[bundle.manifest.pipeline.role(name)])}
     save_file(weights, folder / PRUNED_FILE, {"format": "pt"})

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runtimes.bundle.folder import Bundle
-from runtimes.bundle.manifest import Manifest, PipelineFacts, digest_of
+from runtimes.bundle.manifest import Manifest, digest_of
+from runtimes.bundle.roles import Roles
 
 if TYPE_CHECKING:
     from calibration.choice.layer_sensitivity import Relief
@@ -76,8 +77,7 @@ def record_calibration(source: Bundle, calibration: Mapping[str, Any]) -> Record
     steps, strength = calibration["steps"], calibration["strength"]
     episodes = plan_episodes(calibration["prompts"], calibration["samples"], steps=steps, strength=strength,
                              inpaints=calibration.get("inpaints", False))
-    facts = at_common_size(source.manifest)
-    manifest = replace(source.manifest, pipeline=facts)
+    manifest = replace(source.manifest, pipeline=at_common_size(source.manifest))
     source = replace(source, manifest=manifest)
     identity = {"components": {n: c.sha256 for n, c in sorted(manifest.components.items())},
                 **pipeline_identity(manifest)}
@@ -86,13 +86,14 @@ def record_calibration(source: Bundle, calibration: Mapping[str, Any]) -> Record
                   guidance_scale=calibration["guidance_scale"], steps=steps, strength=strength)
 
 
-def at_common_size(manifest: Manifest) -> PipelineFacts:
-    """The pipeline's facts with the image size that is the `opt` of the U-Net's axes, where those are dynamic."""
-    facts, unet = manifest.pipeline, manifest.components.get("unet")
-    if unet is None or not {"height", "width"} <= unet.axes.keys():
-        return facts
-    height, width = (facts.vae_scale_factor * unet.axes[name].range.opt for name in ("height", "width"))
-    return replace(facts, height=height, width=width)
+def at_common_size(manifest: Manifest) -> Roles:
+    """The roles with the image size that is the `opt` of the denoiser's axes, where those are dynamic."""
+    roles = manifest.pipeline
+    denoiser = manifest.components.get(roles.denoiser.component)
+    if denoiser is None or not {"height", "width"} <= denoiser.axes.keys():
+        return roles
+    height, width = (roles.codec.factor * denoiser.axes[name].range.opt for name in ("height", "width"))
+    return roles.sized(height, width)
 
 
 def quantize_by_recipe(source: Bundle, destination: Path, config: Mapping[str, Any], scheme: Scheme, name: str,

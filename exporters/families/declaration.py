@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from exporters.source.model_folder import Source
-from runtimes.bundle.manifest import PipelineFacts
+from runtimes.bundle.roles import Roles
 from runtimes.bundle.tensors import Axis, ShapeRange, TensorSpec
 from runtimes.errors import InputError
 
@@ -59,14 +59,14 @@ class Family:
         tokenizers: entries of model_index.json that hold tokenizer files.
         optional: networks and tokenizers that a pipeline of this kind may lack, with null in model_index.json.
         components: what to export from a source; raises InputError for a config that the pipeline cannot feed.
-        facts: what the sampling loop must know.
+        roles: what each component is for, and what the sampling loop must know.
     """
 
     name: str
     source_components: tuple[str, ...]
     tokenizers: tuple[str, ...]
     components: Callable[[Source, Shapes], dict[str, ComponentSpec]]
-    facts: Callable[[Source], PipelineFacts]
+    roles: Callable[[Source], Roles]
     optional: tuple[str, ...] = ()
 
 

@@ -96,12 +96,6 @@ def check_measured(value: Mapping[str, Any], where: str) -> None:
             _require(gain, ("bytes_ratio", "verdict"), f"{where}.passes[{index}].gain.{name}")
 
 
-def check_facts(facts: Any, where: str) -> None:
-    """Sizes that are divided by and multiplied with."""
-    for name in ("latent_channels", "vae_scale_factor", "height", "width"):
-        _expect(getattr(facts, name) >= 1, "a number from 1 on", getattr(facts, name), f"{where}.{name}")
-
-
 def _check(value: Any, kind: Kind, where: str) -> None:
     if isinstance(kind, dict):
         _expect(isinstance(value, Mapping), "an object", value, where)

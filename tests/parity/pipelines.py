@@ -20,6 +20,7 @@ from runtimes.bundle.manifest import SCHEMA, Component, Manifest, Source
 from runtimes.bundle.tensors import ShapeRange
 from runtimes.text.clip_tokenizer import prepare_tokenizer
 from tests.exporters.pipelines import edit_json, edit_weights, write_pipeline
+from tests.runtimes.roles import with_fact
 
 SHAPES = {"batch": ShapeRange(1, 1, 3), "height": ShapeRange(32, 64, 128), "width": ShapeRange(32, 64, 128)}
 
@@ -57,7 +58,7 @@ def source_bundle(model: Path, out: Path, shapes: Mapping[str, ShapeRange] = SHA
             parity={})
     manifest = Manifest(
         schema=SCHEMA, family=source.family, source=Source("tiny", {}), target="onnxruntime", precision="fp32",
-        pipeline=family_of(source.pipeline_class).facts(source), components=components, passes=(), files={}, tools={},
+        pipeline=family_of(source.pipeline_class).roles(source), components=components, passes=(), files={}, tools={},
         spec={},
         verified=False, parity={})
     return finished(out, manifest)
@@ -74,11 +75,15 @@ def finished(folder: Path, manifest: Manifest) -> Bundle:
     return Bundle.open(folder)
 
 
-def changed(source: Bundle, out: Path, change: Callable[[Path], None] = lambda _: None, **facts: Any) -> Bundle:
-    """A copy of a bundle whose files `change` has edited."""
+def changed(source: Bundle, out: Path, change: Callable[[Path], None] = lambda _: None,
+            roles: Mapping[str, Any] | None = None) -> Bundle:
+    """A copy of a bundle whose files `change` has edited, with other facts at the given paths of its roles."""
     shutil.copytree(source.path, out)
     change(out)
-    return finished(out, replace(source.manifest, pipeline=replace(source.manifest.pipeline, **facts)))
+    pipeline = source.manifest.pipeline
+    for path, fact in (roles or {}).items():
+        pipeline = with_fact(pipeline, path, fact)
+    return finished(out, replace(source.manifest, pipeline=pipeline))
 
 
 def misbehaving(source: Bundle, name: str, behaviour: str) -> Bundle:

@@ -146,7 +146,7 @@ def compare_feeds(upstream: Upstream, source: Bundle, bundle: Bundle, networks: 
 def _has_moved(upstream: Upstream, bundle: Bundle) -> bool:
     """Whether the model's own size is none that the bundle makes, which the build has said."""
     model = as_loaded(source_of(upstream))
-    own, axes = family_of(model.pipeline_class).facts(model), bundle.component(DENOISER).axes
+    own, axes = family_of(model.pipeline_class).roles(model), bundle.component(DENOISER).axes
     sides = {"height": own.height // own.vae_scale_factor, "width": own.width // own.vae_scale_factor}
     return any(rows not in axes[name].range or rows % axes[name].multiple for name, rows in sides.items())
 
