@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from runtimes.backends.profile import Profile
     from runtimes.bundle.folder import Bundle
     from runtimes.errors import BundleError, CancelledError, DeployError, InputError, ParityError, UnavailableError
-    from runtimes.pipeline.denoising import Step
     from runtimes.pipeline.diffusion import Pipeline
+    from runtimes.pipeline.job import Step
     from runtimes.pipeline.loading import load
     from runtimes.pipeline.request import Request
     from runtimes.pipeline.request_fields import SizeConditions
@@ -30,7 +30,7 @@ _MODULES = {
     "Profile": "backends.profile",
     "Request": "pipeline.request",
     "SizeConditions": "pipeline.request_fields",
-    "Step": "pipeline.denoising",
+    "Step": "pipeline.job",
     "load": "pipeline.loading",
 }
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from runtimes.bundle.folder import Bundle
     from runtimes.bundle.manifest import Component, Manifest
     from runtimes.errors import DeployError
-    from runtimes.pipeline.denoising import Step
+    from runtimes.pipeline.job import Step
 
 out = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from runtimes.bundle.folder import Bundle
-    from runtimes.pipeline.denoising import Step
     from runtimes.pipeline.diffusion import Pipeline
+    from runtimes.pipeline.job import Step
 
 SAFETY = ("off", "report", "replace")
 

@@ -93,12 +93,12 @@ def diagnose_pipeline(target: str, options: DiagnoseOptions, grid: Path | None =
         probe, pipeline = Probe(sessions, bundle), assemble_pipeline(sessions, bundle)
         if "vae_encoder" not in bundle.manifest.components:
             raise InputError("there is no vae_encoder, which every check begins with", where=target)
-        images = read_images(options.images, probe.facts.height, probe.facts.width)
+        images = read_images(options.images, probe.roles.codec.height, probe.roles.codec.width)
         say("generating")
         generated = generate(probe, pipeline, prompts_for(bundle), options)
         say("asking the networks")
         checks = [check_vae(probe, generated, images), check_unconditional(probe, generated, images)]
-        if probe.facts.text_encoders:
+        if probe.roles.encoders:
             checks += [check_text(probe, generated), check_guidance(probe, generated)]
         if grid is not None:
             write_grid(probe, generated, grid)

@@ -9,7 +9,7 @@ section 3.4), so that no place of the image is always at a border and none alway
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 
 import numpy as np
@@ -79,29 +79,6 @@ class Tiling:
         assert whole is not None
         whole /= weights
         return whole
-
-
-class Tiled:
-    """A prediction of the whole from predictions of its tiles, all of which are rows of one call."""
-
-    def __init__(self, predict: Callable[[Float32, float, int], Float32], tiling: Tiling,
-                 layout: Callable[[int], int], extra: Float32 | None = None) -> None:
-        """Wrap a U-Net whose rows are the tiles of `Tiling.stack`.
-
-        Args:
-            predict: (tiles, timestep, step) -> predictions of the tiles.
-            tiling: of the whole.
-            layout: step -> which layout it has; the same number where tiles must stay as they were in the step before.
-            extra: (B, C', H/f, W/f) channels that the U-Net takes after the sample's own.
-        """
-        self._predict, self._tiling, self._layout, self._extra = predict, tiling, layout, extra
-
-    def __call__(self, sample: Float32, timestep: float, i: int) -> Float32:
-        """Predict: (B, C, H/f, W/f) float32 at step i in, the same out."""
-        tiling = self._tiling.shifted(self._layout(i))
-        if self._extra is not None:
-            sample = np.concatenate([sample, self._extra], axis=1)
-        return tiling.join(np.split(self._predict(tiling.stack(sample), timestep, i), tiling.count))
 
 
 def _places(size: int, tile: int) -> list[int]:

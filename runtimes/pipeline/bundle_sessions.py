@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping
 
 from runtimes.backends.session import Session, SessionOptions, open_session
 from runtimes.bundle.folder import Bundle
-from runtimes.bundle.manifest import PipelineFacts
+from runtimes.bundle.roles import Roles
 
 
-def needed(facts: PipelineFacts) -> tuple[str, ...]:
+def needed(roles: Roles) -> tuple[str, ...]:
     """Components loaded with the bundle, so that a device or a graph that is missing shows at once; the encoder waits
     for an image."""
-    return (*facts.text_encoders, "unet", "vae_decoder")
+    return roles.generates_with
 
 
 class BundleSessions(Mapping[str, Session]):

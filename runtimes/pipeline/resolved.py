@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from runtimes.backends.batching import Described, input_spec
 from runtimes.backends.session import Session
-from runtimes.bundle.manifest import PipelineFacts
+from runtimes.bundle.roles import Roles
 from runtimes.bundle.tensors import ShapeRange
 from runtimes.codec.pixels import ImageLike, Opened, open_image, open_mask, size_of, to_mask, to_pixels
 from runtimes.codec.tiling import Tiling
@@ -60,13 +60,13 @@ class Resolved:
 
 
 def resolve(
-    sessions: Mapping[str, Session], facts: PipelineFacts, request: Request, *, guided: bool, strength: float
+    sessions: Mapping[str, Session], roles: Roles, request: Request, *, guided: bool, strength: float
 ) -> Resolved:
     """Find out what a request means for a bundle. No network runs.
 
     Args:
         sessions: the networks.
-        facts: of the pipeline.
+        roles: of the pipeline.
         request: what is asked for.
         guided: whether negative prompts are needed.
         strength: of the request, or the mode's own.
@@ -75,15 +75,15 @@ def resolve(
         InputError: the first field that cannot be used with this bundle.
     """
     prompts, copies, count = request.prompts, request.images_per_prompt, request.count
-    if not facts.text_encoders and any(prompts):
+    if not roles.encoders and any(prompts):
         raise InputError("this model generates without prompts", where="prompt", fix="leave the prompt empty")
     images = [] if request.image is None else _opened_all(request.image, open_image, "image", count)
     masks = [] if request.mask is None else _opened_all(request.mask, open_mask, "mask", count)
     if len({len(images), len(masks)} - {0, 1}) > 1:
         raise InputError(f"{len(masks)} masks for {len(images)} images", where="mask", fix="give one, or one each")
     # As diffusers has it, an image sets the size of what is made of it, but not of what is painted into it.
-    height, width = _size(facts, sessions, request, None if masks or not images else size_of(images[0]))
-    shape = facts.latent_channels, height // facts.vae_scale_factor, width // facts.vae_scale_factor
+    height, width = _size(roles, sessions, request, None if masks or not images else size_of(images[0]))
+    shape = roles.codec.latent_channels, height // roles.codec.factor, width // roles.codec.factor
     if request.latents is not None and request.latents.shape != (count, *shape):
         raise InputError(f"the latents are float32 {request.latents.shape}, expected float32 {(count, *shape)}",
                          where="latents", fix="(images, channels, height / f, width / f), unit variance")
@@ -94,7 +94,7 @@ def resolve(
         latent_shape=shape,
         height=height,
         width=width,
-        tiling=None if request.tile is None else _tiling(facts, sessions, height, width, request.tile),
+        tiling=None if request.tile is None else _tiling(roles, sessions, height, width, request.tile),
         seeds=resolve_seeds(request.seed, count),
         images=np.stack([to_pixels(p, height, width) for p in images]) if images else None,
         image_of=_dealt(len(images), count),
@@ -105,13 +105,13 @@ def resolve(
     )
 
 
-def check_size(facts: PipelineFacts, sessions: Mapping[str, Session], name: str, pixels: int) -> int:
+def check_size(roles: Roles, sessions: Mapping[str, Session], name: str, pixels: int) -> int:
     """Refuse a height or width that the networks do not take.
 
     Raises:
         InputError: not a multiple, or outside the range that the bundle was built for.
     """
-    limits, multiple = pixel_limits(facts, sessions, name)
+    limits, multiple = pixel_limits(roles, sessions, name)
     pixels = whole(pixels, name, LARGEST_SIDE)
     if pixels % multiple or pixels not in limits:
         steps = f" in steps of {multiple}" if limits.min < limits.max else ""
@@ -122,11 +122,12 @@ def check_size(facts: PipelineFacts, sessions: Mapping[str, Session], name: str,
     return pixels
 
 
-def pixel_limits(facts: PipelineFacts, sessions: Mapping[str, Described], name: str) -> tuple[ShapeRange, int]:
-    """The range of a height or width in pixels, and what it must be a multiple of: the U-Net's and decoder's alike."""
+def pixel_limits(roles: Roles, sessions: Mapping[str, Described], name: str) -> tuple[ShapeRange, int]:
+    """The range of a height or width in pixels, and what it is a multiple of: for denoiser and decoder alike."""
     position = {"height": 2, "width": 3}[name]
     least, most, multiple = 1, 1 << 20, 1
-    for component, tensor in (("unet", "sample"), ("vae_decoder", "latent_sample")):
+    denoiser, decoder = roles.denoiser, roles.codec.decoder
+    for component, tensor in ((denoiser.component, denoiser.sample), (decoder.component, decoder.input)):
         shape = input_spec(sessions[component], tensor).shape
         if len(shape) != 4:
             raise BundleError(f"{tensor} has the shape {shape}, expected (B, C, H/f, W/f)", where=component,
@@ -139,8 +140,8 @@ def pixel_limits(facts: PipelineFacts, sessions: Mapping[str, Described], name: 
             multiple = math.lcm(multiple, axis.multiple)
     least, most = -(-least // multiple) * multiple, most // multiple * multiple
     if least > most:
-        raise InputError(f"U-Net and decoder have no {name} in common", where=name, fix="build the bundle again")
-    factor = facts.vae_scale_factor
+        raise InputError(f"denoiser and decoder have no {name} in common", where=name, fix="build the bundle again")
+    factor = roles.codec.factor
     return ShapeRange(least * factor, least * factor, most * factor), multiple * factor
 
 
@@ -174,61 +175,61 @@ def _opened_all(
     return images
 
 
-def size_for(facts: PipelineFacts, sessions: Mapping[str, Described], aspect: float) -> tuple[int, int]:
+def size_for(roles: Roles, sessions: Mapping[str, Described], aspect: float) -> tuple[int, int]:
     """Height and width in pixels nearest to an aspect ratio, at about the pixels of the model's own size.
 
     Args:
-        facts: of the pipeline.
+        roles: of the pipeline.
         sessions: denoiser and decoder, or what a manifest says of them.
         aspect: width over height.
     """
-    sides = [pixel_limits(facts, sessions, name) for name in ("height", "width")]
-    return nearest_size(aspect, facts.height * facts.width, *sides)
+    sides = [pixel_limits(roles, sessions, name) for name in ("height", "width")]
+    return nearest_size(aspect, roles.codec.height * roles.codec.width, *sides)
 
 
 def _size(
-    facts: PipelineFacts, sessions: Mapping[str, Session], request: Request, image: tuple[int, int] | None
+    roles: Roles, sessions: Mapping[str, Session], request: Request, image: tuple[int, int] | None
 ) -> tuple[int, int]:
     """Height and width in pixels: as asked for, else the latents', else the image's rounded down to whole latents,
     else the model's own."""
     if request.aspect is not None:
-        return size_for(facts, sessions, parse_aspect(request.aspect))
-    own, latents = (facts.height, facts.width), request.latents
+        return size_for(roles, sessions, parse_aspect(request.aspect))
+    own, latents = (roles.codec.height, roles.codec.width), request.latents
     sizes = []
     for axis, (name, given) in enumerate((("height", request.height), ("width", request.width))):
         if given is not None:
             size = given
         elif latents is not None and latents.shape[axis + 2]:
-            size = latents.shape[axis + 2] * facts.vae_scale_factor
+            size = latents.shape[axis + 2] * roles.codec.factor
         elif image is not None:
-            sizes.append(_image_size(facts, sessions, name, image[axis], request.tile))
+            sizes.append(_image_size(roles, sessions, name, image[axis], request.tile))
             continue
         else:
             size = own[axis]
-        sizes.append(_checked_size(facts, sessions, name, size, request.tile))
+        sizes.append(_checked_size(roles, sessions, name, size, request.tile))
     return sizes[0], sizes[1]
 
 
 def _image_size(
-    facts: PipelineFacts, sessions: Mapping[str, Session], name: str, pixels: int, tile: int | None
+    roles: Roles, sessions: Mapping[str, Session], name: str, pixels: int, tile: int | None
 ) -> int:
     """An image's height or width in whole latents, rounded down as by `VaeImageProcessor.get_default_height_width`."""
     try:
-        return _checked_size(facts, sessions, name, pixels - pixels % facts.vae_scale_factor, tile)
+        return _checked_size(roles, sessions, name, pixels - pixels % roles.codec.factor, tile)
     except InputError as error:
         raise InputError(f"the image's {name} of {pixels} will not do: {error.what}", where="image",
                          fix=f"give {name}; {error.fix}") from error
 
 
 def _checked_size(
-    facts: PipelineFacts, sessions: Mapping[str, Session], name: str, pixels: int, tile: int | None
+    roles: Roles, sessions: Mapping[str, Session], name: str, pixels: int, tile: int | None
 ) -> int:
-    return check_size(facts, sessions, name, pixels) if tile is None else _check_tiled(facts, name, pixels)
+    return check_size(roles, sessions, name, pixels) if tile is None else _check_tiled(roles, name, pixels)
 
 
-def _check_tiled(facts: PipelineFacts, name: str, pixels: int) -> int:
+def _check_tiled(roles: Roles, name: str, pixels: int) -> int:
     """Tiles cover any whole number of latents, up to what an image may have at all."""
-    factor = facts.vae_scale_factor
+    factor = roles.codec.factor
     if whole(pixels, name, LARGEST_SIDE) % factor or pixels > MAX_TILED_SIDE:
         raise InputError(f"{name} is {pixels}, expected a multiple of {factor} up to {MAX_TILED_SIDE:,}", where=name,
                          fix=f"nearest: {min(max(round(pixels / factor), 1) * factor, MAX_TILED_SIDE)}")
@@ -236,11 +237,11 @@ def _check_tiled(facts: PipelineFacts, name: str, pixels: int) -> int:
 
 
 def _tiling(
-    facts: PipelineFacts, sessions: Mapping[str, Session], height: int, width: int, tile: int
+    roles: Roles, sessions: Mapping[str, Session], height: int, width: int, tile: int
 ) -> Tiling | None:
     """Tiles of `tile` pixels, smaller where the image is; None if one tile is all of it."""
     tile = whole(tile, "tile", LARGEST_SIDE)
-    rows = check_size(facts, sessions, "height", min(tile, height)) // facts.vae_scale_factor
-    columns = check_size(facts, sessions, "width", min(tile, width)) // facts.vae_scale_factor
-    shape = height // facts.vae_scale_factor, width // facts.vae_scale_factor
+    rows = check_size(roles, sessions, "height", min(tile, height)) // roles.codec.factor
+    columns = check_size(roles, sessions, "width", min(tile, width)) // roles.codec.factor
+    shape = height // roles.codec.factor, width // roles.codec.factor
     return None if shape == (rows, columns) else Tiling(shape, (rows, columns))

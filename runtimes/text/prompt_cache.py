@@ -31,7 +31,7 @@ class CacheStats:
 
 
 class PromptCache:
-    """Token ids to their embedding. An entry larger than the whole bound is not kept."""
+    """Token ids to their embedding. An entry larger than the whole bound is dropped at once."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
@@ -49,6 +49,11 @@ class PromptCache:
             self._hits += 1
             self._entries.move_to_end(key)
             return array
+
+    def __contains__(self, key: bytes) -> bool:
+        """Whether an array is stored under `key`; asking is neither hit nor miss."""
+        with self._lock:
+            return key in self._entries
 
     def put(self, key: bytes, array: NDArray[Any]) -> None:
         """Store an array, which becomes read-only, and drop the longest unused ones beyond the bound."""

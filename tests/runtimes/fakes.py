@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from runtimes.backends.session import Session
 from runtimes.bundle.folder import Bundle, records_below, write_manifest
 from runtimes.bundle.manifest import SCHEMA, Component, Manifest, Source
-from runtimes.bundle.roles import Roles
+from runtimes.bundle.roles import SHALLOW_ENTRY, Entry, Roles
 from runtimes.bundle.tensors import Axis, ShapeRange, TensorSpec
 from runtimes.pipeline.diffusion import Pipeline
 from tests.runtimes.roles import stable_diffusion
@@ -115,6 +115,31 @@ def tokenize(texts):
     """Not CLIP: a few numbers per text."""
     rows = [[len(text), *text.encode()[: TOKENS - 1]] for text in texts]
     return np.array([row + [0] * (TOKENS - len(row)) for row in rows], np.int64)
+
+
+def cached_pipeline(**limits: Any) -> Pipeline:
+    """A fake U-Net of two entries: the deep feature is the prompt's shift, which the shallow one adds."""
+    sessions = fake_sessions(**limits)
+    part = sessions["unet"].component
+    feature = TensorSpec("deep_feature", "float32", ("batch", CHANNELS, "height", "width"))
+
+    def deep(sample, timestep, encoder_hidden_states):
+        return np.tanh(sample) * 0.7 + encoder_hidden_states.mean(axis=(1, 2))[:, None, None, None] * 0.3
+
+    class Whole(FakeSession):
+        def _run(self, feeds):
+            return {**super()._run(feeds), "deep_feature": deep(**feeds).astype(np.float32)}
+
+    def shallow(sample, timestep, encoder_hidden_states, deep_feature):
+        moved = np.roll(sample, 1, axis=3) * 0.2
+        return (deep_feature + moved + timestep[:, None, None, None] / 5000).astype(np.float32)
+
+    sessions["unet"] = Whole("unet", dataclasses.replace(part, outputs=(*part.outputs, feature)), unet)
+    sessions["unet_shallow"] = FakeSession(
+        "unet_shallow", dataclasses.replace(part, inputs=(*part.inputs, feature)), shallow)
+    entries = {SHALLOW_ENTRY: Entry("unet_shallow", ("deep_feature",))}
+    roles = dataclasses.replace(FACTS, denoiser=dataclasses.replace(FACTS.denoiser, entries=entries))
+    return Pipeline(sessions, roles, DDIM, tokenize)
 
 
 # ---- graphs and bundles ------------------------------------------------------------------------------------------
