@@ -104,7 +104,8 @@ class AgainstDiffusers:
                    "bundle": None if bundle is None else to_request(bundle), "large": self._large, **more}
         if not self._large:
             return compare_request(request)
-        found, peak = call_isolated("deploy.building.against_diffusers:compare_request", request, "comparing with diffusers")
+        found, peak = call_isolated("deploy.building.against_diffusers:compare_request", request,
+                                    "comparing with diffusers")
         self.peak_rss_bytes = max(self.peak_rss_bytes, peak)
         result: Mapping[str, Any] = found
         return result

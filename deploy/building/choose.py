@@ -1,4 +1,4 @@
-"""`build` with everything decided that the spec leaves open: the share of channels to prune, the target. Then one build."""
+"""`build` with all decided that the spec leaves open: the share of channels to prune, the target. Then one build."""
 
 from __future__ import annotations
 
