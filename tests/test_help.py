@@ -63,12 +63,16 @@ def parameters(command: Any, path: tuple[str, ...]) -> list[Any]:
     return list(command.make_context(path[-1], [], resilient_parsing=True).command.params)
 
 
-@pytest.fixture(scope="module")
-def options() -> dict[str, Any]:
+def every_option() -> dict[str, Any]:
     """Every option of every command, by `command --option`."""
     whole = typer.main.get_command(importlib.import_module("deploy.cli.commands").app)
     return {f"{' '.join(path)} {max(option.opts, key=len)}": option for path in commands(whole)
             for option in parameters(whole, path) if option.param_type_name == "option"}
+
+
+@pytest.fixture(scope="module")
+def options() -> dict[str, Any]:
+    return every_option()
 
 
 def test_the_help_of_every_option_says_what_it_does_and_its_default(options):

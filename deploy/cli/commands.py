@@ -80,7 +80,7 @@ def verify(
     json: Json = False,
 ) -> None:
     """Compare a bundle with its PyTorch source at component, trajectory and image level."""
-    from deploy.build.verify import verify_bundle
+    from deploy.building.verify import verify_bundle
     from deploy.cli import console
 
     result = verify_bundle(bundle, against, device=device, effort=effort)

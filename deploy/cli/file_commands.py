@@ -29,7 +29,7 @@ def export_triton(
     gpu: Annotated[bool, described("place the models on GPUs", "--gpu", default=False)] = False,
 ) -> None:
     """Write a model repository for the Triton Inference Server."""
-    from deploy.build import triton_repository as repository
+    from deploy.building import triton_repository as repository
     from deploy.cli import console
     from runtimes.bundle.folder import Bundle
 

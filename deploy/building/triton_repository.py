@@ -16,11 +16,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from runtimes.bundle.folder import Bundle, committed, link_or_copy
+from runtimes.bundle.manifest import MANIFEST_FILE, Component, dumps
+from runtimes.bundle.tensors import TensorSpec
 from runtimes.errors import InputError, UnavailableError
 from runtimes.pipeline.guidance import SHALLOW
 from runtimes.pipeline.request import Request
-from runtimes.bundle.manifest import MANIFEST_FILE, Component, dumps
-from runtimes.bundle.tensors import TensorSpec
 
 PIPELINE_TEMPLATE = Path(__file__).parents[1] / "templates" / "triton" / "model.py"
 MAP_FILE = "triton.json"  # component -> name of its model, read by the pipeline
