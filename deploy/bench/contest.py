@@ -185,7 +185,7 @@ def _share_of_limits(run: Mapping[str, Any], bundle: Bundle, limits: Mapping[str
     calls = options.steps * -(-rows // unet.axes["batch"].range.max)
     seconds = run["components"]["unet"]["seconds"]
     result = {"weight_gigabytes_per_second": unet.bytes * calls / seconds / 1e9}
-    if (macs := unet.details.get("macs")) is not None:
+    if (macs := unet.graph.macs) is not None:
         flops = 2 * macs * rows / unet.axes["batch"].range.opt * options.steps
         result |= {"unet_gflops": flops / seconds / 1e9,
                    "share_of_gemm_peak": flops / seconds / 1e9 / limits["gemm_gflops"]}

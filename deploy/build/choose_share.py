@@ -132,5 +132,5 @@ def _candidate(share: float, bundle: Bundle, seconds: float | None, figures: Map
                broken: str) -> Candidate:
     unet, images, found = bundle.component(DENOISER), (figures or {}).get("images") or {}, figures or {}
     drift: Sequence[float | None] = (found.get("trajectory") or {}).get("relative_l2") or [None]
-    return Candidate(share, unet.bytes, unet.details["macs"], seconds, drift[-1], images.get("psnr_db"),
+    return Candidate(share, unet.bytes, unet.graph.macs, seconds, drift[-1], images.get("psnr_db"),
                      images.get("ssim"), (found.get("retrieval") or {}).get("bundle"), broken)

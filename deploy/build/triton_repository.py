@@ -97,10 +97,10 @@ def check_servable(name: str, component: Component) -> None:
     if component.format not in BACKENDS:
         raise InputError(f"Triton has no backend for the format {component.format!r}", where=name,
                          fix=f"build for one of {', '.join(BACKENDS)}")
-    if component.format == "tensorrt" and component.details.get("builder") != "tensorrt":
+    if component.format == "tensorrt" and component.details_as(EngineDetails).builder != "tensorrt":
         raise InputError("Triton's TensorRT backend does not load engines of TensorRT for RTX", where=name,
                          fix="build for --target onnxruntime, or for --target tensorrt on the server's GPU")
-    if "lora" in component.details:
+    if component.details.lora:
         raise InputError("its LoRA is an input, which nothing there feeds", where=name,
                          fix="build with --lora-mode merge")
     for spec in (*component.inputs, *component.outputs):

@@ -235,8 +235,8 @@ def check_arithmetic(component: Component, device: str, where: str) -> None:
     Raises:
         InputError: says how to build one that computes in what it says.
     """
-    conversion = component.details.get("conversion")
-    made_for_gpus = isinstance(conversion, dict) and conversion.get("mode") == "compute"
+    conversion = component.graph.conversion
+    made_for_gpus = conversion is not None and conversion.computes
     if device != "cpu" and component.precision != "fp32" and not made_for_gpus:
         raise InputError(f"its {component.precision} is in a form for CPUs, which a GPU would compute in float32",
                          where=f"{where}, device {device}", fix=f"build with --device {device}, or with fp32")

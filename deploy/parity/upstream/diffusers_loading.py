@@ -22,7 +22,8 @@ from exporters.families.open_source import open_source
 from exporters.quiet import quiet
 from exporters.source.diffusers_pipeline import upstream_pipeline
 from exporters.source.model_folder import Source, read_json
-from runtimes.adapters.lora_inputs import DETAILS, own_file
+from runtimes.adapters.lora_inputs import own_file
+from runtimes.bundle.details import SourceDetails
 from runtimes.bundle.folder import Bundle
 from runtimes.bundle.manifest import Component
 from runtimes.codec.safety_checker import SAFETY_CHECKER
@@ -153,14 +154,15 @@ def check_noise(pipe: Any) -> None:
 
 def part_of(component: Component) -> str:
     """A component's name in model_index.json."""
-    return str(component.details["source_component"])
+    return component.details.source_component
 
 
 def network_of(bundle: Bundle, name: str) -> Network:
     """Where a source bundle has a component."""
     component = bundle.component(name)
-    beside = bundle.file(own_file(name)) if DETAILS in component.details else None
-    return Network(bundle.file(component.file).parent, component.details["library"], component.class_name, name, beside)
+    beside = bundle.file(own_file(name)) if component.details.lora else None
+    return Network(bundle.file(component.file).parent, component.details_as(SourceDetails).library,
+                   component.class_name, name, beside)
 
 
 def small_encoder(encoder: Any) -> Any:

@@ -34,7 +34,7 @@ from deploy.parity.upstream.diffusers_loading import (
 from exporters.adapters.lora_merging import levels_of, matrices_of
 from exporters.source.networks import empty_module
 from runtimes.adapters.lora_files import Factors, components_of, read_factors
-from runtimes.adapters.lora_inputs import DETAILS, own_file
+from runtimes.adapters.lora_inputs import own_file
 from runtimes.bundle.folder import Bundle
 from runtimes.bundle.safetensors_reader import read_header
 from runtimes.codec.safety_checker import SAFETY_CHECKER
@@ -155,7 +155,7 @@ class _Ours:
         self._tied = {key: other for key, other in dict(tied).items() if key in state and key not in self._places}
         self.names = frozenset(self._places) | frozenset(self._tied)
         self._modules = matrices_of(module), levels_of(module)
-        beside = DETAILS in source.component(name).details
+        beside = source.component(name).details.lora is not None
         self._beside: Mapping[str, Factors] = self._factors(source.file(own_file(name)), 1.0) if beside else {}
 
     def _factors(self, file: Path, scale: float) -> dict[str, Factors]:
