@@ -25,8 +25,9 @@ from deploy.parity.upstream.levels import Level, merged
 from deploy.parity.upstream.levels import enforce as enforce_levels
 from deploy.parity.verdict import Verification, component_json, enforce
 from deploy.report.page import Image
+from runtimes.bundle.details import EngineDetails
 from runtimes.bundle.folder import Bundle
-from runtimes.bundle.manifest import digest_of, from_json, to_json
+from runtimes.bundle.manifest import Component, digest_of, from_json, to_json
 from runtimes.errors import ParityError
 from runtimes.system.compute_identity import runtime_identity
 

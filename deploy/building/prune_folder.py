@@ -80,6 +80,7 @@ def _write_part(bundle: Bundle, components: Mapping[str, Component], folder: Pat
         return
     from safetensors.torch import load_file, save_file
 
+    halves = {name: VAE_HALVES[bundle.manifest.pipeline.role(name)] for name in components}
     weights = {key: tensor for name, component in components.items()
-               for key, tensor in load_file(bundle.file(component.file)).items() if key.startswith(VAE_HALVES[bundle.manifest.pipeline.role(name)])}
+               for key, tensor in load_file(bundle.file(component.file)).items() if key.startswith(halves[name])}
     save_file(weights, folder / PRUNED_FILE, {"format": "pt"})

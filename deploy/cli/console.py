@@ -159,11 +159,12 @@ def _sizes(manifest: Manifest) -> str:
     from runtimes.pipeline.aspect_ratios import BUCKETS, nearest_size, parse_aspect
     from runtimes.pipeline.request import pixel_limits
 
-    facts, parts = manifest.pipeline, {name: Listed(name, c) for name, c in manifest.components.items()}
-    height, width = (pixel_limits(facts, parts, name) for name in ("height", "width"))
+    roles, parts = manifest.pipeline, {name: Listed(name, c) for name, c in manifest.components.items()}
+    height, width = (pixel_limits(roles, parts, name) for name in ("height", "width"))
     sides = " and ".join(f"{name} {span.min} to {span.max} in steps of {multiple}"
                          for name, (span, multiple) in (("height", height), ("width", width)))
-    found = {name: nearest_size(parse_aspect(name), facts.height * facts.width, height, width) for name in BUCKETS}
+    pixels = roles.codec.height * roles.codec.width
+    found = {name: nearest_size(parse_aspect(name), pixels, height, width) for name in BUCKETS}
     return f"pixels: {sides}; --aspect {', '.join(f'{name} {w}x{h}' for name, (h, w) in found.items())}"
 
 
@@ -183,7 +184,7 @@ def show_bundle(bundle: Bundle) -> None:
         if c.graph.not_fp16:
             out.print(f"  {name} stays in {c.precision}: in float16, {c.graph.not_fp16}")
     _show_engines(manifest)
-    if {"unet", "vae_decoder"} <= manifest.components.keys():
+    if {manifest.pipeline.denoiser.component, manifest.pipeline.codec.decoder.component} <= manifest.components.keys():
         out.print(_sizes(manifest))
     for name, c in sorted(manifest.components.items()):
         flow = f"{', '.join(_tensor(t) for t in c.inputs)} -> {', '.join(_tensor(t) for t in c.outputs)}"
@@ -229,11 +230,13 @@ def _show_candidates(tried: Sequence[Mapping[str, Any]]) -> None:
 
 def show_search(bundle: Bundle) -> None:
     """The Pareto front of `--precision auto`, and what its layers became."""
-    file = bundle.path / "components" / "unet" / "quantization.json"
+    denoiser = bundle.manifest.pipeline.denoiser.component
+    file = bundle.path / "components" / denoiser / "quantization.json"
     found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if "front" not in found:
         return
-    chosen = bundle.component("unet").details["quantization"]["chosen"]
+    summary = bundle.component(denoiser).graph.quantization
+    chosen = summary.chosen if summary else ""
     table = Table("trial", "U-Net", "time, x float32", "final latents L2", "worst PSNR", "SSIM", "retrieval", "budget",
                   title="Pareto front of the search")
     for trial in found["front"]:

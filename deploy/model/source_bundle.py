@@ -178,5 +178,6 @@ def _component(source: ComponentSource, spec: ComponentSpec, role: Role, folder:
         class_name=source.class_name,
         precision=PRECISIONS.get(stored, stored.lower()),
         parameters=sum(count for _, count in sizes.values()),
-        details=SourceDetails(library=source.library, source_component=spec.source_component, gives=spec.gives),
+        details=SourceDetails(library=source.library, source_component=spec.source_component, takes=spec.takes,
+                              gives=spec.gives),
     )

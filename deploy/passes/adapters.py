@@ -38,7 +38,7 @@ class Adapters(Pass):
         if not spec.lora and not spec.embedding:
             return Skip("no adapters")
         from exporters.adapters.lora_differences import differences
-        from exporters.adapters.textual_inversion import read_embedding
+        from exporters.adapters.textual_inversion import encoder_widths, read_embedding
         from runtimes.adapters.lora_files import networks_of, parse_lora
 
         for name, component in before.components.items():
@@ -60,7 +60,7 @@ class Adapters(Pass):
                                    "components": list(touched), "differs_from_diffusers": list(differences(file))})
         for option in spec.embedding:
             file, token = parse_embedding(option)
-            embedding = read_embedding(file, token, _widths(before))
+            embedding = read_embedding(file, token, encoder_widths(before))
             _refuse_absent(tuple(embedding.keys), before, file)
             changed |= dict.fromkeys(map(before.pipeline.adapted, embedding.keys))
             for encoder, width in embedding.widths.items():
@@ -158,16 +158,10 @@ def _factors(step: Step, network: str, modules: Iterable[str], levels: Any) -> d
 
 def _words(step: Step, source: Manifest) -> list[Embedding]:
     """The embeddings of a step."""
-    from exporters.adapters.textual_inversion import read_embedding
+    from exporters.adapters.textual_inversion import encoder_widths, read_embedding
 
-    return [read_embedding(Path(step.files[entry["sha256"]]), entry["token"], _widths(source))
+    return [read_embedding(Path(step.files[entry["sha256"]]), entry["token"], encoder_widths(source))
             for entry in step.config["embedding"]]
-
-
-def _widths(manifest: Manifest) -> dict[str, int]:
-    """Text encoder, as adapters call it -> width of its hidden states, which is that of its embeddings."""
-    return {encoder.adapter: int(manifest.components[encoder.component].outputs[0].shape[-1])
-            for encoder in manifest.pipeline.conditioner.encoders}
 
 
 def parse_embedding(option: str) -> tuple[Path, str]:

@@ -274,7 +274,8 @@ def search_denoiser(source: Bundle, destination: Path, config: Mapping[str, Any]
                 low[other].parent.mkdir()
                 quantize_by_recipe(source, low[other], config, scheme, other, recording)
         trials = Trials(source, low, Budget(**config["search"]["budget"]), tuple(config["search"]["prompts"]))
-        hybrid = relieved(graph, assign(layers, "hybrid", config["keep"]), ranges, scheme, denoiser, recording).assignment
+        first = assign(layers, "hybrid", config["keep"])
+        hybrid = relieved(graph, first, ranges, scheme, denoiser, recording).assignment
         assignments = {"hybrid": hybrid}
 
         def promoted(count: int) -> Path:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runtimes.adapters.lora_files import NETWORKS
+from runtimes.bundle.manifest import Manifest
 from runtimes.bundle.safetensors_reader import read_header
 from runtimes.errors import InputError
 from runtimes.text.bert_tokenizer import BERT
@@ -99,6 +100,14 @@ def read_embedding(file: Path, token: str = "", widths: Mapping[str, int] | None
 def _is_vectors(entry: Mapping[str, object]) -> bool:
     shape = entry["shape"]
     return entry["dtype"] in _FLOATS and isinstance(shape, list) and len(shape) in (1, 2) and 0 not in shape
+
+
+def encoder_widths(manifest: Manifest) -> dict[str, int]:
+    """Text encoder, as adapters call it -> width of its hidden states, which is that of its embeddings."""
+    readers = {reader.adapter: (reader, manifest.components[reader.component].outputs)
+               for reader in manifest.pipeline.conditioner.encoders}
+    return {name: int(next(spec.shape[-1] for spec in outputs if spec.name == reader.hidden))
+            for name, (reader, outputs) in readers.items()}
 
 
 def words_of(encoder: str, embeddings: Sequence[Embedding]) -> list[Embedding]:

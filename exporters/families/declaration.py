@@ -24,7 +24,7 @@ class ComponentSpec:
         source_component: name in model_index.json ("vae").
         inputs, outputs: in the order of the wrapper's arguments and results; named dimensions are keys of `axes`.
         axes: every named dimension of inputs and outputs.
-        gives: what the wrapper calls the outputs, where the component calls them otherwise.
+        takes, gives: what the network calls inputs and outputs, in order, where the component calls them otherwise.
     """
 
     name: str
@@ -32,6 +32,7 @@ class ComponentSpec:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     axes: Mapping[str, Axis]
+    takes: tuple[str, ...] = ()
     gives: tuple[str, ...] = ()
 
     @property

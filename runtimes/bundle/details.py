@@ -100,10 +100,12 @@ class SourceDetails(Details):
 
     Attributes:
         library: that has its class: "diffusers" or "transformers".
-        gives: what the network calls its outputs, in their order, where the component calls them otherwise.
+        takes, gives: what the network calls its inputs and outputs, in their order, where the component calls them
+            otherwise.
     """
 
     library: str
+    takes: tuple[str, ...] = ()
     gives: tuple[str, ...] = ()
 
 

@@ -74,10 +74,16 @@ class Component:
         return self.details if isinstance(self.details, GraphDetails) else GraphDetails()
 
     @property
+    def takes(self) -> tuple[str, ...]:
+        """What the network itself calls its inputs, before export."""
+        own = self.details.takes if isinstance(self.details, SourceDetails) else ()
+        return own or tuple(spec.name for spec in self.inputs)
+
+    @property
     def gives(self) -> tuple[str, ...]:
         """What the network itself calls its outputs, before export."""
         own = self.details.gives if isinstance(self.details, SourceDetails) else ()
-        return own or tuple(output.name for output in self.outputs)
+        return own or tuple(spec.name for spec in self.outputs)
 
     def details_as(self, kind: type[D]) -> D:
         """The details, of a component that must have this kind.

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from deploy.parity.upstream.asked_model import Upstream
 from deploy.parity.upstream.recorded_networks import Network
 from exporters.adapters.lora_differences import DIFFERENCES, differences
-from exporters.adapters.textual_inversion import read_embedding
+from exporters.adapters.textual_inversion import encoder_widths, read_embedding
 from exporters.families.open_source import open_source
 from exporters.quiet import quiet
 from exporters.source.diffusers_pipeline import upstream_pipeline
@@ -26,6 +26,7 @@ from runtimes.adapters.lora_inputs import own_file
 from runtimes.bundle.details import SourceDetails
 from runtimes.bundle.folder import Bundle
 from runtimes.bundle.manifest import Component
+from runtimes.bundle.roles import TextEncoder
 from runtimes.codec.safety_checker import SAFETY_CHECKER
 from runtimes.errors import DeployError
 
@@ -118,21 +119,20 @@ def loader_faults(upstream: Upstream) -> list[str]:
             for name in sorted({name for file, _ in upstream.loras for name in differences(file)})]
 
 
-def load_words(upstream: Upstream, pipe: Any, name: str, encoder: Any) -> None:
+def load_words(upstream: Upstream, source: Bundle, pipe: Any, reader: TextEncoder, encoder: Any) -> None:
     """All embeddings into one text encoder and its tokenizer.
 
     Args:
         upstream: the model.
+        source: the same as a bundle.
         pipe: has the tokenizer.
-        name: of the text encoder.
+        reader: the text encoder's role.
         encoder: the network that gets them, or one with a table of the same size.
 
     Raises:
         CannotLoadError: diffusers refuses one.
     """
-    tokenizer = getattr(pipe, name.replace("text_encoder", "tokenizer"))
-    widths = {part: int(found.config["hidden_size"]) for part, found in source_of(upstream).components.items()
-              if part.startswith("text_encoder")}
+    tokenizer, name, widths = getattr(pipe, reader.tokenizer), reader.adapter, encoder_widths(source.manifest)
     with upstream_errors():
         for file, token in upstream.embeddings:
             embedding = read_embedding(file, token, widths)
@@ -162,7 +162,7 @@ def network_of(bundle: Bundle, name: str) -> Network:
     component = bundle.component(name)
     beside = bundle.file(own_file(name)) if component.details.lora else None
     return Network(bundle.file(component.file).parent, component.details_as(SourceDetails).library,
-                   component.class_name, name, beside)
+                   component.class_name, bundle.manifest.pipeline.adapter(name), beside)
 
 
 def small_encoder(encoder: Any) -> Any:
