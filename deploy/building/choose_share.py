@@ -136,5 +136,5 @@ def _candidate(share: float, bundle: Bundle, seconds: float | None, figures: Map
                broken: str) -> Candidate:
     network, images, found = _denoiser(bundle), (figures or {}).get("images") or {}, figures or {}
     drift: Sequence[float | None] = (found.get("trajectory") or {}).get("relative_l2") or [None]
-    return Candidate(share, network.bytes, network.graph.macs, seconds, drift[-1], images.get("psnr_db"),
+    return Candidate(share, network.bytes, network.graph.macs or 0, seconds, drift[-1], images.get("psnr_db"),
                      images.get("ssim"), (found.get("retrieval") or {}).get("bundle"), broken)
