@@ -7,6 +7,7 @@ the same source, spec and tool versions give the same digest.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -231,13 +232,18 @@ def _from_union(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
     raise problem
 
 
+@functools.cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
 def _from_object(kind: Any, value: Any, where: str) -> Any:
     if not isinstance(value, dict):
         raise BundleError(f"expected an object, found {value!r:.60}", where=where)
     fields = {_key(f): f for f in dataclasses.fields(kind)}
-    hints = get_type_hints(kind)
+    hints = _hints(kind)
     if hasattr(kind, "json_kinds"):
-        hints |= kind.json_kinds(value)
+        hints = hints | kind.json_kinds(value)
     required = {key for key, f in fields.items()
                 if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING}
     if missing := sorted(required - set(value)):

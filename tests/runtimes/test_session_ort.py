@@ -15,7 +15,7 @@ from onnx import TensorProto, helper
 from runtimes.backends import onnxruntime_session
 from runtimes.backends.onnxruntime_session import OrtSession, profile_shapes, provider_options, session_options
 from runtimes.backends.session import SessionOptions, open_session
-from runtimes.bundle.details import Conversion, GraphDetails
+from runtimes.bundle.details import Conversion, GraphDetails, SourceDetails
 from runtimes.bundle.folder import Bundle
 from runtimes.bundle.tensors import Axis, ShapeRange, TensorSpec
 from runtimes.errors import BundleError, DeployError, InputError, UnavailableError
@@ -301,7 +301,7 @@ def test_provider_options_keep_fp32_exact_and_caches_outside_the_bundle(tmp_path
 
 
 def test_a_format_without_runtime_is_named(tmp_path):
-    part = dataclasses.replace(AFFINE, format="safetensors")
+    part = dataclasses.replace(AFFINE, format="safetensors", details=SourceDetails(library="diffusers"))
     with pytest.raises(BundleError, match="no runtime runs the format 'safetensors'"):
         open_session(affine_bundle(tmp_path / "b", part=part), "affine", CPU)
 
