@@ -109,9 +109,8 @@ class _Contest:
     def __init__(self, workers: Mapping[str, Worker], bundle: Bundle, options: BenchOptions, folder: Path,
                  say: Callable[[str], None]) -> None:
         self.workers, self.options, self.folder, self.say = workers, options, folder, say
-        facts = bundle.manifest.pipeline
-        factor = facts.vae_scale_factor
-        self.shape = (facts.latent_channels, facts.height // factor, facts.width // factor)
+        codec = bundle.manifest.pipeline.codec
+        self.shape = (codec.latent_channels, codec.height // codec.factor, codec.width // codec.factor)
         self.seconds: dict[str, list[float]] = {}
 
     def run(self) -> list[dict[str, Any]]:
