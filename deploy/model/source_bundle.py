@@ -20,6 +20,7 @@ from exporters.families.shallow_component import shallow_weights, with_step_cach
 from exporters.source.model_folder import MODEL_INDEX, ComponentSource, read_json
 from exporters.source.model_folder import Source as PipelineSource
 from runtimes import schedulers
+from runtimes.bundle.details import SourceDetails
 from runtimes.bundle.folder import Bundle, record_of, records_below, sha256_of
 from runtimes.bundle.manifest import SCHEMA, Component, FileRecord, Manifest, Source, to_json
 from runtimes.bundle.manifest import from_json as parsed
@@ -52,6 +53,7 @@ def open_origin(spec: BuildSpec) -> Bundle:
     if spec.safety_checker:
         source = source.with_component(SAFETY_CHECKER)
         specs = with_safety_checker(specs, roles.codec.decoder.component, source)
+        roles = replace(roles, safety_checker=SAFETY_CHECKER)
     hashes = {name: record_of(file) for name, file in source.weight_files().items()}
     known = {file: hashes[name] for name, file in source.weight_files().items()}
     components = {name: _component(source.components[s.source_component], s, roles.role(name), folder, known)
@@ -176,5 +178,6 @@ def _component(source: ComponentSource, spec: ComponentSpec, role: Role, folder:
         class_name=source.class_name,
         precision=PRECISIONS.get(stored, stored.lower()),
         parameters=sum(count for _, count in sizes.values()),
-        details={"library": source.library, "source_component": spec.source_component},
+        details=SourceDetails(library=source.library, source_component=spec.source_component, takes=spec.takes,
+                              gives=spec.gives),
     )

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from deploy.core.plan import Pass, Planned, Skip, Step
 from deploy.quantization.recipes import NEEDS_RANGES
+from runtimes.bundle.details import GraphDetails, Quantization
 from runtimes.bundle.folder import Bundle, link_or_copy, records_below
-from runtimes.bundle.manifest import Component, Manifest
+from runtimes.bundle.manifest import Component, Manifest, from_json
+from runtimes.bundle.roles import Role
 from runtimes.errors import InputError
 
 if TYPE_CHECKING:
@@ -66,9 +68,10 @@ class Quantize(Pass):
         from deploy.quantization.recipes import plan_calibration
 
         budget = budget_for(spec.precision, spec.budget)
-        recipes = {name: recipe_of(name, spec.quantization, spec.text_encoder_bits) for name in before.components}
-        if spec.precision == "auto" and "unet" in recipes:
-            recipes["unet"] = "auto"
+        recipes = {name: recipe_of(before.pipeline.role(name), spec.quantization, spec.text_encoder_bits)
+                   for name in before.components}
+        if spec.precision == "auto" and before.pipeline.denoiser.component in recipes:
+            recipes[before.pipeline.denoiser.component] = "auto"
         config: dict[str, Any] = {
             "recipes": recipes, "scheme": scheme_of(spec.graph_target, spec.cpu), "estimator": spec.range_estimator,
             "keep": list(spec.keep), "methods": list(spec.quantization_methods),
@@ -98,7 +101,7 @@ class Quantize(Pass):
         """Quantize one graph; which layer became what, and every range, lies beside it."""
         from calibration.graphs.layers import check_patterns
         from calibration.integers.ranges import Scheme
-        from deploy.quantization.recipes import names_in, quantize_by_recipe, record_calibration, search_unet
+        from deploy.quantization.recipes import names_in, quantize_by_recipe, record_calibration, search_denoiser
 
         planned, config = step.after.components[name], step.config
         check_patterns(config["keep"], names_in(source))
@@ -108,12 +111,13 @@ class Quantize(Pass):
         if recipe in NEEDS_RANGES:
             recording = record_calibration(source, config["calibration"])
         if recording is not None and recipe == "auto":
-            found = search_unet(source, folder / "model.onnx", config, scheme, recording)
+            found = search_denoiser(source, folder / "model.onnx", config, scheme, recording)
         else:
             found = quantize_by_recipe(source, folder / "model.onnx", config, scheme, name, recording)
         (folder / DETAILS_FILE).write_text(json.dumps(found["layers"], sort_keys=True), encoding="utf-8")
+        summary = from_json(Quantization, found["summary"], name)
         return replace(planned, files=records_below(folder, out),
-                       details={**source.component(name).details, "quantization": found["summary"]})
+                       details=replace(source.component(name).details_as(GraphDetails), quantization=summary))
 
     def explain(self, step: Step, name: str, before: Bundle, after: Bundle) -> str:
         """The layers that add most of the error, by activations of the two graphs on recorded inputs."""
@@ -158,13 +162,13 @@ def carry_layers(source: Bundle, component: Component, out: Path) -> None:
             link_or_copy(source.path / file, out / file)
 
 
-def recipe_of(component: str, quantization: str, text_encoder_bits: int) -> str:
-    """The recipe of one component.
+def recipe_of(role: Role, quantization: str, text_encoder_bits: int) -> str:
+    """The recipe of a component of some role.
 
     The text encoder runs once for a prompt that the cache does not know: its time does not matter, its bytes do, and
     everything that is generated hangs on its output.
     """
-    if component.startswith("text_encoder"):
+    if role is Role.TEXT_ENCODER:
         return INT4 if text_encoder_bits == 4 else "weight-only"
     return quantization
 

@@ -70,6 +70,7 @@ class Trials:
 
     def __init__(self, source: Bundle, low: Mapping[str, Path], budget: Budget, prompts: tuple[str, ...]) -> None:
         self._source, self._low, self._budget = source, low, budget
+        self._denoiser = source.manifest.pipeline.denoiser.component
         self._options = options_for(source.manifest.source.id, prompts)
         self._gallery = gallery_for(source.manifest.source.id)
         self._reference = Reference(source, opener=lambda bundle, _: BundleSessions(bundle, SessionOptions()))
@@ -79,17 +80,17 @@ class Trials:
                           "options": to_json(self._options), "runtime": runtime_identity("cpu", "onnx")}
         self.done: list[Trial] = []
 
-    def generate(self, name: str, unet: Path) -> Trial:
+    def generate(self, name: str, graph: Path) -> Trial:
         """Generate everything that the gate will generate, and compare."""
-        key = {**self._identity, "unet": {part.name: sha256_of(part) for part in parts_of(unet)}}
+        key = {**self._identity, "denoiser": {part.name: sha256_of(part) for part in parts_of(graph)}}
         if (known := self._cache.find_fact(key)) is None:
-            known = asdict(self._generated(name, unet))
+            known = asdict(self._generated(name, graph))
             self._cache.store_fact(key, known)
         self.done.append(trial := Trial(**{**known, "name": name}))
         return trial
 
-    def _generated(self, name: str, unet: Path) -> Trial:
-        with candidate_bundle(self._source, {**self._low, "unet": unet}) as bundle:
+    def _generated(self, name: str, graph: Path) -> Trial:
+        with candidate_bundle(self._source, {**self._low, self._denoiser: graph}) as bundle:
             report = check_pipeline(self._reference, bundle, ANYTHING, self._options, gallery=self._gallery)
             took = self._time_ratio(bundle)
         if report.unverified:
@@ -99,16 +100,16 @@ class Trials:
         worst = {"trajectory_relative_l2": 1e9, "image_psnr_db": 0.0, "image_ssim": 0.0}  # of one that fails
         figures = worst | {c.metric: c.measured for c in comparisons if math.isfinite(c.measured)}
         retrieval = None if report.retrieval is None else report.retrieval[1]
-        size = sum(part.stat().st_size for part in parts_of(unet))
+        size = sum(part.stat().st_size for part in parts_of(graph))
         return Trial(name, size, figures["trajectory_relative_l2"], figures["image_psnr_db"],
                      figures["image_ssim"], retrieval, all(comparisons), took)
 
     def _time_ratio(self, bundle: Bundle) -> float | None:
         if bundle.manifest.target != "onnxruntime":
             return None
-        sessions = {name: open_session(b, "unet", SessionOptions()) for name, b in (("trial", bundle),
-                                                                                   ("float32", self._source))}
-        seconds = seconds_in_turns(sessions, usual_feeds(self._source.component("unet")), TIMED_CALLS)
+        sessions = {name: open_session(b, self._denoiser, SessionOptions())
+                    for name, b in (("trial", bundle), ("float32", self._source))}
+        seconds = seconds_in_turns(sessions, usual_feeds(self._source.component(self._denoiser)), TIMED_CALLS)
         return round(quotient(seconds["trial"], seconds["float32"]), 3)
 
     def front(self) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from runtimes.bundle.folder import Bundle
 from runtimes.bundle.manifest import Manifest, digest_of
-from runtimes.bundle.roles import Roles
+from runtimes.bundle.roles import Role, Roles
 
 if TYPE_CHECKING:
     from calibration.choice.layer_sensitivity import Relief
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 DEFAULT_PROMPTS = 64
 NEEDS_RANGES = ("hybrid", "static", "auto")
-VAE = ("vae_encoder", "vae_decoder")
+VAE = (Role.IMAGE_ENCODER, Role.IMAGE_DECODER)
 NOISE_CALLS = 6  # that say which layers add most of the error, and how much is left
 
 
@@ -44,8 +44,9 @@ def takes_masks(manifest: Manifest) -> bool:
     from runtimes.backends.batching import Listed
     from runtimes.pipeline.initial_latents import inpaints
 
-    unet = manifest.components.get("unet")
-    return unet is not None and inpaints(Listed("unet", unet), manifest.pipeline.latent_channels)
+    name = manifest.pipeline.denoiser.component
+    denoiser = manifest.components.get(name)
+    return denoiser is not None and inpaints(Listed(name, denoiser), manifest.pipeline.latent_channels)
 
 
 def default_prompts(source_id: str) -> tuple[str, ...]:
@@ -110,7 +111,7 @@ def quantize_by_recipe(source: Bundle, destination: Path, config: Mapping[str, A
         found["summary"]["instead_of"] = f"{recipe}: the pipeline does not call it while calibrating"
         return found
     found = quantize_component(graph, destination, recipe, config, scheme, name, recording if needs_ranges else None)
-    if name in VAE and found["relative_l2"] > config["relative_l2"] / 2:
+    if source.manifest.pipeline.role(name) in VAE and found["relative_l2"] > config["relative_l2"] / 2:
         # Its error goes into the image directly; half of the budget is left for the latents'.
         lost = found["relative_l2"]
         found = quantize_component(graph, destination, "weight-only", config, scheme, name, None)
@@ -221,9 +222,9 @@ def names_in(bundle: Bundle) -> dict[str, list[str]]:
             for name, graph in graphs.items()}
 
 
-def search_unet(source: Bundle, destination: Path, config: Mapping[str, Any], scheme: Scheme, recording: Recording,
+def search_denoiser(source: Bundle, destination: Path, config: Mapping[str, Any], scheme: Scheme, recording: Recording,
                 ) -> dict[str, Any]:
-    """Find the cheapest assignment of precisions to the U-Net's layers that keeps the image-level budget.
+    """Find the cheapest assignment of precisions to the denoiser's layers that keeps the image-level budget.
 
     Every layer begins in integers. What each costs the output is predicted (`quantization_noise`); layers then go back
     to float32, the most error for the least bytes and time first, and halving finds how many must. Each trial generates
@@ -244,19 +245,19 @@ def search_unet(source: Bundle, destination: Path, config: Mapping[str, Any], sc
     from calibration.graphs.transforms import ALPHA, channel_means, prepare
     from deploy.core.budgets import Budget
     from deploy.quantization.precision_search import Trials, search
-    from runtimes.pipeline.bundle_sessions import needed
 
+    denoiser = source.manifest.pipeline.denoiser.component
     with tempfile.TemporaryDirectory(prefix="ldm-search-") as scratch:
-        graph = source.file(source.component("unet").file)
-        graph = prepare(graph, config["methods"], lambda: recording.calls("unet"), Path(scratch) / "prepared.onnx",
+        graph = source.file(source.component(denoiser).file)
+        graph = prepare(graph, config["methods"], lambda: recording.calls(denoiser), Path(scratch) / "prepared.onnx",
                         config.get("smoothquant_alpha", ALPHA))
         layers = find_layers(ir.load(graph))
         start = assign(layers, "static", config["keep"])
-        ranges, observed = find_ranges(graph, start, config, scheme, "unet", recording)
-        calls = recording.spread("unet", NOISE_CALLS)
+        ranges, observed = find_ranges(graph, start, config, scheme, denoiser, recording)
+        calls = recording.spread(denoiser, NOISE_CALLS)
         noise = predict_noise(graph, start, ranges, scheme, lambda: calls)
         path = promotions(layers, noise, start)
-        means = channel_means(graph, start, lambda: recording.calls("unet")) if (
+        means = channel_means(graph, start, lambda: recording.calls(denoiser)) if (
             "bias-correction" in config["methods"]) else {}
         reports: dict[Path, dict[str, Any]] = {}
 
@@ -267,13 +268,14 @@ def search_unet(source: Bundle, destination: Path, config: Mapping[str, Any], sc
             return file
 
         low = {}
-        for other in needed(source.manifest.pipeline):
-            if other != "unet":
+        for other in source.manifest.pipeline.generates_with:
+            if other != denoiser:
                 low[other] = Path(scratch) / other / "model.onnx"
                 low[other].parent.mkdir()
                 quantize_by_recipe(source, low[other], config, scheme, other, recording)
         trials = Trials(source, low, Budget(**config["search"]["budget"]), tuple(config["search"]["prompts"]))
-        hybrid = relieved(graph, assign(layers, "hybrid", config["keep"]), ranges, scheme, "unet", recording).assignment
+        first = assign(layers, "hybrid", config["keep"])
+        hybrid = relieved(graph, first, ranges, scheme, denoiser, recording).assignment
         assignments = {"hybrid": hybrid}
 
         def promoted(count: int) -> Path:

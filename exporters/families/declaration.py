@@ -24,6 +24,7 @@ class ComponentSpec:
         source_component: name in model_index.json ("vae").
         inputs, outputs: in the order of the wrapper's arguments and results; named dimensions are keys of `axes`.
         axes: every named dimension of inputs and outputs.
+        takes, gives: what the network calls inputs and outputs, in order, where the component calls them otherwise.
     """
 
     name: str
@@ -31,6 +32,8 @@ class ComponentSpec:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     axes: Mapping[str, Axis]
+    takes: tuple[str, ...] = ()
+    gives: tuple[str, ...] = ()
 
     @property
     def any_size(self) -> bool:

@@ -319,7 +319,7 @@ def channel_statistics(vae: ComponentSource) -> dict[str, Any]:
 def reads(name: str, tokens: int, hidden: str = HIDDEN, pooled: str = "") -> TextEncoder:
     """The role of a text encoder whose tokenizer is named as in all of diffusers' folders: tokenizer_2 of
     text_encoder_2."""
-    return TextEncoder(name, name.replace("text_encoder", "tokenizer"), tokens, hidden, pooled)
+    return TextEncoder(name, name.replace("text_encoder", "tokenizer"), tokens, hidden, pooled, adapter=name)
 
 
 def roles(source: Source, vae: ComponentSource, conditioner: Conditioner, *, statistics: bool = False,
@@ -339,7 +339,7 @@ def roles(source: Source, vae: ComponentSource, conditioner: Conditioner, *, sta
         height=rows * factor, width=columns * factor, gives=gives,
         **(channel_statistics(vae) if statistics else {}))
     guidance = GuidanceRole("cfg" if conditioner.encoders else "none", guides_below_one)
-    return Roles(Denoiser("unet"), codec, conditioner, Process(modes=source.modes), guidance)
+    return Roles(Denoiser("unet", adapter="unet"), codec, conditioner, Process(modes=source.modes), guidance)
 
 
 def tokens_of(source: Source, tokenizer: str, positions: int) -> int:

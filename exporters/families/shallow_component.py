@@ -47,8 +47,8 @@ def with_step_cache(
     entries = {SHALLOW_ENTRY: Entry(name, (DEEP,))}
     return {
         **specs,
-        whole.name: replace(whole, outputs=(*whole.outputs, feature)),
-        name: replace(whole, name=name, inputs=(*whole.inputs, feature)),
+        whole.name: replace(whole, outputs=(*whole.outputs, feature), gives=whole.gives and (*whole.gives, DEEP)),
+        name: replace(whole, name=name, inputs=(*whole.inputs, feature), takes=whole.takes and (*whole.takes, DEEP)),
     }, replace(roles, denoiser=replace(denoiser, entries=entries))
 
 

@@ -97,7 +97,7 @@ def open_session(bundle: Bundle, name: str, options: SessionOptions) -> Session:
     if component.format not in FORMATS:
         raise BundleError(f"no runtime runs the format {component.format!r}", where=f"{bundle.path}: {name}",
                           fix=f"build for one of {', '.join(sorted(FORMATS))}")
-    path = "runtimes.adapters.lora_session:LoraSession" if "lora" in component.details else FORMATS[component.format]
+    path = "runtimes.adapters.lora_session:LoraSession" if component.details.lora else FORMATS[component.format]
     module, _, attribute = path.partition(":")
     session: Session = getattr(importlib.import_module(module), attribute)(bundle, name, options)
     return session

@@ -7,21 +7,18 @@ the same source, spec and tool versions give the same digest.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
+import math
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from runtimes.bundle.details import (
-    LARGEST,
-    check_component_parity,
-    check_details,
-    check_measured,
-    check_parity,
-)
+from runtimes.bundle.details import DETAILS_OF, D, Details, GraphDetails, SourceDetails, Sparse
+from runtimes.bundle.measurements import LARGEST, check_component_parity, check_measured, check_parity
 from runtimes.bundle.older_schema import rebuild_command
 from runtimes.bundle.roles import Roles, check_roles
 from runtimes.bundle.tensors import Axis, TensorSpec
@@ -50,7 +47,7 @@ class Component:
         file: the entry file, relative to the bundle; `files` holds it and everything it refers to.
         class_name: the PyTorch class it came from, as model_index.json names it.
         precision: "fp32", "fp16", "int8", ...: what most of its weights are stored in.
-        details: facts only one format has (opset, builder, compute capabilities, ...).
+        details: facts that only one format has, and what became of the network on its way there.
         parity: figures of the component-level comparison, or nothing if unverified.
     """
 
@@ -63,14 +60,48 @@ class Component:
     class_name: str
     precision: str
     parameters: int
-    details: Mapping[str, Any] = field(default_factory=dict)
+    details: Details = field(default_factory=Details)
     parity: Mapping[str, Any] | None = None
+
+    @classmethod
+    def json_kinds(cls, value: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Kinds of fields that depend on the others: details are those of the format."""
+        found = value.get("format")
+        return {"details": DETAILS_OF.get(found, Details) if isinstance(found, str) else Details}
+
+    @property
+    def graph(self) -> GraphDetails:
+        """What passes made of the graph; nothing, of a network that is none yet."""
+        return self.details if isinstance(self.details, GraphDetails) else GraphDetails()
+
+    @property
+    def takes(self) -> tuple[str, ...]:
+        """What the network itself calls its inputs, before export."""
+        own = self.details.takes if isinstance(self.details, SourceDetails) else ()
+        return own or tuple(spec.name for spec in self.inputs)
+
+    @property
+    def gives(self) -> tuple[str, ...]:
+        """What the network itself calls its outputs, before export."""
+        own = self.details.gives if isinstance(self.details, SourceDetails) else ()
+        return own or tuple(spec.name for spec in self.outputs)
+
+    def details_as(self, kind: type[D]) -> D:
+        """The details, of a component that must have this kind.
+
+        Raises:
+            InputError: it is of another format.
+        """
+        if not isinstance(self.details, kind):
+            formats = " or ".join(name for name, known in DETAILS_OF.items() if known is kind)
+            raise InputError(f"{self.file} is {self.format}, expected {formats}")
+        return self.details
 
     @property
     def bytes(self) -> int:
         """Size of all files together; weights that lie with another component count there."""
-        elsewhere = self.details.get("shared_weights", {}).get("file")
-        return sum(record.bytes for name, record in self.files.items() if name != elsewhere)
+        shared = self.graph.shared_weights
+        return sum(record.bytes for name, record in self.files.items() if shared is None or name != shared.file)
 
     @property
     def sha256(self) -> str:
@@ -150,7 +181,8 @@ def digest_of(value: Any) -> str:
 def to_json(value: Any) -> Any:
     """Dataclasses, mappings and tuples as plain JSON values."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        pairs = [(f, getattr(value, f.name)) for f in dataclasses.fields(value)]
+        return {_key(f): to_json(v) for f, v in pairs if not isinstance(value, Sparse) or v != f.default}
     if isinstance(value, Mapping):
         return {str(k): to_json(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -180,6 +212,8 @@ def from_json(kind: Any, value: Any, where: str) -> Any:
         raise BundleError("expected a number of 64 bits, found a larger one", where=where)
     if kind is float and type(value) is int:
         return float(value)
+    if type(value) is float and not math.isfinite(value):
+        raise BundleError("expected a finite number", where=where)
     if isinstance(kind, type) and type(value) is kind:
         return value
     raise BundleError(f"expected {getattr(kind, '__name__', kind)}, found {value!r:.60}", where=where)
@@ -198,21 +232,35 @@ def _from_union(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
     raise problem
 
 
+@functools.cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
 def _from_object(kind: Any, value: Any, where: str) -> Any:
     if not isinstance(value, dict):
         raise BundleError(f"expected an object, found {value!r:.60}", where=where)
-    hints = get_type_hints(kind)
-    required = {f.name for f in dataclasses.fields(kind)
+    fields = {_key(f): f for f in dataclasses.fields(kind)}
+    hints = _hints(kind)
+    if hasattr(kind, "json_kinds"):
+        hints = hints | kind.json_kinds(value)
+    required = {key for key, f in fields.items()
                 if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING}
     if missing := sorted(required - set(value)):
         raise BundleError(f"missing {', '.join(missing)}", where=where)
-    if unknown := sorted(set(value) - set(hints)):
+    if unknown := sorted(set(value) - set(fields)):
         raise BundleError(f"unknown key {', '.join(unknown)}", where=where)
-    found = {k: from_json(hints[k], v, f"{where}.{k}") for k, v in value.items()}
+    found = {fields[k].name: from_json(hints[fields[k].name], v, f"{where}.{k}") for k, v in value.items()}
     try:
         return kind(**found)
     except InputError as error:  # values that do not fit together
         raise BundleError(error.what, where=where) from error
+
+
+def _key(place: dataclasses.Field[Any]) -> str:
+    """What a field is called in JSON, where that is no name in Python or stands for something else."""
+    key: str = place.metadata.get("key", place.name)
+    return key
 
 
 def safe_path(name: str) -> PurePosixPath:
@@ -250,7 +298,6 @@ def parse(text: str, where: str) -> Manifest:
         if component.file not in component.files:
             raise BundleError(f"{component.file} is not among the files of {name}", where=where)
     for name, component in manifest.components.items():
-        check_details(component.details, f"{Path(where).name}.components.{name}.details")
         check_component_parity(component.parity, f"{Path(where).name}.components.{name}.parity")
     try:
         check_roles(manifest.pipeline, manifest.components)

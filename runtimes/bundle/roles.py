@@ -47,6 +47,7 @@ class Role(enum.StrEnum):
     SHALLOW = "shallow denoiser"
     IMAGE_ENCODER = "image encoder"
     IMAGE_DECODER = "image decoder"
+    SAFETY_CHECKER = "safety checker"
     OTHER = "other"
 
 
@@ -64,6 +65,7 @@ class TextEncoder:
         join: how `hidden` joins that of the encoders before: "features" beside it on the last axis, "tokens" after it
             on the axis of tokens, the narrower one padded with zeros.
         template: what the prompt is put into before it is tokenized, with {prompt} once; "" for the prompt alone.
+        adapter: what files of LoRAs and embeddings call it: diffusers' folder of it, in most families.
     """
 
     component: str
@@ -74,6 +76,7 @@ class TextEncoder:
     ids: str = "input_ids"
     join: str = "features"
     template: str = ""
+    adapter: str = ""
 
     def __post_init__(self) -> None:
         """Refuse what no prompt can be read by."""
@@ -137,6 +140,7 @@ class Denoiser:
         sample, timestep: inputs, (B, C, H/f, W/f) and (B,) float32.
         output: what it predicts, (B, C, H/f, W/f).
         entries: other ways into it, by `SHALLOW_ENTRY`.
+        adapter: what files of LoRAs call it, with all of its entries.
     """
 
     component: str
@@ -144,6 +148,7 @@ class Denoiser:
     timestep: str = "timestep"
     output: str = "out_sample"
     entries: Mapping[str, Entry] = field(default_factory=dict)
+    adapter: str = ""
 
     def __post_init__(self) -> None:
         """Refuse entries that nobody would take."""
@@ -281,13 +286,18 @@ class GuidanceRole:
 
 @dataclass(frozen=True)
 class Roles:
-    """What must be known of a pipeline besides its networks' bytes."""
+    """What must be known of a pipeline besides its networks' bytes.
+
+    Attributes:
+        safety_checker: component that judges images; "" in a bundle without.
+    """
 
     denoiser: Denoiser
     codec: Codec
     conditioner: Conditioner = field(default_factory=Conditioner)
     process: Process = field(default_factory=Process)
     guidance: GuidanceRole = field(default_factory=GuidanceRole)
+    safety_checker: str = ""
 
     @property
     def encoders(self) -> tuple[str, ...]:
@@ -305,7 +315,21 @@ class Roles:
                  self.codec.decoder.component: Role.IMAGE_DECODER}
         known |= dict.fromkeys(self.encoders, Role.TEXT_ENCODER)
         known |= {entry.component: Role.SHALLOW for entry in self.denoiser.entries.values()}
+        known |= {self.safety_checker: Role.SAFETY_CHECKER} if self.safety_checker else {}
         return known.get(component, Role.OTHER)
+
+    def adapter(self, component: str) -> str:
+        """What adapters' files call a component; "" for one that none changes."""
+        if self.role(component) in (Role.DENOISER, Role.SHALLOW):
+            return self.denoiser.adapter
+        reader = self.text_encoder(component)
+        return "" if reader is None else reader.adapter
+
+    def adapted(self, adapter: str) -> str:
+        """The component that adapters' files call so; "" if there is none."""
+        named = {self.denoiser.adapter: self.denoiser.component}
+        named |= {e.adapter: e.component for e in self.conditioner.encoders}
+        return named.get(adapter, "") if adapter else ""
 
     def text_encoder(self, component: str) -> TextEncoder | None:
         """The text encoder of that component, None if it is none."""

@@ -15,6 +15,7 @@ from deploy.core.plan import Pass, Skip, Step, load_passes, plan_all
 from deploy.core.progress import Silent
 from deploy.core.spec import BuildSpec
 from deploy.passes import PASSES
+from runtimes.bundle.details import Details
 from runtimes.bundle.folder import Bundle, records_below, write_manifest
 from runtimes.bundle.manifest import SCHEMA, Component, FileRecord, Manifest, Source, digest_of
 from runtimes.bundle.roles import Roles
@@ -153,8 +154,8 @@ def test_the_passes_that_generate_or_calibrate_say_that_they_read_the_sampling_l
     assert reading == {"adapters", "prune-vae", "prune", "recover", "quantize", "precision", "engine"}
 
 
-@pytest.mark.parametrize("change", [{"class_name": "Other"}, {"details": {"library": "x"}}, {"precision": "fp16"},
-                                    {"axes": {"batch": Axis("images", ShapeRange(1, 2, 3))}}])
+@pytest.mark.parametrize("change", [{"class_name": "Other"}, {"details": Details(source_component="x")},
+                                    {"precision": "fp16"}, {"axes": {"batch": Axis("images", ShapeRange(1, 2, 3))}}])
 def test_what_a_read_component_is_counts_and_where_it_lies_does_not(bundle: Bundle, change: Any):
     step = Shout().plan(bundle.manifest, BuildSpec())
     parts = {**bundle.manifest.components, "unet": dataclasses.replace(bundle.component("unet"), **change)}

@@ -12,8 +12,9 @@ def stable_diffusion(channels: int, factor: int, scaling_factor: float, height: 
     """What `exporters.families.stable_diffusion` says of a pipeline with these sizes."""
     codec = Codec(Coder("vae_encoder", "sample", "latent_parameters"), Coder("vae_decoder", "latent_sample", "sample"),
                   channels, factor, scaling_factor, height, width)
-    reader = TextEncoder("text_encoder", "tokenizer", tokens, "last_hidden_state")
-    return Roles(Denoiser("unet"), codec, Conditioner((reader,), "encoder_hidden_states"), Process(), GuidanceRole())
+    reader = TextEncoder("text_encoder", "tokenizer", tokens, "last_hidden_state", adapter="text_encoder")
+    conditioner = Conditioner((reader,), "encoder_hidden_states")
+    return Roles(Denoiser("unet", adapter="unet"), codec, conditioner, Process(), GuidanceRole())
 
 
 def with_fact(value: Any, path: str, fact: Any) -> Any:

@@ -25,7 +25,7 @@ JUDGED, JUDGED_SEED = 8, 7
 REPORT_EVERY_SECONDS = 15.0
 
 
-def recover_unet(source: Bundle, name: str, teacher_name: str, config: Mapping[str, Any],
+def recover_denoiser(source: Bundle, name: str, teacher_name: str, config: Mapping[str, Any],
                  root: Path | None = None) -> tuple[Any, dict[str, Any]]:
     """Let a pruned denoising network learn from the one it was cut from.
 
@@ -49,7 +49,7 @@ def recover_unet(source: Bundle, name: str, teacher_name: str, config: Mapping[s
     before = relative_error(student, batches)
     batch = config.get("batch", TRAJECTORIES)
     recipe = Recipe(config["steps"], accumulate=math.ceil(TRAJECTORIES / batch))
-    weights = {n: source.component(n).sha256 for n in (name, teacher_name, "text_encoder")}
+    weights = {n: source.component(n).sha256 for n in (name, teacher_name, *source.manifest.pipeline.encoders)}
     task = Distillation(student, teacher.observed, teacher.trajectories(batch, recipe.seed), recipe,
                         teacher.guidance_scale)
     key = {"weights": weights, "config": to_json(config), "pipeline": pipeline_identity(source.manifest)}
