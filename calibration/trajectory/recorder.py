@@ -120,7 +120,7 @@ def record(sessions: Mapping[str, Session], assemble: Assemble, episodes: tuple[
 def _play(taps: Mapping[str, _Tap], assemble: Assemble, episode: Episode, guidance_scale: float, steps: int,
           strength: float) -> None:
     pipeline = assemble(taps)
-    roles = pipeline.facts
+    roles = pipeline.roles
     denoiser = roles.denoiser.component
     for name, tap in taps.items():
         tap.begin(episode.keep if name == denoiser else None)

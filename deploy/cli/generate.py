@@ -74,7 +74,7 @@ class Run:
     memory_budget: str = option("", "memory of this process, as 2GB: as many images share a call as fit",
                                 default="no limit")
     check: bool = option(False, "hash large files again, though nobody wrote to them since they were hashed last")
-    output: Path = option(Path("out.png"), "PNG file; several images get numbered names", flags=("-o", "--output"))
+    output: Path = option(Path("out.png"), "PNG file to write; several images get numbered names", flags=("-o", "--output"))
 
     def __post_init__(self) -> None:
         """Refuse what is no choice or out of range."""
@@ -99,10 +99,10 @@ def request_options() -> list[Option]:
     for declared in dataclasses.fields(Request):
         said = declared.metadata
         if "no_option" not in said:
-            kind = said["kind"]
+            word: Any = said["kind"].word
             limits = {name: said[name] for name in ("flags", "choices", "least", "above", "most", "argument")
                       if name in said}
-            options.append(Option(declared.name, list[kind.word] if kind.several else kind.word, said["help"],
+            options.append(Option(declared.name, list[word] if said["kind"].several else word, said["help"],
                                   said.get("default", declared.default), **limits))
     return options
 
@@ -131,7 +131,7 @@ def request_of(run: Run, asked: Mapping[str, Any], bundle: Bundle) -> tuple[Requ
                  if "command_line" in declared.metadata},
               **{name: value[0] if isinstance(value, tuple) and len(value) == 1 else value
                  for name, value in asked.items()}}
-    fields["prompt"] = prompts_of(run, asked.get("prompt", ()), wanted=bool(bundle.manifest.pipeline.text_encoders))
+    fields["prompt"] = prompts_of(run, asked.get("prompt", ()), wanted=bool(bundle.manifest.pipeline.encoders))
     return Request(**fields), fields
 
 
@@ -182,7 +182,7 @@ def generate_files(run: Run, asked: Mapping[str, Any]) -> list[Path]:
         def on_step(step: Step) -> None:
             progress.on_step(step)
             if run.preview is not None:
-                save_preview(pipeline.preview(step.estimate), bundle.manifest.pipeline.vae_scale_factor, run.preview)
+                save_preview(pipeline.preview(step.estimate), bundle.manifest.pipeline.codec.factor, run.preview)
 
         result = pipeline(request, on_step=on_step)
     if run.safety != "off":

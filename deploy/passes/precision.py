@@ -103,7 +103,7 @@ def overflow(low: Path, decoder: Component, roles: Roles) -> str:
         emulate(low, Path(scratch) / low.name)
         session = plain_session(Path(scratch) / low.name, threads=0)
         for _ in range(PROBES):
-            noise = unscaled(roles, random.standard_normal(shape, np.float32))
+            noise = unscaled(roles.codec, random.standard_normal(shape, np.float32))
             images = session.run(None, {latents.name: noise})
             if wrong := sum(int((~np.isfinite(image)).sum()) for image in images):
                 return f"{wrong} of {sum(p.size for p in images)} values of an image are not finite"

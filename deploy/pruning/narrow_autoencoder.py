@@ -169,7 +169,7 @@ def own_latents(source: Bundle, config: Mapping[str, Any], count: int) -> Tensor
         generated = teacher.trajectories(min(count, GENERATED_AT_ONCE)).generate(count)
         with replacing(file) as partial:
             save_file({"latents": generated.cpu()}, partial)
-    return torch.from_numpy(unscaled(source.manifest.pipeline, load_file(file)["latents"].numpy()))
+    return torch.from_numpy(unscaled(source.manifest.pipeline.codec, load_file(file)["latents"].numpy()))
 
 
 def accumulate_cycle_gradients(network: Any, latents: Tensor) -> None:

@@ -46,7 +46,7 @@ def takes_masks(manifest: Manifest) -> bool:
 
     name = manifest.pipeline.denoiser.component
     denoiser = manifest.components.get(name)
-    return denoiser is not None and inpaints(Listed(name, denoiser), manifest.pipeline.latent_channels)
+    return denoiser is not None and inpaints(Listed(name, denoiser), manifest.pipeline)
 
 
 def default_prompts(source_id: str) -> tuple[str, ...]:

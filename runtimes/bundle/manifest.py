@@ -27,7 +27,6 @@ from runtimes.errors import BundleError, InputError
 SCHEMA = 2
 MANIFEST_FILE = "manifest.json"
 DEFAULT_STEPS = 25  # ours, for every model; diffusers' classes say 50. Other defaults are the model's: roles.ModeFacts
-PipelineFacts = Roles  # temporary: what it was called before schema 2
 
 
 @dataclass(frozen=True)

@@ -104,8 +104,9 @@ def to_unit(sample: Float32, where: str) -> Float32:
     """
     if not np.isfinite(sample).all():
         raise ParityError("the decoded image is not finite", where=where, fix="build the decoder in a higher precision")
-    pixels: Float32 = sample.transpose(0, 2, 3, 1) / np.float32(2)
-    return np.clip(pixels + np.float32(0.5), 0, 1)
+    pixels = sample.transpose(0, 2, 3, 1) / np.float32(2)
+    clipped: Float32 = np.clip(pixels + np.float32(0.5), 0, 1)
+    return clipped
 
 
 def to_uint8(pixels: Float32) -> NDArray[np.uint8]:

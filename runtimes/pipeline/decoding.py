@@ -104,5 +104,5 @@ def _form(job: Job, pixels: NDArray[np.float32]) -> Pixels:
 def _result(job: Job, chunks: list[Pixels]) -> Any:
     if not job.live() or not chunks:
         return []
-    whole = np.concatenate(chunks)
+    whole: Any = np.concatenate(chunks)
     return to_pil(whole) if whole.dtype == np.uint8 else whole

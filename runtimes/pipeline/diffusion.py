@@ -20,7 +20,7 @@ from runtimes.backends.profile import Profile
 from runtimes.backends.session import Session
 from runtimes.bundle.roles import ModeFacts, Roles
 from runtimes.codec.preview import Colours, fit
-from runtimes.codec.safety_checker import SAFETY_CHECKER, Preprocessing, flags
+from runtimes.codec.safety_checker import Preprocessing, flags
 from runtimes.errors import InputError
 from runtimes.pipeline.base_and_refiner import begin_part
 from runtimes.pipeline.batch_facts import BatchFacts
@@ -82,11 +82,6 @@ class Pipeline:
         self._denoiser = DenoiserCalls(self.sessions, roles, memory, self._batches.shares)
         self._schedulers: dict[tuple[str | None, str], Scheduler] = {}
         self._colours: Colours | None = None
-
-    @property
-    def facts(self) -> Roles:  # temporary: what it was called before
-        """What each network does."""
-        return self.roles
 
     @property
     def cache_stats(self) -> CacheStats:
@@ -287,10 +282,10 @@ class Pipeline:
         Raises:
             InputError: the bundle has no safety checker.
         """
-        if self._preprocessing is None or SAFETY_CHECKER not in self.sessions:
-            raise InputError("this bundle has no safety checker", where=SAFETY_CHECKER,
+        if self._preprocessing is None or self.roles.safety_checker not in self.sessions:
+            raise InputError("this bundle has no safety checker", where="safety_checker",
                              fix="build --safety-checker, from a model that has one")
-        return flags(self.sessions[SAFETY_CHECKER], self._preprocessing(images)) if images else []
+        return flags(self.sessions[self.roles.safety_checker], self._preprocessing(images)) if images else []
 
     def _scheduler(self, name: str | None, mode: ModeFacts) -> Scheduler:
         key = name, mode.pipeline_class

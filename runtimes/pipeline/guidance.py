@@ -58,5 +58,3 @@ def _deviation(prediction: Float32) -> Float32:
     """Standard deviation of each image: (B, 1, 1, 1) float32."""
     deviation: Float32 = prediction.std(axis=(1, 2, 3), ddof=1, keepdims=True)
     return deviation
-
-SHALLOW = "unet_shallow"  # temporary, for modules that do not ask for roles yet

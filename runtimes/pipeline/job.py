@@ -307,11 +307,12 @@ class Features:
         if rows in self._stored:
             return self._stored[rows]
         places = {row: (stored, i) for stored in self._stored for i, row in enumerate(stored)}
-        first = next(iter(self._stored))
+        first, known = next(iter(self._stored.items()))
         return {
             name: np.stack([self._stored[stored][name][branch * len(stored) + i]
-                            for branch in range(len(array) // len(first)) for stored, i in map(places.get, rows)])
-            for name, array in self._stored[first].items()}
+                            for branch in range(len(array) // len(first))
+                            for stored, i in (places[row] for row in rows)])
+            for name, array in known.items()}
 
 
 def _by_length(hidden: Iterable[Float32]) -> list[tuple[int, Rows]]:

@@ -9,7 +9,7 @@ from typing import Any
 from runtimes.adapters.lora_inputs import check_options
 from runtimes.backends.session import SessionOptions
 from runtimes.bundle.folder import Bundle, read_object
-from runtimes.codec.safety_checker import PREPROCESSOR_FILE, SAFETY_CHECKER, Preprocessing
+from runtimes.codec.safety_checker import PREPROCESSOR_FILE, Preprocessing
 from runtimes.pipeline.batch_facts import BatchFacts
 from runtimes.pipeline.bundle_sessions import BundleSessions, needed
 from runtimes.pipeline.diffusion import Pipeline
@@ -54,7 +54,7 @@ def load(bundle_dir: Path | str | Bundle, device: str = "cpu", threads: int = 0,
     roles = bundle.manifest.pipeline
     for name in needed(roles):
         sessions[name]
-    preprocessing = load_preprocessing(bundle) if SAFETY_CHECKER in bundle.manifest.components else None
+    preprocessing = load_preprocessing(bundle) if roles.safety_checker else None
     return Pipeline(sessions, roles, scheduler_config(bundle), *load_tokenizers(bundle), preprocessing=preprocessing,
                     memory=budget, batches=BatchFacts.of(bundle.manifest, deterministic=deterministic))
 

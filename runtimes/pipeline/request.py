@@ -58,13 +58,15 @@ class Request:
         None, kinds.TEXTS, "what to steer away from: one text, or one for each prompt; without effect where guidance "
         "is off", default="the empty text; of XL zeros, as it was trained", flags=("--negative",))
     steps: int = asked(
-        DEFAULT_STEPS, kinds.WHOLE, "denoising steps; more take longer and are more accurate", least=1)
+        DEFAULT_STEPS, kinds.WHOLE, "denoising steps of an image; more take longer and are more accurate", least=1)
     guidance_scale: float | None = asked(
-        None, kinds.NUMBER, "how strongly to follow the prompt; at 1 and below guidance is off and a step costs half",
+        None, kinds.NUMBER, "how strongly to follow the prompt; usual are 1 to 15; at 1 and below guidance is off "
+        "and a step costs half",
         "The default is that of diffusers' class for the mode.",
         default="the model's: 7.5, of XL 5", flags=("--guidance",))
     seed: int | Sequence[int] | None = asked(
-        None, kinds.SEEDS, "of the first image, the next ones count up; or one for each image",
+        None, kinds.SEEDS, "seed of the first image, the next ones count up; or one for each image; the low 32 bits "
+        "decide: 0 to 4294967295",
         'The noise is that of `torch.Generator("cpu").manual_seed(seed)`, bit for bit: diffusers makes the same image '
         "with it, and the same images with a list of them.",
         default="unpredictable; on the command line 0", command_line=0)
@@ -72,10 +74,11 @@ class Request:
         1, kinds.WHOLE, "images for each prompt, which follow each other in the result", least=1,
         flags=("-n", "--count"))
     height: int | None = asked(
-        None, kinds.PIXELS, "pixels, of the sizes that the bundle was built for",
+        None, kinds.PIXELS, "pixels, of the sizes that the bundle was built for", least=1,
         default="that of the latents, else the image's rounded down, else (and under a mask) the model's own")
     width: int | None = asked(
-        None, kinds.PIXELS, "pixels, of the sizes that the bundle was built for", default="as for the height")
+        None, kinds.PIXELS, "pixels, of the sizes that the bundle was built for", least=1,
+        default="as for the height")
     aspect: str | None = asked(
         None, kinds.ASPECT, "width:height, as 16:9, in place of height and width: the bundle's nearest size, at about "
         "the pixels of the model's own", default="none")
@@ -112,7 +115,7 @@ class Request:
     tile: int | None = asked(
         None, kinds.PIXELS, "generate in overlapping tiles of so many pixels a side, so that height and width may go "
         "beyond what the bundle was built for", "Tiles are computed one at a time, within the memory of one; see "
-        "`runtimes.codec.tiling`.", default="no tiles")
+        "`runtimes.codec.tiling`.", least=1, default="no tiles")
     latents: NDArray[np.float32] | None = asked(
         None, kinds.LATENTS, "initial latents in place of the seeds' noise, a .npy file of float32 (B, C, H/f, W/f), "
         "unit variance", "Or such an array. Under a mask, denoising starts from them alone, whatever the strength.",

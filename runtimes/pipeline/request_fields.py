@@ -200,11 +200,12 @@ class SizeConditions:
         names = {field.name: isinstance(field.default, float) for field in dataclasses.fields(cls)}
         if unknown := [key for key in value if key not in names]:
             raise InputError(f"unknown key {unknown[0]!r}", where=where, fix=f"known are {', '.join(names)}")
-        return cls(**{key: _size_number(part, where) if names[key] else _size_pair(part, where)
-                      for key, part in value.items()})
+        read: dict[str, Any] = {key: _size_number(part, where) if names[key] else _size_pair(part, where)
+                                for key, part in value.items()}
+        return cls(**read)
 
     def numbers(self, names: Sequence[str], height: int, width: int, *, negative: bool = False) -> NDArray[np.float32]:
-        """The values of `PipelineFacts.time_ids`, (len(names),) float32.
+        """The values of one input of `Conditioner.numbers`, (len(names),) float32.
 
         The refiner's negative branch has no crop and its own score, as in StableDiffusionXLImg2ImgPipeline.
         """

@@ -135,7 +135,7 @@ def test_what_the_unet_is_told_of_the_image_is_what_the_encoder_makes_of_it(tmp_
     told = [call["sample"][0] for call in recording.calls("unet")]
     seen = [call["sample"][0, :CHANNELS, ::FACTOR, ::FACTOR] for call in recording.calls("vae_encoder")]
     for latents in told:
-        mask, masked = latents[CHANNELS], latents[CHANNELS + 1:] / FACTS.scaling_factor
+        mask, masked = latents[CHANNELS], latents[CHANNELS + 1:] / FACTS.codec.scaling_factor
         assert min(np.abs(masked - image).mean() for image in seen) < 0.3  # the encoder's own spread is exp(-1.5)
         assert np.abs(masked[:, mask == 1]).mean() < 0.3
         if (mask == 0).sum() > 8:

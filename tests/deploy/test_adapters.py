@@ -276,7 +276,7 @@ def test_another_vae_takes_the_place_of_the_models_own(
     tiny_decoder().vae.save_pretrained(tmp_path / "tiny")
     bundle = loaded(vae=str(tmp_path / "tiny"))
     assert bundle.component("vae_decoder").class_name == "AutoencoderTiny"
-    assert bundle.manifest.pipeline.scaling_factor == 1.0
+    assert bundle.manifest.pipeline.codec.scaling_factor == 1.0
     assert loaded().component("vae_decoder").class_name == "AutoencoderKL"
     image = assemble_pipeline(reference_sessions(bundle), bundle)("a cat", steps=2, seed=0)[0]
     assert image.size == (32, 32)

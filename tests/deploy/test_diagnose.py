@@ -175,7 +175,7 @@ def test_a_unet_for_inpainting_is_diagnosed_as_one_that_paints_everything_anew(r
     import onnx
     from onnx import helper, numpy_helper
 
-    unet, channels = copy.component("unet"), copy.manifest.pipeline.latent_channels
+    unet, channels = copy.component("unet"), copy.manifest.pipeline.codec.latent_channels
     model = onnx.load(copy.file(unet.file))
     for node in model.graph.node:
         node.input[:] = ["latents_alone" if name == "sample" else name for name in node.input]

@@ -57,9 +57,9 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
 
 
 def noise(pipeline: Pipeline, images: int = 2) -> np.ndarray:
-    facts = pipeline.facts
-    shape = (images, facts.latent_channels, facts.height // facts.vae_scale_factor,
-             facts.width // facts.vae_scale_factor)
+    codec = pipeline.roles.codec
+    shape = (images, codec.latent_channels, codec.height // codec.factor,
+             codec.width // codec.factor)
     return np.random.default_rng(3).standard_normal(shape).astype(np.float32)
 
 
@@ -197,7 +197,7 @@ def test_the_tiny_autoencoder_encodes_without_generating(pair: Callable[[str], P
     from runtimes.codec import autoencoder
 
     pixels = image.transpose(2, 0, 1)[None] * 2 - 1
-    mean, deviation = autoencoder.encode(pipeline.sessions["vae_encoder"], pixels)
+    mean, deviation = autoencoder.encode(pipeline.sessions["vae_encoder"], pixels, pipeline.roles.codec)
     assert deviation is None
     with torch.no_grad():
         expected = reference.vae.encode(torch.from_numpy(pixels)).latents.numpy()

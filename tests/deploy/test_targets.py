@@ -63,7 +63,7 @@ def test_openvino_generates_what_onnxruntime_does_in_every_mode(tiny_model: Path
     assert {c.format for c in bundles[1].manifest.components.values()} == {"openvino"}
     assert bundles[1].manifest.parity is not None and bundles[1].manifest.parity["ok"]
     pipelines = [runtimes.load(bundle.path) for bundle in bundles]
-    height, width = pipelines[0].facts.height, pipelines[0].facts.width
+    height, width = pipelines[0].roles.codec.height, pipelines[0].roles.codec.width
     image = np.random.default_rng(0).random((height, width, 3), np.float32)
     mask = np.zeros((height, width), np.uint8)
     mask[:, width // 2:] = 255

@@ -53,14 +53,14 @@ def make_spec(case: Case, folder: Path, files: Mapping[str, Path]) -> Any:
         embedding=tuple(f"{files[f'embedding{i}']}:{e.token}" for i, e in enumerate(case.embeddings)), **options)
 
 
-def _shapes(case: Case, facts: Any) -> dict[str, ShapeRange]:
+def _shapes(case: Case, factor: int) -> dict[str, ShapeRange]:
     """Who wants a size that a bundle of default --shapes has not builds one that has; both sides stay in one place."""
     request, picture = case.request, case.request.image if case.request.mode == "image" else None
     width, height = picture.size[:2] if picture else (None, None)
     if picture and picture.orientation > 4 and picture.form in ("png", "jpeg", "tiff"):  # files are turned upright
         width, height = height, width
     wanted = {"height": request.height or height, "width": request.width or width}
-    rounded = {name: size // facts.vae_scale_factor * facts.vae_scale_factor for name, size in wanted.items() if size}
+    rounded = {name: size // factor * factor for name, size in wanted.items() if size}
     return {name: ShapeRange(size, size, size) for name, size in rounded.items() if size}
 
 
@@ -74,7 +74,7 @@ def assemble(case: Case, folder: Path, files: Mapping[str, Path], work: Path, tr
     from deploy.parity.reference.trajectories import assemble_pipeline
 
     spec = make_spec(case, folder, files)
-    spec = spec.model_copy(update={"shapes": _shapes(case, open_origin(spec).manifest.pipeline)})
+    spec = spec.model_copy(update={"shapes": _shapes(case, open_origin(spec).manifest.pipeline.codec.factor)})
     bundle = load_source(open_origin(spec), spec, Cache(cache), work, Silent())
     sessions = reference_sessions(bundle)
     recorded = {name: Recorded(session, bundle.component(name), trace) for name, session in sessions.items()}
@@ -96,10 +96,10 @@ def _call(pipeline: Any, case: Case, pictures: Mapping[str, Any]) -> np.ndarray[
     if request.last < 1:
         options["part"] = (0.0, request.last)
     if request.latents:
-        facts = pipeline.facts
-        height, width = request.height or facts.height, request.width or facts.width
-        factor = facts.vae_scale_factor
-        options["latents"] = make_latents(request, facts.latent_channels, height // factor, width // factor)
+        codec = pipeline.roles.codec
+        height, width = request.height or codec.height, request.width or codec.width
+        factor = codec.factor
+        options["latents"] = make_latents(request, codec.latent_channels, height // factor, width // factor)
     if request.sizes != "none":
         wanted: dict[str, Any] = {k: SIZES[k] for k in SIZES if request.sizes in (k, "all")}
         if request.sizes == "all" and case.request.mode == "image":

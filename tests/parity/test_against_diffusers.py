@@ -277,7 +277,7 @@ def test_a_lora_that_diffusers_misreads_is_unverified_by_name_and_the_rest_is_co
 
 def test_a_size_of_its_own_that_the_build_has_said_is_no_difference(make):
     upstream, source = make("sd2", shapes={"height": "48:48:64", "width": "48:48:64"})
-    assert source.manifest.pipeline.height == 48
+    assert source.manifest.pipeline.codec.height == 48
     assert not compare_bundle_feeds(upstream, source, source).different
 
 

@@ -5,6 +5,7 @@ Run by tests/peers/paired_commits.py with the tree of any commit as PYTHONPATH: 
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import sys
@@ -31,9 +32,15 @@ def arrays(fields: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Load the bundle, then answer requests until there are no more."""
-    tree, bundle, threads = sys.argv[1:4]
-    assert Path(runtimes.__file__).is_relative_to(tree), f"{runtimes.__file__} is not of {tree}"
-    pipeline = runtimes.load(bundle, threads=int(threads))
+    parser = argparse.ArgumentParser(prog="python tests/peers/paired_worker.py",
+                                     description="Answer requests on stdin with seconds and hashes of images, for "
+                                     "tests.peers.paired_commits.")
+    parser.add_argument("tree", type=Path, help="the commit that PYTHONPATH must lead to")
+    parser.add_argument("bundle", type=Path, help="bundle that it built")
+    parser.add_argument("threads", type=int, help="CPU threads")
+    options = parser.parse_args()
+    assert Path(runtimes.__file__).is_relative_to(options.tree), f"{runtimes.__file__} is not of {options.tree}"
+    pipeline = runtimes.load(options.bundle, threads=options.threads)
     for line in sys.stdin:
         fields = arrays(json.loads(line))
         start = perf_counter()

@@ -130,7 +130,7 @@ def test_previews_have_the_colours_of_the_decoder():
     latents = np.random.default_rng(1).standard_normal((2, CHANNELS, 4, 6)).astype(np.float32)
     shown = pipeline.preview(latents)
     assert shown.shape == (2, 4, 6, 3) and shown.dtype == np.uint8
-    decoded = decoder.run({"latent_sample": latents / np.float32(FACTS.scaling_factor)})["sample"]
+    decoded = decoder.run({"latent_sample": latents / np.float32(FACTS.codec.scaling_factor)})["sample"]
     wanted = np.clip(decoded[:, :, ::4, ::4].transpose(0, 2, 3, 1) / 2 + 0.5, 0, 1) * 255
     assert np.abs(shown - wanted).max() <= 1
     calls = len(calls_of(pipeline, "vae_decoder"))
