@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from deploy.building.batch_invariance import measure_batches
 from deploy.building.gate import Gate
 from deploy.core.isolation import is_large, run_isolated
 from deploy.core.observers import measured
@@ -80,6 +81,10 @@ def build_decided(spec: BuildSpec, output: Path | None = None, *, progress: List
             parity = gate.check_pipeline(listener)
             manifest = replace(result.manifest, parity=parity, tools=tool_versions([p.instance for p in planned]),
                                measured={**result.manifest.measured, **(found or {})})
+            if spec.verify != "no":
+                listener.working("comparing rows alone and in company")
+                rows = measure_batches(replace(result, manifest=manifest), cache)
+                manifest = replace(manifest, measured={**manifest.measured, "batch": rows})
             bundle = _commit(spec, replace(result, manifest=manifest), gate, key, target, listener)
     return Outcome(bundle, up_to_date=False)
 

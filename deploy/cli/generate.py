@@ -74,7 +74,8 @@ class Run:
     memory_budget: str = option("", "memory of this process, as 2GB: as many images share a call as fit",
                                 default="no limit")
     check: bool = option(False, "hash large files again, though nobody wrote to them since they were hashed last")
-    output: Path = option(Path("out.png"), "PNG file to write; several images get numbered names", flags=("-o", "--output"))
+    output: Path = option(Path("out.png"), "PNG file to write; several images get numbered names",
+                          flags=("-o", "--output"))
 
     def __post_init__(self) -> None:
         """Refuse what is no choice or out of range."""

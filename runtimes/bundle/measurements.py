@@ -40,8 +40,11 @@ PASS: Kind = {"name": str, "seconds": NUMBER, "peak_rss_bytes": int, "reused": i
 CANDIDATE: Kind = {"prune": NUMBER, "bytes": int, "macs": NUMBER, "seconds": OPTIONAL_NUMBER,
                    "trajectory_relative_l2": OPTIONAL_NUMBER, "psnr_db": OPTIONAL_NUMBER, "ssim": OPTIONAL_NUMBER,
                    "retrieval": OPTIONAL_NUMBER, "broken": str}
+BATCH: Kind = {"exact": bool, "fixed": bool, "decibels": NUMBER, "rows": [int], "sizes": {ANY_KEY: int},
+               "runtime": str}
 MEASURED: Kind = {"passes": [PASS], "prune_candidates": [CANDIDATE], "build_key": str, "built_at": str, "host": str,
-                  "source_path": str, "adapters": {"lora": [str], "embedding": [str], "vae": str}}
+                  "source_path": str, "adapters": {"lora": [str], "embedding": [str], "vae": str},
+                  "batch": {ANY_KEY: BATCH}}
 REQUIRED = {"passes": ("name", "seconds", "peak_rss_bytes", "bytes_in", "bytes_out", "components"),
             "prune_candidates": tuple(CANDIDATE)}
 
@@ -73,6 +76,8 @@ def check_measured(value: Mapping[str, Any], where: str) -> None:
             _require(cost, ("seconds", "bytes", "peak_rss_bytes"), f"{where}.passes[{index}].components.{name}")
         for name, gain in entry.get("gain", {}).items():
             _require(gain, ("bytes_ratio", "verdict"), f"{where}.passes[{index}].gain.{name}")
+    for name, fact in value.get("batch", {}).items():
+        _require(fact, ("exact", "fixed", "runtime"), f"{where}.batch.{name}")
 
 
 def _check(value: Any, kind: Kind, where: str) -> None:

@@ -1,6 +1,6 @@
 """Whether a row's numbers depend on the rows that share its call: what was measured, and what follows.
 
-Measuring is `deploy.build.batch_invariance`.
+Measuring is `deploy.building.batch_invariance`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from runtimes.backends.batching import row_range
 from runtimes.backends.session import Arrays, Session
-from runtimes.bundle.manifest import Manifest
+from runtimes.bundle.manifest import Manifest, digest_of
 from runtimes.bundle.tensors import ShapeRange
+from runtimes.system.compute_identity import runtime_identity
 
 LEAST_DB = 30.0  # below it, company decides what an image shows: ranges of dynamic INT8 over all rows of a call
 
@@ -48,11 +49,21 @@ class BatchFacts:
     deterministic: bool = False
 
     @classmethod
-    def of(cls, manifest: Manifest, *, deterministic: bool = False) -> BatchFacts:
-        """What the build measured and wrote into the manifest."""
-        found = {name: BatchFact(fact["exact"], fact.get("decibels"), fact.get("fixed", True))
-                 for name, fact in manifest.measured.get("batch", {}).items()}
-        return cls(found, deterministic)
+    def of(cls, manifest: Manifest, device: str = "cpu", *, deterministic: bool = False) -> BatchFacts:
+        """What the build measured and wrote into the manifest, as far as the same processor and libraries run it here.
+
+        Args:
+            manifest: of the bundle.
+            device: that its components run on.
+            deterministic: see the attribute.
+        """
+        measured = {name: fact for name, fact in manifest.measured.get("batch", {}).items()
+                    if name in manifest.components}
+        here = {kind: digest_of(runtime_identity(device, kind))
+                for kind in {manifest.components[name].format for name in measured}}
+        return cls({name: BatchFact(fact["exact"], fact.get("decibels"), fact["fixed"])
+                    for name, fact in measured.items()
+                    if fact["runtime"] == here[manifest.components[name].format]}, deterministic)
 
     def exact(self, component: str) -> bool:
         """Whether it was measured that company changes nothing."""

@@ -56,7 +56,7 @@ def load(bundle_dir: Path | str | Bundle, device: str = "cpu", threads: int = 0,
         sessions[name]
     preprocessing = load_preprocessing(bundle) if roles.safety_checker else None
     return Pipeline(sessions, roles, scheduler_config(bundle), *load_tokenizers(bundle), preprocessing=preprocessing,
-                    memory=budget, batches=BatchFacts.of(bundle.manifest, deterministic=deterministic))
+                    memory=budget, batches=BatchFacts.of(bundle.manifest, device, deterministic=deterministic))
 
 
 def load_tokenizers(bundle: Bundle) -> list[ClipTokenizer]:

@@ -137,9 +137,12 @@ def cached_pipeline(**limits: Any) -> Pipeline:
     sessions["unet"] = Whole("unet", dataclasses.replace(part, outputs=(*part.outputs, feature)), unet)
     sessions["unet_shallow"] = FakeSession(
         "unet_shallow", dataclasses.replace(part, inputs=(*part.inputs, feature)), shallow)
+    return Pipeline(sessions, with_a_shallow_entry(FACTS), DDIM, tokenize)
+
+
+def with_a_shallow_entry(roles: Roles) -> Roles:
     entries = {SHALLOW_ENTRY: Entry("unet_shallow", ("deep_feature",))}
-    roles = dataclasses.replace(FACTS, denoiser=dataclasses.replace(FACTS.denoiser, entries=entries))
-    return Pipeline(sessions, roles, DDIM, tokenize)
+    return dataclasses.replace(roles, denoiser=dataclasses.replace(roles.denoiser, entries=entries))
 
 
 # ---- graphs and bundles ------------------------------------------------------------------------------------------
@@ -200,24 +203,26 @@ def write_json(file: Path, value: Any) -> None:
     file.write_text(json.dumps(value), encoding="utf-8")
 
 
-def write_pipeline_bundle(folder: Path, vocabulary: int) -> Bundle:
-    """A bundle of four ONNX graphs of a few nodes; the caller has written tokenizer/."""
+def write_pipeline_bundle(folder: Path, vocabulary: int, *, shallow: bool = False) -> Bundle:
+    """A bundle of ONNX graphs of a few nodes; the caller has written tokenizer/."""
     f, i = TensorProto.FLOAT, TensorProto.INT64
     node, latent = helper.make_node, ["batch", CHANNELS, "height", "width"]
     table = np.sin(np.arange(vocabulary * WIDTH, dtype=np.float32)).reshape(vocabulary, WIDTH)
+    outputs = [("out_sample", f, latent), ("deep_feature", f, latent)]
+    constants = {"last": np.array([1, 2], np.int64), "column": np.array([-1, 1, 1, 1], np.int64),
+                 "thousands": np.float32(5000)}
     graphs = {
         "text_encoder": graph(
             [("input_ids", i, ["batch", TOKENS])], [("last_hidden_state", f, ["batch", TOKENS, WIDTH])],
             [node("Gather", ["table", "input_ids"], ["last_hidden_state"])], {"table": table}),
         "unet": graph(
             [("sample", f, latent), ("timestep", f, ["batch"]),
-             ("encoder_hidden_states", f, ["batch", TOKENS, WIDTH])], [("out_sample", f, latent)],
+             ("encoder_hidden_states", f, ["batch", TOKENS, WIDTH])], outputs if shallow else outputs[:1],
             [node("ReduceMean", ["encoder_hidden_states", "last"], ["mean"], keepdims=1),
              node("Reshape", ["mean", "column"], ["shift"]), node("Tanh", ["sample"], ["tanh"]),
              node("Div", ["timestep", "thousands"], ["t"]), node("Reshape", ["t", "column"], ["time"]),
-             node("Add", ["tanh", "shift"], ["sum"]), node("Add", ["sum", "time"], ["out_sample"])],
-            {"last": np.array([1, 2], np.int64), "column": np.array([-1, 1, 1, 1], np.int64),
-             "thousands": np.float32(5000)}),
+             node("Add", ["tanh", "shift"], ["deep_feature"]), node("Add", ["deep_feature", "time"], ["out_sample"])],
+            constants),
         "vae_encoder": graph(
             [("sample", f, ["batch", 3, "height", "width"])],
             [("latent_parameters", f, ["batch", 2 * CHANNELS, "h", "w"])],
@@ -230,11 +235,25 @@ def write_pipeline_bundle(folder: Path, vocabulary: int) -> Bundle:
              node("Resize", ["rgb", "", "scales"], ["sample"], mode="nearest")],
             {"channels": np.array([0, 1, 0], np.int64), "scales": np.array([1, 1, FACTOR, FACTOR], np.float32)}),
     }
+    declared, roles = components(), FACTS
+    if shallow:
+        graphs["unet_shallow"] = graph(
+            [("sample", f, latent), ("timestep", f, ["batch"]), ("encoder_hidden_states", f, ["batch", TOKENS, WIDTH]),
+             ("deep_feature", f, latent)], [("out_sample", f, latent)],
+            [node("ReduceMean", ["encoder_hidden_states", "last"], ["mean"], keepdims=1),
+             node("Reshape", ["mean", "column"], ["shift"]), node("Mul", ["sample", "shift"], ["product"]),
+             node("Div", ["timestep", "thousands"], ["t"]), node("Reshape", ["t", "column"], ["time"]),
+             node("Add", ["deep_feature", "product"], ["sum"]), node("Add", ["sum", "time"], ["out_sample"])],
+            constants)
+        unet, deep = declared["unet"], TensorSpec("deep_feature", "float32", ("batch", CHANNELS, "height", "width"))
+        declared["unet"] = dataclasses.replace(unet, outputs=(*unet.outputs, deep))
+        declared["unet_shallow"] = dataclasses.replace(unet, inputs=(*unet.inputs, deep))
+        roles = with_a_shallow_entry(FACTS)
     parts = {}
-    for name, part in components().items():
+    for name, part in declared.items():
         file = folder / "components" / name / "model.onnx"
         file.parent.mkdir(parents=True)
         onnx.save(graphs[name], file)
         parts[name] = dataclasses.replace(part, file=file.relative_to(folder).as_posix())
     write_json(folder / "scheduler" / "scheduler_config.json", DDIM)
-    return write_bundle(folder, parts)
+    return write_bundle(folder, parts, roles)
