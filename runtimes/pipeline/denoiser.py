@@ -128,8 +128,11 @@ class DenoiserCalls:
         for piece in pieces:
             part = slice(at, at + piece.width)
             at = part.stop
-            piece.asked.put(piece.rows, self._combined(piece, prediction[part]))
             job, shallow = piece.asked.job, self._roles.denoiser.shallow
+            try:
+                piece.asked.put(piece.rows, self._combined(piece, prediction[part]))
+            except Exception as error:
+                job.fail(error)
             if piece.asked.whole and shallow is not None and job.plan.request.cache_interval > 1:
                 job.deep.put(piece.rows, {name: outputs[name][part] for name in shallow.features})
 

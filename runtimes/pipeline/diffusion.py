@@ -147,7 +147,7 @@ class Pipeline:
         if on_step is not None and not callable(on_step):
             raise InputError(f"on_step is {type(on_step).__name__}, expected a function of a Step", where="on_step")
         one_of(cancel, Event, "cancel"), one_of(profile, Profile, "profile")
-        with _timed([profile]), np.errstate(over="ignore", invalid="ignore"):  # every result is checked to be finite
+        with _timed([profile]), _unchecked():
             plans = [self._plan(request, on_step, cancel, profile) for request in requests]
             if not plans:
                 return []
@@ -174,7 +174,7 @@ class Pipeline:
             jobs: of this pipeline's `prepare`.
         """
         live = [job for job in dict.fromkeys(jobs) if not job.done and job.live()]
-        with _timed(job.plan.profile for job in live), np.errstate(over="ignore", invalid="ignore"):
+        with _timed(job.plan.profile for job in live), _unchecked():
             for asked in self._denoiser.evaluate(live):
                 job, prediction = asked.job, asked.prediction
                 try:
@@ -198,7 +198,7 @@ class Pipeline:
         """
         if any(not job.done for job in jobs):
             raise InputError("a job is not done", where="finish", fix="advance it until job.done")
-        with _timed(job.plan.profile for job in jobs), np.errstate(over="ignore", invalid="ignore"):
+        with _timed(job.plan.profile for job in jobs), _unchecked():
             return decode_jobs(self.sessions, self.roles.codec, jobs, self._memory, self._batches.shares)
 
     def _plan(self, request: Request, on_step: OnStep | None, cancel: Event | None, profile: Profile | None,
@@ -296,6 +296,11 @@ class Pipeline:
 
 def _style(request: Request) -> PromptStyle:
     return PromptStyle(request.weighting, request.long_prompts)
+
+
+def _unchecked() -> np.errstate:
+    """No warnings of numbers that are not finite: every result is checked to be."""
+    return np.errstate(over="ignore", invalid="ignore", divide="ignore")
 
 
 def _given(profile: Profile | None) -> list[Profile]:

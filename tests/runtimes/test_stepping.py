@@ -114,7 +114,7 @@ def _raise(step: Any) -> None:
 
 @pytest.mark.parametrize("fate", ["cancel", "raise", "stop", "not finite"])
 def test_a_fault_of_one_job_is_its_error_and_leaves_the_others_alone(fate: str):
-    pipeline, options = make(), {"steps": 4, "output": "numpy"}
+    pipeline, options = make(), dict[str, Any](steps=4, output="numpy")
     hook = {"raise": _raise, "stop": lambda step: step.index < 1}.get(fate)
     latents = np.full((1, 2, 8, 8), 3e38, np.float32) if fate == "not finite" else None
     [faulty] = pipeline.prepare([Request("faulty", latents=latents, scheduler="euler", **options)], on_step=hook)
