@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from importlib import util
 from pathlib import Path
 from typing import Any
 
 import onnx
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from deploy.building.choose import run_build
 from deploy.core.spec import BuildSpec
@@ -17,6 +20,8 @@ from runtimes.bundle.folder import Bundle
 from runtimes.bundle.manifest import Manifest
 from tests.deploy import renamed_family as renamed
 from tests.deploy.conftest import Cli
+from tests.deploy.test_pass_prune import LENIENT
+from tests.parity.pipelines import write_model
 
 # diffusers 0.42 hands tensors to numpy functions
 pytestmark = [pytest.mark.usefixtures("one_thread", "own_cache"),
