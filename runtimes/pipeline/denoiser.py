@@ -35,7 +35,7 @@ class Piece:
 
 
 class DenoiserCalls:
-    """Calls of the denoiser for one step of each of several jobs. Keeps nothing between them: threads may share one.
+    """Calls of the denoiser for one step of each of several jobs. Threads may share one.
 
     Rows share a call where it is the same entry of the denoiser, and where shape and length of the context are equal.
     Timestep, guidance and prompt are each row's own. A call holds both branches of its images.
@@ -54,6 +54,7 @@ class DenoiserCalls:
         self._sessions, self._roles, self._memory, self._shares = sessions, roles, memory, shares
         negative_first = roles.guidance.branches[0] == NEGATIVE
         self._order = (0, 1) if negative_first else (1, 0)
+        self._most: dict[str, int] = {}
 
     def evaluate(self, jobs: Sequence[Job]) -> list[Asked]:
         """Predict for the next step of each job; one whose rows cannot be computed has an error afterwards."""
@@ -79,7 +80,7 @@ class DenoiserCalls:
     def _calls(self, component: str, pieces: list[Piece]) -> list[list[Piece]]:
         """Cut what may share calls into calls: by the rows that the network takes and the images that memory allows."""
         lead = pieces[0]
-        most, limit = row_range(lead.asked.job.plan.sessions[component]).max, self._images_at_once(pieces)
+        most, limit = self._rows_of(component, lead.asked.job), self._images_at_once(pieces)
         if len(pieces) == 1 and lead.width <= most and len(lead.rows) <= (limit or most):
             return [pieces]
         images = [(piece.asked, row) for piece in pieces for row in piece.rows]
@@ -98,10 +99,17 @@ class DenoiserCalls:
             room -= width
         return [_together(call) for call in calls]
 
+    def _rows_of(self, component: str, job: Job) -> int:
+        """The most rows that a call of the network takes."""
+        if component not in self._most:
+            self._most[component] = row_range(job.plan.sessions[component]).max
+        return self._most[component]
+
     def _images_at_once(self, pieces: list[Piece]) -> int | None:
+        lone = all(piece.asked is pieces[0].asked for piece in pieces)
+        if lone or self._memory is None:
+            return pieces[0].asked.job.plan.at_once if lone else None
         jobs = {id(piece.asked.job): piece.asked.job for piece in pieces}
-        if len(jobs) == 1 or self._memory is None:
-            return pieces[0].asked.job.plan.at_once
         wanted = [job.plan.wanted for job in jobs.values()]
         copies = 2 if any(one.negatives for one in wanted) else 1
         pixels = sum(len(one.seeds) * one.height * one.width for one in wanted)

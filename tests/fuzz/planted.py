@@ -114,7 +114,7 @@ def _swapped_sizes(original: Any) -> Any:
 
 
 def _second_timestep(original: Any) -> Any:
-    return lambda self, sample, timestep, i: original(self, sample, timestep + 1, i)
+    return lambda self, job, sample, timestep, *rest: original(self, job, sample, timestep + 1, *rest)
 
 
 def _later_start(original: Any) -> Any:
@@ -126,8 +126,8 @@ def _later_start(original: Any) -> Any:
     return check
 
 
-def _reversed_order(images: Any) -> Any:
-    return images[::-1]
+def _reversed_order(results: Any) -> Any:
+    return [images[::-1] for images in results]
 
 
 FAULTS: Mapping[str, Fault] = {
@@ -151,7 +151,7 @@ FAULTS: Mapping[str, Fault] = {
     "the channels' order": Fault("runtimes.pipeline.resolved:to_pixels",
         _changed_result(lambda pixels: pixels[::-1].copy())),
     "the posterior's mode": Fault("runtimes.codec.autoencoder:encode", _mode_of_posterior),
-    "a timestep": Fault("runtimes.pipeline.guidance:GuidedUnet.__call__", _second_timestep),
+    "a timestep": Fault("runtimes.pipeline.job:Asked.__init__", _second_timestep),
     "the VAE's scaling factor": Fault("runtimes.codec.autoencoder:unscaled",
         _changed_result(lambda latents: latents * 1.02)),
     "the order of time_ids": Fault("runtimes.pipeline.conditioner:SizeConditions.numbers", _swapped_sizes),
@@ -163,13 +163,13 @@ FAULTS: Mapping[str, Fault] = {
     "steps_offset": Fault("runtimes.pipeline.diffusion:from_config", _config(steps_offset=0)),
     "prediction_type": Fault("runtimes.pipeline.diffusion:from_config", _config(prediction_type="epsilon")),
     "the negative prompt": Fault("runtimes.pipeline.diffusion:resolve", _changed_result(_negative_ignored)),
-    "the images' order": Fault("runtimes.pipeline.diffusion:Pipeline._finished", _changed_result(_reversed_order)),
+    "the images' order": Fault("runtimes.pipeline.diffusion:decode_jobs", _changed_result(_reversed_order)),
     "a seed": Fault("runtimes.pipeline.diffusion:NoiseStreams",
         lambda original: lambda seeds: original([s + 1 for s in seeds])),
     "strength": Fault("runtimes.schedulers.settings:Settings.check_start", _later_start),
     "the default size": Fault("runtimes.pipeline.resolved:_size", _changed_argument(
         0, lambda roles: roles.sized(roles.codec.height // 2, roles.codec.width // 2))),
-    "zeros for no negative prompt": Fault("runtimes.pipeline.diffusion:gather", _changed_argument(
+    "zeros for no negative prompt": Fault("runtimes.pipeline.conditioner:Conditioner.__init__", _changed_argument(
         1, lambda roles: with_fact(roles, "conditioner.empty_negative",
                                    {"text": "zeros", "zeros": "text"}[roles.conditioner.empty_negative]))),
     "eta": Fault("runtimes.pipeline.diffusion:begin_part", _changed_argument(4, lambda eta: 0.0)),

@@ -13,6 +13,7 @@ import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from deploy.core.doctor import machine
 from runtimes.schedulers import SCHEDULERS
 
 ROOT = Path(__file__).resolve().parents[2]
+CALLS = 5  # of each request in each process
 LIMIT = 1.03  # what the upper end of the interval must lie below
 BASE: dict[str, Any] = {"prompt": "a red apple", "steps": 4, "seed": 3}
 # Every mode and option whose arithmetic could have changed; sizes stand for arrays, see paired_worker.
@@ -96,20 +98,30 @@ def compare_images(before: Worker, now: Worker) -> list[str]:
     return different
 
 
-def compare_times(before: Worker, now: Worker, rounds: int) -> list[str]:
-    """The requests that may take longer than the limit; each round runs both, in turn the one and the other first."""
+def compare_times(start: Callable[[], tuple[Worker, Worker]], rounds: int) -> list[str]:
+    """The requests that may take longer than the limit; each round runs both, in turn the one and the other first.
+
+    A process keeps its luck with memory for as long as it lives, so a round is a pair of new processes: their ratio is
+    that of the medians of a few calls.
+    """
+    ratios: dict[str, list[float]] = {name: [] for name in TIMED}
+    for number in range(rounds):
+        before, now = start()
+        order = (before, now) if number % 2 else (now, before)
+        for name, fields in TIMED.items():
+            for worker in order:
+                worker.ask(fields)
+            seconds: dict[Worker, list[float]] = {before: [], now: []}
+            for turn in range(CALLS):
+                for worker in order if turn % 2 else order[::-1]:
+                    seconds[worker].append(worker.ask(fields)["seconds"])
+            ratios[name].append(statistics.median(seconds[now]) / statistics.median(seconds[before]))
+        before.close(), now.close()
     slow = []
-    for name, fields in TIMED.items():
-        before.ask(fields), now.ask(fields)
-        ratios = []
-        for number in range(rounds):
-            first, second = (before, now) if number % 2 else (now, before)
-            seconds = {first: first.ask(fields)["seconds"]}
-            seconds[second] = second.ask(fields)["seconds"]
-            ratios.append(seconds[now] / seconds[before])
-        mean, low, high = interval(ratios)
+    for name, found in ratios.items():
+        mean, low, high = interval(found)
         slow += [name] if high >= LIMIT else []
-        print(f"  now / before {mean:.4f} [{low:.4f}, {high:.4f}]  {name}, {rounds} pairs", flush=True)
+        print(f"  now / before {mean:.4f} [{low:.4f}, {high:.4f}]  {name}, {rounds} pairs of processes", flush=True)
     return slow
 
 
@@ -124,12 +136,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=40, help="pairs of each request that is timed; 0 compares images")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of each")
     options = parser.parse_args()
-    before = Worker(options.before, options.bundle_before, options.threads)
-    now = Worker(ROOT, options.bundle_now, options.threads)
+
+    def start() -> tuple[Worker, Worker]:
+        return (Worker(options.before, options.bundle_before, options.threads),
+                Worker(ROOT, options.bundle_now, options.threads))
+
+    before, now = start()
     print(f"{machine()['processor']}, load {os.getloadavg()[0]:.1f}, {options.threads} thread(s) each")
     different = compare_images(before, now)
-    slow = compare_times(before, now, options.rounds) if options.rounds else []
     before.close(), now.close()
+    slow = compare_times(start, options.rounds) if options.rounds else []
     if different or slow:
         raise SystemExit(f"different: {', '.join(different) or 'none'}; may be slower: {', '.join(slow) or 'none'}")
 
