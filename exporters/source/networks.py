@@ -1,4 +1,4 @@
-"""PyTorch modules of a component: strict loading of old and new file layouts. wrappers.py gives them named inputs.
+"""PyTorch modules of a component: strict loading of old and new file layouts. named_inputs.py gives them named inputs.
 
 Imports torch; import it inside the function that needs it.
 """

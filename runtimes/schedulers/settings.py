@@ -157,7 +157,7 @@ class Settings:
         return whole - kept
 
     def whole_timesteps(self, steps: int) -> npt.NDArray[np.int64]:
-        """`sigmas.spaced_timesteps` rounded to indices of the training schedule: (steps,) int64."""
+        """`noise_levels.spaced_timesteps` rounded to indices of the training schedule: (steps,) int64."""
         spaced = noise_levels.spaced_timesteps(self.timestep_spacing, steps, self.num_train_timesteps,
                                                self.steps_offset)
         return spaced.round().astype(np.int64)
