@@ -16,7 +16,8 @@ from deploy.core.call_times import seconds_in_turns, usual_feeds
 from deploy.passes.prune import NAME as DENOISER
 from runtimes.bundle.folder import Bundle
 from runtimes.errors import ParityError, UnavailableError
-from runtimes.backends.session import Session, SessionOptions, open_session
+from runtimes.backends.session import Session, SessionOptions
+from runtimes.pipeline.bundle_sessions import open_session
 
 if TYPE_CHECKING:
     from deploy.core.spec import BuildSpec

@@ -14,7 +14,8 @@ from deploy.core.pass_cache import Cache, default_root, versions_of
 from deploy.core.call_times import seconds_in_turns, usual_feeds
 from deploy.core.doctor import machine
 from runtimes.errors import InputError
-from runtimes.backends.session import Session, SessionOptions, open_session
+from runtimes.backends.session import Session, SessionOptions
+from runtimes.pipeline.bundle_sessions import open_session
 
 if TYPE_CHECKING:
     from deploy.core.spec import BuildSpec

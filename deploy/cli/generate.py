@@ -182,7 +182,7 @@ def check_session(request: GenerateRequest, bundle: Bundle) -> None:
     formats = {component.format for component in bundle.manifest.components.values()}
     if request.hint != "latency" and "openvino" not in formats:
         raise InputError(f"only OpenVINO takes the hint {request.hint!r}", where="--hint", fix="leave it out")
-    if request.pin_threads and (request.device.lower() != "cpu" or "tensorrt" in formats):
+    if request.pin_threads and (Device.parse(request.device).kind != "cpu" or "tensorrt" in formats):
         raise InputError("threads are pinned on a CPU only", where="--pin-threads", fix="leave it out")
 
 

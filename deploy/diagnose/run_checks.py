@@ -55,9 +55,9 @@ def opened(target: str, device: str) -> Iterator[tuple[Mapping[str, Session], Bu
 
     if (Path(target) / MANIFEST_FILE).is_file():
         bundle = Bundle.open(target)
-        yield BundleSessions(bundle, SessionOptions(device)), bundle
+        yield BundleSessions(bundle, SessionOptions(Device.parse(device))), bundle
         return
-    if device.lower() != "cpu":
+    if Device.parse(device).kind != "cpu":
         raise InputError("a model is diagnosed in PyTorch on the CPU", where="--device",
                          fix="leave it out, or build a bundle and diagnose that")
     from deploy.build.builder import load_source, workspace

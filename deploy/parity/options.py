@@ -55,7 +55,7 @@ class ParityOptions:
 
 def options_for(source_id: str, prompts: tuple[str, ...], device: str = "cpu") -> ParityOptions:
     """What is generated: the user's prompts, else the reference model's own subjects, else everyday ones."""
-    session = SessionOptions(device)
+    session = SessionOptions(Device.parse(device))
     if source_id != REFERENCE:
         return ParityOptions(prompts=prompts or PROMPTS, session=session)
     names = subject_names()

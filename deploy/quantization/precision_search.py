@@ -16,11 +16,11 @@ from deploy.core.pass_cache import Cache, default_root
 from deploy.parity.options import gallery_for, options_for
 from deploy.parity.pipelines import check_pipeline
 from deploy.parity.reference.answers import Reference
-from runtimes.backends.session import SessionOptions, open_session
+from runtimes.backends.session import SessionOptions
 from runtimes.bundle.folder import Bundle, link_or_copy, records_below, sha256_of
 from runtimes.bundle.manifest import to_json
 from runtimes.errors import ParityError, UnavailableError
-from runtimes.pipeline.bundle_sessions import BundleSessions
+from runtimes.pipeline.bundle_sessions import BundleSessions, open_session
 from runtimes.system.compute_identity import runtime_identity
 
 TIMED_CALLS = 9

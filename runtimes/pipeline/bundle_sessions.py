@@ -5,7 +5,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping
 
-from runtimes.backends.session import Session, SessionOptions, open_session
+from runtimes.adapters.lora_inputs import DETAILS
+from runtimes.adapters.lora_session import LoraSession
+from runtimes.backends.session import Session, SessionOptions
 from runtimes.bundle.folder import Bundle
 from runtimes.bundle.manifest import PipelineFacts
 
@@ -14,6 +16,18 @@ def needed(facts: PipelineFacts) -> tuple[str, ...]:
     """Components loaded with the bundle, so that a device or a graph that is missing shows at once; the encoder waits
     for an image."""
     return (*facts.text_encoders, "unet", "vae_decoder")
+
+
+def open_session(bundle: Bundle, name: str, options: SessionOptions) -> Session:
+    """Load one component of a bundle, with its LoRA where that is an input of its graph.
+
+    Raises:
+        BundleError: no runtime runs its format, or its files are damaged.
+        InputError: an option that the backend does not take, or a LoRA that does not fit.
+        UnavailableError: the runtime or the device is missing on this machine.
+    """
+    opener = LoraSession if DETAILS in bundle.component(name).details else Session.open
+    return opener(bundle, name, options)
 
 
 class BundleSessions(Mapping[str, Session]):

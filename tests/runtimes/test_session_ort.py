@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 
 from runtimes.backends import onnxruntime_session
 from runtimes.backends.onnxruntime_session import OrtSession, profile_shapes, provider_options, session_options
-from runtimes.backends.session import SessionOptions, open_session
+from runtimes.backends.session import Session, SessionOptions
 from runtimes.bundle.folder import Bundle
 from runtimes.bundle.tensors import Axis, ShapeRange, TensorSpec
 from runtimes.errors import BundleError, DeployError, InputError, UnavailableError
@@ -28,7 +28,7 @@ Y = X @ np.arange(12, dtype=np.float32).reshape(4, 3) + np.array([1, 2, 3], np.f
 
 @pytest.fixture
 def session(tmp_path) -> OrtSession:
-    opened = open_session(affine_bundle(tmp_path / "b"), "affine", CPU)
+    opened = Session.open(affine_bundle(tmp_path / "b"), "affine", CPU)
     assert isinstance(opened, OrtSession)
     return opened
 
@@ -57,7 +57,7 @@ def test_a_device_that_is_missing_is_said_and_never_replaced(tmp_path, device):
     if onnxruntime_session.PROVIDERS[device] in ort.get_available_providers():
         pytest.skip("this machine has it")
     with pytest.raises(UnavailableError) as caught:
-        open_session(affine_bundle(tmp_path / "b"), "affine", SessionOptions(device))
+        Session.open(affine_bundle(tmp_path / "b"), "affine", SessionOptions(device))
     error = caught.value
     assert onnxruntime_session.PROVIDERS[device] in error.what and device in error.where and error.fix
     assert error.exit_code == 4
@@ -178,13 +178,13 @@ def test_tensorrt_up_to_10_is_allowed_what_the_graph_holds(tmp_path, monkeypatch
 
 def test_an_unknown_device_is_bad_input(tmp_path):
     with pytest.raises(InputError, match="unknown device 'gpu'"):
-        open_session(affine_bundle(tmp_path / "b"), "affine", SessionOptions("gpu"))
+        Session.open(affine_bundle(tmp_path / "b"), "affine", SessionOptions("gpu"))
 
 
 @pytest.mark.parametrize("content", [b"", b"not a graph", affine_model().SerializeToString()[:150]])
 def test_a_corrupt_graph_is_a_broken_bundle(tmp_path, content):
     with pytest.raises(BundleError) as caught:
-        open_session(affine_bundle(tmp_path / "b", content), "affine", CPU)
+        Session.open(affine_bundle(tmp_path / "b", content), "affine", CPU)
     assert caught.value.where == "affine" and "\n" not in str(caught.value)
 
 
@@ -192,19 +192,19 @@ def test_an_operator_without_kernel_is_a_broken_bundle(tmp_path):
     model = affine_model()
     model.graph.node[0].op_type = "NoSuchOperator"
     with pytest.raises(BundleError, match="NoSuchOperator"):
-        open_session(affine_bundle(tmp_path / "b", model.SerializeToString()), "affine", CPU)
+        Session.open(affine_bundle(tmp_path / "b", model.SerializeToString()), "affine", CPU)
 
 
 def test_a_graph_whose_names_are_not_the_manifests_is_refused(tmp_path):
     part = dataclasses.replace(AFFINE, outputs=(TensorSpec("out", "float32", ("batch", 3)),))
     with pytest.raises(BundleError, match="outputs"):
-        open_session(affine_bundle(tmp_path / "b", part=part), "affine", CPU)
+        Session.open(affine_bundle(tmp_path / "b", part=part), "affine", CPU)
 
 
 def test_a_graph_that_contradicts_the_manifest_at_run_time_is_bad_input(tmp_path):
     part = dataclasses.replace(AFFINE, inputs=(TensorSpec("x", "float32", ("batch", "width")),))
     with pytest.raises(InputError, match="does not take these inputs"):
-        open_session(affine_bundle(tmp_path / "b", part=part), "affine", CPU).run({"x": np.zeros((2, 5), np.float32)})
+        Session.open(affine_bundle(tmp_path / "b", part=part), "affine", CPU).run({"x": np.zeros((2, 5), np.float32)})
 
 
 def test_out_of_memory_is_something_the_machine_lacks(tmp_path):
@@ -212,7 +212,7 @@ def test_out_of_memory_is_something_the_machine_lacks(tmp_path):
                  [helper.make_node("ConstantOfShape", ["n"], ["y"])])
     part = component((TensorSpec("n", "int64", (1,)),), (TensorSpec("y", "float32", ("m",)),), {},
                      file="components/affine/model.onnx")
-    session = open_session(affine_bundle(tmp_path / "b", wide, part), "affine", CPU)
+    session = Session.open(affine_bundle(tmp_path / "b", wide, part), "affine", CPU)
     with pytest.raises(UnavailableError, match="out of memory"):
         session.run({"n": np.array([1 << 50])})
 
@@ -220,14 +220,14 @@ def test_out_of_memory_is_something_the_machine_lacks(tmp_path):
 def test_external_data_is_read_in_place(tmp_path):
     bundle = affine_bundle(tmp_path / "b", save_as_external_data=True, location="model.onnx.data", size_threshold=0)
     assert "components/affine/model.onnx.data" in bundle.component("affine").files
-    np.testing.assert_allclose(open_session(bundle, "affine", CPU).run({"x": X})["y"], Y, rtol=1e-6)
+    np.testing.assert_allclose(Session.open(bundle, "affine", CPU).run({"x": X})["y"], Y, rtol=1e-6)
 
 
 def test_external_data_is_read_through_the_links_of_the_hubs_cache(tmp_path):
     """ONNX Runtime demands that external data stays in the model's folder: allowed is that of the linked graph, too."""
     bundle = affine_bundle(tmp_path / "b", save_as_external_data=True, location="model.onnx.data", size_threshold=0)
     linked = Bundle.open(as_hub_snapshot(bundle.path, tmp_path / "models--acme--affine"))
-    np.testing.assert_allclose(open_session(linked, "affine", CPU).run({"x": X})["y"], Y, rtol=1e-6)
+    np.testing.assert_allclose(Session.open(linked, "affine", CPU).run({"x": X})["y"], Y, rtol=1e-6)
 
 
 @pytest.mark.parametrize(("details", "level"), [
@@ -307,7 +307,7 @@ def test_provider_options_keep_fp32_exact_and_caches_outside_the_bundle(tmp_path
 def test_a_format_without_runtime_is_named(tmp_path):
     part = dataclasses.replace(AFFINE, format="safetensors")
     with pytest.raises(BundleError, match="no runtime runs the format 'safetensors'"):
-        open_session(affine_bundle(tmp_path / "b", part=part), "affine", CPU)
+        Session.open(affine_bundle(tmp_path / "b", part=part), "affine", CPU)
 
 
 def test_rank_zero_and_fixed_axes_are_checked():

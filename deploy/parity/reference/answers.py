@@ -15,7 +15,6 @@ from deploy.parity.reference.answer_store import Store
 from deploy.parity.reference.call_recorder import Recorder
 from deploy.parity.reference.planned_shapes import Possible, Run, always
 from deploy.parity.reference.sample_feeds import Feeds, Sample, cast, fit, pack, unpack
-from deploy.parity.reference.session_pool import close
 from deploy.parity.reference.trajectories import Trajectory, TrajectoryRequest, assemble_pipeline, generate
 from runtimes.backends.session import Session
 from runtimes.bundle.folder import Bundle
@@ -194,5 +193,5 @@ def _torch_sessions(bundle: Bundle, capacity: int) -> Mapping[str, Session]:
 
 def _close_all(sessions: Mapping[str, Session]) -> None:
     for session in sessions.values():
-        close(session)
+        session.close()
 
