@@ -12,10 +12,10 @@ from deploy.parity.reference.answers import Reference
 from deploy.parity.reference.planned_shapes import plan_runs
 from deploy.parity.reference.sample_feeds import Feeds, NoRealInputsError, Sample, cast
 from runtimes.backends.session import FORMATS, Session, SessionOptions
-from runtimes.pipeline.bundle_sessions import open_session
 from runtimes.bundle.folder import Bundle
 from runtimes.bundle.manifest import Component
 from runtimes.errors import DeployError, UnavailableError
+from runtimes.pipeline.bundle_sessions import open_session
 
 SOURCE_FORMAT = "safetensors"
 

@@ -215,7 +215,7 @@ def session_options(component: Component, options: SessionOptions) -> ort.Sessio
 
 
 def provider_options(device: Device, component: Component) -> dict[str, str]:
-    """Options of the execution provider; `device_id` of both is the GPU's number as CUDA counts (their documentation)."""
+    """Options of the execution provider, `device_id` being the GPU's number as CUDA counts (ORT's documentation)."""
     if device.kind == "cuda":
         return {
             "device_id": str(device.index),

@@ -1,4 +1,4 @@
-"""`Session`: one loaded component, numpy in and out. The table of formats; the life and the checks every backend shares."""
+"""`Session`: one loaded component, numpy in and out, from open to close; what every backend shares, and their table."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
@@ -15,7 +15,7 @@ from runtimes.bundle.folder import Bundle
 from runtimes.bundle.manifest import Component
 from runtimes.bundle.tensors import bind_axes
 from runtimes.errors import BundleError, DeployError
-from runtimes.system.device import Device
+from runtimes.system.device import CPU, Device
 
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 
@@ -40,7 +40,7 @@ class SessionOptions:
         keep_graphs: of ONNX Runtime on the CPU: keep large graphs as it optimized them, for the next load.
     """
 
-    device: Device = field(default_factory=Device)
+    device: Device = CPU
     threads: int = 0
     hint: str = "latency"
     pin_threads: bool = False

@@ -43,7 +43,8 @@ def runtime_identity(device: Device, format_: str) -> dict[str, Any]:
     """
     names = (*LIBRARIES.get(format_, LIBRARIES[""]), *PROVIDERS.get(device.kind, ()))
     found: dict[str, Any] = {
-        "device": str(device), "libraries": {name: _version(name) for name in sorted(set(names))}, "processor": processor(),
+        "device": str(device), "libraries": {name: _version(name) for name in sorted(set(names))},
+        "processor": processor(),
         "limits": {name: os.environ[name] for name in LIMITS if os.environ.get(name)},
     }
     if format_ == "tensorrt" or device.kind != "cpu":

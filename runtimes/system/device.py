@@ -53,3 +53,6 @@ class Device:
     def __str__(self) -> str:
         """The form that `parse` reads; the first of a kind has no number."""
         return f"{self.kind}:{self.index}" if self.index else self.kind
+
+
+CPU = Device()

@@ -7,6 +7,7 @@ import mmap
 import os
 import threading
 import weakref
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from runtimes.backends.tensorrt.engine_plan import (
 )
 from runtimes.bundle.folder import Bundle
 from runtimes.bundle.manifest import Component
-from runtimes.errors import BundleError, InputError, UnavailableError
+from runtimes.errors import BundleError, DeployError, InputError, UnavailableError
 from runtimes.system.cache_root import cache_home
 from runtimes.system.cache_store import use
 from runtimes.system.device import Device
@@ -96,7 +97,11 @@ class TensorRtSession(Session):
 
 
 class _Loaded:
-    """What an open session holds on the GPU, released as a whole: also when loading fails half-way."""
+    """What an open session holds on the GPU, released as a whole: also when loading fails half-way.
+
+    An engine belongs to the GPU that was current when it was deserialized, and its contexts with it; whichever thread
+    runs them must have made that GPU its own (TensorRT's documentation, "How do I use TensorRT on multiple GPUs?").
+    """
 
     def __init__(self, name: str, component: Component, builder: str, trt: Any, file: Path,
                  weights: Path | None, gpu: int) -> None:
@@ -104,7 +109,7 @@ class _Loaded:
         self._cache: Any = None
         self._cache_file: Path | None = None
         self._shapes_seen: set[tuple[tuple[int, ...], ...]] = set()
-        self._device = open_device(gpu)
+        self._device = CudaDevice(gpu)
         try:
             check_gpu(component, self._device.name, self._device.capability, name)
             self._errors = TensorRtErrors(trt, name)
@@ -129,6 +134,8 @@ class _Loaded:
 
     def close(self) -> None:
         """Release everything, in the order that TensorRT asks for: contexts, engine, runtime; CUDA's last."""
+        with suppress(DeployError):  # a GPU that has failed has nothing left to give back
+            self._device.activate()
         contexts = getattr(self, "contexts", None)
         if contexts is not None:
             contexts.close()
@@ -231,15 +238,6 @@ def check_device(builder: str, device: Device, where: str) -> None:
     if device.kind not in ("cpu", "cuda", builder):
         raise InputError(f"an engine of {builder} does not run on {device.kind!r}", where=f"{where}, device",
                          fix=f"leave it out, or use {builder} or cuda, with the GPU's number: {builder}:1")
-
-
-def open_device(ordinal: int) -> CudaDevice:
-    """The GPU of that number, as CUDA counts them.
-
-    Raises:
-        UnavailableError: cuda-bindings, the driver or the GPU is missing.
-    """
-    return CudaDevice(ordinal)
 
 
 def load_module(builder: str, where: str) -> Any:
