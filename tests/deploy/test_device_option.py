@@ -21,7 +21,7 @@ def test_what_is_no_device_is_refused_before_the_bundle_is_looked_for(cli: Cli, 
 
 
 @pytest.mark.parametrize(("command", "called"), list(zip(COMMANDS, (
-    "deploy.cli.generate.generate_files", "deploy.build.verify.verify_bundle", "deploy.bench.contest.run_bench",
+    "deploy.cli.generate.generate_files", "deploy.building.verify.verify_bundle", "deploy.bench.contest.run_bench",
     "deploy.bench.tradeoffs.measure", "deploy.diagnose.run_checks.diagnose_pipeline"), strict=True)))
 def test_the_number_of_the_gpu_reaches_what_the_command_calls(cli: Cli, monkeypatch: pytest.MonkeyPatch,
                                                               command: tuple[str, ...], called: str):
