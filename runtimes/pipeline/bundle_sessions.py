@@ -39,11 +39,18 @@ class BundleSessions(Mapping[str, Session]):
         self._lock = threading.Lock()
 
     def __getitem__(self, name: str) -> Session:
-        if name not in self._loaded:
-            with self._lock:
-                if name not in self._loaded:
-                    self._loaded[name] = open_session(self._bundle, name, self._options)
-        return self._loaded[name]
+        if (loaded := self._loaded.get(name)) is not None:
+            return loaded
+        with self._lock:
+            if name not in self._loaded:
+                self._loaded[name] = open_session(self._bundle, name, self._options)
+            return self._loaded[name]
+
+    def close(self) -> None:
+        """Close what is loaded, after the calls that are running; what is asked for later is loaded again."""
+        with self._lock:
+            while self._loaded:
+                self._loaded.popitem()[1].close()
 
     def __contains__(self, name: object) -> bool:
         return name in self._bundle.manifest.components

@@ -23,6 +23,7 @@ from runtimes.codec.autoencoder import to_uint8
 from runtimes.codec.pixels import to_pil
 from runtimes.codec.safety_checker import CLIP_INPUT, SAFETY_CHECKER
 from runtimes.errors import InputError
+from runtimes.pipeline.bundle_sessions import BundleSessions
 from runtimes.pipeline.guidance import SHALLOW
 from runtimes.pipeline.loading import load_preprocessing
 
@@ -192,6 +193,9 @@ def _torch_sessions(bundle: Bundle, capacity: int) -> Mapping[str, Session]:
 
 
 def _close_all(sessions: Mapping[str, Session]) -> None:
+    if isinstance(sessions, BundleSessions):
+        sessions.close()  # asking for each would load those that nobody has called
+        return
     for session in sessions.values():
         session.close()
 
