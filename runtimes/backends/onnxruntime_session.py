@@ -69,6 +69,7 @@ class OrtSession(Session):
 
         Raises:
             BundleError: the graph is corrupt or ORT has no kernel for it.
+            InputError: the device is another backend's, or would compute the graph in another precision.
             UnavailableError: the device or its memory is missing; never a silent fall back to the CPU.
         """
         component = bundle.component(name)

@@ -38,6 +38,7 @@ class OpenVinoSession(Session):
 
         Raises:
             BundleError: the files are corrupt, or OpenVINO does not know an operator.
+            InputError: the device is another backend's, or no such hint.
             UnavailableError: the device or its memory is missing.
         """
         component = bundle.component(name)
