@@ -1,4 +1,4 @@
-"""The layers of an ONNX graph that have weights worth few bits, and which of them each recipe quantizes how."""
+"""Finds the layers of an ONNX graph whose weights are worth quantizing, and assigns each recipe's precision to them."""
 
 from __future__ import annotations
 

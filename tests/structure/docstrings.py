@@ -25,7 +25,7 @@ _LENGTH = r"(?:\.\.\.|\d+|[A-Za-z_][\w.']*)"
 _AXIS = rf"-?{_LENGTH}(?: ?[*/+|-] ?{_LENGTH})*"
 SHAPE = re.compile(
     rf"(?<!\w)\((?:\)|{_AXIS},(?: ?{_AXIS},)*(?: ?{_AXIS})?\))|\bscalars?\b|\b(?:one|two|three|four)-dimensional\b"
-    r"|\b(?:any|same|own|its|their|whatever|declared|whose|every|original) shapes?\b|\bshapes? (?:and dtypes? )?of\b"
+    r"|\b(?:any|same|own|its|their|whatever|declared|whose|every|original) shapes?\b|\bshapes? (?:of|and dtypes?)\b"
 )
 DTYPE = re.compile(r"\b(?:b?float(?:16|32|64)|u?int(?:4|8|16|32|64)|float8\w*|bool|dtypes?)\b")
 # What the numbers are: a unit, a range, or the quantity whose unit is its own.
@@ -34,7 +34,7 @@ UNIT = re.compile(
     r"|lambda|timesteps?|token ids?|embeddings?|embedded|hidden states?|features?|logits?|probabilit(?:y|ies)|weights?"
     r"|biases|activations?|gradients?|scales?|zero points?|indices|mask|betas?|variances?|deviations?|shares?"
     r"|quantiles?|coefficients?|scores?|similarit(?:y|ies)|codes|percent|norms?|magnitudes?|distances?|errors?"
-    r"|model outputs?|predictions?|0 to 1|-1 to 1|0 to 255|TensorSpec|True (?:where|for)|any values?|any quantity)\b",
+    r"|model outputs?|predictions?|0 to 1|-1 to 1|0 to 255|TensorSpecs?|True (?:where|for)|any values?|any quantity)\b",
     re.IGNORECASE,
 )
 _EVERY = re.compile(r"Every array\b[^\n]*(?:\n(?!\s*\n)[^\n]*)*")
