@@ -1,4 +1,4 @@
-"""Runs a graph on recorded inputs with inner tensors as outputs: for their statistics, and for errors between graphs."""
+"""Runs a graph on recorded inputs with inner tensors as outputs: for statistics, and for errors between graphs."""
 
 from __future__ import annotations
 

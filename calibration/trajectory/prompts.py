@@ -1,4 +1,4 @@
-"""Plans which calls of which trajectories calibration records: prompts of a file, timesteps and masks, evenly spread."""
+"""Plans which calls of which trajectories calibration records: prompts of a file, timesteps and masks."""
 
 from __future__ import annotations
 

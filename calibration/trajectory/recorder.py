@@ -69,7 +69,7 @@ class Recording:
                 yield from _unpack(archive, component)
 
     def spread(self, component: str, count: int) -> list[Feeds]:
-        """At most `count` of `calls`, each with the shapes and dtypes of its TensorSpecs, from every part of the schedule.
+        """At most `count` of `calls`, shapes and dtypes as TensorSpecs say, from every part of the schedule.
 
         A plain stride would meet the same place in each episode, and so one part of the schedule alone.
         """
