@@ -21,7 +21,7 @@ ARRAYS = {"ndarray", "NDArray", "Tensor", "TensorProtocol", "TensorProto", "Arra
 SKIPPED = {"Callable", "Literal"}
 
 # One length of an axis: 4, B, H/8, 2 * steps, height', ... ; words with spaces between them are prose in brackets.
-_LENGTH = r"(?:\.\.\.|\d+|[A-Za-z_][\w.']*)"
+_LENGTH = r"(?:\.\.\.|\d+[A-Z]?|[A-Za-z_][\w.']*)"
 _AXIS = rf"-?{_LENGTH}(?: ?[*/+|-] ?{_LENGTH})*"
 SHAPE = re.compile(
     rf"(?<!\w)\((?:\)|{_AXIS},(?: ?{_AXIS},)*(?: ?{_AXIS})?\))|\bscalars?\b|\b(?:one|two|three|four)-dimensional\b"

@@ -1,4 +1,4 @@
-"""All prunings of one network in their order, and the pruned network on disk."""
+"""Applies all prunings of one network in their order, and writes the pruned network."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _narrowed(network: Any, source: Bundle, name: str, config: Mapping[str, Any]
     from deploy.pruning.shrink.widths import Widths, config_of, levels_of, uniform_widths
 
     levels, ratio = levels_of(config_of(network), name), config["prune"]
-    widths = uniform_widths(levels, ratio, name)  # before any image is generated: it refuses what cannot be
+    widths = uniform_widths(levels, ratio, name)  # before any image is generated: it refuses impossible ratios
     feeds = {name: example_feeds(source.component(name))}
     scorer = scorer_of(config["method"])
     by_generating = config["method"] == "taylor" or config["widths"] == "sensitivity"

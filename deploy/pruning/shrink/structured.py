@@ -1,4 +1,4 @@
-"""Structured pruning: scores to channels, channels to a smaller network that diffusers builds from its config."""
+"""Structured pruning: removes the channels of least score, for a network that diffusers builds from its config."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def prune_network(network: Any, feeds: Mapping[str, Sequence[Tensor]], widths: W
 
     Args:
         network: UNet2DConditionModel or AutoencoderKL, float32; left as it is. The scorer may read its gradients.
-        feeds: component of `HALVES` -> example inputs in the order of its wrapper in `exporters.source.networks`.
+        feeds: component of `HALVES` -> example inputs in the order of its wrapper, any values, whose shapes and dtypes
+            it takes.
         widths: the shape to reach.
         scorer: a group of torch-pruning -> importance of each of its channels, (N,) float32.
         where: names the network in messages.
@@ -60,7 +61,7 @@ def removed_channels(entry: ChannelGroup, scores: Tensor, graph: Graph) -> list[
 
     Args:
         entry: the group.
-        scores: (N,) importance.
+        scores: (N,) float32 importance.
         graph: says how many stay.
     """
     kept = graph.kept(entry)

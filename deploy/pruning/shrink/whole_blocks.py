@@ -1,4 +1,4 @@
-"""Whole blocks removed from a U-Net, in the manner of BK-SDM (Kim et al. 2023, arXiv:2305.15798, section 3)."""
+"""Removes whole blocks from a U-Net, in the manner of BK-SDM (Kim et al. 2023, arXiv:2305.15798, section 3)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from runtimes.errors import InputError
 
 
 def remove_blocks(network: Any, kind: str, where: str) -> Any:
-    """A copy of a network without some of its blocks; it loads with diffusers, whose config can say all of these.
+    """A copy of a network without some of its blocks; it loads with diffusers, whose config can describe all of these.
 
     Args:
         network: UNet2DConditionModel; left as it is.

@@ -1,4 +1,4 @@
-"""How much the output bears at each level: one width pruned at a time, then the shape expected to hurt least."""
+"""Measures how much pruning the output bears at each level, and chooses the widths expected to hurt least."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which widths a pruned network gets: the levels of a diffusers config, what they can shrink to, the new config.
+"""Chooses the widths of a pruned network: levels of a diffusers config, what they can shrink to, the new config.
 
 diffusers builds a network from its config, so a pruned one loads with `from_pretrained` only if the config can say
 its shape. A config has one width per resolution level (`block_out_channels`), the heads of each level, and one number
