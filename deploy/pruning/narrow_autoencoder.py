@@ -143,7 +143,7 @@ def prune_half(source: Bundle, name: str, config: Mapping[str, Any]) -> tuple[An
     details: dict[str, Any] = {"pruning": {
         "parameters_before": size_of(torch_component(name, network)),
         "channels": {"method": config["method"], "before": [level.width for level in levels],
-                     "kept": list(widths.kept), "removed": round(widths.removed, 4)}}}
+                     "kept": list(widths.remaining), "removed": round(widths.removed, 4)}}}
     if config["steps"]:
         details["recovery"] = _recover(source, name, network, smaller, latents, config)
     return smaller.to("cpu"), details

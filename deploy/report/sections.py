@@ -174,9 +174,9 @@ def conversions(manifest: Manifest) -> list[dict[str, Any]]:
         found = component.details.get("conversion", {})
         if not found.get("converted"):
             continue
-        kept = {reason: sum(types.values()) for reason, types in found.get("kept_float32", {}).items()}
-        rows.append({"name": name, "converted": sum(found["converted"].values()), "kept": sum(kept.values()),
-                     "reasons": ", ".join(f"{reason} {count}" for reason, count in sorted(kept.items()))})
+        left = {reason: sum(types.values()) for reason, types in found.get("kept_float32", {}).items()}
+        rows.append({"name": name, "converted": sum(found["converted"].values()), "kept": sum(left.values()),
+                     "reasons": ", ".join(f"{reason} {count}" for reason, count in sorted(left.items()))})
     return rows
 
 

@@ -2,7 +2,7 @@
 
 An entry is a file or a folder below `cache_home()/<kind>`, and was last used at its modification time, which `use`
 renews. A live process is one that holds the lock of a scratch folder: whatever was used since it made the folder is
-held. Entries leave under the lock of their folder, by which `use` is told whether they are still there.
+held. Entries leave under the lock of their folder, by which `use` learns whether they are still there.
 """
 
 from __future__ import annotations

@@ -25,7 +25,8 @@ _LENGTH = r"(?:\.\.\.|\d+[A-Z]?|[A-Za-z_][\w.']*)"
 _AXIS = rf"[-*]?{_LENGTH}(?: ?[*/+|-] ?{_LENGTH})*"
 SHAPE = re.compile(
     rf"(?<!\w)\((?:\)|{_AXIS},(?: ?{_AXIS},)*(?: ?{_AXIS})?\))|\bscalars?\b|\b(?:one|two|three|four)-dimensional\b"
-    r"|\b(?:any|same|own|its|their|whatever|declared|whose|every|original) shapes?\b|\bshapes? (?:of|and dtypes?)\b|\bdtypes? and shapes?\b"
+    r"|\b(?:any|same|own|its|their|whatever|declared|whose|every|original) shapes?\b"
+    r"|\bshapes? (?:of|and dtypes?)\b|\bdtypes? and shapes?\b"
 )
 DTYPE = re.compile(r"\b(?:b?float(?:16|32|64)|u?int(?:4|8|16|32|64)|float8\w*|bool|dtypes?)\b")
 # What the numbers are: a unit, a range, or the quantity whose unit is its own.

@@ -93,9 +93,9 @@ class Graph:
                                       where=self._where, fix="this is a bug of ldm-deploy: report it")
                 group.prune()
 
-    def kept(self, entry: ChannelGroup) -> int:
-        """How many channels a group keeps."""
-        return self._widths.kept[entry.level] * entry.factor
+    def remaining(self, entry: ChannelGroup) -> int:
+        """How many channels of a group remain."""
+        return self._widths.remaining[entry.level] * entry.factor
 
     def heads(self, entry: ChannelGroup) -> tuple[int, int]:
         """Attention heads of a group now and after."""
@@ -126,7 +126,7 @@ class Graph:
 
     def _checked(self, entry: ChannelGroup) -> ChannelGroup:
         expected = self._widths.levels[entry.level].width * entry.factor
-        if entry.width != expected or (self.kept(entry) % entry.parts and entry.kind != "attention"):
+        if entry.width != expected or (self.remaining(entry) % entry.parts and entry.kind != "attention"):
             raise InputError(f"{entry.layer} has {entry.width} channels, which do not follow from its level's width",
                              where=self._where, fix="use prune_blocks or mask instead")
         return entry

@@ -89,8 +89,8 @@ def _narrowed(network: Any, source: Bundle, name: str, config: Mapping[str, Any]
         errors = scan(levels, error_of)
         widths = sensitive_widths(levels, ratio, errors)
         details["sensitivity"] = [{str(w): round(e, 5) for w, e in sorted(level.items())} for level in errors]
-    details |= {"before": [level.width for level in levels], "kept": list(widths.kept), "heads": list(widths.heads),
-                "removed": round(widths.removed, 4)}
+    details |= {"before": [level.width for level in levels], "kept": list(widths.remaining),
+                "heads": list(widths.heads), "removed": round(widths.removed, 4)}
     return prune_network(network, feeds, widths, scorer, name), details
 
 

@@ -79,8 +79,8 @@ def _renamed(name: str, layers: int, depth: int, kind: str) -> str | None:
         block -= side == "up"
     inner = re.match(r"(resnets|attentions)\.(\d+)\.(.*)", rest)
     if inner is not None:
-        kept = {0: 0} if side == "down" else {0: 0, layers: 1}
-        number = kept.get(int(inner[2]))
+        numbers = {0: 0} if side == "down" else {0: 0, layers: 1}
+        number = numbers.get(int(inner[2]))
         if number is None:
             return None
         rest = f"{inner[1]}.{number}.{inner[3]}"
