@@ -18,6 +18,7 @@ from tests.structure.arrows import (
 )
 from tests.structure.docstrings import array_docstrings
 from tests.structure.functions import Function, functions, p95, unet_literals
+from tests.structure.words import banned_words
 
 
 def counts(root: Path = ROOT) -> dict[str, str]:
@@ -67,6 +68,7 @@ def _literals(root: Path) -> Iterator[tuple[str, str]]:
     said = sum(not place.missing for place in places)
     yield 'lines with a literal "unet" outside families and sources', f"{len(lines)} in {_modules(lines)} modules"
     yield "array docstrings with shape, dtype and unit", f"{said} of {len(places)} ({100 * said / len(places):.0f} %)"
+    yield "words that the field does not use", str(len(banned_words(root)))
 
 
 def _modules(lines: list[str]) -> int:
