@@ -270,7 +270,8 @@ def test_names_and_sentences_use_the_words_of_the_field():
 
 def test_a_banned_word_is_found_in_names_comments_docstrings_and_messages_but_not_in_keys(tree_copy):
     (tree_copy / "runtimes" / "words.py").write_text(
-        '"""A picture of it."""\nKEY = "pictures"\n\n\n# told so\nclass KeptOnes:\n    drawn_by = f"a {KEY} was drawn"\n'
+        '"""A picture of it."""\nKEY = "pictures"\n\n\n'
+        '# told so\nclass KeptOnes:\n    drawn_by = f"a {KEY} was drawn"\n'
         '    tolder = "files are kept"\n')
     found = [word for word in banned_words(tree_copy) if word.startswith("runtimes.words:")]
     assert [word.removeprefix("runtimes.words:") for word in found] == [
