@@ -13,6 +13,7 @@ from deploy.cli import build_commands, file_commands, machine_commands
 from deploy.cli.derived_options import derived_command, described
 from deploy.cli.machine_commands import Json
 from runtimes.errors import DeployError, UnavailableError
+from runtimes.system.device import CPU, Device
 
 app = typer.Typer(
     name="ldm-deploy",
@@ -26,8 +27,9 @@ derived_command(app, build_commands.prune_options)(build_commands.prune)
 
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="folder that `build` wrote")]
 BundlePaths = Annotated[list[Path], typer.Argument(metavar="BUNDLE...", help="folders that `build` wrote")]
-Device = Annotated[str, described("where the bundle runs: cpu, cuda, tensorrt or tensorrt-rtx; with OpenVINO cpu, gpu, "
-                                  "npu or auto", default="cpu")]
+DeviceOption = Annotated[Device, described(
+    "where the bundle runs: cpu, cuda, tensorrt or tensorrt-rtx, with OpenVINO cpu, gpu, npu or auto; the second "
+    "GPU is cuda:1", default="cpu", parser=Device.parse, metavar="KIND[:NUMBER]")]
 Threads = Annotated[int, described("CPU threads, 0 being one for each core", default=0, least=0)]
 Hint = Annotated[str, described("how OpenVINO shares the cores: each call has all of them, or calls run side by side",
                                 default="latency", choices=("latency", "throughput"))]
@@ -86,7 +88,7 @@ def generate(
     metadata: Annotated[bool, typer.Option("--metadata/--no-metadata", help="prompt, seed and bundle hash in the PNG")]
     = True,
     lora: Lora = [],  # noqa: B006
-    device: Device = "cpu",
+    device: DeviceOption = CPU,
     threads: Threads = 0,
     hint: Hint = "latency",
     pin_threads: PinThreads = False,
@@ -114,7 +116,7 @@ def generate(
 def tradeoffs(
     bundle: BundlePath,
     images: Annotated[int, described("images that are generated with each setting", default=100, least=1)] = 100,
-    device: Device = "cpu",
+    device: DeviceOption = CPU,
     threads: Threads = 0,
     json: Json = False,
 ) -> None:
@@ -137,7 +139,7 @@ def verify(
     against: Annotated[str | None, described("source model, a folder or OWNER/NAME on the Hub",
                                              default="where the bundle was built from")] = None,
     effort: Effort = "auto",
-    device: Device = "cpu",
+    device: DeviceOption = CPU,
     json: Json = False,
 ) -> None:
     """Compare a bundle with its PyTorch source at component, trajectory and image level."""
@@ -162,7 +164,7 @@ def bench(
     guidance: Annotated[float, described(GUIDANCE, default=7.5)] = 7.5,
     batch: Annotated[str, described("images of one call, at least 1; several batches with commas: 1,2,4,8",
                                     default=1)] = "1",
-    device: Device = "cpu",
+    device: DeviceOption = CPU,
     threads: Threads = 0,
     json: Json = False,
 ) -> None:
@@ -203,7 +205,7 @@ def diagnose(
     grid: Annotated[Path | None, described("PNG file to write: the image after each step", default=None)] = None,
     steps: Annotated[int, described("denoising steps of an image", default=20, least=2)] = 20,
     guidance: Annotated[float, described(GUIDANCE, default=5.0)] = 5.0,
-    device: Device = "cpu",
+    device: DeviceOption = CPU,
     json: Json = False,
 ) -> None:
     """Find what is wrong with images: VAE, U-Net without a prompt, response to text, guidance, in this order."""
