@@ -146,6 +146,8 @@ class _Tree:
             return isinstance(annotation.value, str) and self._is_array(module, _parsed(annotation.value), seen)
         if isinstance(annotation, ast.Subscript) and _last_name(annotation.value) in SKIPPED:
             return False
+        if isinstance(annotation, ast.Call):  # metadata of Annotated: its texts are no types
+            return False
         if isinstance(annotation, ast.Attribute):
             return annotation.attr in ARRAYS
         if isinstance(annotation, ast.Name):
