@@ -14,9 +14,10 @@ from deploy.core.pass_cache import Cache, default_root, versions_of
 from deploy.core.progress import Listener
 from deploy.model.source_bundle import open_origin
 from deploy.passes.prune import NAME as DENOISER
-from runtimes.backends.session import Session, SessionOptions, open_session
+from runtimes.backends.session import Session, SessionOptions
 from runtimes.bundle.folder import Bundle
 from runtimes.errors import ParityError, UnavailableError
+from runtimes.pipeline.bundle_sessions import open_session
 
 if TYPE_CHECKING:
     from deploy.core.spec import BuildSpec

@@ -13,8 +13,9 @@ from deploy.core.doctor import machine
 from deploy.core.pass_cache import Cache, default_root, versions_of
 from deploy.core.progress import Listener
 from deploy.model.source_bundle import open_origin
-from runtimes.backends.session import Session, SessionOptions, open_session
+from runtimes.backends.session import Session, SessionOptions
 from runtimes.errors import InputError
+from runtimes.pipeline.bundle_sessions import open_session
 
 if TYPE_CHECKING:
     from deploy.core.spec import BuildSpec
