@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 from rich.text import Text
 
+from deploy.core.layer_list import LAYERS_FILE
 from deploy.parity.upstream.levels import in_words
 from deploy.report.page import grouped
 from deploy.report.sections import pass_rows
@@ -227,7 +228,7 @@ def _show_candidates(tried: Sequence[Mapping[str, Any]]) -> None:
 
 def show_search(bundle: Bundle) -> None:
     """The Pareto front of `--precision auto`, and what its layers became."""
-    file = bundle.path / "components" / "unet" / "quantization.json"
+    file = bundle.path / "components" / "unet" / LAYERS_FILE
     found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if "front" not in found:
         return

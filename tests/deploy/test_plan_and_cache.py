@@ -159,7 +159,7 @@ def test_what_a_read_component_is_counts_and_where_it_lies_does_not(bundle: Bund
 
 def test_calibration_recordings_know_the_facts(bundle: Bundle, monkeypatch, tmp_path: Path):
     """Two models of the same networks that scale latents differently are recorded apart."""
-    from deploy.quantization import recipes
+    from deploy.quantization.calibration_data import record_calibration
 
     seen: list[Any] = []
     monkeypatch.setattr("calibration.trajectory.recorder.record",
@@ -168,7 +168,7 @@ def test_calibration_recordings_know_the_facts(bundle: Bundle, monkeypatch, tmp_
     other = Bundle(bundle.path, dataclasses.replace(bundle.manifest, pipeline=PipelineFacts(4, 8, 0.5, 64, 64, 16)))
     monkeypatch.setattr("runtimes.pipeline.loading.BundleSessions", lambda *_: {})
     for b in (bundle, other, bundle):
-        recipes.record_calibration(b, calibration)
+        record_calibration(b, calibration)
     assert seen[0] == seen[2] != seen[1]
 
 
