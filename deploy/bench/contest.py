@@ -203,7 +203,7 @@ def _bundle_command(bundle: Bundle, threads: int, device: str) -> list[str]:
 
 
 def _torch_command(bundle: Bundle, threads: int, kind: str) -> list[str]:
-    from deploy.build.verify import source_of
+    from deploy.building.verify import source_of
     from deploy.model.hub import is_name
     from deploy.model.read_from import model_folder
 

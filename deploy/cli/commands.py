@@ -100,7 +100,7 @@ def build(
     output: Annotated[Path | None, typer.Option("-o", "--output", help="default: build/MODEL-TARGET-PRECISION")] = None,
 ) -> None:
     """Build a bundle: load, export, optimize, and prove it equal to PyTorch."""
-    from deploy.build.choose import plan_build, run_build
+    from deploy.building.choose import plan_build, run_build
     from deploy.cli import console
     from deploy.core.pruning_options import given_options
     from deploy.core.spec import covering, make_spec, parse_budget, parse_engine, parse_shapes
@@ -162,7 +162,7 @@ def prune_model(
     output: Annotated[Path, typer.Option("-o", "--output", help="folder in diffusers layout")] = Path("pruned"),
 ) -> None:
     """Write a smaller model as a diffusers folder."""
-    from deploy.build.prune_folder import prune_folder
+    from deploy.building.prune_folder import prune_folder
     from deploy.cli import console
     from deploy.core.pruning_options import given_options
     from deploy.core.spec import make_spec, parse_budget
@@ -274,7 +274,7 @@ def verify(
     json: Json = False,
 ) -> None:
     """Compare a bundle with its PyTorch source at component, trajectory and image level."""
-    from deploy.build.verify import verify_bundle
+    from deploy.building.verify import verify_bundle
     from deploy.cli import console
 
     result = verify_bundle(bundle, against, device=device, effort=effort)

@@ -60,7 +60,7 @@ def opened(target: str, device: str) -> Iterator[tuple[Mapping[str, Session], Bu
     if device.lower() != "cpu":
         raise InputError("a model is diagnosed in PyTorch on the CPU", where="--device",
                          fix="leave it out, or build a bundle and diagnose that")
-    from deploy.build.builder import load_source, workspace
+    from deploy.building.builder import load_source, workspace
     from deploy.core.pass_cache import Cache, default_root
     from deploy.core.progress import Silent
     from deploy.core.spec import BuildSpec

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from deploy.build.builder import _run_pass, workspace
+from deploy.building.builder import _run_pass, workspace
 from deploy.core.pass_cache import Cache, key_of
 from deploy.core.plan import Pass, Skip, Step, load_passes, plan_all
 from deploy.core.progress import Silent
@@ -166,7 +166,7 @@ def test_calibration_recordings_know_the_facts(bundle: Bundle, monkeypatch, tmp_
                         lambda *_, source, **__: seen.append(digest_of(source)))
     calibration = {"steps": 20, "strength": 0.6, "prompts": ["a cat"], "samples": 8, "guidance_scale": 5.0}
     other = Bundle(bundle.path, dataclasses.replace(bundle.manifest, pipeline=PipelineFacts(4, 8, 0.5, 64, 64, 16)))
-    monkeypatch.setattr("runtimes.pipeline.loading.BundleSessions", lambda *_: {})
+    monkeypatch.setattr("runtimes.pipeline.bundle_sessions.BundleSessions", lambda *_: {})
     for b in (bundle, other, bundle):
         record_calibration(b, calibration)
     assert seen[0] == seen[2] != seen[1]

@@ -23,7 +23,7 @@ from calibration.integers.ranges import Scheme
 from calibration.recipes.one_graph import Settings, quantize_graph
 from calibration.targets import SCHEMES
 from calibration.trajectory.recorder import Recording
-from deploy.build.choose import run_build
+from deploy.building.choose import run_build
 from deploy.core.spec import BuildSpec
 from deploy.quantization.calibration_data import plan_calibration, record_calibration
 from runtimes.bundle.folder import Bundle

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from deploy.bench.contest import spread
-from deploy.build.choose import run_build
+from deploy.building.choose import run_build
 from deploy.core.pass_cache import default_root
 from deploy.core.spec import REFERENCE, BuildSpec
 from deploy.parity.metrics import relative_l2
