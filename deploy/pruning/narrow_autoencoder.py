@@ -15,8 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deploy.core.pass_cache import default_root, pipeline_identity
-from deploy.core.progress import listener
+from deploy.core.pass_cache import pipeline_identity
 from deploy.pruning.recovery.recover_network import train
 from deploy.pruning.recovery.training_loop import Schedule
 from deploy.pruning.shrink.importance import scorer_of
@@ -28,7 +27,9 @@ from exporters.source.networks import torch_component
 from runtimes.bundle.folder import Bundle, replacing
 from runtimes.bundle.manifest import digest_of, to_json
 from runtimes.codec.autoencoder import unscaled
+from runtimes.system.cache_root import cache_home
 from runtimes.system.cache_store import use
+from runtimes.system.progress import listener
 
 ENCODER, DECODER = HALVES[AUTOENCODER]
 DENOISER = "unet"
@@ -160,7 +161,7 @@ def own_latents(source: Bundle, config: Mapping[str, Any], count: int) -> Tensor
     generated_by = {name: source.component(name).sha256 for name in (DENOISER, "text_encoder")}
     key = {"weights": generated_by, "pipeline": pipeline_identity(source.manifest), "prompts": config["prompts"],
            "guidance_scale": config["guidance_scale"], "count": count}
-    file = default_root() / "recover" / f"latents-{digest_of(to_json(key))}.safetensors"
+    file = cache_home() / "recover" / f"latents-{digest_of(to_json(key))}.safetensors"
     if not use(file):
         device = "cuda" if torch.cuda.is_available() else "cpu"
         teacher = Teacher.load(source, DENOISER, config["prompts"], config["guidance_scale"], device)

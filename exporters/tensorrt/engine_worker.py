@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from runtimes.backends.tensorrt.engine_errors import error_recorder
-from runtimes.system.child_process import die_with_parent
+from runtimes.system.child_process import as_child
 from runtimes.system.process_memory import peak_rss_bytes
 
 # Freeing a network whose build failed crashes TensorRT-RTX 1.7.1; the process ends right after, without clean-up.
@@ -28,11 +28,11 @@ _LEVELS = {"ampere-plus": "AMPERE_PLUS", "same-compute-capability": "SAME_COMPUT
 def main() -> None:
     """Read the request, build, write the answer beside it."""
     request_file = Path(sys.argv[1])
-    die_with_parent()
-    request = json.loads(request_file.read_text())
-    answer = build(request)
-    request_file.with_suffix(".answer").write_text(json.dumps(answer))
-    os._exit(0)
+    with as_child():
+        request = json.loads(request_file.read_text())
+        answer = build(request)
+        request_file.with_suffix(".answer").write_text(json.dumps(answer))
+        os._exit(0)
 
 
 def build(request: dict[str, Any]) -> dict[str, Any]:

@@ -70,9 +70,8 @@ def test_auto_takes_the_runtime_that_measured_faster(tiny_model: Path, build_cac
 
 def test_auto_measures_every_runtime_that_is_installed(tiny_model: Path, build_cache: Path):
     from deploy.building.choose_target import _measured
-    from deploy.core.progress import Silent
 
-    found = _measured(BuildSpec(model=str(tiny_model)), ["onnxruntime", "openvino"], build_cache, Silent())
+    found = _measured(BuildSpec(model=str(tiny_model)), ["onnxruntime", "openvino"], build_cache)
     assert sorted(found) == ["onnxruntime", "openvino"]
     assert all(seconds > 0 for seconds in found.values())
 

@@ -12,7 +12,6 @@ import pytest
 from deploy.building.builder import _run_pass, workspace
 from deploy.core.pass_cache import Cache, key_of
 from deploy.core.plan import Pass, Skip, Step, load_passes, plan_all
-from deploy.core.progress import Silent
 from deploy.core.spec import BuildSpec
 from deploy.passes import PASSES
 from runtimes.bundle.folder import Bundle, records_below, write_manifest
@@ -92,7 +91,7 @@ def bundle(tmp_path: Path) -> Bundle:
 def run(instance: Pass, bundle: Bundle, cache: Cache, folder: Path) -> tuple[Bundle, dict]:
     step = instance.plan(bundle.manifest, BuildSpec())
     assert isinstance(step, Step)
-    return _run_pass(instance, step, bundle, folder, cache, Silent())
+    return _run_pass(instance, step, bundle, folder, cache)
 
 
 def test_a_pass_is_run_once_and_then_taken_from_the_cache(bundle: Bundle, tmp_path: Path):

@@ -20,6 +20,7 @@ from deploy.quantization import precision_search
 from deploy.quantization.precision_search import Trial, Trials, search
 from runtimes.bundle.folder import Bundle
 from runtimes.errors import ParityError
+from runtimes.system.cache_root import rooted
 from tests.runtimes.fakes import AFFINE, affine_bundle
 
 
