@@ -140,8 +140,8 @@ def build(
     if dry_run:
         console.show_plan(plan_build(build_spec), build_spec, output)
         return
-    with console.BuildProgress() as progress:
-        outcome = run_build(build_spec, output, progress=progress)
+    with console.shown_progress():
+        outcome = run_build(build_spec, output)
     console.show_outcome(outcome)
 
 
@@ -170,8 +170,8 @@ def prune_model(
     options = given_options(prune, prune_vae, prune_method, prune_widths, prune_blocks, mask, recover, recover_prompts)
     options |= {"model": model} if model else {}
     options |= {"budget": parse_budget(budget), "verify": "no" if no_verify else verify}
-    with console.BuildProgress() as progress:
-        components = prune_folder(make_spec(options), output, progress=progress)
+    with console.shown_progress():
+        components = prune_folder(make_spec(options), output)
     console.show_pruned(components, output)
 
 
@@ -259,8 +259,8 @@ def tradeoffs(
     from runtimes.bundle.folder import Bundle
 
     opened = Bundle.open(bundle)
-    with console.BuildProgress() as progress:
-        measured = measure(opened, images=images, device=device, threads=threads, progress=progress.working)
+    with console.shown_progress():
+        measured = measure(opened, images=images, device=device, threads=threads)
     file = presets.save(opened.manifest.digest, measured)
     console.print_json(presets.summary(measured)) if json else console.show_tradeoffs(measured, file)
 
@@ -277,7 +277,8 @@ def verify(
     from deploy.building.verify import verify_bundle
     from deploy.cli import console
 
-    result = verify_bundle(bundle, against, device=device, effort=effort)
+    with console.shown_progress():
+        result = verify_bundle(bundle, against, device=device, effort=effort)
     console.print_json(result.to_json()) if json else console.show_verification(result)
     result.enforce()
     if result.unverified:
@@ -305,7 +306,8 @@ def bench(
 
     options = BenchOptions(tuple(a.strip() for a in against.split(",") if a.strip()), rounds, steps, guidance,
                            parse_numbers(batch, "--batch"), threads, device)
-    report = run_bench(bundles, options, console.say)
+    with console.shown_progress():
+        report = run_bench(bundles, options)
     console.print_json(report) if json else show_bench(report)
 
 
@@ -339,7 +341,8 @@ def diagnose(
     from deploy.diagnose.run_checks import DiagnoseOptions, diagnose_pipeline
 
     options = DiagnoseOptions(tuple(image), steps, guidance, device)
-    found = diagnose_pipeline(target, options, grid, console.say)
+    with console.shown_progress():
+        found = diagnose_pipeline(target, options, grid)
     console.print_json(found.to_json()) if json else console.show_diagnosis(found)
     found.enforce()
 

@@ -28,6 +28,7 @@ from runtimes.errors import ParityError, UnavailableError
 from runtimes.pipeline.bundle_sessions import BundleSessions, needed
 from runtimes.system.cache_root import cache_home
 from runtimes.system.compute_identity import runtime_identity
+from runtimes.system.progress import listener
 
 TIMED_CALLS = 9
 DENOISER = "unet"
@@ -88,11 +89,13 @@ class Trials:
 
     def generate(self, name: str, unet: Path) -> Trial:
         """Generate everything that the gate will generate, and compare."""
+        listener().working(f"quantize: trying {name}")
         key = {**self._identity, "unet": {part.name: sha256_of(part) for part in parts_of(unet)}}
         if (known := self._cache.find_fact(key)) is None:
             known = asdict(self._generated(name, unet))
             self._cache.store_fact(key, known)
         self.done.append(trial := Trial(**{**known, "name": name}))
+        listener().finished(f"quantize: {trial}, {'within' if trial.holds else 'outside'} the budget")
         return trial
 
     def _generated(self, name: str, unet: Path) -> Trial:

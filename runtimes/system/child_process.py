@@ -57,7 +57,8 @@ def _pass_on(line: bytes) -> bool:
         method, *arguments = json.loads(line)["progress"]
     except ValueError:  # the child was killed in the middle of it
         return True
-    {"working": listener().working, "advanced": listener().advanced, "finished": listener().finished}[method](*arguments)
+    to = listener()
+    {"working": to.working, "advanced": to.advanced, "finished": to.finished}[method](*arguments)
     return True
 
 

@@ -14,7 +14,6 @@ from calibration.recipes import candidates, one_graph
 from deploy.building.choose import run_build
 from deploy.cli import console
 from deploy.core.budgets import Budget
-from deploy.core.pass_cache import rooted
 from deploy.core.spec import BuildSpec
 from deploy.quantization import precision_search
 from deploy.quantization.precision_search import Trial, Trials, search

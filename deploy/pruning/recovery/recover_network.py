@@ -71,6 +71,7 @@ def train(task: Task, schedule: Schedule, key: Mapping[str, Any], *, keep_zeros:
     folder = cache_home() / "recover" / digest_of(key)
     task.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a quarter faster backwards
     training = Training(task, schedule, folder, keep_zeros=keep_zeros)
+    listener().working("recover: learning from the original")
     if training.step:
         listener().finished(f"recover: going on from step {training.step} of {schedule.steps}")
     try:
