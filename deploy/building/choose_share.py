@@ -11,7 +11,7 @@ from deploy.building.builder import build_decided, workspace
 from deploy.core.call_times import seconds_in_turns, usual_feeds
 from deploy.core.pass_cache import Cache, versions_of
 from deploy.model.source_bundle import open_origin
-from deploy.passes.prune import NAME as DENOISER
+from deploy.pruning.planning import DENOISER
 from runtimes.backends.session import Session, SessionOptions, open_session
 from runtimes.bundle.folder import Bundle
 from runtimes.errors import ParityError, UnavailableError

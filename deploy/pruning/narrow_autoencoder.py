@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deploy.core.pass_cache import pipeline_identity
+from deploy.pruning.planning import DENOISER, GENERATES_WITH
 from deploy.pruning.recovery.recover_network import train
 from deploy.pruning.recovery.training_loop import Schedule
 from deploy.pruning.shrink.importance import scorer_of
 from deploy.pruning.shrink.prune_network import size_of
 from deploy.pruning.shrink.structured import HALVES, prune_network
 from deploy.pruning.shrink.widths import AUTOENCODER, config_of, levels_of, uniform_widths
-from deploy.pruning.teacher.original import Teacher, example_feeds, load_source_module
+from deploy.pruning.teacher.original import Teacher, example_feeds, load_source_module, training_device
 from exporters.source.networks import torch_component
 from runtimes.bundle.folder import Bundle, replacing
 from runtimes.bundle.manifest import digest_of, to_json
@@ -32,7 +33,6 @@ from runtimes.system.cache_store import use
 from runtimes.system.progress import listener
 
 ENCODER, DECODER = HALVES[AUTOENCODER]
-DENOISER = "unet"
 SCORED, LEARNED, JUDGED = 32, 64, 16  # trajectories: for importance; to learn from, and others for the figures
 GENERATED_AT_ONCE = 16
 
@@ -158,12 +158,12 @@ def own_latents(source: Bundle, config: Mapping[str, Any], count: int) -> Tensor
     Raises:
         InputError: a U-Net with other inputs than sample, timestep and text.
     """
-    generated_by = {name: source.component(name).sha256 for name in (DENOISER, "text_encoder")}
+    generated_by = {name: source.component(name).sha256 for name in GENERATES_WITH}
     key = {"weights": generated_by, "pipeline": pipeline_identity(source.manifest), "prompts": config["prompts"],
            "guidance_scale": config["guidance_scale"], "count": count}
     file = cache_home() / "recover" / f"latents-{digest_of(to_json(key))}.safetensors"
     if not use(file):
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = training_device()
         teacher = Teacher.load(source, DENOISER, config["prompts"], config["guidance_scale"], device)
         listener().finished(f"prune-vae: generating {count} images to learn from")
         generated = teacher.trajectories(min(count, GENERATED_AT_ONCE)).generate(count)
@@ -194,7 +194,7 @@ def accumulate_cycle_gradients(network: Any, latents: Tensor) -> None:
 def _recover(source: Bundle, name: str, network: Any, smaller: Any, latents: Tensor,
              config: Mapping[str, Any]) -> dict[str, Any]:
     """Train one half of `smaller` in place; what the training did, JSON-able."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = training_device()
     latents, student = latents.to(device), torch_component(name, smaller.to(device))
     decoder = torch_component(DECODER, network.to(device))
     encoder = torch_component(ENCODER, network) if name == ENCODER else None
@@ -202,7 +202,7 @@ def _recover(source: Bundle, name: str, network: Any, smaller: Any, latents: Ten
     task = HalfDistillation(student, decoder, encoder, latents[:LEARNED], recipe)
     inputs, wanted = _example(decoder, encoder, latents[LEARNED:])
     before = _relative_l2(student, inputs, wanted)
-    read = {part: source.component(part).sha256 for part in (name, DENOISER, "text_encoder")}
+    read = {part: source.component(part).sha256 for part in (name, *GENERATES_WITH)}
     train(task, recipe, {"weights": read, "half": name, "config": to_json(config),
                          "pipeline": pipeline_identity(source.manifest)})
     return {"steps": recipe.steps, "device": device, "relative_l2_before": round(before, 5),

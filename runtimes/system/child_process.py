@@ -57,8 +57,7 @@ def _pass_on(line: bytes) -> bool:
         method, *arguments = json.loads(line)["progress"]
     except ValueError:  # the child was killed in the middle of it
         return True
-    to = listener()
-    {"working": to.working, "advanced": to.advanced, "finished": to.finished}[method](*arguments)
+    getattr(listener(), method)(*arguments)
     return True
 
 

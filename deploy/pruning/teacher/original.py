@@ -20,6 +20,11 @@ from runtimes.pipeline.loading import load_tokenizers, scheduler_config
 CALLS = ["sample", "timestep", "encoder_hidden_states"]
 
 
+def training_device() -> str:
+    """Where networks learn: on the GPU that the installed PyTorch computes on, else on the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 @dataclass(frozen=True)
 class Teacher:
     """A denoising network with prompts to generate.
