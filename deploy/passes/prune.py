@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from deploy.core.plan import Pass, Planned, Skip, Step, Unavailable
-from deploy.pruning.planning import DENOISER, TEACHER, WEIGHTS_FILE, generation_config
+from deploy.pruning.planning import DENOISER, GENERATES_WITH, TEACHER, WEIGHTS_FILE, generation_config
 from runtimes.bundle.folder import Bundle, link_or_copy, records_below
 from runtimes.bundle.manifest import Component, Manifest
 from runtimes.errors import InputError
 
 if TYPE_CHECKING:
     from deploy.core.spec import BuildSpec
+
+OWN_FOLDER, TEACHERS_FOLDER = f"components/{DENOISER}/", f"components/{TEACHER}/"
 
 
 class Prune(Pass):
@@ -42,11 +44,10 @@ class Prune(Pass):
         config = {"prune": spec.prune, "method": spec.prune_method, "widths": spec.prune_widths,
                   "blocks": spec.prune_blocks, "mask": spec.mask, **generation_config(before, spec)}
         generated = spec.prune and (spec.prune_method == "taylor" or spec.prune_widths == "sensitivity")
-        components = {**before.components, DENOISER: replace(component, files={}, file=f"components/{DENOISER}/{WEIGHTS_FILE}")}
-        reads: dict[str, tuple[str, ...]] = {DENOISER: (DENOISER, "text_encoder") if generated else (DENOISER,)}
+        components = {**before.components, DENOISER: replace(component, files={}, file=OWN_FOLDER + WEIGHTS_FILE)}
+        reads: dict[str, tuple[str, ...]] = {DENOISER: GENERATES_WITH if generated else (DENOISER,)}
         if spec.recover:
-            components[TEACHER] = replace(component, files={},
-                                          file=component.file.replace(f"components/{DENOISER}/", f"components/{TEACHER}/"))
+            components[TEACHER] = replace(component, files={}, file=component.file.replace(OWN_FOLDER, TEACHERS_FOLDER))
             reads[TEACHER] = (DENOISER,)
         step = Step(self.name, self.version, config, reads, replace(before, components=components), _summary(spec),
                     provisional=spec.recover > 0)
@@ -59,8 +60,7 @@ class Prune(Pass):
         folder.mkdir(parents=True)
         if name == TEACHER:
             for file in source.component(DENOISER).files:
-                beside = file.replace(f"components/{DENOISER}/", f"components/{TEACHER}/")
-                link_or_copy(source.path / file, out / beside)
+                link_or_copy(source.path / file, out / file.replace(OWN_FOLDER, TEACHERS_FOLDER))
             return replace(planned, files=records_below(folder, out))
         from deploy.pruning.shrink.prune_network import prune_unet, size_of, write_network
 

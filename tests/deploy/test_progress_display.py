@@ -25,7 +25,7 @@ def test_the_time_left_follows_from_what_was_done_since_the_first_count():
 def test_a_line_comes_now_and_then_though_the_work_says_nothing(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(progress_display, "EVERY_SECONDS", 0.01)
     stream = io.StringIO()
-    with shown_progress(Console(file=stream, markup=False, soft_wrap=True)):
+    with shown_progress(Console(file=stream, markup=False, emoji=False, soft_wrap=True)):
         listener().working("one long call")
         deadline = time.monotonic() + 30
         while "one long call: 0 s so far" not in stream.getvalue():
@@ -42,7 +42,7 @@ def test_a_line_comes_now_and_then_though_the_work_says_nothing(monkeypatch: pyt
 @pytest.mark.parametrize("unit", ["steps", "steps [loss 0.1]"])
 def test_a_terminal_gets_a_bar_with_the_count(unit: str):
     stream = io.StringIO()
-    console = Console(file=stream, force_terminal=True, width=120, markup=False)
+    console = Console(file=stream, force_terminal=True, width=120, markup=False, emoji=False)
     with shown_progress(console):
         listener().working("learning [fast]")
         listener().advanced(3, 10, unit)
