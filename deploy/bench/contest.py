@@ -1,6 +1,6 @@
-"""`bench`: bundles, and PyTorch beside them, generating in turns (A B A B ...), each in a process that idles meanwhile.
+"""Runs `bench`: bundles, and PyTorch beside them, generate in turns (A B A B ...), each in a process of its own.
 
-A machine that slows down slows all of them: what is reported as a ratio is the median of quotients within a round.
+A machine that slows down slows all of them, so a reported ratio is the median of the quotients within rounds.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from deploy.core.doctor import machine
 from deploy.parity.metrics import psnr_db
 from runtimes.bundle.folder import Bundle
 from runtimes.errors import InputError, UnavailableError
+from runtimes.system.device import CPU, Device
 from runtimes.system.progress import listener
 
 KINDS = {"torch": "eager", "torch.compile": "compile"}
@@ -49,7 +50,7 @@ class BenchOptions:
     guidance_scale: float = 7.5
     batches: tuple[int, ...] = (1,)
     threads: int = 0
-    device: str = "cpu"
+    device: Device = CPU
 
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.against) - set(KINDS)):
@@ -80,7 +81,7 @@ def run_bench(bundles: Sequence[Path], options: BenchOptions) -> dict[str, Any]:
     commands |= {kind: _torch_command(opened[0], threads, KINDS[kind]) for kind in options.against}
     report: dict[str, Any] = {
         "machine": machine(), "settings": {"rounds": options.rounds, "steps": options.steps, "threads": threads,
-                                           "guidance_scale": options.guidance_scale, "device": options.device},
+                                           "guidance_scale": options.guidance_scale, "device": str(options.device)},
         "load_before": os.getloadavg()[0]}
     listener().working("measuring what this machine can do")
     report["limits"] = {"gemm_gflops": gemm_flops() / 1e9, "copy_gigabytes_per_second": bandwidth() / 1e9}
@@ -197,8 +198,9 @@ def _names(paths: Sequence[Path]) -> list[str]:
     return names if len(set(names)) == len(names) else [str(path) for path in paths]
 
 
-def _bundle_command(bundle: Bundle, threads: int, device: str) -> list[str]:
-    return [sys.executable, "-m", "deploy.bench.child_bundle", str(bundle.path.resolve()), str(threads), device]
+def _bundle_command(bundle: Bundle, threads: int, device: Device) -> list[str]:
+    return [sys.executable, "-m", "deploy.bench.child_bundle", str(bundle.path.resolve()), str(threads),
+            str(device)]
 
 
 def _torch_command(bundle: Bundle, threads: int, kind: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""`tradeoffs`: time and accuracy of the sampling loop's settings, measured on one bundle for its presets."""
+"""Runs `tradeoffs`: measures time and accuracy of the sampling loop's settings on one bundle, for its presets."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from runtimes.bundle.folder import Bundle
 from runtimes.pipeline.diffusion import Pipeline
 from runtimes.pipeline.guidance import SHALLOW
 from runtimes.pipeline.loading import load
+from runtimes.system.device import CPU, Device
 from runtimes.system.progress import listener
 
 LONG_STEPS = 50
@@ -37,7 +38,7 @@ def candidates(bundle: Bundle) -> list[Setting]:
 
 
 def measure(
-    bundle: Bundle, *, images: int = 100, device: str = "cpu", threads: int = 0,
+    bundle: Bundle, *, images: int = 100, device: Device = CPU, threads: int = 0,
 ) -> list[Measured]:
     """Generate the same prompts from the same noise with every setting, then time one image in interleaved rounds.
 

@@ -12,9 +12,10 @@ from deploy.core.call_times import seconds_in_turns, usual_feeds
 from deploy.core.pass_cache import Cache, versions_of
 from deploy.model.source_bundle import open_origin
 from deploy.pruning.planning import DENOISER
-from runtimes.backends.session import Session, SessionOptions, open_session
+from runtimes.backends.session import Session, SessionOptions
 from runtimes.bundle.folder import Bundle
 from runtimes.errors import ParityError, UnavailableError
+from runtimes.pipeline.bundle_sessions import open_session
 from runtimes.system.cache_root import cache_home
 from runtimes.system.progress import Silent, listener, listening
 

@@ -23,11 +23,12 @@ from runtimes.codec.safety_checker import SAFETY_CHECKER
 from runtimes.errors import InputError
 from runtimes.pipeline.guidance import SHALLOW
 from runtimes.system.cache_root import cache_home, rooted
+from runtimes.system.device import CPU, Device
 
 __all__ = ["Verification", "verify_bundle"]
 
 
-def verify_bundle(path: Path, against: str | None = None, *, device: str = "cpu", effort: str = "auto",
+def verify_bundle(path: Path, against: str | None = None, *, device: Device = CPU, effort: str = "auto",
                   cache_root: Path | None = None) -> Verification:
     """Compare a bundle with its source at component, trajectory and image level.
 

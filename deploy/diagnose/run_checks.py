@@ -1,4 +1,4 @@
-"""`diagnose`: where a pipeline goes wrong, by four checks in the order in which its parts depend on each other."""
+"""Runs `diagnose`: four checks that find where a pipeline goes wrong, in the order in which its parts depend."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from runtimes.codec.pixels import open_image, to_pil, to_pixels
 from runtimes.errors import InputError
 from runtimes.pipeline.diffusion import Pipeline, Step
 from runtimes.system.cache_root import cache_home
+from runtimes.system.device import CPU, Device
 from runtimes.system.progress import listener
 
 Float32 = NDArray[np.float32]
@@ -42,11 +43,11 @@ class DiagnoseOptions:
     images: tuple[Path, ...] = ()
     steps: int = 20
     guidance_scale: float = 5.0
-    device: str = "cpu"
+    device: Device = CPU
 
 
 @contextmanager
-def opened(target: str, device: str) -> Iterator[tuple[Mapping[str, Session], Bundle]]:
+def opened(target: str, device: Device) -> Iterator[tuple[Mapping[str, Session], Bundle]]:
     """The networks of a bundle, by its runtime alone, or of a model, by PyTorch.
 
     Raises:
@@ -59,7 +60,7 @@ def opened(target: str, device: str) -> Iterator[tuple[Mapping[str, Session], Bu
         bundle = Bundle.open(target)
         yield BundleSessions(bundle, SessionOptions(device)), bundle
         return
-    if device.lower() != "cpu":
+    if device.kind != "cpu":
         raise InputError("a model is diagnosed in PyTorch on the CPU", where="--device",
                          fix="leave it out, or build a bundle and diagnose that")
     from deploy.building.builder import load_source, workspace
@@ -86,7 +87,7 @@ def diagnose_pipeline(target: str, options: DiagnoseOptions, grid: Path | None =
 
     Raises:
         InputError: it is neither, or an image cannot be read.
-        ParityError: its numbers are not finite: where is said.
+        ParityError: its numbers are not finite; the error says where.
     """
     with opened(target, options.device) as (sessions, bundle):
         probe, pipeline = Probe(sessions, bundle), assemble_pipeline(sessions, bundle)
@@ -116,14 +117,14 @@ def prompts_for(bundle: Bundle) -> tuple[str, ...]:
 
 
 def read_images(files: Sequence[Path], height: int, width: int) -> Float32 | None:
-    """(B, 3, H, W) float32 in -1..1, or None without files."""
+    """Pixels of the files, (B, 3, H, W) float32 in -1..1, or None without files."""
     if not files:
         return None
     return np.stack([to_pixels(open_image(file, str(file)), height, width) for file in files])
 
 
 def generate(probe: Probe, pipeline: Pipeline, prompts: tuple[str, ...], options: DiagnoseOptions) -> Samples:
-    """Generate with guidance, without, and without a prompt."""
+    """Generate the prompts with guidance and without, and as many images without a prompt."""
     estimates: list[Float32] = []
     wanted = {round(i * (options.steps - 1) / (GRID_COLUMNS - 1)) for i in range(GRID_COLUMNS)}
 
@@ -142,7 +143,7 @@ def generate(probe: Probe, pipeline: Pipeline, prompts: tuple[str, ...], options
 
 
 def write_grid(probe: Probe, generated: Samples, file: Path) -> None:
-    """A row for each prompt; in each column what the image will be, as far as the latents of that step tell."""
+    """Write a row for each prompt; each column shows the image that the latents of one step predict."""
     from deploy.core.image_files import save_images
 
     columns = [to_pil(to_uint8(probe.decode(latents))) for latents in generated.estimates]

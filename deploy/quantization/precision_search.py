@@ -21,13 +21,14 @@ from deploy.core.pass_cache import Cache
 from deploy.parity.options import gallery_for, options_for
 from deploy.parity.pipelines import check_pipeline
 from deploy.parity.reference.answers import Reference
-from runtimes.backends.session import SessionOptions, open_session
+from runtimes.backends.session import SessionOptions
 from runtimes.bundle.folder import Bundle, link_or_copy, records_below, sha256_of
 from runtimes.bundle.manifest import to_json
 from runtimes.errors import ParityError, UnavailableError
-from runtimes.pipeline.bundle_sessions import BundleSessions, needed
+from runtimes.pipeline.bundle_sessions import BundleSessions, needed, open_session
 from runtimes.system.cache_root import cache_home
 from runtimes.system.compute_identity import runtime_identity
+from runtimes.system.device import CPU
 from runtimes.system.progress import listener
 
 TIMED_CALLS = 9
@@ -84,7 +85,7 @@ class Trials:
         self._cache = Cache(cache_home())
         self._identity = {"trial": VERSION, "reference": self._reference.identity,
                           "low": {n: sha256_of(file) for n, file in sorted(low.items())}, "budget": asdict(budget),
-                          "options": to_json(self._options), "runtime": runtime_identity("cpu", "onnx")}
+                          "options": to_json(self._options), "runtime": runtime_identity(CPU, "onnx")}
         self.done: list[Trial] = []
 
     def generate(self, name: str, unet: Path) -> Trial:

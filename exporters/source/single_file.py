@@ -1,4 +1,4 @@
-"""One .safetensors file in the layout of CompVis and A1111 -> a diffusers folder, with configs of this machine.
+"""Converts one .safetensors file in the layout of CompVis and A1111 to a diffusers folder, with configs that are given.
 
 diffusers knows how the names correspond; nothing is downloaded, and a pickle (.ckpt) is never opened. Imports torch;
 import it inside the function that needs it.
@@ -42,8 +42,8 @@ def convert_single_file(checkpoint: Path, configs: Path, out: Path) -> Path:
         `out`.
 
     Raises:
-        InputError: a pickle, another layout, configs that are missing or describe another network, keys that mean
-            something that is not done.
+        InputError: a pickle, another layout, configs that are missing or describe another network, keys that ask
+            for something not supported.
         UnavailableError: the disk is full.
     """
     if checkpoint.suffix in (".ckpt", ".pt", ".pth", ".bin"):

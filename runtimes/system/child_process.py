@@ -1,5 +1,4 @@
-"""A module of ours in a process of its own: its progress reaches who listens here, what it prints is kept, and it does
-not outlive who asked for it."""
+"""Runs a module of ours in a process of its own: its progress is passed on, it writes to a log, and it ends with us."""
 
 from __future__ import annotations
 

@@ -35,9 +35,9 @@ from deploy.parity.pipelines import check_pipeline
 from deploy.parity.reference.answers import Reference
 from deploy.quantization.precision_search import ANYTHING, candidate_bundle
 from deploy.reference_models import subject_names
-from runtimes.backends.session import Session, SessionOptions, open_session
+from runtimes.backends.session import Session, SessionOptions
 from runtimes.bundle.folder import Bundle, committed
-from runtimes.pipeline.bundle_sessions import BundleSessions
+from runtimes.pipeline.bundle_sessions import BundleSessions, open_session
 from runtimes.system.cache_root import cache_home
 from tests.deploy.real_size import write_model
 from tests.peers.results import new_report, save, show

@@ -1,4 +1,4 @@
-"""Recovery of one network of a bundle, its checkpoint in the cache."""
+"""Retrains one pruned network of a bundle, with its checkpoint in the cache."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from deploy.core.pruning_options import TRAJECTORIES
 from deploy.pruning.recovery.distill import Distillation, Recipe
 from deploy.pruning.recovery.training_loop import Schedule, Task, Training
 from deploy.pruning.shrink.prune_network import relative_error
-from deploy.pruning.teacher.original import Teacher, load_source_module, training_device
+from deploy.pruning.teacher.original import Teacher, load_source_module
+from deploy.pruning.training_device import training_device
 from runtimes.bundle.folder import Bundle
 from runtimes.bundle.manifest import digest_of, to_json
 from runtimes.system.cache_root import cache_home

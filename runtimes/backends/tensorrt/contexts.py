@@ -78,7 +78,7 @@ class Contexts:
 
         Args:
             profile: index of the optimization profile that holds the shapes.
-            feeds: inputs by name, as the component's specs say.
+            feeds: inputs by name, with shape and dtype as their TensorSpecs say.
 
         Returns:
             outputs by name, fresh arrays.
