@@ -1,4 +1,4 @@
-"""LoRA files (Hu et al., arXiv 2106.09685) in the formats of diffusers, PEFT and kohya: what they add to which weight.
+"""Reads what LoRA files (Hu et al., arXiv 2106.09685) of diffusers, PEFT and kohya add to which weight.
 
     W' = W + scale * alpha / rank * up @ down
 """
@@ -109,7 +109,7 @@ class Factors:
     up: Array
 
     def delta(self, shape: tuple[int, ...], where: str) -> Array:
-        """up @ down in the shape of the weight, (out, in) or a convolution's (out, in, h, w).
+        """up @ down in the shape of the weight, (out, in) or a convolution's (out, in, height, width), float32.
 
         Raises:
             InputError: it does not fit, or is not finite.
@@ -128,7 +128,7 @@ def parse_lora(option: str) -> tuple[Path, float]:
     """Read `FILE[:SCALE]`.
 
     Raises:
-        InputError: a scale that is no finite number.
+        InputError: the scale is not a finite number.
     """
     name, colon, text = option.rpartition(":")
     if not colon or text.endswith(".safetensors"):
@@ -169,7 +169,7 @@ def read_factors(file: Path, network: str, scale: float, modules: Iterable[str],
             raise InputError(f"{first} {lacks}", where=str(file), fix="get the file again")
         down, up = (read_floats(file, header, keys[part]) for part in ("down", "up"))
         if min(down.ndim, up.ndim) < 2 or not down.size or not up.size:
-            raise InputError(f"{keys['down']} is {up.shape} x {down.shape}, which are no matrices", where=str(file),
+            raise InputError(f"{keys['down']} is {up.shape} x {down.shape}, which are not matrices", where=str(file),
                              fix="get the file again")
         own = scale * _module_scale(file, header, keys, name, len(down), config)
         found[name] = Factors(keys["down"], down, np.float32(own) * up.reshape(len(up), -1))
