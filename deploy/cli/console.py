@@ -119,7 +119,7 @@ def show_pruned(components: Mapping[str, Component], folder: Path) -> None:
         before, channels = pruning.parameters_before, pruning.channels
         out.print(f"{name}: {component.parameters / 1e6:.1f} of {before / 1e6:.1f} million weights")
         if channels:
-            widths = (" ".join(map(str, level)) for level in (channels.before, channels.kept))
+            widths = (" ".join(map(str, level)) for level in (channels.before, channels.remaining))
             out.print("channels per level: " + " -> ".join(widths))
         if found:
             out.print(f"relative L2 of a call {found.relative_l2_before:.3f} -> {found.relative_l2_after:.3f}")

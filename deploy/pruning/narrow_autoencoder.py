@@ -146,7 +146,7 @@ def prune_half(source: Bundle, name: str, config: Mapping[str, Any]) -> tuple[An
     smaller = prune_network(network, feeds, widths, scorer_of(config["method"]), "vae")
     network.requires_grad_(False)
     channels = PrunedChannels(method=config["method"], before=tuple(level.width for level in levels),
-                              kept=tuple(widths.remaining), removed=round(widths.removed, 4))
+                              remaining=tuple(widths.remaining), removed=round(widths.removed, 4))
     pruning = Pruning(parameters_before=size_of(torch_component(roles.role(name), network)), channels=channels)
     recovery = _recover(source, name, network, smaller, latents, config) if config["steps"] else None
     return smaller.to("cpu"), pruning, recovery

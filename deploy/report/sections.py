@@ -174,7 +174,7 @@ def conversions(manifest: Manifest) -> list[dict[str, Any]]:
         found = component.graph.conversion
         if found is None or not found.converted:
             continue
-        left = {reason: sum(types.values()) for reason, types in found.kept_float32.items()}
+        left = {reason: sum(types.values()) for reason, types in found.float32.items()}
         rows.append({"name": name, "converted": sum(found.converted.values()), "kept": sum(left.values()),
                      "reasons": ", ".join(f"{reason} {count}" for reason, count in sorted(left.items()))})
     return rows

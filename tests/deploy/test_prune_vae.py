@@ -219,7 +219,7 @@ def test_an_autoencoder_alone_is_built_narrower_and_recovered(tiny_model: Path, 
         assert component.details.recovery and component.details.recovery.steps == 3
         pruning = component.details.pruning
         assert pruning is not None and component.parameters < 0.8 * pruning.parameters_before
-        assert pruning.channels is not None and pruning.channels.kept == (8, 12, 12)
+        assert pruning.channels is not None and pruning.channels.remaining == (8, 12, 12)
     assert manifest.components["unet"].files == plain.components["unet"].files
     lost = {p["name"]: p["relative_l2"] for p in manifest.measured["passes"] if "relative_l2" in p}
     for half in HALVES:

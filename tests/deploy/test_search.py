@@ -18,10 +18,11 @@ from deploy.core.spec import BuildSpec
 from deploy.quantization import precision_search
 from deploy.quantization.precision_search import Trial, Trials, search
 from runtimes.bundle.folder import Bundle
+from runtimes.bundle.roles import Conditioner, TextEncoder
 from runtimes.errors import ParityError
 from runtimes.system.cache_root import rooted
 from tests.runtimes.fakes import AFFINE, affine_bundle
-from tests.runtimes.roles import stable_diffusion
+from tests.runtimes.roles import stable_diffusion, with_fact
 
 
 class FakeTrials(Trials):
@@ -123,9 +124,12 @@ def test_a_search_quantizes_whatever_else_generates_and_takes_the_methods(tmp_pa
     """A model without prompts has no text encoder, Stable Diffusion XL two, and nothing says that one has that name."""
     parts = (*encoders, "unet", "vae_decoder", "vae_encoder")
     prepared: list[Any] = []
+    readers = tuple(TextEncoder(name, "tokenizer", 77, "last_hidden_state") for name in encoders)
+    context = "encoder_hidden_states" if encoders else ""
+    roles = with_fact(stable_diffusion(4, 8, 0.18215, 64, 64, 77), "conditioner", Conditioner(readers, context))
     file = affine_bundle(tmp_path / "b").file(AFFINE.file)
     source: Any = SimpleNamespace(
-        manifest=SimpleNamespace(pipeline=SimpleNamespace(text_encoders=encoders)), file=lambda _: file,
+        manifest=SimpleNamespace(pipeline=roles), file=lambda _: file,
         component=lambda name: SimpleNamespace(file={n: n for n in parts}[name]))
     recording: Any = SimpleNamespace(calls=lambda _: iter(()), spread=lambda *_: [])
 

@@ -26,11 +26,13 @@ from deploy.building.triton_repository import (
 from runtimes.backends.onnxruntime_session import OrtSession
 from runtimes.backends.session import SessionOptions
 from runtimes.bundle.folder import Bundle
+from runtimes.bundle.roles import SHALLOW_ENTRY, Entry
 from runtimes.bundle.tensors import Axis, ShapeRange
 from runtimes.errors import InputError, UnavailableError
 from runtimes.text.clip_tokenizer import prepare_tokenizer
 from tests.runtimes.engine_bundles import engine_details
 from tests.runtimes.fakes import write_pipeline_bundle
+from tests.runtimes.roles import with_fact
 from tests.runtimes.vocabulary import make_vocabulary
 
 CLIENT = util.find_spec("tritonclient") is not None
@@ -153,7 +155,9 @@ def test_the_served_pipeline_generates_what_the_bundle_generates(bundle, served)
 
 def test_a_bundle_with_a_step_cache_is_served_every_step_whole(bundle, tmp_path, monkeypatch):
     parts = {**bundle.manifest.components, "unet_shallow": bundle.component("unet")}
-    cached = Bundle(bundle.path, dataclasses.replace(bundle.manifest, components=parts))
+    entries = {SHALLOW_ENTRY: Entry("unet_shallow", ())}
+    roles = with_fact(bundle.manifest.pipeline, "denoiser.entries", entries)
+    cached = Bundle(bundle.path, dataclasses.replace(bundle.manifest, components=parts, pipeline=roles))
     names = export_triton(cached, tmp_path / "repo")
     assert "ldm_unet_shallow" not in names
     folder = tmp_path / "repo" / "ldm"

@@ -159,7 +159,7 @@ def test_outputs_lie_on_the_gpu_that_was_asked_for(tmp_path, monkeypatch):
 
 
 def conversion(mode: str) -> Conversion:
-    return Conversion(precision="fp16", mode=mode, converted={}, kept_float32={}, kept_nodes={}, casts=0,
+    return Conversion(precision="fp16", mode=mode, converted={}, float32={}, float32_nodes={}, casts=0,
                       weight_bytes_before=8, weight_bytes_after=4)
 
 
