@@ -1,4 +1,4 @@
-"""How long one call of a network takes on this machine: sessions take turns, so that other work meets all of them."""
+"""Measures how long one call of a network takes; sessions take turns, so that other work slows all of them alike."""
 
 from __future__ import annotations
 

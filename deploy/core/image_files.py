@@ -1,4 +1,4 @@
-"""Images and arrays written as files: whole or not at all, several as one sheet or as numbered files."""
+"""Writes images and arrays as files, whole or not at all: several images as one sheet or as numbered files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Safetensors files read with numpy alone, for runtimes that have neither torch nor safetensors."""
+"""Reads safetensors files with numpy alone, for runtimes that have neither torch nor safetensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What goes into and out of a component: names, dtypes, symbolic shapes and the ranges of their axes."""
+"""Specs of a component's inputs and outputs: names, dtypes, symbolic shapes and the ranges of their axes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Execution contexts of one engine: shapes set, bounds checked before it writes, calls recorded as CUDA graphs."""
+"""Execution contexts of one TensorRT engine: sets shapes, checks bounds, records calls as CUDA graphs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The few CUDA calls that running an engine takes, by cuda-bindings: one stream, memory, captured graphs."""
+"""The few CUDA calls that running an engine needs, through cuda-bindings: one stream, memory, captured graphs."""
 
 from __future__ import annotations
 
