@@ -14,7 +14,7 @@ from runtimes.tensors import ShapeRange
 from tests.fuzz.case import Case
 from tests.fuzz.models import other_vae, root
 from tests.fuzz.theirs import SIZES, make_latents
-from tests.fuzz.trace import Recorded, Stopped, Trace
+from tests.fuzz.trace import Recorded, Stopped, Trace, record_codes
 from tests.fuzz.weight_files import OF_VARIANTS
 
 
@@ -29,7 +29,8 @@ def run(case: Case, folder: Path, files: Mapping[str, Path], pictures: Mapping[s
     try:
         pipeline = assemble(case, folder, files, work, trace, cache or root() / "cache")
         stage = "request"
-        trace.result = _call(pipeline, case, pictures)
+        with record_codes(trace):
+            trace.result = _call(pipeline, case, pictures)
         return trace
     except Exception as error:  # a crash is a finding, not the fuzzer's end
         deploy = isinstance(error, DeployError)
