@@ -123,8 +123,8 @@ def record_codes(trace: Trace) -> Iterator[None]:
 
 
 def _of_plain_strides(encode: Any) -> Any:
-    """Images from numpy have the strides of channels last, for which PyTorch's GroupNorm sums less exactly: where a mask
-    leaves nothing of an image, the latents are 2e-2 from those in float64, and 7e-7 with plain strides, which ours has.
+    """Images from numpy have the strides of channels last, for which PyTorch's GroupNorm sums less exactly: where a
+    mask leaves nothing of an image, latents are 2e-2 from those in float64, and 7e-7 with the plain strides of ours.
     """
     return lambda images, *args, **kwargs: encode(images.contiguous(), *args, **kwargs)
 

@@ -70,10 +70,10 @@ def judge(mine: Trace | Stopped, theirs: Trace | Stopped) -> Verdict:
 def _judge_codes(mine: Trace, theirs: Trace, codebook: Codebook, found: tuple[str, str]) -> Verdict:
     """Images of a model with a codebook differ although the latents before the codebook agree.
 
-    A latent nearly as near to a second entry may get either, since both sides round: by the difference of their latents,
-    and by how they compute distances (torch.cdist keeps |z|^2, of which the difference of two entries is a small part
-    where latents are large). Every other entry must be the same, and diffusers' decoder must make our image of the
-    entries that we chose: a fault in the lookup, the scale or the decoder is neither.
+    A latent nearly as near to a second entry may get either, since both sides round: by the difference of their
+    latents, and by how they compute distances (torch.cdist keeps |z|^2, of which the difference of two entries is a
+    small part where latents are large). Every other entry must be the same, and diffusers' decoder must make our image
+    of the entries that we chose: a fault in the lookup, the scale or the decoder is neither.
     """
     latents, expected = (np.concatenate(side.decoded).astype(np.float64) for side in (mine, theirs))
     ours, other = (np.concatenate(side.codes) for side in (mine, theirs))
