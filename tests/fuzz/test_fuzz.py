@@ -22,9 +22,8 @@ from tests.fuzz.verdict import SAME, judge
 from tests.fuzz.workers import run_number, start_worker
 
 LEAST, SECONDS = 150, 150
-# Of the first 700 cases three differ by rounding that the network amplifies: 458 and 672 (codebooks of VQ models, two
-# entries nearly as near) and 545 (an image of which a mask leaves nothing). The sample ends before them.
-MOST = 450
+MOST = 2000  # as docs/proof.md has them; no machine makes as many in the time
+FLAT = 0.02  # of all cases; images without contrast prove nothing
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -47,6 +46,7 @@ def test_nothing_differs_from_diffusers():
     print(report.text())
     assert not report.failures, "\n".join(f"case {f.number}: {f.detail or f.reason}" for f in report.failures)
     assert report.tried >= LEAST and report.statuses["equal"] > report.tried / 3
+    assert report.statuses["flat"] <= FLAT * report.tried
 
 
 def test_a_written_case_is_the_same_case(tmp_path: Path):
