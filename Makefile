@@ -24,10 +24,10 @@ help: ## list these commands
 
 setup: $(STAMP) ## create .venv with all that build, run and test need on a CPU (needs Python 3.11+ alone)
 
-demo: $(STAMP) ## build the reference model for ONNX Runtime and generate a grid of pictures
+demo: $(STAMP) ## build the reference model for ONNX Runtime and generate a grid of images
 	$(BIN)/python -m deploy build --target onnxruntime -o $(DEMO)
-	$(BIN)/python -m deploy generate $(DEMO) --prompts deploy/reference_model/demo_prompts.txt --grid 4 -o build/demo.png
-	@printf '\n  picture  %s\n  report   %s\n' build/demo.png $(DEMO)/report/report.html
+	$(BIN)/python -m deploy generate $(DEMO) --prompts deploy/reference_models/demo_prompts.txt --grid 4 -o build/demo.png
+	@printf '\n  image  %s\n  report   %s\n' build/demo.png $(DEMO)/report/report.html
 
 test: lint ## lint, types, direction of imports, tests
 	$(BIN)/pytest --numprocesses=$(WORKERS) --dist=loadfile --durations=15

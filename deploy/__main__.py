@@ -1,6 +1,6 @@
 """`python -m deploy`."""
 
-from deploy.cli import main
+from deploy.cli.commands import main
 
 if __name__ == "__main__":
     main()

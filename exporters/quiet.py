@@ -23,7 +23,7 @@ _HARMLESS = (
 def quiet() -> Iterator[None]:
     """Silence loggers and known warnings for the duration; errors are raised as usual.
 
-    The streams themselves are left alone: a progress display in another thread keeps drawing.
+    The streams themselves are left alone: a progress display in another thread keeps sampling.
     """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     loggers = [logging.getLogger(name) for name in _LOGGERS]

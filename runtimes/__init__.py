@@ -12,24 +12,24 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from runtimes.bundle import Bundle
-    from runtimes.conditions import SizeConditions
-    from runtimes.denoising import Step
+    from runtimes.backends.profile import Profile
+    from runtimes.bundle.folder import Bundle
     from runtimes.errors import BundleError, CancelledError, DeployError, InputError, ParityError, UnavailableError
-    from runtimes.loading import load
-    from runtimes.pipeline import Pipeline
-    from runtimes.profile import Profile
+    from runtimes.pipeline.conditioner import SizeConditions
+    from runtimes.pipeline.denoising import Step
+    from runtimes.pipeline.diffusion import Pipeline
+    from runtimes.pipeline.loading import load
 
 __all__ = ["Bundle", "BundleError", "CancelledError", "DeployError", "InputError", "ParityError", "Pipeline", "Profile",
            "SizeConditions", "Step", "UnavailableError", "load"]
 
 _MODULES = {
-    "Bundle": "bundle",
-    "Pipeline": "pipeline",
-    "Profile": "profile",
-    "SizeConditions": "conditions",
-    "Step": "denoising",
-    "load": "loading",
+    "Bundle": "bundle.folder",
+    "Pipeline": "pipeline.diffusion",
+    "Profile": "backends.profile",
+    "SizeConditions": "pipeline.conditioner",
+    "Step": "pipeline.denoising",
+    "load": "pipeline.loading",
 }
 
 

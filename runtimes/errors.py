@@ -58,7 +58,7 @@ class ParityError(DeployError):
     """An accuracy budget is broken.
 
     Attributes:
-        figures: the object that `verify --json` prints, where whole pictures were compared.
+        figures: the object that `verify --json` prints, where whole images were compared.
     """
 
     exit_code = 3

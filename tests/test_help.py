@@ -37,7 +37,7 @@ def commands(command: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
 
 def test_every_help_text_is_printed_whole(monkeypatch, capsys):
     """No bracket of it is taken for markup: `[word]` was."""
-    app = importlib.import_module("deploy.cli").app
+    app = importlib.import_module("deploy.cli.commands").app
     whole = typer.main.get_command(app)
     monkeypatch.setenv("COLUMNS", "400")
     monkeypatch.setenv("TERMINAL_WIDTH", "400")

@@ -60,7 +60,7 @@ for module in pkgutil.walk_packages(runtimes.__path__, "runtimes."):
 
 COMMAND_LINE = """
 import resource
-from deploy.cli import main
+from deploy.cli.commands import main
 
 try:
     main()
@@ -133,11 +133,11 @@ def test_import_runtimes_is_quick_and_takes_no_onnxruntime(run_python):
 
 def test_a_copied_bundle_generates_without_torch(reference_bundle, base_modules, run_python, tmp_path):
     bundle = shutil.copytree(reference_bundle, tmp_path / "elsewhere" / "bundle")
-    picture = tmp_path / "out.png"
-    arguments = ("generate", bundle, "a red apple", "--steps", "4", "--seed", "0", "-o", picture)
+    image = tmp_path / "out.png"
+    arguments = ("generate", bundle, "a red apple", "--steps", "4", "--seed", "0", "-o", image)
     code = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{ONLY_BASE}\n{COMMAND_LINE}"
     print(run_python(code, base_modules, *arguments, cwd=tmp_path).strip().splitlines()[-1])
-    assert_is_a_picture(picture)
+    assert_is_a_image(image)
 
 
 def test_a_bundle_is_diagnosed_without_torch(reference_bundle, base_modules, run_python, tmp_path):
@@ -147,7 +147,7 @@ def test_a_bundle_is_diagnosed_without_torch(reference_bundle, base_modules, run
     assert (tmp_path / "grid.png").is_file()
 
 
-def assert_is_a_picture(file: Path) -> None:
+def assert_is_a_image(file: Path) -> None:
     from PIL import Image
 
     with Image.open(file) as image:
@@ -214,4 +214,4 @@ def test_the_wheel_and_its_base_dependencies_run_a_bundle(releases, wheel, refer
     assert "generate" in ldm_deploy("--help")
     assert "unet" in ldm_deploy("inspect", bundle, "--json")
     ldm_deploy("generate", bundle, "a red apple", "--steps", "4", "--seed", "0", "-o", tmp_path / "out.png")
-    assert_is_a_picture(tmp_path / "out.png")
+    assert_is_a_image(tmp_path / "out.png")

@@ -1,4 +1,4 @@
-"""Contestant "a bundle": drawn through `runtimes`, without torch. A process of its own."""
+"""Contestant "a bundle": sampled through `runtimes`, without torch. A process of its own."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from deploy.bench.protocol import repeated, serve
+from deploy.bench.messages import repeated, serve
 
 
 def prepare() -> dict[str, Any]:
     """Load the bundle of the command line: BUNDLE THREADS DEVICE."""
     from runtimes import load
-    from runtimes.profile import Profile
+    from runtimes.backends.profile import Profile
 
     bundle, threads, device = sys.argv[1:4]
     pipeline = load(bundle, device, int(threads))

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from deploy.bench.protocol import repeated, serve
+from deploy.bench.messages import repeated, serve
 
 
 def prepare() -> dict[str, Any]:

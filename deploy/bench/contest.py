@@ -1,4 +1,4 @@
-"""`bench`: bundles, and PyTorch beside them, drawing in turns (A B A B ...), each in a process that idles meanwhile.
+"""`bench`: bundles, and PyTorch beside them, generating in turns (A B A B ...), each in a process that idles meanwhile.
 
 A machine that slows down slows all of them: what is reported as a ratio is the median of quotients within a round.
 """
@@ -19,9 +19,9 @@ import numpy as np
 
 from deploy.bench.limits import bandwidth, gemm_flops
 from deploy.bench.worker import Worker
-from deploy.doctor import machine
+from deploy.core.doctor import machine
 from deploy.parity.metrics import psnr_db
-from runtimes.bundle import Bundle
+from runtimes.bundle.folder import Bundle
 from runtimes.errors import InputError, UnavailableError
 
 KINDS = {"torch": "eager", "torch.compile": "compile"}
@@ -35,8 +35,8 @@ class BenchOptions:
 
     Attributes:
         against: of KINDS: PyTorch beside the bundles, from the source of the first.
-        rounds: interleaved drawings of each contestant that count, after one that does not.
-        steps, guidance_scale: of every drawing.
+        rounds: interleaved images of each contestant that count, after one that does not.
+        steps, guidance_scale: of every image.
         batches: batch sizes to sweep, images at once; the first is what everything else is measured at.
         threads: CPU threads of every contestant; 0 = all cores.
         device: where the bundles run.
@@ -115,19 +115,19 @@ class _Contest:
         self.seconds: dict[str, list[float]] = {}
 
     def run(self) -> list[dict[str, Any]]:
-        """The drawings at the first batch size: seconds, components, memory, start, and how equal the pictures are."""
+        """The images at the first batch size: seconds, components, memory, start, and how equal the images are."""
         batch = self.options.batches[0]
-        first = {name: self._draw(worker, 0, batch) for name, worker in self.workers.items()}
+        first = {name: self._generate(worker, 0, batch) for name, worker in self.workers.items()}
         replies: dict[str, list[dict[str, Any]]] = {name: [] for name in self.workers}
         decibels: dict[str, list[float]] = {name: [] for name in self.workers}
         for number in range(1, self.options.rounds + 1):
-            pictures = {}
+            images = {}
             for name, worker in self.workers.items():
-                replies[name].append(self._draw(worker, number, batch))
-                pictures[name] = np.load(self.folder / "image.npy")
-            standard = pictures.get("torch", next(iter(pictures.values())))
-            for name, picture in pictures.items():
-                decibels[name].append(psnr_db(standard, picture, 255.0) if picture.shape == standard.shape else 0.0)
+                replies[name].append(self._generate(worker, number, batch))
+                images[name] = np.load(self.folder / "image.npy")
+            standard = images.get("torch", next(iter(images.values())))
+            for name, image in images.items():
+                decibels[name].append(psnr_db(standard, image, 255.0) if image.shape == standard.shape else 0.0)
             self.say(f"round {number} of {self.options.rounds}: "
                      + ", ".join(f"{name} {r[-1]['seconds']:.3f} s" for name, r in replies.items()))
         self.seconds = {name: [reply["seconds"] for reply in r] for name, r in replies.items()}
@@ -142,18 +142,18 @@ class _Contest:
                 for name, seconds in self.seconds.items() if name != base}
 
     def sweep(self) -> list[dict[str, Any]]:
-        """Seconds per image at every batch size, two interleaved drawings after a first that does not count."""
+        """Seconds per image at every batch size, two interleaved images after a first that does not count."""
         found = []
         for batch in self.options.batches:
             seconds: dict[str, list[float]] = {name: [] for name in self.workers}
             for number in range(3):
                 for name, worker in self.workers.items():
-                    reply = self._draw(worker, number, batch)
+                    reply = self._generate(worker, number, batch)
                     seconds[name] += [reply["seconds"] / batch] if number else []
             found.append({"batch": batch, "seconds_per_image": {n: min(s) for n, s in seconds.items()}})
         return found
 
-    def _draw(self, worker: Worker, number: int, batch: int) -> dict[str, Any]:
+    def _generate(self, worker: Worker, number: int, batch: int) -> dict[str, Any]:
         time.sleep(SETTLE_SECONDS)
         latents = self.folder / "latents.npy"
         np.save(latents, np.random.default_rng(number).standard_normal((batch, *self.shape), np.float32))
@@ -169,7 +169,7 @@ def spread(samples: Sequence[float]) -> dict[str, float]:
 
 
 def _components(replies: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Seconds per drawing and share of each component, and of what is left to Python."""
+    """Seconds of a call and share of each component, and of what is left to Python."""
     profiles = [reply["profile"] for reply in replies]
     total = sum(p["total"] for p in profiles)
     parts = {name: sum(p["components"][name] for p in profiles) for name in profiles[0]["components"]}
@@ -203,9 +203,9 @@ def _bundle_command(bundle: Bundle, threads: int, device: str) -> list[str]:
 
 
 def _torch_command(bundle: Bundle, threads: int, kind: str) -> list[str]:
-    from deploy.hub import is_name
-    from deploy.sources import model_folder
-    from deploy.verify import source_of
+    from deploy.build.verify import source_of
+    from deploy.model.hub import is_name
+    from deploy.model.read_from import model_folder
 
     model = source_of(bundle)
     folder = model_folder(model, bundle.manifest.source.revision if is_name(model) else "").resolve()

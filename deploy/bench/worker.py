@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import deploy
-from deploy.cache import default_root
+from deploy.core.pass_cache import default_root
 from runtimes.errors import UnavailableError
 
 

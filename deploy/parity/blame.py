@@ -1,4 +1,4 @@
-"""What besides the networks makes two pipelines draw differently: scheduler, tokenizer, facts. By name."""
+"""What besides the networks makes two pipelines generate differently: scheduler, tokenizer, facts. By name."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from deploy.parity.metrics import relative_l2
-from runtimes.bundle import Bundle
+from runtimes.bundle.folder import Bundle
 from runtimes.errors import InputError
-from runtimes.loading import load_tokenizers
+from runtimes.pipeline.loading import load_tokenizers
 from runtimes.schedulers import from_config
 from runtimes.schedulers.settings import Settings
 

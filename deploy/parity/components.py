@@ -6,16 +6,16 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from deploy.parity.answers import Reference
 from deploy.parity.metrics import Comparison, TensorErrors, tensor_errors, worst
 from deploy.parity.options import ParityOptions
-from deploy.parity.pool import close
-from deploy.parity.samples import Feeds, NoRealInputsError, Sample, cast
-from deploy.parity.shapes import plan_runs
-from runtimes.bundle import Bundle
+from deploy.parity.reference.answers import Reference
+from deploy.parity.reference.planned_shapes import plan_runs
+from deploy.parity.reference.sample_feeds import Feeds, NoRealInputsError, Sample, cast
+from deploy.parity.reference.session_pool import close
+from runtimes.backends.session import FORMATS, Session, SessionOptions, open_session
+from runtimes.bundle.folder import Bundle
+from runtimes.bundle.manifest import Component
 from runtimes.errors import DeployError, UnavailableError
-from runtimes.manifest import Component
-from runtimes.session import FORMATS, Session, SessionOptions, open_session
 
 SOURCE_FORMAT = "safetensors"
 
@@ -117,7 +117,7 @@ def open_candidate(bundle: Bundle, name: str, options: SessionOptions) -> Sessio
         UnavailableError: the runtime or the device is missing here.
     """
     if bundle.component(name).format == SOURCE_FORMAT:
-        from deploy.reference import TorchSession
+        from deploy.parity.reference.torch_sessions import TorchSession
 
         return TorchSession(bundle, name)
     return open_session(bundle, name, options)

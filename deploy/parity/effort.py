@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from deploy.parity.options import ParityOptions
-from deploy.parity.shapes import halved_sizes
-from runtimes.manifest import Component, PipelineFacts
+from deploy.parity.reference.planned_shapes import halved_sizes
+from runtimes.bundle.manifest import Component, PipelineFacts
 
-# "auto" is one of the next two; "components" draws no pictures; "no" compares nothing.
+# "auto" is one of the next two; "components" generates no images; "no" compares nothing.
 LEVELS = ("auto", "full", "quick", "components", "no")
 LIMIT_MACS = 5e12  # a minute or two on two cores
 # Multiply-accumulates of one call by weight and latent position, which is all that is known before anything is loaded.
-# Counted (exporters.macs) are 0.096 for the U-Net of Stable Diffusion 1.5, and 6.1 for its decoder, whose layers work
+# Counted (source.macs) are 0.096 for the U-Net of Stable Diffusion 1.5, and 6.1 for its decoder, whose layers work
 # on up to 64 pixels a position.
 DENOISER_MACS, DECODER_MACS = 0.1, 6.0
 QUICK_STEPS, RECORDING_STEPS = 4, 3
@@ -40,10 +40,10 @@ class Effort:
         o, why = self.options, f" ({self.why})" if self.why else ""
         small = "next to their smallest sizes and once, with the smallest batch, at the common one"
         sizes = small if o.small else "at several sizes"
-        drawn = "no pictures" if self.level == "components" else (
-            f"pictures of {len(o.prompts)} prompt{'s' * (len(o.prompts) > 1)} by {' and '.join(o.schedulers)}, "
+        generated = "no images" if self.level == "components" else (
+            f"images of {len(o.prompts)} prompt{'s' * (len(o.prompts) > 1)} by {' and '.join(o.schedulers)}, "
             f"{o.steps} steps" + (f", {o.width}x{o.height}" if o.height else ""))
-        return f"{self.level}{why}: components {sizes}; {drawn}"
+        return f"{self.level}{why}: components {sizes}; {generated}"
 
     def to_json(self) -> dict[str, Any]:
         """What the manifest and `verify --json` say about it."""
@@ -61,11 +61,11 @@ def choose(asked: str, options: ParityOptions, components: Mapping[str, Componen
     Args:
         asked: one of `LEVELS` but "no".
         options: of a full comparison.
-        components: of the source; their ranges say how small a picture may be.
+        components: of the source; their ranges say how small an image may be.
         facts: of the pipeline.
     """
     sizes = halved_sizes(components, facts)
-    whole = picture_macs(options, components, sizes[0])
+    whole = image_macs(options, components, sizes[0])
     large = whole > LIMIT_MACS
     level = asked if asked != "auto" else "quick" if large else "full"
     if level == "full":
@@ -77,16 +77,16 @@ def choose(asked: str, options: ParityOptions, components: Mapping[str, Componen
         return Effort(level, options, why)
     quick = replace(options, prompts=options.prompts[:1], schedulers=options.schedulers[:1], steps=QUICK_STEPS,
                     retrieval_prompts=())
-    rows, columns = next((s for s in sizes if picture_macs(quick, components, s) <= LIMIT_MACS), sizes[-1])
+    rows, columns = next((s for s in sizes if image_macs(quick, components, s) <= LIMIT_MACS), sizes[-1])
     factor = facts.vae_scale_factor
     return Effort(level, replace(quick, height=rows * factor, width=columns * factor), why)
 
 
-def picture_macs(options: ParityOptions, components: Mapping[str, Component], latents: tuple[int, int]) -> float:
-    """Estimated multiply-accumulates of drawing every prompt with every sampler under guidance, by both sides."""
+def image_macs(options: ParityOptions, components: Mapping[str, Component], latents: tuple[int, int]) -> float:
+    """Estimated multiply-accumulates of image every prompt with every sampler under guidance, by both sides."""
     def of(name: str, factor: float) -> float:
         return factor * components[name].parameters * latents[0] * latents[1] if name in components else 0.0
 
-    drawn = len(options.prompts) * len(options.schedulers)
+    generated = len(options.prompts) * len(options.schedulers)
     once = 2 * options.steps * of("unet", DENOISER_MACS) + of("vae_decoder", DECODER_MACS)
-    return 2 * drawn * once
+    return 2 * generated * once

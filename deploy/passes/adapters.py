@@ -8,17 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from deploy.plan import Pass, Planned, Skip, Step
-from runtimes.bundle import Bundle, link_or_copy, record_of, records_below
+from deploy.core.plan import Pass, Planned, Skip, Step
+from runtimes.adapters.lora_files import Factors, read_factors
+from runtimes.adapters.lora_inputs import DETAILS, own_file, side_by_side
+from runtimes.bundle.folder import Bundle, link_or_copy, record_of, records_below
+from runtimes.bundle.manifest import Component, FileRecord, Manifest
 from runtimes.errors import InputError
-from runtimes.guidance import SHALLOW
-from runtimes.lora import Factors, read_factors
-from runtimes.lora_inputs import DETAILS, own_file, side_by_side
-from runtimes.manifest import Component, FileRecord, Manifest
+from runtimes.pipeline.guidance import SHALLOW
 
 if TYPE_CHECKING:
-    from deploy.spec import BuildSpec
-    from exporters.textual_inversion import Embedding
+    from deploy.core.spec import BuildSpec
+    from exporters.adapters.textual_inversion import Embedding
 
 SWAP = "swap"
 
@@ -37,9 +37,9 @@ class Adapters(Pass):
         """Read the files' headers; which components they change."""
         if not spec.lora and not spec.embedding:
             return Skip("no adapters")
-        from exporters.lora_differences import differences
-        from exporters.textual_inversion import read_embedding
-        from runtimes.lora import components_of, parse_lora
+        from exporters.adapters.lora_differences import differences
+        from exporters.adapters.textual_inversion import read_embedding
+        from runtimes.adapters.lora_files import components_of, parse_lora
 
         for name, component in before.components.items():
             if component.format != "safetensors":
@@ -84,9 +84,9 @@ class Adapters(Pass):
         """Load one network, change its weights, write it in float32."""
         from safetensors.torch import save_file
 
-        from exporters.lora import levels_of, matrices_of, merge
-        from exporters.modules import load_module
-        from exporters.textual_inversion import add_words
+        from exporters.adapters.lora_merging import levels_of, matrices_of, merge
+        from exporters.adapters.textual_inversion import add_words
+        from exporters.source.networks import load_module
 
         before, planned = source.component(name), step.after.components[name]
         folder, target = source.file(before.file).parent, out / "components" / _folder(before)
@@ -120,7 +120,7 @@ class Adapters(Pass):
 
     def write_files(self, step: Step, source: Bundle, out: Path) -> dict[str, FileRecord]:
         """Tokenizers with the new words, LoRAs that are not merged; everything else as it is."""
-        from exporters.textual_inversion import extend_tokenizer
+        from exporters.adapters.textual_inversion import extend_tokenizer
 
         words = _words(step, source.manifest)
         files = dict(source.manifest.files)
@@ -137,8 +137,8 @@ class Adapters(Pass):
         """The LoRAs of each component as one, to be fed to its graph."""
         if step.config["lora_mode"] != SWAP:
             return {}
-        from exporters.lora import levels_of, matrices_of, write_factors
-        from exporters.modules import empty_module
+        from exporters.adapters.lora_merging import levels_of, matrices_of, write_factors
+        from exporters.source.networks import empty_module
 
         for name in step.reads:
             before = source.component(name)
@@ -156,7 +156,7 @@ def _factors(step: Step, name: str, modules: Iterable[str], levels: Any) -> dict
 
 def _words(step: Step, source: Manifest) -> list[Embedding]:
     """The embeddings of a step."""
-    from exporters.textual_inversion import read_embedding
+    from exporters.adapters.textual_inversion import read_embedding
 
     return [read_embedding(Path(step.files[entry["sha256"]]), entry["token"], _widths(source))
             for entry in step.config["embedding"]]

@@ -7,17 +7,17 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from deploy.core.plan import Pass, Planned, Skip, Step, Unavailable, require_onnx
 from deploy.passes.quantize import carry_layers
-from deploy.plan import Pass, Planned, Skip, Step, Unavailable, require_onnx
-from runtimes.bundle import Bundle, link_or_copy, records_below
+from runtimes.bundle.folder import Bundle, link_or_copy, records_below
+from runtimes.bundle.manifest import Component, Manifest
+from runtimes.bundle.tensors import Axis, ShapeRange
 from runtimes.errors import InputError
-from runtimes.gpu import gpu_or_none
-from runtimes.manifest import Component, Manifest
-from runtimes.tensors import Axis, ShapeRange
+from runtimes.system.nvidia import gpu_or_none
 
 if TYPE_CHECKING:
-    from deploy.spec import BuildSpec
-    from exporters.tensorrt_options import EngineOptions, Profile
+    from deploy.core.spec import BuildSpec
+    from exporters.tensorrt.engine_options import EngineOptions, Profile
 
 FORMAT, ENGINE_FILE, WEIGHTS_FILE = "tensorrt", "engine.trt", "model.onnx"
 TARGETS = ("tensorrt", "tensorrt-rtx")
@@ -41,7 +41,7 @@ class Engine(Pass):
         builder = choose_builder(spec.target, gpu_here())
         if isinstance(builder, Unavailable):
             return builder
-        from exporters.tensorrt_options import EngineOptions
+        from exporters.tensorrt.engine_options import EngineOptions
 
         wanted = dict(spec.engine)
         static, keep_graph = bool(wanted.pop("static", False)), bool(wanted.pop("keep_graph", False))
@@ -61,9 +61,9 @@ class Engine(Pass):
 
     def run(self, step: Step, name: str, source: Bundle, out: Path) -> Component:
         """Compile one graph in a process of its own."""
-        from exporters.onnx_quantizers import find_quantizers
-        from exporters.tensorrt_from_onnx import build_engine
-        from exporters.tensorrt_options import EngineOptions
+        from exporters.onnx.quantizer_nodes import find_quantizers
+        from exporters.tensorrt.engine_builder import build_engine
+        from exporters.tensorrt.engine_options import EngineOptions
 
         before, planned = source.component(name), step.after.components[name]
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in step.config["options"].items()}
@@ -93,7 +93,7 @@ def choose_builder(target: str, gpu: str) -> str | Unavailable:
         target: "tensorrt" takes its own builder where a GPU is, and tensorrt-rtx ahead of time elsewhere.
         gpu: from `gpu_here`, empty without one.
     """
-    from exporters.tensorrt_from_onnx import installed
+    from exporters.tensorrt.engine_builder import installed
 
     if target == "tensorrt" and gpu and installed("tensorrt"):
         return "tensorrt"
@@ -117,7 +117,7 @@ def gpu_here() -> str:
 
 def timing_cache(options: EngineOptions, gpu: str) -> Path | None:
     """Where `tensorrt` keeps what it timed, per GPU; TensorRT-RTX times nothing at build time."""
-    from deploy.cache import default_root
+    from deploy.core.pass_cache import default_root
 
     if options.builder != "tensorrt":
         return None
@@ -133,7 +133,7 @@ def component_profiles(component: Component, manifest: Manifest, config: Mapping
     Raises:
         InputError: a profile outside the model's limits.
     """
-    from exporters.tensorrt_options import make_profiles
+    from exporters.tensorrt.engine_options import make_profiles
 
     wanted = [
         {axis: sizes for axis in component.axes

@@ -6,13 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from deploy.plan import Pass, Planned, Step
-from runtimes.bundle import Bundle, records_below
+from deploy.core.plan import Pass, Planned, Step
+from runtimes.bundle.folder import Bundle, records_below
+from runtimes.bundle.manifest import Component, Manifest
 from runtimes.errors import InputError
-from runtimes.manifest import Component, Manifest
 
 if TYPE_CHECKING:
-    from deploy.spec import BuildSpec
+    from deploy.core.spec import BuildSpec
 
 
 class Export(Pass):
@@ -41,10 +41,10 @@ class Export(Pass):
     def run(self, step: Step, name: str, source: Bundle, out: Path) -> Component:
         """Trace one network without its weights, which go from file to file."""
         from exporters.families import ComponentSpec
-        from exporters.macs import count_macs
-        from exporters.modules import torch_component
-        from exporters.onnx_from_torch import example_inputs, export_onnx
-        from exporters.streaming import unread_module
+        from exporters.onnx.streaming import unread_module
+        from exporters.onnx.trace import example_inputs, export_onnx
+        from exporters.source.macs import count_macs
+        from exporters.source.networks import torch_component
 
         before, planned = source.component(name), step.after.components[name]
         folder = source.file(before.file).parent

@@ -7,16 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from deploy.origin import ORIGIN_FORMAT
-from deploy.plan import Pass, Planned, Step
-from runtimes.bundle import Bundle, link_or_copy, records_below
+from deploy.core.plan import Pass, Planned, Step
+from deploy.model.source_bundle import ORIGIN_FORMAT
+from runtimes.bundle.folder import Bundle, link_or_copy, records_below
+from runtimes.bundle.manifest import Component, FileRecord, Manifest
+from runtimes.codec.safety_checker import PREPROCESSOR_FILE, SAFETY_CHECKER
 from runtimes.errors import InputError
-from runtimes.manifest import Component, FileRecord, Manifest
-from runtimes.safety import PREPROCESSOR_FILE, SAFETY_CHECKER
 
 if TYPE_CHECKING:
-    from deploy.spec import BuildSpec
-    from exporters.source import Source as PipelineSource
+    from deploy.core.spec import BuildSpec
+    from exporters.source.model_folder import Source as PipelineSource
 
 
 class Load(Pass):
@@ -45,8 +45,8 @@ class Load(Pass):
 
     def run(self, step: Step, name: str, source: Bundle, out: Path) -> Component:
         """Link one network's files and look at every weight once: all fit and are finite."""
-        from exporters.modules import check_weights
-        from exporters.source import link_component
+        from exporters.source.model_folder import link_component
+        from exporters.source.networks import check_weights
 
         planned = step.after.components[name]
         part = planned.details["source_component"]
@@ -62,8 +62,8 @@ class Load(Pass):
 
     def write_files(self, step: Step, source: Bundle, out: Path) -> dict[str, FileRecord]:
         """Tokenizers in the one form the runtime reads, and the scheduler's config as diffusers corrects it."""
-        from deploy.origin import as_loaded
-        from runtimes.tokenizer import prepare_tokenizer
+        from deploy.model.source_bundle import as_loaded
+        from runtimes.text.clip_tokenizer import prepare_tokenizer
 
         origin = as_loaded(_opened(step, source))
         for name, folder in origin.tokenizers.items():
@@ -81,6 +81,6 @@ class Load(Pass):
 
 def _opened(step: Step, source: Bundle) -> PipelineSource:
     """The model that the origin was made from."""
-    from exporters.source import open_source
+    from exporters.families.open_source import open_source
 
     return open_source(source.path, step.after.spec.get("variant", ""))

@@ -7,14 +7,14 @@ from importlib import util
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from deploy.core.plan import Pass, Planned, Skip, Step, Unavailable, require_onnx
 from deploy.passes.quantize import carry_layers
-from deploy.plan import Pass, Planned, Skip, Step, Unavailable, require_onnx
-from runtimes.bundle import Bundle, link_or_copy, records_below
-from runtimes.guidance import SHALLOW
-from runtimes.manifest import Component, Manifest
+from runtimes.bundle.folder import Bundle, link_or_copy, records_below
+from runtimes.bundle.manifest import Component, Manifest
+from runtimes.pipeline.guidance import SHALLOW
 
 if TYPE_CHECKING:
-    from deploy.spec import BuildSpec
+    from deploy.core.spec import BuildSpec
 
 
 class OpenVino(Pass):
@@ -42,8 +42,8 @@ class OpenVino(Pass):
     def run(self, step: Step, name: str, source: Bundle, out: Path) -> Component:
         """Convert one graph. The U-Net's second one stays ONNX, which OpenVINO reads too: `share` makes it read the
         first one's weights."""
-        from exporters.openvino_from_onnx import convert_openvino
-        from runtimes.lora_inputs import with_inputs
+        from exporters.openvino.openvino_files import convert_openvino
+        from runtimes.adapters.lora_inputs import with_inputs
 
         before, planned = source.component(name), step.after.components[name]
         folder = out / "components" / name

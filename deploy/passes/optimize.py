@@ -6,16 +6,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from deploy.plan import Pass, Planned, Step, require_onnx
-from runtimes.bundle import Bundle, records_below
-from runtimes.manifest import Component, Manifest
+from deploy.core.plan import Pass, Planned, Step, require_onnx
+from runtimes.bundle.folder import Bundle, records_below
+from runtimes.bundle.manifest import Component, Manifest
 
 if TYPE_CHECKING:
-    from deploy.spec import BuildSpec
+    from deploy.core.spec import BuildSpec
 
 
 class Optimize(Pass):
-    """Target-independent folding, then the fusions that `exporters.onnx_optimize` found to pay on the target."""
+    """Target-independent folding, then the fusions that `exporters.onnx.optimize_graph` found to pay on the target."""
 
     name: ClassVar[str] = "optimize"
     version: ClassVar[int] = 1
@@ -33,7 +33,7 @@ class Optimize(Pass):
 
     def run(self, step: Step, name: str, source: Bundle, out: Path) -> Component:
         """Optimize one graph; what changed is kept in the component's details."""
-        from exporters.onnx_optimize import optimize_onnx
+        from exporters.onnx.optimize_graph import optimize_onnx
 
         planned = step.after.components[name]
         folder = out / "components" / name

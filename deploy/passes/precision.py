@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
+from deploy.core.plan import PLANNED_PRECISION, Pass, Planned, Skip, Step, require_onnx
 from deploy.passes.quantize import carry_layers
-from deploy.plan import PLANNED_PRECISION, Pass, Planned, Skip, Step, require_onnx
-from runtimes.bundle import Bundle, records_below
-from runtimes.decode import unscaled
-from runtimes.manifest import Component, Manifest, PipelineFacts
+from runtimes.bundle.folder import Bundle, records_below
+from runtimes.bundle.manifest import Component, Manifest, PipelineFacts
+from runtimes.codec.autoencoder import unscaled
 
 if TYPE_CHECKING:
-    from deploy.spec import BuildSpec
+    from deploy.core.spec import BuildSpec
 
 DECODER, PROBES = "vae_decoder", 4
 NAMES = {"fp16": "float16", "bf16": "bfloat16"}
@@ -28,7 +28,7 @@ MODES = {"tensorrt": "compute", "tensorrt-rtx": "compute", "onnxruntime": "stora
 
 
 class Precision(Pass):
-    """float32 graphs to 16 bits, with the nodes that need float32 kept in it (exporters.onnx_precision)."""
+    """float32 graphs to 16 bits, with the nodes that need float32 kept in it (exporters.precision.sixteen_bits)."""
 
     name: ClassVar[str] = "precision"
     version: ClassVar[int] = 3
@@ -56,7 +56,7 @@ class Precision(Pass):
 
     def run(self, step: Step, name: str, source: Bundle, out: Path) -> Component:
         """Convert one graph; what stayed float32, and why, is kept in the component's details."""
-        from exporters.onnx_precision import convert_precision
+        from exporters.precision.sixteen_bits import convert_precision
 
         planned = step.after.components[name]
         folder = out / "components" / name
@@ -83,7 +83,7 @@ def overflow(low: Path, decoder: Component, facts: PipelineFacts) -> str:
     """Whether a float16 decoder fails: its emulation, which a CPU can run, on noise as large as latents are.
 
     Decoders that were trained in float32 may hold values above 65,504: that of Stable Diffusion XL does
-    (madebyollin/sdxl-vae-fp16-fix), and draws black pictures.
+    (madebyollin/sdxl-vae-fp16-fix), and generates black images.
 
     Args:
         low: the graph that computes in float16.
@@ -93,8 +93,8 @@ def overflow(low: Path, decoder: Component, facts: PipelineFacts) -> str:
     Returns:
         what happens, empty if nothing does.
     """
-    from calibration.observe import plain_session
-    from exporters.onnx_precision_emulate import emulate
+    from calibration.trajectory.inner_tensors import plain_session
+    from exporters.precision.emulation import emulate
 
     latents = decoder.inputs[0]
     shape = latents.resolve({axis: a.range.min for axis, a in decoder.axes.items()})
@@ -104,9 +104,9 @@ def overflow(low: Path, decoder: Component, facts: PipelineFacts) -> str:
         session = plain_session(Path(scratch) / low.name, threads=0)
         for _ in range(PROBES):
             noise = unscaled(facts, random.standard_normal(shape, np.float32))
-            pictures = session.run(None, {latents.name: noise})
-            if wrong := sum(int((~np.isfinite(picture)).sum()) for picture in pictures):
-                return f"{wrong} of {sum(p.size for p in pictures)} values of a picture are not finite"
+            images = session.run(None, {latents.name: noise})
+            if wrong := sum(int((~np.isfinite(image)).sum()) for image in images):
+                return f"{wrong} of {sum(p.size for p in images)} values of an image are not finite"
     return ""
 
 
@@ -120,8 +120,8 @@ def patterns_for(name: str, source: Bundle, keep: Sequence[str]) -> list[str]:
         return []
     import onnx_ir as ir
 
-    from calibration.layers import check_patterns
-    from exporters.onnx_precision_rules import names_in
+    from calibration.graphs.layers import check_patterns
+    from exporters.precision.float32_nodes import names_in
 
     def names_of(part: str) -> list[str]:
         return names_in(ir.load(source.file(source.component(part).file)).graph)

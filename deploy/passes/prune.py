@@ -7,19 +7,19 @@ from importlib import util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from deploy.plan import Pass, Planned, Skip, Step, Unavailable
-from deploy.reference_model import GUIDANCE_SCALE, subject_names
-from deploy.spec import REFERENCE
-from runtimes.bundle import Bundle, link_or_copy, records_below
+from deploy.core.plan import Pass, Planned, Skip, Step, Unavailable
+from deploy.core.spec import REFERENCE
+from deploy.reference_models import GUIDANCE_SCALE, subject_names
+from runtimes.bundle.folder import Bundle, link_or_copy, records_below
+from runtimes.bundle.manifest import Component, Manifest
 from runtimes.errors import InputError
-from runtimes.manifest import Component, Manifest
 
 if TYPE_CHECKING:
-    from deploy.spec import BuildSpec
+    from deploy.core.spec import BuildSpec
 
 NAME, TEACHER = "unet", "unet_teacher"
 WEIGHTS_FILE = "model.safetensors"
-GUIDANCE = 7.5  # what pictures are drawn with where the model does not say: diffusers' default
+GUIDANCE = 7.5  # what images are generated with where the model does not say: diffusers' default
 
 
 class Prune(Pass):
@@ -45,10 +45,10 @@ class Prune(Pass):
         if spec.prune and util.find_spec("torch_pruning") is None:
             return Unavailable("torch-pruning is not installed", "pass prune", "pip install 'ldm-deploy[prune]'")
         config = {"prune": spec.prune, "method": spec.prune_method, "widths": spec.prune_widths,
-                  "blocks": spec.prune_blocks, "mask": spec.mask, **drawing_config(before, spec)}
-        drawn = spec.prune and (spec.prune_method == "taylor" or spec.prune_widths == "sensitivity")
+                  "blocks": spec.prune_blocks, "mask": spec.mask, **generation_config(before, spec)}
+        generated = spec.prune and (spec.prune_method == "taylor" or spec.prune_widths == "sensitivity")
         components = {**before.components, NAME: replace(component, files={}, file=f"components/{NAME}/{WEIGHTS_FILE}")}
-        reads: dict[str, tuple[str, ...]] = {NAME: (NAME, "text_encoder") if drawn else (NAME,)}
+        reads: dict[str, tuple[str, ...]] = {NAME: (NAME, "text_encoder") if generated else (NAME,)}
         if spec.recover:
             components[TEACHER] = replace(component, files={},
                                           file=component.file.replace(f"components/{NAME}/", f"components/{TEACHER}/"))
@@ -66,7 +66,7 @@ class Prune(Pass):
             for file in source.component(NAME).files:
                 link_or_copy(source.path / file, out / file.replace(f"components/{NAME}/", f"components/{TEACHER}/"))
             return replace(planned, files=records_below(folder, out))
-        from deploy.pruning.network import prune_unet, size_of, write_network
+        from deploy.pruning.shrink.prune_network import prune_unet, size_of, write_network
 
         network, details = prune_unet(source, NAME, step.config)
         write_network(network, folder / WEIGHTS_FILE, planned.precision)
@@ -74,8 +74,8 @@ class Prune(Pass):
                        details={**planned.details, "pruning": details})
 
 
-def drawing_config(before: Manifest, spec: BuildSpec) -> dict[str, Any]:
-    """What the original is asked to draw: the user's prompts, else the reference model's, else everyday ones."""
+def generation_config(before: Manifest, spec: BuildSpec) -> dict[str, Any]:
+    """What the original is asked to generate: the user's prompts, else the reference model's, else everyday ones."""
     from deploy.parity.options import PROMPTS
 
     is_reference = before.source.id == REFERENCE

@@ -7,23 +7,23 @@ from importlib import util
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from deploy.origin import VAE_HALVES
-from deploy.passes.prune import WEIGHTS_FILE, drawing_config
-from deploy.plan import Pass, Planned, Skip, Step, Unavailable
-from deploy.pruning.widths import AUTOENCODER
-from runtimes.bundle import Bundle, records_below
+from deploy.core.plan import Pass, Planned, Skip, Step, Unavailable
+from deploy.model.source_bundle import VAE_HALVES
+from deploy.passes.prune import WEIGHTS_FILE, generation_config
+from deploy.pruning.shrink.widths import AUTOENCODER
+from runtimes.bundle.folder import Bundle, records_below
+from runtimes.bundle.manifest import Component, Manifest
 from runtimes.errors import InputError
-from runtimes.manifest import Component, Manifest
 
 if TYPE_CHECKING:
-    from deploy.spec import BuildSpec
+    from deploy.core.spec import BuildSpec
 
 HALVES = tuple(VAE_HALVES)
-DRAWS_WITH = ("unet", "text_encoder")
+GENERATES_WITH = ("unet", "text_encoder")
 
 
 class PruneVae(Pass):
-    """Both halves to the same widths, each with a result of its own. Comes before `prune`: the original U-Net draws."""
+    """Both halves to the same widths, each with its own result. Comes before `prune`: the original U-Net generates."""
 
     name: ClassVar[str] = "prune-vae"
     version: ClassVar[int] = 2
@@ -36,7 +36,7 @@ class PruneVae(Pass):
         """Encoder and decoder, when the spec asks for it."""
         if not spec.prune_vae:
             return Skip("the autoencoder keeps its channels")
-        drawn = spec.prune_method == "taylor" or spec.recover > 0
+        generated = spec.prune_method == "taylor" or spec.recover > 0
         components = dict(before.components)
         for half in HALVES:
             component = before.components[half]
@@ -47,24 +47,24 @@ class PruneVae(Pass):
                 raise InputError(f"the autoencoder is {component.class_name}, which cannot be pruned",
                                  where="pass prune-vae", fix=f"leave out --prune-vae: it can prune {AUTOENCODER} only")
             components[half] = replace(component, files={}, file=f"components/{half}/{WEIGHTS_FILE}")
-        if drawn and (absent := [name for name in DRAWS_WITH if name not in before.components]):
-            raise InputError(f"there is no {absent[0]} to draw with", where="pass prune-vae",
+        if generated and (absent := [name for name in GENERATES_WITH if name not in before.components]):
+            raise InputError(f"there is no {absent[0]} to generate with", where="pass prune-vae",
                              fix="prune it with --prune-method l2 and without --recover")
         if util.find_spec("torch_pruning") is None:
             return Unavailable("torch-pruning is not installed", "pass prune-vae", "pip install 'ldm-deploy[prune]'")
         config = {"prune": spec.prune_vae, "method": spec.prune_method, "steps": spec.recover,
-                  **drawing_config(before, spec)}
+                  **generation_config(before, spec)}
         learns = f", {spec.recover} steps of distillation for each half" if spec.recover else ""
-        reads = {half: (half, *DRAWS_WITH) if drawn else (half,) for half in HALVES}
+        reads = {half: (half, *GENERATES_WITH) if generated else (half,) for half in HALVES}
         step = Step(self.name, self.version, config, reads, replace(before, components=components),
                     f"{spec.prune_vae:.0%} of the autoencoder's channels, {spec.prune_method}{learns}")
         return step.recorded()
 
     def run(self, step: Step, name: str, source: Bundle, out: Path) -> Component:
         """Prune the autoencoder, let this half of it learn; what was learned before an interruption is gone on from."""
-        from deploy.pruning.autoencoder import prune_half
-        from deploy.pruning.network import size_of, write_network
-        from exporters.modules import torch_component
+        from deploy.pruning.narrow_autoencoder import prune_half
+        from deploy.pruning.shrink.prune_network import size_of, write_network
+        from exporters.source.networks import torch_component
 
         planned, folder = step.after.components[name], out / "components" / name
         folder.mkdir(parents=True)

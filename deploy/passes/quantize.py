@@ -8,26 +8,26 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from deploy.plan import Pass, Planned, Skip, Step
-from deploy.quantization import NEEDS_RANGES
-from runtimes.bundle import Bundle, link_or_copy, records_below
+from deploy.core.plan import Pass, Planned, Skip, Step
+from deploy.quantization.recipes import NEEDS_RANGES
+from runtimes.bundle.folder import Bundle, link_or_copy, records_below
+from runtimes.bundle.manifest import Component, Manifest
 from runtimes.errors import InputError
-from runtimes.manifest import Component, Manifest
 
 if TYPE_CHECKING:
-    from deploy.spec import BuildSpec
+    from deploy.core.spec import BuildSpec
 
 PRECISIONS = ("int8", "auto")
-INT4 = "weight-only-4"  # calibration.layers.INT4, without loading onnx_ir to plan
+INT4 = "weight-only-4"  # calibration.graphs.layers.INT4, without loading onnx_ir to plan
 DETAILS_FILE = "quantization.json"
-# target -> the integers its kernels take, fields of calibration.ranges.Scheme.
+# target -> the integers its kernels take, fields of calibration.integers.ranges.Scheme.
 SCHEMES: Mapping[str, dict[str, Any]] = {
     "onnxruntime": {"quantize_outputs": True},
     "openvino": {"give_biases": True},
     "tensorrt": {"signed": True},
     "tensorrt-rtx": {"signed": True},
 }
-# target -> how 4-bit weights are written, fields of calibration.int4.BlockForm.
+# target -> how 4-bit weights are written, fields of calibration.graphs.text_encoder_int4.BlockForm.
 BLOCKS: Mapping[str, dict[str, Any]] = {
     "onnxruntime": {"operator": "MatMulNBits"},
     "openvino": {"operator": "DequantizeLinear"},
@@ -61,9 +61,9 @@ class Quantize(Pass):
         if spec.quantization == "dynamic" and spec.graph_target != "onnxruntime":
             raise InputError(f"{spec.graph_target} has no kernels for ranges found at run time", where="quantization",
                              fix="use hybrid or static")
-        from deploy.gate import options_for
-        from deploy.parity.budgets import budget_for
-        from deploy.quantization import plan_calibration
+        from deploy.core.budgets import budget_for
+        from deploy.parity.options import options_for
+        from deploy.quantization.recipes import plan_calibration
 
         budget = budget_for(spec.precision, spec.budget)
         recipes = {name: recipe_of(name, spec.quantization, spec.text_encoder_bits) for name in before.components}
@@ -81,9 +81,9 @@ class Quantize(Pass):
                 raise InputError("the model has no text encoder", where="--text-encoder-bits", fix="leave it out")
             config["blocks"] = BLOCKS[spec.graph_target]
         if "auto" in recipes.values():
-            drawn = options_for(before.source.id, spec.prompts)
-            config["search"] = {"budget": asdict(budget), "prompts": list(drawn.prompts),
-                                "retrieval": len(drawn.retrieval_prompts)}
+            generated = options_for(before.source.id, spec.prompts)
+            config["search"] = {"budget": asdict(budget), "prompts": list(generated.prompts),
+                                "retrieval": len(generated.retrieval_prompts)}
         if any(recipe in NEEDS_RANGES for recipe in recipes.values()):
             config["calibration"] = plan_calibration(before, spec)
         every = tuple(before.components)
@@ -96,9 +96,9 @@ class Quantize(Pass):
 
     def run(self, step: Step, name: str, source: Bundle, out: Path) -> Component:
         """Quantize one graph; which layer became what, and every range, lies beside it."""
-        from calibration.layers import check_patterns
-        from calibration.ranges import Scheme
-        from deploy.quantization import names_in, quantize_by_recipe, record_calibration, search_unet
+        from calibration.graphs.layers import check_patterns
+        from calibration.integers.ranges import Scheme
+        from deploy.quantization.recipes import names_in, quantize_by_recipe, record_calibration, search_unet
 
         planned, config = step.after.components[name], step.config
         check_patterns(config["keep"], names_in(source))
@@ -121,8 +121,8 @@ class Quantize(Pass):
             return "its weights have 4 bits: --text-encoder-bits 8 is about ten times as accurate"
         if "calibration" not in step.config:
             return ""
-        from calibration.sensitivity import error_origins
-        from deploy.quantization import record_calibration
+        from calibration.choice.layer_sensitivity import error_origins
+        from deploy.quantization.recipes import record_calibration
 
         recording = record_calibration(before, step.config["calibration"])
         calls = recording.spread(name, EXPLAINED_CALLS)
@@ -143,7 +143,7 @@ def scheme_of(target: str, cpu: str) -> dict[str, Any]:
 
     Without VNNI, x86 adds pairs of products in 16 bits, which two full 8-bit weights overflow (VPMADDUBSW saturates).
     """
-    from deploy.doctor import sums_in_32_bits
+    from deploy.core.doctor import sums_in_32_bits
 
     scheme = SCHEMES[target]
     if target in CPU_TARGETS and not (sums_in_32_bits() if cpu == "auto" else cpu == "vnni"):
@@ -162,7 +162,7 @@ def recipe_of(component: str, quantization: str, text_encoder_bits: int) -> str:
     """The recipe of one component.
 
     The text encoder runs once for a prompt that the cache does not know: its time does not matter, its bytes do, and
-    everything that is drawn hangs on its output.
+    everything that is generated hangs on its output.
     """
     if component.startswith("text_encoder"):
         return INT4 if text_encoder_bits == 4 else "weight-only"
@@ -175,8 +175,8 @@ def measured_gain(before: Bundle, after: Bundle, name: str) -> dict[str, Any]:
     Seconds are ONNX Runtime's on this CPU, so they are measured for what runs there: another runtime or a GPU
     compiles the graph anew.
     """
-    from deploy.call_times import quotient, seconds_in_turns, usual_feeds
-    from runtimes.session import SessionOptions, open_session
+    from deploy.core.call_times import quotient, seconds_in_turns, usual_feeds
+    from runtimes.backends.session import SessionOptions, open_session
 
     component = before.component(name)
     size = after.component(name).bytes / component.bytes

@@ -6,19 +6,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from deploy.passes.prune import NAME, TEACHER, WEIGHTS_FILE, drawing_config
-from deploy.plan import Pass, Planned, Skip, Step
-from deploy.pruning_options import DRAWINGS
-from runtimes.bundle import Bundle, records_below
+from deploy.core.plan import Pass, Planned, Skip, Step
+from deploy.core.pruning_options import TRAJECTORIES
+from deploy.passes.prune import NAME, TEACHER, WEIGHTS_FILE, generation_config
+from runtimes.bundle.folder import Bundle, records_below
+from runtimes.bundle.manifest import Component, Manifest
 from runtimes.errors import InputError
-from runtimes.manifest import Component, Manifest
 
 if TYPE_CHECKING:
-    from deploy.spec import BuildSpec
+    from deploy.core.spec import BuildSpec
 
 
 class Recover(Pass):
-    """Distillation along the original's own trajectories (deploy.pruning.distill)."""
+    """Distillation along the original's own trajectories (deploy.pruning.recovery.distill)."""
 
     name: ClassVar[str] = "recover"
     version: ClassVar[int] = 2
@@ -34,8 +34,8 @@ class Recover(Pass):
         if TEACHER not in before.components or before.components[NAME].format != "safetensors":
             raise InputError("there is no original to learn from", where="pass recover",
                              fix="recover comes right after prune")
-        fewer = {"batch": spec.recover_batch} if spec.recover_batch < DRAWINGS else {}
-        config = {"steps": spec.recover, "keep_zeros": spec.mask != "none", **fewer, **drawing_config(before, spec)}
+        fewer = {"batch": spec.recover_batch} if spec.recover_batch < TRAJECTORIES else {}
+        config = {"steps": spec.recover, "keep_zeros": spec.mask != "none", **fewer, **generation_config(before, spec)}
         components = {n: c for n, c in before.components.items() if n != TEACHER}
         components[NAME] = replace(components[NAME], files={})
         step = Step(self.name, self.version, config, {NAME: (NAME, TEACHER, "text_encoder")},
@@ -44,8 +44,8 @@ class Recover(Pass):
 
     def run(self, step: Step, name: str, source: Bundle, out: Path) -> Component:
         """Train; what was learned before an interruption is gone on from."""
-        from deploy.pruning.network import write_network
-        from deploy.pruning.recovery import recover_unet
+        from deploy.pruning.recovery.recover_network import recover_unet
+        from deploy.pruning.shrink.prune_network import write_network
 
         before, folder = source.component(name), out / "components" / name
         folder.mkdir(parents=True)

@@ -6,14 +6,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from deploy.core.plan import Pass, Planned, Skip, Step
 from deploy.passes.quantize import carry_layers
-from deploy.plan import Pass, Planned, Skip, Step
-from runtimes.bundle import Bundle, link_or_copy, records_below
-from runtimes.guidance import SHALLOW
-from runtimes.manifest import Component, Manifest
+from runtimes.bundle.folder import Bundle, link_or_copy, records_below
+from runtimes.bundle.manifest import Component, Manifest
+from runtimes.pipeline.guidance import SHALLOW
 
 if TYPE_CHECKING:
-    from deploy.spec import BuildSpec
+    from deploy.core.spec import BuildSpec
 
 WHOLE = "unet"
 FOLDER, GRAPH_FILE = f"components/{WHOLE}", "shallow.onnx"
@@ -47,7 +47,7 @@ class Share(Pass):
 
     def run(self, step: Step, name: str, source: Bundle, out: Path) -> Component:
         """Put the whole graph's weights beside it, or let the other graph refer to them."""
-        from exporters.shared_weights import share_weights
+        from exporters.onnx.shared_weights import share_weights
 
         whole, planned, before = source.component(WHOLE), step.after.components[name], source.component(name)
         store = out / step.config["weights"]
@@ -68,7 +68,7 @@ class Share(Pass):
 
 def _move_weights_out(source: Bundle, whole: Component, out: Path) -> None:
     """The whole graph with its weights in a file of their own, as large graphs have them already."""
-    from exporters.shared_weights import move_weights_out
+    from exporters.onnx.shared_weights import move_weights_out
 
     if STORES["onnx"] not in whole.files:
         move_weights_out(source.file(whole.file), out / whole.file)

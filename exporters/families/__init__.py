@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 
-from exporters.families.base import ComponentSpec, Family
+from exporters.families.declaration import ComponentSpec, Family
 from exporters.families.latent_diffusion import TEXT_TO_IMAGE, UNCONDITIONAL
 from exporters.families.stable_diffusion import STABLE_DIFFUSION
 from exporters.families.stable_diffusion_xl import STABLE_DIFFUSION_XL
@@ -24,7 +24,7 @@ FAMILIES: dict[str, Family] = {
 __all__ = ["FAMILIES", "ComponentSpec", "Family", "family_of"]
 
 
-def family_of(pipeline_class: str, where: str) -> Family:
+def family_of(pipeline_class: str, where: str = "") -> Family:
     """The family of a pipeline class.
 
     Args:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from exporters.families import parts
-from exporters.families.base import ComponentSpec, Family, Shapes
-from runtimes.tensors import TensorSpec
-
-if TYPE_CHECKING:
-    from exporters.source import ComponentSource, Source
+from exporters.families.declaration import ComponentSpec, Family, Shapes
+from exporters.source.model_folder import ComponentSource, Source
+from runtimes.bundle.tensors import TensorSpec
 
 VAE = "vqvae"  # what both pipelines call their autoencoder, whichever class it has
 

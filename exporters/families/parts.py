@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from exporters.families.base import ComponentSpec, Shapes, check_shapes, config_value, pixels_to_latents, scaled
+from exporters.families.declaration import ComponentSpec, Shapes, check_shapes, config_value, pixels_to_latents, scaled
+from exporters.source.model_folder import ComponentSource, Source
+from runtimes.bundle.manifest import PipelineFacts
+from runtimes.bundle.tensors import Axis, ShapeRange, TensorSpec
 from runtimes.errors import InputError
-from runtimes.manifest import PipelineFacts
-from runtimes.tensors import Axis, ShapeRange, TensorSpec
-
-if TYPE_CHECKING:
-    from exporters.source import ComponentSource, Source
 
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny", "VQModel")
 # U-Net inputs that no sampling loop here supplies: a config that asks for one is refused.
@@ -70,7 +68,7 @@ def row_multiple(source: Source, vae: ComponentSource, shapes: Shapes) -> int:
     or one that is asked for is no such multiple.
 
     UNet2DConditionModel then doubles to the size that it halved (`forward_upsample_size`), and its graph does so at
-    every size; see `exporters.onnx_from_torch`.
+    every size; see `exporters.onnx.trace`.
 
     Raises:
         InputError: such a size with a U-Net of another class, which cannot run it.

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from exporters.families import parts
-from exporters.families.base import ComponentSpec, Family, Shapes
-from runtimes.manifest import PipelineFacts
-from runtimes.tensors import TensorSpec
-
-if TYPE_CHECKING:
-    from exporters.source import ComponentSource, Source
+from exporters.families.declaration import ComponentSpec, Family, Shapes
+from exporters.source.model_folder import ComponentSource, Source
+from runtimes.bundle.manifest import PipelineFacts
+from runtimes.bundle.tensors import TensorSpec
 
 INPAINTING = "StableDiffusionInpaintPipeline"  # its U-Net may also take a mask and the masked image, 9 channels
 

@@ -6,16 +6,12 @@ Podell et al., arXiv 2307.01952: the context is the last but one hidden state of
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from exporters.families import parts
-from exporters.families.base import ComponentSpec, Family, Shapes, config_value
+from exporters.families.declaration import ComponentSpec, Family, Shapes, config_value
+from exporters.source.model_folder import ComponentSource, Source
+from runtimes.bundle.manifest import PipelineFacts
+from runtimes.bundle.tensors import TensorSpec
 from runtimes.errors import InputError
-from runtimes.manifest import PipelineFacts
-from runtimes.tensors import TensorSpec
-
-if TYPE_CHECKING:
-    from exporters.source import ComponentSource, Source
 
 INPAINTING = "StableDiffusionXLInpaintPipeline"  # its U-Net may also take a mask and the masked image, 9 channels
 FIRST, SECOND = "text_encoder", "text_encoder_2"

@@ -1,4 +1,4 @@
-"""Samplers in numpy, equal to diffusers' step by step, with all randomness drawn by the caller.
+"""Samplers in numpy, equal to diffusers' step by step, with all randomness sampled by the caller.
 
 `from_config` reads a diffusers scheduler_config.json into a `Scheduler`; `Scheduler.start` begins a `Run`.
 One method a file; sigmas.py has the noise schedules, prediction.py the meaning of a model's output.
@@ -11,26 +11,26 @@ from types import MappingProxyType
 from typing import Any
 
 from runtimes.errors import InputError
-from runtimes.schedulers.ddim import Ddim
-from runtimes.schedulers.ddpm import Ddpm
-from runtimes.schedulers.deis import Deis
-from runtimes.schedulers.dpm_sde import DpmSde
-from runtimes.schedulers.dpm_single import DpmSolverSingle
-from runtimes.schedulers.dpmpp import DpmSolverPP
-from runtimes.schedulers.edm_dpmpp import EdmDpmSolverPP
-from runtimes.schedulers.edm_euler import EdmEuler
-from runtimes.schedulers.euler import Euler
-from runtimes.schedulers.euler_ancestral import EulerAncestral
-from runtimes.schedulers.heun import Heun
-from runtimes.schedulers.kdpm2 import Kdpm2
-from runtimes.schedulers.kdpm2_ancestral import Kdpm2Ancestral
-from runtimes.schedulers.lcm import Lcm
-from runtimes.schedulers.lms import Lms
-from runtimes.schedulers.pndm import Pndm
+from runtimes.schedulers.methods.ddim import Ddim
+from runtimes.schedulers.methods.ddpm import Ddpm
+from runtimes.schedulers.methods.deis import Deis
+from runtimes.schedulers.methods.dpm_sde import DpmSde
+from runtimes.schedulers.methods.dpm_single import DpmSolverSingle
+from runtimes.schedulers.methods.dpmpp import DpmSolverPP
+from runtimes.schedulers.methods.edm_dpmpp import EdmDpmSolverPP
+from runtimes.schedulers.methods.edm_euler import EdmEuler
+from runtimes.schedulers.methods.euler import Euler
+from runtimes.schedulers.methods.euler_ancestral import EulerAncestral
+from runtimes.schedulers.methods.heun import Heun
+from runtimes.schedulers.methods.kdpm2 import Kdpm2
+from runtimes.schedulers.methods.kdpm2_ancestral import Kdpm2Ancestral
+from runtimes.schedulers.methods.lcm import Lcm
+from runtimes.schedulers.methods.lms import Lms
+from runtimes.schedulers.methods.pndm import Pndm
+from runtimes.schedulers.methods.sa_solver import SaSolver
+from runtimes.schedulers.methods.tcd import Tcd
+from runtimes.schedulers.methods.unipc import UniPc
 from runtimes.schedulers.protocol import Run, Scheduler
-from runtimes.schedulers.sa_solver import SaSolver
-from runtimes.schedulers.tcd import Tcd
-from runtimes.schedulers.unipc import UniPc
 
 __all__ = ["CLASS_NAMES", "DEFAULTED", "SCHEDULERS", "Run", "Scheduler", "from_config", "method_of"]
 

@@ -17,9 +17,9 @@ from itertools import pairwise
 import numpy as np
 
 from runtimes.schedulers.multistep import Point
+from runtimes.schedulers.noise_levels import Float32
 from runtimes.schedulers.rounding import exp, root
-from runtimes.schedulers.run import required
-from runtimes.schedulers.sigmas import Float32
+from runtimes.schedulers.sampler_run import required
 
 ALGORITHMS = ("dpmsolver++", "sde-dpmsolver++", "dpmsolver", "sde-dpmsolver")
 ONE, TWO, HALF = np.float32(1), np.float32(2), np.float32(0.5)

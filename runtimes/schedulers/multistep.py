@@ -13,13 +13,13 @@ from typing import ClassVar, Protocol
 import numpy as np
 
 from runtimes.errors import InputError
-from runtimes.schedulers import sigmas
+from runtimes.schedulers import noise_levels
+from runtimes.schedulers.noise_levels import Float32, Float64
 from runtimes.schedulers.prediction import limited, to_epsilon, to_original
 from runtimes.schedulers.protocol import Timesteps
 from runtimes.schedulers.rounding import log, root
-from runtimes.schedulers.run import RunBase
+from runtimes.schedulers.sampler_run import RunBase
 from runtimes.schedulers.settings import WHERE, SpreadSettings, ThresholdSettings
-from runtimes.schedulers.sigmas import Float32, Float64
 
 SOLVER_TYPES = ("midpoint", "heun", "logrho", "bh1", "bh2")
 
@@ -39,14 +39,14 @@ class LambdaSettings(SpreadSettings, ThresholdSettings):
         """Timesteps (n,) int64 and noise levels (n + 1,) float32, the last being where the run ends."""
         if self.spreads:
             levels = self.spread(self.training_sigmas[::-1], steps)
-            timesteps = self.rounded(sigmas.timesteps_of(levels, self.training_sigmas))
+            timesteps = self.rounded(noise_levels.timesteps_of(levels, self.training_sigmas))
         else:
-            timesteps = sigmas.multistep_timesteps(
+            timesteps = noise_levels.multistep_timesteps(
                 self.timestep_spacing, steps, self.num_train_timesteps, self.steps_offset, self.last_timestep
             )
             if len(timesteps) == 0:
                 raise InputError(f"lambda_min_clipped leaves none of {steps} steps", where=WHERE, fix="lower it")
-            levels = sigmas.interpolated_sigmas(timesteps, self.training_sigmas)
+            levels = noise_levels.interpolated_sigmas(timesteps, self.training_sigmas)
         return timesteps, np.append(levels, self.final_sigma(levels)).astype(np.float32)
 
     def rounded(self, timesteps: Float64) -> Timesteps:

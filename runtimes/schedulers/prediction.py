@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-from runtimes.schedulers.sigmas import Float32
+from runtimes.schedulers.noise_levels import Float32
 
 EPSILON, V_PREDICTION, SAMPLE = "epsilon", "v_prediction", "sample"
 Level = float | np.float32

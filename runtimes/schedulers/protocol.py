@@ -7,7 +7,7 @@ from typing import Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from runtimes.schedulers.sigmas import Float32
+from runtimes.schedulers.noise_levels import Float32
 
 Timesteps: TypeAlias = npt.NDArray[np.float32] | npt.NDArray[np.int64]
 
@@ -45,7 +45,7 @@ class Run(Protocol):
         ...
 
     def step(self, model_output: Float32, i: int, sample: Float32, noise: Float32 | None = None) -> Float32:
-        """The sample after step i. `noise` is standard normal, drawn by the caller, where `needs_noise(i)`."""
+        """The sample after step i. `noise` is standard normal, sampled by the caller, where `needs_noise(i)`."""
         ...
 
     def add_noise(self, original: Float32, noise: Float32, i: int = 0) -> Float32:

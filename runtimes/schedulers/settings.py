@@ -14,11 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from runtimes.errors import InputError
-from runtimes.schedulers import sigmas
+from runtimes.schedulers import noise_levels
+from runtimes.schedulers.noise_levels import Float32, Float64
 from runtimes.schedulers.prediction import EPSILON, SAMPLE, V_PREDICTION
 from runtimes.schedulers.protocol import Run
-from runtimes.schedulers.run import levels_of
-from runtimes.schedulers.sigmas import Float32, Float64
+from runtimes.schedulers.sampler_run import levels_of
 
 WHERE = "scheduler_config.json"
 CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -100,17 +100,19 @@ class Settings:
     @cached_property
     def alphas_cumprod(self) -> Float32:
         """Share of signal variance left at each training step: (num_train_timesteps,) float32, read-only."""
-        betas = sigmas.make_betas(
+        betas = noise_levels.make_betas(
             self.beta_schedule, self.num_train_timesteps, self.beta_start, self.beta_end, self.trained_betas
         )
-        table = sigmas.cumulative_alphas(sigmas.rescale_zero_terminal_snr(betas) if self._zero_snr else betas)
+        if self._zero_snr:
+            betas = noise_levels.rescale_zero_terminal_snr(betas)
+        table = noise_levels.cumulative_alphas(betas)
         table.setflags(write=False)
         return table
 
     @cached_property
     def training_sigmas(self) -> Float32:
         """Noise-to-signal ratio of each training step, ascending: (num_train_timesteps,) float32, read-only."""
-        table = sigmas.training_sigmas(self.alphas_cumprod, self._zero_snr)
+        table = noise_levels.training_sigmas(self.alphas_cumprod, self._zero_snr)
         table.setflags(write=False)
         return table
 
@@ -156,7 +158,8 @@ class Settings:
 
     def whole_timesteps(self, steps: int) -> npt.NDArray[np.int64]:
         """`sigmas.spaced_timesteps` rounded to indices of the training schedule: (steps,) int64."""
-        spaced = sigmas.spaced_timesteps(self.timestep_spacing, steps, self.num_train_timesteps, self.steps_offset)
+        spaced = noise_levels.spaced_timesteps(self.timestep_spacing, steps, self.num_train_timesteps,
+                                               self.steps_offset)
         return spaced.round().astype(np.int64)
 
     def check_indices(self, timesteps: npt.NDArray[np.int64], *, clips: bool = False) -> None:
@@ -237,8 +240,9 @@ class SpreadSettings(Settings):
         if self.use_exponential_sigmas and min(low, high) <= 0:
             raise InputError("sigma_min and sigma_max must be positive", where=WHERE, fix="correct them")
         if self.use_karras_sigmas:
-            return sigmas.karras_sigmas(high, low, steps)
-        return (sigmas.exponential_sigmas if self.use_exponential_sigmas else sigmas.beta_sigmas)(high, low, steps)
+            return noise_levels.karras_sigmas(high, low, steps)
+        spread = noise_levels.exponential_sigmas if self.use_exponential_sigmas else noise_levels.beta_sigmas
+        return spread(high, low, steps)
 
 
 @dataclass(frozen=True, kw_only=True)

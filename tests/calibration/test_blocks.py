@@ -12,9 +12,9 @@ from onnx import helper
 from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, DefaultWeightOnlyQuantizer
 from safetensors.numpy import load_file
 
-from calibration import blocks
-from calibration.blocks import GROUP, from_int4, group_scales, pack_nbits, to_int4
-from deploy.reference_model import WEIGHTS
+from calibration.integers import int4_blocks
+from calibration.integers.int4_blocks import GROUP, from_int4, group_scales, pack_nbits, to_int4
+from deploy.reference_models import WEIGHTS
 
 ODD = [(7, 45), (5, 31), (3, 1), (4, 96)]
 
@@ -77,7 +77,7 @@ def test_least_squares_loses_less_than_the_library_and_the_largest_magnitude():
     matrices = [tensor.astype(np.float32) for name, tensor in state.items() if name.endswith(ends)]
     assert len(matrices) == 18
     for weight in (*matrices, weights(64, 256)):
-        absmax = np.abs(blocks.grouped(weight)).max(axis=2) / 7
+        absmax = np.abs(int4_blocks.grouped(weight)).max(axis=2) / 7
         ours = relative(weight, group_scales(weight))
         assert ours < 0.97 * relative(weight, by_library(weight)[1])
         assert ours < 0.88 * relative(weight, absmax)
@@ -92,7 +92,7 @@ def test_no_value_is_further_off_than_half_a_step_or_its_clipping():
     clipped = np.abs(weight) > 7 * step
     assert np.all(distance[~clipped] <= 0.5001 * step[~clipped])
     assert clipped.mean() < 0.1
-    assert np.all(distance <= (8 / min(blocks.RATIOS) - 7 + 0.5) * step)
+    assert np.all(distance <= (8 / min(int4_blocks.RATIOS) - 7 + 0.5) * step)
 
 
 def test_positive_scales_are_positive_and_others_need_not_be():
@@ -123,7 +123,7 @@ def test_working_in_chunks_changes_nothing(monkeypatch: pytest.MonkeyPatch, tmp_
     whole = group_scales(weight)
     integers = to_int4(weight, whole)
     np.save(tmp_path / "w.npy", weight.T)
-    monkeypatch.setattr(blocks, "CHUNK_VALUES", 200)
+    monkeypatch.setattr(int4_blocks, "CHUNK_VALUES", 200)
     mapped = np.load(tmp_path / "w.npy", mmap_mode="r").T
     np.testing.assert_array_equal(group_scales(mapped), whole)
     np.testing.assert_array_equal(to_int4(mapped, whole), integers)

@@ -1,4 +1,4 @@
-"""Calibration of U-Nets for inpainting: masks of many kinds and sizes, and recordings of drawings under them."""
+"""Calibration of U-Nets for inpainting: masks of many kinds and sizes, and recordings of images under them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from calibration.masks import KINDS, draw_mask
-from calibration.prompts import STEPS, InpaintingEpisode, plan_episodes
-from calibration.recorder import Recording, record
-from runtimes.pipeline import Pipeline
-from runtimes.tensors import TensorSpec
+from calibration.trajectory.inpainting_masks import KINDS, paint_mask
+from calibration.trajectory.prompts import STEPS, InpaintingEpisode, plan_episodes
+from calibration.trajectory.recorder import Recording, record
+from runtimes.bundle.tensors import TensorSpec
+from runtimes.pipeline.diffusion import Pipeline
 from tests.calibration.test_recorder import make as make_ordinary
 from tests.runtimes import fakes
 from tests.runtimes.fakes import CHANNELS, DDIM, FACTOR, FACTS, FakeSession, fake_sessions, tokenize
@@ -28,7 +28,7 @@ def paint(sample: np.ndarray, timestep: np.ndarray, encoder_hidden_states: np.nd
 
 
 def inpainting_sessions() -> dict[str, FakeSession]:
-    """The fakes with a U-Net that takes a mask and a masked picture too."""
+    """The fakes with a U-Net that takes a mask and a masked image too."""
     sessions = fake_sessions()
     unet = sessions["unet"].component
     wide = TensorSpec("sample", "float32", ("batch", 2 * CHANNELS + 1, "height", "width"))
@@ -53,7 +53,7 @@ def masks_of(recording: Recording) -> np.ndarray:
 @pytest.mark.parametrize(("height", "width"), [(384, 384), (320, 640)])
 def test_a_mask_covers_the_share_that_is_asked_for(kind: str, height: int, width: int):
     for painted, seed in product((0.05, 0.3, 0.6, 0.9), range(5)):
-        mask = draw_mask(kind, height, width, painted, seed, grain=8)
+        mask = paint_mask(kind, height, width, painted, seed, grain=8)
         assert mask.shape == (height, width)
         assert set(np.unique(mask)) == {0, 255}
         assert np.mean(mask == 255) == pytest.approx(painted, abs=0.03)
@@ -62,22 +62,22 @@ def test_a_mask_covers_the_share_that_is_asked_for(kind: str, height: int, width
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_mask_is_too_small_for_the_latents_or_for_what_it_keeps(kind: str):
     for painted, seed in product((0.01, 0.03), range(50)):
-        assert draw_mask(kind, 32, 48, painted, seed, grain=4)[::4, ::4].any()
+        assert paint_mask(kind, 32, 48, painted, seed, grain=4)[::4, ::4].any()
     if kind != "strokes":
         for seed in range(50):
-            assert not draw_mask(kind, 32, 48, 0.93, seed, grain=4)[::4, ::4].all()
+            assert not paint_mask(kind, 32, 48, 0.93, seed, grain=4)[::4, ::4].all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_seed_gives_one_mask_and_another_seed_another(kind: str):
-    masks = [draw_mask(kind, 64, 64, 0.4, seed) for seed in range(8)]
-    assert np.array_equal(masks[3], draw_mask(kind, 64, 64, 0.4, 3))
+    masks = [paint_mask(kind, 64, 64, 0.4, seed) for seed in range(8)]
+    assert np.array_equal(masks[3], paint_mask(kind, 64, 64, 0.4, 3))
     assert len({mask.tobytes() for mask in masks}) == 8
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_whole_picture_may_be_painted(kind: str):
-    assert (draw_mask(kind, 16, 24, 1.0, 0) == 255).all()
+def test_the_whole_image_may_be_painted(kind: str):
+    assert (paint_mask(kind, 16, 24, 1.0, 0) == 255).all()
 
 
 # ---- plans -------------------------------------------------------------------------------------------------------
@@ -129,26 +129,26 @@ def test_masks_are_binary_and_of_many_sizes_and_both_branches_see_the_same(tmp_p
     assert areas.min() < 0.25
 
 
-def test_what_the_unet_is_told_of_the_picture_is_what_the_encoder_makes_of_it(tmp_path: Path):
+def test_what_the_unet_is_told_of_the_image_is_what_the_encoder_makes_of_it(tmp_path: Path):
     """The fakes' encoder picks pixels, so the kept part can be read in its inputs, and the hole is grey."""
     recording = make(tmp_path)
     told = [call["sample"][0] for call in recording.calls("unet")]
     seen = [call["sample"][0, :CHANNELS, ::FACTOR, ::FACTOR] for call in recording.calls("vae_encoder")]
     for latents in told:
         mask, masked = latents[CHANNELS], latents[CHANNELS + 1:] / FACTS.scaling_factor
-        assert min(np.abs(masked - picture).mean() for picture in seen) < 0.3  # the encoder's own spread is exp(-1.5)
+        assert min(np.abs(masked - image).mean() for image in seen) < 0.3  # the encoder's own spread is exp(-1.5)
         assert np.abs(masked[:, mask == 1]).mean() < 0.3
         if (mask == 0).sum() > 8:
-            pictures = [picture[:, mask == 0].ravel() for picture in seen]
+            images = [image[:, mask == 0].ravel() for image in seen]
             kept = masked[:, mask == 0].ravel()
-            assert max(np.corrcoef(kept, picture)[0, 1] for picture in pictures if picture.std() > 0) > 0.9
+            assert max(np.corrcoef(kept, image)[0, 1] for image in images if image.std() > 0) > 0.9
 
 
-def test_masked_pictures_are_painted_from_noise_alone_and_from_their_own_latents(tmp_path: Path):
+def test_masked_images_are_painted_from_noise_alone_and_from_their_own_latents(tmp_path: Path):
     sessions = inpainting_sessions()
     make(tmp_path, samples=24, sessions=sessions)
     assert len(sessions["unet"].calls) == 3 * STEPS + 2 * STEPS + int(0.6 * STEPS)
-    # Grey for each first drawing, the masked picture for each second one, the whole picture for the partial one.
+    # Grey for each first trajectory, the masked image for each second one, the whole image for the partial one.
     assert len(sessions["vae_encoder"].calls) == 3 + 3 + 1
 
 

@@ -11,13 +11,13 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-from calibration.layers import assign, check_patterns, find_layers, matching
-from calibration.observe import compare, observe
-from calibration.quantize import quantize, tensors_to_observe
-from calibration.ranges import Scheme, estimate
-from calibration.sensitivity import relieve
+from calibration.choice.layer_sensitivity import relieve
+from calibration.graphs.layers import assign, check_patterns, find_layers, matching
+from calibration.graphs.qdq_placement import quantize, tensors_to_observe
+from calibration.integers.ranges import Scheme, estimate
+from calibration.trajectory.inner_tensors import compare, observe
+from runtimes.backends.openvino_session import openvino_core
 from runtimes.errors import InputError
-from runtimes.session_openvino import openvino_core
 from tests.calibration.graphs import calls, write_graph
 
 ORT, OPENVINO, TENSORRT = Scheme(quantize_outputs=True), Scheme(give_biases=True), Scheme(signed=True)

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from calibration.observe import observe
-from calibration.ranges import ESTIMATORS, STRATA, Observed, Scheme, drift, estimate, stratum_of
+from calibration.integers.ranges import ESTIMATORS, STRATA, Observed, Scheme, drift, estimate, stratum_of
+from calibration.trajectory.inner_tensors import observe
 from runtimes.errors import InputError
 from tests.calibration.graphs import calls, write_graph
 

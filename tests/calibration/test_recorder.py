@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from calibration.prompts import plan_episodes, read_prompts
-from calibration.recorder import Recording, record
+from calibration.trajectory.prompts import plan_episodes, read_prompts
+from calibration.trajectory.recorder import Recording, record
 from runtimes.errors import InputError
-from runtimes.pipeline import Pipeline
+from runtimes.pipeline.diffusion import Pipeline
 from tests.runtimes.fakes import DDIM, FACTS, fake_sessions, tokenize
 
 
@@ -32,11 +32,11 @@ def test_both_guidance_branches_and_the_whole_schedule_are_recorded(tmp_path):
     assert steps.min() >= 3
 
 
-def test_the_encoder_sees_the_pictures_that_image_to_image_starts_from(tmp_path):
+def test_the_encoder_sees_the_images_that_image_to_image_starts_from(tmp_path):
     recording = make(tmp_path, samples=16)
-    pictures = list(recording.calls("vae_encoder"))
-    assert len(pictures) == recording.shards == 2
-    assert all(call["sample"].shape == (1, 3, 32, 32) for call in pictures)
+    images = list(recording.calls("vae_encoder"))
+    assert len(images) == recording.shards == 2
+    assert all(call["sample"].shape == (1, 3, 32, 32) for call in images)
     assert len(list(recording.calls("vae_decoder"))) == 4
     texts = {call["input_ids"].tobytes() for call in recording.calls("text_encoder")}
     assert len(texts) == 4  # three and the empty one

@@ -10,12 +10,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from calibration.layers import FLOAT, STATIC, WEIGHT, Layer, assign, find_layers
-from calibration.noise import LayerNoise, predict_noise
-from calibration.observe import compare, observe
-from calibration.quantize import quantize, tensors_to_observe
-from calibration.ranges import Scheme, estimate
-from calibration.sensitivity import (
+from calibration.choice.layer_sensitivity import (
     Promotion,
     affordable,
     assignment_after,
@@ -24,6 +19,11 @@ from calibration.sensitivity import (
     promotions,
     relieve,
 )
+from calibration.choice.quantization_noise import LayerNoise, predict_noise
+from calibration.graphs.layers import FLOAT, STATIC, WEIGHT, Layer, assign, find_layers
+from calibration.graphs.qdq_placement import quantize, tensors_to_observe
+from calibration.integers.ranges import Scheme, estimate
+from calibration.trajectory.inner_tensors import compare, observe
 from tests.calibration.graphs import CHANNELS, SIZE, calls, write_graph
 
 SCHEME = Scheme(quantize_outputs=True)
@@ -172,7 +172,7 @@ def test_a_budget_that_cannot_be_met_is_told_after_two_trials():
 
 
 def test_an_error_is_infinite_where_the_candidate_is_not_finite():
-    from calibration.observe import relative_l2
+    from calibration.trajectory.inner_tensors import relative_l2
 
     assert relative_l2(np.ones(3), np.array([1.0, np.nan, 1.0])) == math.inf
     assert relative_l2(np.zeros(3), np.zeros(3)) == 0

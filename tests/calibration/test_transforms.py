@@ -10,11 +10,11 @@ import onnx_ir as ir
 import pytest
 from onnx import helper, numpy_helper
 
-from calibration.layers import WEIGHT, assign, find_layers
-from calibration.observe import compare, plain_session
-from calibration.quantize import quantize
-from calibration.ranges import Scheme
-from calibration.transforms import channel_means, channels_of, prepare
+from calibration.graphs.layers import WEIGHT, assign, find_layers
+from calibration.graphs.qdq_placement import quantize
+from calibration.graphs.transforms import channel_means, channels_of, prepare
+from calibration.integers.ranges import Scheme
+from calibration.trajectory.inner_tensors import compare, plain_session
 
 A, B, OUT = 6, 4, 16
 

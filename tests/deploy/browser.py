@@ -1,4 +1,4 @@
-"""Headless Chromium over its debugging pipe: a page, its console, the pointer, pictures. Standard library only."""
+"""Headless Chromium over its debugging pipe: a page, its console, the pointer, images. Standard library only."""
 
 from __future__ import annotations
 
@@ -92,9 +92,9 @@ class Browser:
     def screenshot(self, file: Path) -> None:
         """The whole page as PNG."""
         size = self.send("Page.getLayoutMetrics")["cssContentSize"]
-        picture = self.send("Page.captureScreenshot", captureBeyondViewport=True,
+        image = self.send("Page.captureScreenshot", captureBeyondViewport=True,
                             clip={"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1})
-        file.write_bytes(base64.b64decode(picture["data"]))
+        file.write_bytes(base64.b64decode(image["data"]))
 
     def _receive(self) -> dict[str, Any]:
         while b"\0" not in self._buffer:

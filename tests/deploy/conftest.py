@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import pytest
 
-from deploy.cli import main
-from runtimes.bundle import Bundle
+from deploy.cli.commands import main
+from runtimes.bundle.folder import Bundle
 from tests.parity.pipelines import source_bundle
 
 

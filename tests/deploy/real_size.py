@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from deploy.reference_model import WEIGHTS
+from deploy.reference_models import WEIGHTS
 
 TOKENS = 77
 UNET = {
@@ -131,12 +131,12 @@ def calibrate(bundle_folder: str, samples: int) -> dict[str, int]:
     """Record so many calls of the U-Net at the smallest size and find its ranges: highest resident bytes of each."""
     from dataclasses import replace
 
-    from calibration.layers import assign, find_layers
-    from calibration.ranges import Scheme
-    from deploy.observers import measured
-    from deploy.quantization import find_ranges, plan_calibration, record_calibration
-    from deploy.spec import BuildSpec
-    from runtimes.bundle import Bundle
+    from calibration.graphs.layers import assign, find_layers
+    from calibration.integers.ranges import Scheme
+    from deploy.core.observers import measured
+    from deploy.core.spec import BuildSpec
+    from deploy.quantization.recipes import find_ranges, plan_calibration, record_calibration
+    from runtimes.bundle.folder import Bundle
 
     opened = Bundle.open(bundle_folder, check_hashes=False)
     unet = opened.component("unet")

@@ -1,4 +1,4 @@
-"""LoRA, textual inversion and another VAE: merged weights against the formula, pictures against diffusers, refusals."""
+"""LoRA, textual inversion and another VAE: merged weights against the formula, images against diffusers, refusals."""
 
 from __future__ import annotations
 
@@ -13,18 +13,20 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from deploy.builder import Silent, load_source, plan_build
-from deploy.cache import Cache
-from deploy.origin import open_origin
-from deploy.parity.drawing import assemble_pipeline
+from deploy.build.builder import load_source
+from deploy.build.choose import plan_build
+from deploy.core.pass_cache import Cache
+from deploy.core.plan import Step
+from deploy.core.progress import Silent
+from deploy.core.spec import BuildSpec
+from deploy.model.source_bundle import open_origin
+from deploy.parity.reference.torch_sessions import reference_sessions
+from deploy.parity.reference.trajectories import assemble_pipeline
 from deploy.passes.adapters import parse_embedding
-from deploy.plan import Step
-from deploy.reference import reference_sessions
-from deploy.spec import BuildSpec
-from exporters.modules import load_module
-from runtimes.bundle import Bundle
+from exporters.source.networks import load_module
+from runtimes.adapters.lora_files import parse_lora
+from runtimes.bundle.folder import Bundle
 from runtimes.errors import InputError
-from runtimes.lora import parse_lora
 from tests.deploy.conftest import Cli, assert_refused
 from tests.exporters.family_pipelines import autoencoder, make_pipeline, tiny_decoder
 
@@ -151,7 +153,7 @@ def test_the_oldest_diffusers_names(loaded: Callable[..., Bundle], tmp_path: Pat
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`")  # two adapters, as intended
 @pytest.mark.parametrize("write", [peft_file, kohya_file])
-def test_peft_draws_the_same_latents(
+def test_peft_generates_the_same_latents(
     write: Callable[..., Any], model: Path, loaded: Callable[..., Bundle], tmp_path: Path
 ) -> None:
     """Two LoRAs with scales."""
@@ -168,13 +170,13 @@ def test_peft_draws_the_same_latents(
     expected = theirs("a red apple", num_inference_steps=4, latents=torch.from_numpy(noise),
                       output_type="latent").images
     bundle = loaded(lora=(f"{tmp_path}/one.safetensors:0.8", f"{tmp_path}/two.safetensors:0.3"))
-    error = relative_l2(draw(bundle, "a red apple", noise), expected.numpy())
+    error = relative_l2(generate(bundle, "a red apple", noise), expected.numpy())
     print(f"two LoRAs written by {write.__name__}, merged here and by PEFT: latents differ by {error:.1e}")
     assert error <= 1e-4
-    assert relative_l2(draw(plain, "a red apple", noise), expected.numpy()) > 0.01
+    assert relative_l2(generate(plain, "a red apple", noise), expected.numpy()) > 0.01
 
 
-def draw(bundle: Bundle, prompt: str, noise: np.ndarray) -> np.ndarray:
+def generate(bundle: Bundle, prompt: str, noise: np.ndarray) -> np.ndarray:
     pipeline = assemble_pipeline(reference_sessions(bundle), bundle)
     latents: np.ndarray = pipeline(prompt, steps=4, latents=noise, output="latents")
     return latents
@@ -184,7 +186,8 @@ def relative_l2(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
-def test_textual_inversion_draws_as_diffusers_does(model: Path, loaded: Callable[..., Bundle], tmp_path: Path) -> None:
+def test_textual_inversion_generates_as_diffusers_does(model: Path, loaded: Callable[..., Bundle],
+                                                       tmp_path: Path) -> None:
     import diffusers
 
     generator = torch.Generator().manual_seed(3)
@@ -196,8 +199,8 @@ def test_textual_inversion_draws_as_diffusers_does(model: Path, loaded: Callable
     noise, prompt = np.random.default_rng(0).standard_normal((1, 4, 8, 8)).astype(np.float32), "a <cat-toy> in <style>"
     expected = theirs(prompt, num_inference_steps=4, latents=torch.from_numpy(noise), output_type="latent").images
     bundle = loaded(embedding=(str(tmp_path / "toy.safetensors"), f"{tmp_path}/style.safetensors:<style>"))
-    assert relative_l2(draw(bundle, prompt, noise), expected.numpy()) <= 1e-4
-    assert relative_l2(draw(bundle, "a cat toy in style", noise), expected.numpy()) > 0.01
+    assert relative_l2(generate(bundle, prompt, noise), expected.numpy()) <= 1e-4
+    assert relative_l2(generate(bundle, "a cat toy in style", noise), expected.numpy()) > 0.01
     record = next(p for p in bundle.manifest.passes if p.name == "adapters").config["embedding"]
     assert [(entry["token"], entry["vectors"]) for entry in record] == [("<cat-toy>", 3), ("<style>", 1)]
 
@@ -273,8 +276,8 @@ def test_another_vae_takes_the_place_of_the_models_own(
     assert bundle.component("vae_decoder").class_name == "AutoencoderTiny"
     assert bundle.manifest.pipeline.scaling_factor == 1.0
     assert loaded().component("vae_decoder").class_name == "AutoencoderKL"
-    picture = assemble_pipeline(reference_sessions(bundle), bundle)("a cat", steps=2, seed=0)[0]
-    assert picture.size == (32, 32)
+    image = assemble_pipeline(reference_sessions(bundle), bundle)("a cat", steps=2, seed=0)[0]
+    assert image.size == (32, 32)
     autoencoder(latent_channels=8).save_pretrained(tmp_path / "wide")
     with pytest.raises(InputError, match="in_channels is 4, the VAE has 8 latent channels"):
         loaded(vae=str(tmp_path / "wide"))

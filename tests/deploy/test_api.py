@@ -11,7 +11,7 @@ import runtimes
 from runtimes.errors import InputError
 
 
-def test_build_and_load_are_enough_to_draw(tiny_model: Path, build_cache: Path, tmp_path: Path, monkeypatch):
+def test_build_and_load_are_enough_to_generate(tiny_model: Path, build_cache: Path, tmp_path: Path, monkeypatch):
     monkeypatch.setenv("LDM_DEPLOY_CACHE", str(build_cache))
     bundle = deploy.build(tiny_model, target="onnxruntime", precision="fp32", output=tmp_path / "bundle")
     assert bundle.path == tmp_path / "bundle" and bundle.manifest.verified

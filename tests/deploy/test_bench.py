@@ -1,4 +1,4 @@
-"""`bench` and `--target auto`: what is measured is really run, in turns, and equal pictures are said to be equal."""
+"""`bench` and `--target auto`: what is measured is really run, in turns, and equal images are said to be equal."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from deploy.bench.contest import BenchOptions, run_bench
-from deploy.builder import run_build
-from deploy.spec import BuildSpec
-from runtimes.bundle import Bundle
+from deploy.build.choose import run_build
+from deploy.core.spec import BuildSpec
+from runtimes.bundle.folder import Bundle
 from runtimes.errors import InputError
 from tests.deploy.conftest import Cli, assert_refused
 
@@ -22,7 +22,7 @@ def bundles(tiny_model: Path, build_cache: Path, tmp_path_factory: pytest.TempPa
                       cache_root=build_cache).bundle.path for precision in ("fp32", "fp16")]
 
 
-def test_a_bundle_and_pytorch_draw_the_same_picture_in_turns(reference_bundle: Path):
+def test_a_bundle_and_pytorch_generate_the_same_image_in_turns(reference_bundle: Path):
     said: list[str] = []
     options = BenchOptions(("torch",), rounds=2, steps=2, batches=(1, 2), threads=1)
     report = run_bench([reference_bundle], options, said.append)
@@ -31,7 +31,7 @@ def test_a_bundle_and_pytorch_draw_the_same_picture_in_turns(reference_bundle: P
     for run in report["runs"]:
         assert 0 < run["seconds"]["min"] <= run["seconds"]["median"] <= run["seconds"]["max"]
         assert run["cold_start_seconds"] > run["seconds"]["min"]
-        assert run["psnr_db"] > 40, f"{run['name']} drew another picture"
+        assert run["psnr_db"] > 40, f"{run['name']} drew another image"
         assert set(run["components"]) == {"text_encoder", "unet", "vae_decoder", "python"}
         assert sum(part["share"] for part in run["components"].values()) == pytest.approx(1)
     rss = {run["name"]: run["peak_rss_bytes"] for run in report["runs"]}
@@ -62,15 +62,15 @@ def test_bench_json_is_one_object(bundles: list[Path], cli: Cli):
 
 def test_auto_takes_the_runtime_that_measured_faster(tiny_model: Path, build_cache: Path, tmp_path: Path, monkeypatch):
     spec = BuildSpec(model=str(tiny_model), target="auto")
-    monkeypatch.setattr("deploy.auto_target._measured", lambda *_: {"onnxruntime": 0.02, "openvino": 0.01})
+    monkeypatch.setattr("deploy.build.choose_target._measured", lambda *_: {"onnxruntime": 0.02, "openvino": 0.01})
     assert run_build(spec, tmp_path / "b", cache_root=build_cache).bundle.manifest.target == "openvino"
-    monkeypatch.setattr("deploy.auto_target._measured", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr("deploy.build.choose_target._measured", lambda *_: pytest.fail("measured again"))
     assert run_build(spec, tmp_path / "b", cache_root=build_cache).up_to_date
 
 
 def test_auto_measures_every_runtime_that_is_installed(tiny_model: Path, build_cache: Path):
-    from deploy.auto_target import _measured
-    from deploy.builder import Silent
+    from deploy.build.choose_target import _measured
+    from deploy.core.progress import Silent
 
     found = _measured(BuildSpec(model=str(tiny_model)), ["onnxruntime", "openvino"], build_cache, Silent())
     assert sorted(found) == ["onnxruntime", "openvino"]

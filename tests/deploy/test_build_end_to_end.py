@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 
 import runtimes
-from deploy import presets
-from deploy.builder import run_build
-from deploy.presets import Measured, Setting
-from deploy.spec import BuildSpec
-from runtimes.bundle import Bundle, record_of
-from runtimes.manifest import FileRecord
+from deploy.bench import presets
+from deploy.bench.presets import Measured, Setting
+from deploy.build.choose import run_build
+from deploy.core.spec import BuildSpec
+from runtimes.bundle.folder import Bundle, record_of
+from runtimes.bundle.manifest import FileRecord
 from tests.conftest import ROOT
 from tests.deploy.conftest import Cli, assert_refused
 from tests.exporters.pipelines import edit_json
@@ -182,13 +182,13 @@ def test_a_newer_schema_is_refused(copy: Path, cli: Cli):
      (("a cat", "--guidance", "nan"), "guidance"), (("a cat", "--scheduler", "magic"), "magic"), ((), "prompt"),
      (("a cat", "--device", "cuda"), "CUDAExecutionProvider")],
 )
-def test_unusable_requests_write_no_picture(options, word, reference_bundle: Path, cli: Cli):
+def test_unusable_requests_write_no_image(options, word, reference_bundle: Path, cli: Cli):
     result = cli("generate", reference_bundle, *options)
     assert_refused(result, word, code=4 if "cuda" in options else 2)
     assert not Path("out.png").exists()
 
 
-def test_saved_latents_draw_the_same_picture_again(reference_bundle: Path, cli: Cli):
+def test_saved_latents_generate_the_same_image_again(reference_bundle: Path, cli: Cli):
     latents = np.random.default_rng(0).standard_normal((1, 8, 8, 8)).astype(np.float32)
     np.save("initial.npy", latents)
     options = ("a cat", "--latents", "initial.npy", "--steps", "3")
@@ -205,7 +205,7 @@ def test_an_image_is_the_start_of_another(reference_bundle: Path, cli: Cli):
     assert Path("fox.png").read_bytes() != Path("dog.png").read_bytes()
 
 
-def test_several_pictures_get_numbered_names_or_one_sheet(reference_bundle: Path, cli: Cli):
+def test_several_images_get_numbered_names_or_one_sheet(reference_bundle: Path, cli: Cli):
     cli("generate", reference_bundle, "a cat", "-n", "3", "--steps", "2", "-o", "cat.png")
     assert sorted(p.name for p in Path.cwd().iterdir()) == ["cat-1.png", "cat-2.png", "cat-3.png"]
     Path("prompts.txt").write_text("a cat\n\na dog\n")
@@ -259,7 +259,7 @@ def test_a_quality_is_what_was_measured_of_the_bundle(reference_bundle: Path, cl
     for options, steps in ((("--quality", "draft"), "2"), (("--quality", "high"), "4"), (("--budget-ms", "20"), "2"),
                            (("--quality", "high", "--steps", "3"), "3")):
         assert cli("generate", reference_bundle, "a cat", *options, "-o", "cat.png").code == 0
-        with Image.open("cat.png") as picture:
-            assert picture.info["steps"] == steps
+        with Image.open("cat.png") as image:
+            assert image.info["steps"] == steps
     assert_refused(cli("generate", reference_bundle, "a cat", "--budget-ms", "1"), "at least 10")
     assert_refused(cli("generate", reference_bundle, "a cat", "--budget-ms", "9", "--quality", "high"), "both")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.reference_model import WEIGHTS
+from deploy.reference_models import WEIGHTS
 from tests.deploy.conftest import Cli, assert_nothing_left, assert_refused
 
 
@@ -121,7 +121,7 @@ def test_a_full_disk_is_said_in_one_line_and_leaves_nothing(cli: Cli, model: Pat
 
 
 def test_a_bug_of_ours_is_exit_code_1(cli: Cli, monkeypatch):
-    monkeypatch.setattr("deploy.origin.open_source", lambda *_: 1 / 0)
+    monkeypatch.setattr("deploy.model.source_bundle.open_source", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         cli("build", "--dry-run")
 
@@ -130,7 +130,7 @@ def test_ctrl_c_is_exit_code_130_and_says_what_is_kept(cli: Cli, monkeypatch):
     def interrupted() -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("deploy.doctor.examine", interrupted)
+    monkeypatch.setattr("deploy.core.doctor.examine", interrupted)
     result = cli("doctor")
     assert result.code == 130
     assert result.err == "interrupted; finished parts are kept and the next build goes on from them\n"

@@ -30,7 +30,7 @@ def test_threads_get_what_one_gets_and_memory_does_not_grow(reference_bundle, th
              "scheduler": (None, "euler-ancestral", "dpm++")[i % 3],
              "guidance_interval": (0, 1) if i % 2 else (0, 0.7)}
             for i in range(requests)]
-    expected = [draw(pipeline, job) for job in jobs]
+    expected = [generate(pipeline, job) for job in jobs]
     memory: list[int] = []
     lock = threading.Lock()
 
@@ -38,7 +38,7 @@ def test_threads_get_what_one_gets_and_memory_does_not_grow(reference_bundle, th
         wrong = []
         for k in range(requests):
             i = (k + 7 * worker) % requests  # threads are at different requests at any time
-            if not np.array_equal(draw(pipeline, jobs[i]), expected[i]):
+            if not np.array_equal(generate(pipeline, jobs[i]), expected[i]):
                 wrong.append(i)
             with lock:
                 memory.append(resident_bytes())
@@ -53,12 +53,12 @@ def test_threads_get_what_one_gets_and_memory_does_not_grow(reference_bundle, th
     assert after <= 1.02 * before + (1 << 20)
 
 
-def draw(pipeline: Any, job: dict[str, Any]) -> np.ndarray:
+def generate(pipeline: Any, job: dict[str, Any]) -> np.ndarray:
     return pipeline(**job)
 
 
 @pytest.mark.parametrize("other", [1, 3])
-def test_a_seed_draws_the_same_alone_and_in_a_batch(reference_bundle, other):
+def test_a_seed_generates_the_same_alone_and_in_a_batch(reference_bundle, other):
     """To the rounding of float32: matrix products of other sizes are summed in another order."""
     pipeline = runtimes.load(reference_bundle, threads=1, check_hashes=False)
     prompts, seeds = list(PROMPTS[: other + 1]), [11, 5, 7, 2][: other + 1]

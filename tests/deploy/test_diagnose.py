@@ -12,12 +12,12 @@ import onnx_ir as ir
 import pytest
 from PIL import Image
 
-from deploy.diagnose import DiagnoseOptions, diagnose_pipeline
-from deploy.diagnosis import LIMITS, Drawn, check_guidance, moments
-from deploy.probe import Probe
-from runtimes.bundle import Bundle, records_below, write_manifest
+from deploy.diagnose.checks import LIMITS, Samples, check_guidance, moments
+from deploy.diagnose.probe import Probe
+from deploy.diagnose.run_checks import DiagnoseOptions, diagnose_pipeline
+from runtimes.bundle.folder import Bundle, records_below, write_manifest
+from runtimes.bundle.manifest import FileRecord
 from runtimes.errors import ParityError
-from runtimes.manifest import FileRecord
 from tests.deploy.conftest import Cli, assert_refused
 
 STEPS = 8
@@ -79,7 +79,7 @@ def test_a_sound_bundle_passes_and_its_grid_shows_the_denoising(cli: Cli, refere
     assert sheet.shape == (4 * 64, 8 * 64, 3)
     last = sheet[:, -64:]
     distance = [np.abs(sheet[:, 64 * i : 64 * (i + 1)] - last).mean() for i in range(8)]
-    assert distance[0] > distance[4] > distance[6] > 0, "columns come nearer to the finished picture"
+    assert distance[0] > distance[4] > distance[6] > 0, "columns come nearer to the finished image"
 
 
 @pytest.mark.parametrize(("wrong", "given"), [(0.5, False), (2.0, False), (0.5, True)])
@@ -89,8 +89,8 @@ def test_a_wrong_scaling_factor_is_found_by_the_vae_check_which_names_the_right_
     manifest = dataclasses.replace(copy.manifest, pipeline=dataclasses.replace(
         facts, scaling_factor=facts.scaling_factor * wrong))
     write_manifest(copy.path, manifest)
-    pictures = tuple(sorted((copy.path / "report" / "images").glob("0[0-7]-reference.png"))) if given else ()
-    name, advice = found_first(copy.path, images=pictures)
+    images = tuple(sorted((copy.path / "report" / "images").glob("0[0-7]-reference.png"))) if given else ()
+    name, advice = found_first(copy.path, images=images)
     assert name == "vae"
     fitting = float(advice.split(": ")[1].split(" ")[0])
     assert fitting == pytest.approx(facts.scaling_factor, rel=0.15 if given or wrong < 1 else 0.4)
@@ -107,8 +107,8 @@ def test_a_wrong_prediction_type_is_found_by_the_unconditional_check(copy: Bundl
     config = json.loads(file.read_text())
     assert config["prediction_type"] == "v_prediction"
     file.write_text(json.dumps({**config, "prediction_type": "epsilon"}))
-    pictures = tuple(sorted((copy.path / "report" / "images").glob("0[0-7]-reference.png")))
-    name, advice = found_first(reseal(copy), images=pictures)
+    images = tuple(sorted((copy.path / "report" / "images").glob("0[0-7]-reference.png")))
+    name, advice = found_first(reseal(copy), images=images)
     assert name == "unconditional" and "prediction_type" in advice
 
 
@@ -130,7 +130,7 @@ def test_a_model_is_diagnosed_through_pytorch_with_the_bundle_s_figures(referenc
 
 
 class Indifferent(Probe):
-    """Stands in for a probe: every prompt explains every drawing alike."""
+    """Stands in for a probe: every prompt explains every image alike."""
 
     def __init__(self):
         self.levels = (1, 2)
@@ -144,9 +144,9 @@ def test_guidance_that_changes_nothing_or_burns_out_is_named():
     grey, burnt = np.full((2, 8, 8, 3), 0.5, np.float32), np.ones((2, 8, 8, 3), np.float32)
 
     def check(guided, pixels):
-        return check_guidance(Indifferent(), Drawn(("a", "b"), guided, pixels, latents, grey, latents, ()))
+        return check_guidance(Indifferent(), Samples(("a", "b"), guided, pixels, latents, grey, latents, ()))
 
-    assert "changes drawings by 0" in check(latents, grey).verdict
+    assert "changes images by 0" in check(latents, grey).verdict
     assert "clips 100%" in check(latents * 2, burnt).verdict and not check(latents * 2, burnt).ok
     assert check(latents * 2, grey).ok
 
@@ -162,12 +162,12 @@ def test_moments_of_a_normal_distribution_and_of_numbers_that_are_not_finite():
 
 def test_what_is_neither_bundle_nor_model_is_refused(cli: Cli, reference_bundle: Path):
     assert_refused(cli("diagnose", "nowhere"), "nowhere", "no such folder")
-    Path("broken.png").write_bytes(b"no picture")
+    Path("broken.png").write_bytes(b"no image")
     assert_refused(cli("diagnose", reference_bundle, "--image", "broken.png"), "broken.png")
 
 
 def test_a_unet_for_inpainting_is_diagnosed_as_one_that_paints_everything_anew(reference_bundle: Path, copy: Bundle):
-    """It ignores mask and masked picture, so every figure is that of the U-Net it was made from."""
+    """It ignores mask and masked image, so every figure is that of the U-Net it was made from."""
     import onnx
     from onnx import helper, numpy_helper
 

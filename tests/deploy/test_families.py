@@ -13,18 +13,20 @@ import torch
 from PIL import Image
 
 import runtimes
-from calibration.recorder import Recording
-from deploy.builder import Silent, load_source, run_build
-from deploy.cache import Cache
-from deploy.origin import open_origin
-from deploy.parity.drawing import assemble_pipeline
-from deploy.reference import reference_sessions
-from deploy.spec import BuildSpec
-from runtimes.bundle import Bundle
-from runtimes.conditions import SizeConditions
+from calibration.trajectory.recorder import Recording
+from deploy.build.builder import load_source
+from deploy.build.choose import run_build
+from deploy.core.pass_cache import Cache
+from deploy.core.progress import Silent
+from deploy.core.spec import BuildSpec
+from deploy.model.source_bundle import open_origin
+from deploy.parity.reference.torch_sessions import reference_sessions
+from deploy.parity.reference.trajectories import assemble_pipeline
+from runtimes.bundle.folder import Bundle
+from runtimes.bundle.tensors import ShapeRange
 from runtimes.errors import InputError
-from runtimes.pipeline import Pipeline
-from runtimes.tensors import ShapeRange
+from runtimes.pipeline.conditioner import SizeConditions
+from runtimes.pipeline.diffusion import Pipeline
 from tests.deploy.conftest import Cli
 from tests.exporters.family_pipelines import make_pipeline
 from tests.runtimes.diffusers_reference import psnr
@@ -63,13 +65,13 @@ def noise(pipeline: Pipeline, images: int = 2) -> np.ndarray:
 
 def assert_same(mine: np.ndarray, theirs: np.ndarray) -> None:
     assert mine.shape == theirs.shape
-    assert theirs.std() > 0.03, "a picture without contrast proves nothing"
+    assert theirs.std() > 0.03, "an image without contrast proves nothing"
     assert psnr(mine, theirs) >= 60
 
 
 def both(pair: Pair, guidance_scale: float = 4.0, *, ours: Any = None, theirs: Any = None, steps: int = 4,
          negatives: Any = NEGATIVES) -> tuple[np.ndarray, np.ndarray]:
-    """Draw with both: extra arguments are given to one of them."""
+    """Generate with both: extra arguments are given to one of them."""
     pipeline, reference = pair
     latents = noise(pipeline)
     mine = pipeline(PROMPTS, negative_prompt=negatives, steps=steps, guidance_scale=guidance_scale,
@@ -80,7 +82,7 @@ def both(pair: Pair, guidance_scale: float = 4.0, *, ours: Any = None, theirs: A
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
-def test_xl_is_drawn_as_diffusers_does(guidance_scale: float, pair: Callable[[str], Pair]) -> None:
+def test_xl_is_generated_as_diffusers_does(guidance_scale: float, pair: Callable[[str], Pair]) -> None:
     assert_same(*both(pair("xl"), guidance_scale))
 
 
@@ -94,16 +96,16 @@ def test_an_empty_negative_prompt_is_zeros_for_xl(pair: Callable[[str], Pair]) -
     *((family, mode) for family in ("xl", "xl-normalized", "sd2", "sd-normalized")
       for mode in ("text", "image", "mask")),
     ("xl-inpaint", "mask"), ("inpaint", "mask")])
-def test_every_mode_is_drawn_with_the_defaults_of_its_diffusers_class(
+def test_every_mode_is_generated_with_the_defaults_of_its_diffusers_class(
     family: str, mode: str, pair: Callable[[str], Pair]
 ) -> None:
     """Strength, guidance and normalized latents: XL's classes look at the channels' mean and deviation, SD's do not."""
     pipeline, reference = pair(family)
     kind = {"text": diffusers.AutoPipelineForText2Image, "image": diffusers.AutoPipelineForImage2Image,
             "mask": diffusers.AutoPipelineForInpainting}[mode]
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)).resize((32, 32))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)).resize((32, 32))
     mask = Image.fromarray(np.pad(np.full((16, 16), 255, np.uint8), 8))
-    given: dict[str, Any] = {"text": {}, "image": {"image": picture}, "mask": {"image": picture, "mask": mask}}[mode]
+    given: dict[str, Any] = {"text": {}, "image": {"image": image}, "mask": {"image": image, "mask": mask}}[mode]
     theirs = {{"mask": "mask_image"}.get(key, key): value for key, value in given.items()}
     sizes = {"height": 32, "width": 32} if mode == "mask" else {}  # else diffusers' class enlarges the image
     mine = pipeline("a cat", seed=[5], steps=12, output="numpy", **given)
@@ -116,11 +118,11 @@ def test_every_mode_is_drawn_with_the_defaults_of_its_diffusers_class(
 
 def test_xl_from_an_image_is_told_the_crop_in_both_branches(pair: Callable[[str], Pair]) -> None:
     pipeline, reference = pair("xl")
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))
-    mine = pipeline("a cat", seed=[5], steps=8, strength=0.9, image=picture, output="numpy",
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))
+    mine = pipeline("a cat", seed=[5], steps=8, strength=0.9, image=image, output="numpy",
                     sizes=SizeConditions(crop=(300, 500)))
     other = diffusers.AutoPipelineForImage2Image.from_pipe(reference)(
-        "a cat", generator=[torch.Generator().manual_seed(5)], num_inference_steps=8, strength=0.9, image=picture,
+        "a cat", generator=[torch.Generator().manual_seed(5)], num_inference_steps=8, strength=0.9, image=image,
         crops_coords_top_left=(300, 500), output_type="np").images
     assert_same(mine, other)
 
@@ -140,7 +142,7 @@ def test_xl_turbo_and_lcm_schedulers(kind: str, pair: Callable[[str], Pair], mon
     monkeypatch.setattr(pipeline, "_config", config)
     monkeypatch.setattr(pipeline, "_schedulers", {})
     monkeypatch.setattr(reference, "scheduler", getattr(diffusers, kind).from_config(config))
-    # One step, as Turbo takes it: no fresh noise is drawn.
+    # One step, as Turbo takes it: no fresh noise is sampled.
     mine, other = both((pipeline, reference), 1.0, steps=1)
     assert_same(mine, other)
 
@@ -189,13 +191,13 @@ def test_the_tiny_autoencoder_decodes(pair: Callable[[str], Pair]) -> None:
     assert_same(*both(pair("tiny-decoder")))
 
 
-def test_the_tiny_autoencoder_encodes_without_drawing(pair: Callable[[str], Pair]) -> None:
+def test_the_tiny_autoencoder_encodes_without_generating(pair: Callable[[str], Pair]) -> None:
     pipeline, reference = pair("tiny-decoder")
-    picture = np.random.default_rng(5).random((32, 32, 3)).astype(np.float32)
-    from runtimes import decode
+    image = np.random.default_rng(5).random((32, 32, 3)).astype(np.float32)
+    from runtimes.codec import autoencoder
 
-    pixels = picture.transpose(2, 0, 1)[None] * 2 - 1
-    mean, deviation = decode.encode(pipeline.sessions["vae_encoder"], pixels)
+    pixels = image.transpose(2, 0, 1)[None] * 2 - 1
+    mean, deviation = autoencoder.encode(pipeline.sessions["vae_encoder"], pixels)
     assert deviation is None
     with torch.no_grad():
         expected = reference.vae.encode(torch.from_numpy(pixels)).latents.numpy()
@@ -228,7 +230,7 @@ def test_unconditional_latent_diffusion_with_a_codebook(
 
 
 def test_an_unconditional_model_refuses_a_prompt(pair: Callable[[str], Pair]) -> None:
-    with pytest.raises(InputError, match="draws without prompts"):
+    with pytest.raises(InputError, match="generates without prompts"):
         pair("ldm")[0]("a cat", steps=2)
 
 
@@ -249,7 +251,7 @@ def assert_built(bundle: Path, components: list[str]) -> None:
     assert manifest.parity["images"]["psnr_db"] >= 50 and not manifest.parity["unverified"]
 
 
-def test_xl_builds_and_draws_without_pytorch(tmp_path: Path, build_cache: Path) -> None:
+def test_xl_builds_and_generates_without_pytorch(tmp_path: Path, build_cache: Path) -> None:
     bundle = build("xl", tmp_path, build_cache)
     assert_built(bundle, ["text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder"])
     pipeline = runtimes.load(bundle)
@@ -266,8 +268,8 @@ def test_latent_diffusion_builds(name: str, components: list[str], tmp_path: Pat
     bundle = build(name, tmp_path, build_cache)
     assert_built(bundle, components)
     prompt = [] if name == "ldm" else ["a red apple"]
-    assert cli("generate", bundle, *prompt, "--steps", "2", "-o", tmp_path / "picture.png").code == 0
-    assert (tmp_path / "picture.png").is_file()
+    assert cli("generate", bundle, *prompt, "--steps", "2", "-o", tmp_path / "image.png").code == 0
+    assert (tmp_path / "image.png").is_file()
 
 
 @pytest.mark.parametrize("name", ["sd2", "inpaint", "tiny-decoder", "refiner"])
@@ -278,9 +280,9 @@ def test_the_other_families_build(name: str, tmp_path: Path, cli: Cli, build_cac
     Image.new("RGB", (64, 64), "red").save(tmp_path / "image.png")
     Image.new("L", (64, 64), 255).save(tmp_path / "mask.png")
     options = ["--image", tmp_path / "image.png", "--mask", tmp_path / "mask.png"] if name == "inpaint" else []
-    run = cli("generate", bundle, "a red apple", *options, "--steps", "2", "-o", tmp_path / "picture.png")
+    run = cli("generate", bundle, "a red apple", *options, "--steps", "2", "-o", tmp_path / "image.png")
     assert run.code == 0, run
-    assert (tmp_path / "picture.png").is_file()
+    assert (tmp_path / "image.png").is_file()
 
 
 def test_int8_of_a_unet_for_inpainting_is_calibrated_under_masks(tmp_path: Path, build_cache: Path) -> None:
@@ -298,4 +300,4 @@ def test_int8_of_a_unet_for_inpainting_is_calibrated_under_masks(tmp_path: Path,
     masks, masked = fed[:, 4], fed[:, 5:]
     assert set(np.unique(masks)) == {0, 1}
     assert len(np.unique(masks.mean(axis=(1, 2)))) == 4  # all of it, and one mask an episode
-    assert len(np.unique(masked.round(4), axis=0)) == 6  # grey and a picture with a hole, encoded once an episode
+    assert len(np.unique(masked.round(4), axis=0)) == 6  # grey and an image with a hole, encoded once an episode

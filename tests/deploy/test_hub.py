@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from deploy.hub import cached_name, fetch, is_name
-from deploy.origin import open_origin
-from deploy.sources import model_folder
-from deploy.spec import BuildSpec
+from deploy.core.spec import BuildSpec
+from deploy.model.hub import cached_name, fetch, is_name
+from deploy.model.read_from import model_folder
+from deploy.model.source_bundle import open_origin
 from runtimes.errors import DeployError, InputError, UnavailableError
 from tests.deploy.small_hub import COMMIT, SmallHub, small_hub
 from tests.exporters.family_pipelines import write_pipeline_of
@@ -22,7 +22,7 @@ UNET = "unet/diffusion_pytorch_model.safetensors"
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model as repositories hold it: beside the pipeline a checkpoint, pickles, a variant and a picture."""
+    """A model as repositories hold it: beside the pipeline a checkpoint, pickles, a variant and an image."""
     folder = write_pipeline_of("sd2", tmp_path_factory.mktemp("hub") / "tiny")
     for name in ("v1-5-pruned.safetensors", "unet/diffusion_pytorch_model.bin", "README.md", "assets/a.png",
                  "safety_checker/model.safetensors", "unet/flax_model.msgpack"):

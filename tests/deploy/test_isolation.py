@@ -10,14 +10,15 @@ from typing import Any, ClassVar
 
 import pytest
 
-from deploy import builder, isolation
-from deploy.origin import open_origin
+from deploy.build import builder
+from deploy.core import isolation
+from deploy.core.plan import Pass, Planned, Step
+from deploy.core.spec import BuildSpec
+from deploy.model.source_bundle import open_origin
 from deploy.passes.load import Load
-from deploy.plan import Pass, Planned, Step
-from deploy.spec import BuildSpec
-from runtimes.bundle import Bundle, records_below
+from runtimes.bundle.folder import Bundle, records_below
+from runtimes.bundle.manifest import Component, Manifest
 from runtimes.errors import DeployError, InputError, ParityError, UnavailableError
-from runtimes.manifest import Component, Manifest
 
 
 class Scripted(Pass):

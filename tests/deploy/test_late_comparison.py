@@ -10,15 +10,15 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from deploy.builder import run_build
+from deploy.build.choose import run_build
+from deploy.core.plan import Pass
+from deploy.core.spec import BuildSpec
 from deploy.parity import effort
 from deploy.passes.export import Export
 from deploy.passes.optimize import Optimize
-from deploy.plan import Pass
-from deploy.spec import BuildSpec
-from runtimes.bundle import Bundle, records_below
+from runtimes.bundle.folder import Bundle, records_below
+from runtimes.bundle.manifest import Component
 from runtimes.errors import ParityError
-from runtimes.manifest import Component
 
 
 @pytest.fixture(autouse=True)

@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from exporters.source import open_source
+from exporters.families import family_of
+from exporters.families.open_source import open_source
 from tests.deploy.conftest import Cli, assert_refused
 
 
 @pytest.mark.slow
 def test_long_prompts_are_read_by_a_bundle_that_was_built_for_them(tiny_model: Path, cli: Cli):
     source = open_source(tiny_model)
-    tokens = source.family.facts(source).tokens
+    tokens = family_of(source.pipeline_class).facts(source).tokens
     options = ("a cat " * tokens, "--long-prompts", "--steps", "2", "--seed", "1")
     shapes = f"sequence=1:{tokens}:{8 * tokens}"
     assert cli("build", tiny_model, "--shapes", shapes, "--no-verify", "-o", "long").code == 0

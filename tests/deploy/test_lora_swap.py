@@ -13,16 +13,18 @@ import torch
 from safetensors.torch import save_file
 
 import runtimes
-from deploy.builder import Silent, load_source, run_build
-from deploy.cache import Cache
-from deploy.origin import open_origin
-from deploy.parity.drawing import assemble_pipeline
-from deploy.reference import reference_sessions
-from deploy.spec import BuildSpec, make_spec
-from exporters.modules import load_module
-from runtimes.bundle import Bundle
+from deploy.build.builder import load_source
+from deploy.build.choose import run_build
+from deploy.core.pass_cache import Cache
+from deploy.core.progress import Silent
+from deploy.core.spec import BuildSpec, make_spec
+from deploy.model.source_bundle import open_origin
+from deploy.parity.reference.torch_sessions import reference_sessions
+from deploy.parity.reference.trajectories import assemble_pipeline
+from exporters.source.networks import load_module
+from runtimes.bundle.folder import Bundle
 from runtimes.errors import InputError
-from runtimes.pipeline import Pipeline
+from runtimes.pipeline.diffusion import Pipeline
 from tests.deploy.conftest import Cli, assert_refused
 from tests.exporters.family_pipelines import make_pipeline
 
@@ -96,7 +98,7 @@ def pytorch(model: Path, build_cache: Path, tmp_path_factory: pytest.TempPathFac
     return get
 
 
-def draw(pipeline: Pipeline) -> np.ndarray:
+def generate(pipeline: Pipeline) -> np.ndarray:
     latents: np.ndarray = pipeline("a red apple", steps=4, latents=NOISE, output="latents")
     return latents
 
@@ -117,18 +119,18 @@ def test_its_parity_is_with_the_merged_network_and_the_manifest_says_swap(swappa
     assert [spec.name for spec in manifest.components["unet"].inputs] == ["sample", "timestep", "encoder_hidden_states"]
 
 
-def test_another_lora_in_its_place_draws_as_if_that_one_had_been_merged(
+def test_another_lora_in_its_place_generates_as_if_that_one_had_been_merged(
     swappable: Bundle, pytorch: Callable[..., Pipeline], lora: Callable[..., str]
 ) -> None:
     """Two at once, of another rank, with scales of their own."""
     others = f"{lora(7, 3)}:0.5", f"{lora(9, 1)}:-0.3"
-    merged = draw(pytorch(*others))
-    assert relative_l2(draw(runtimes.load(swappable, lora=others)), merged) <= 1e-5
-    assert relative_l2(draw(runtimes.load(swappable)), merged) > 1e-2
+    merged = generate(pytorch(*others))
+    assert relative_l2(generate(runtimes.load(swappable, lora=others)), merged) <= 1e-5
+    assert relative_l2(generate(runtimes.load(swappable)), merged) > 1e-2
 
 
 def test_none_is_the_model_itself(swappable: Bundle, pytorch: Callable[..., Pipeline]) -> None:
-    assert relative_l2(draw(runtimes.load(swappable, lora=("none",))), draw(pytorch())) <= 1e-5
+    assert relative_l2(generate(runtimes.load(swappable, lora=("none",))), generate(pytorch())) <= 1e-5
 
 
 def test_openvino_takes_matrices_and_refuses_convolutions(
@@ -139,11 +141,11 @@ def test_openvino_takes_matrices_and_refuses_convolutions(
         built(model, build_cache, tmp_path / "no", lora(0), lora_mode="swap", target="openvino")
     first, other = (lora(seed, rank, "matrices") for seed, rank in ((0, 2), (7, 3)))
     bundle = built(model, build_cache, tmp_path / "ov", first, lora_mode="swap", target="openvino")
-    assert relative_l2(draw(runtimes.load(bundle, lora=(other,))), draw(pytorch(other))) <= 1e-4
+    assert relative_l2(generate(runtimes.load(bundle, lora=(other,))), generate(pytorch(other))) <= 1e-4
 
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
-def test_peft_draws_the_same(swappable: Bundle, model: Path, lora: Callable[..., str]) -> None:
+def test_peft_generates_the_same(swappable: Bundle, model: Path, lora: Callable[..., str]) -> None:
     import diffusers
 
     file = Path(lora(7, 3))
@@ -152,7 +154,7 @@ def test_peft_draws_the_same(swappable: Bundle, model: Path, lora: Callable[...,
     theirs.set_adapters(["one"], [0.6])
     noise = torch.from_numpy(NOISE)
     expected = theirs("a red apple", num_inference_steps=4, latents=noise, output_type="latent").images
-    error = relative_l2(draw(runtimes.load(swappable, lora=(f"{file}:0.6",))), expected.numpy())
+    error = relative_l2(generate(runtimes.load(swappable, lora=(f"{file}:0.6",))), expected.numpy())
     print(f"a LoRA put in another's place, and PEFT: latents differ by {error:.1e}")
     assert error <= 1e-4
 
@@ -162,10 +164,10 @@ def test_generate_takes_files_and_says_what_does_not_fit(
 ) -> None:
     from PIL import Image
 
-    drawn = cli("generate", swappable.path, "a cat", "--steps", "2", "--lora", f"{lora(7, 3)}:0.5", "-o", "cat.png")
-    assert drawn.code == 0, drawn.err
-    with Image.open("cat.png") as picture:
-        assert picture.info["lora"] == "7-3-all.safetensors:0.5"
+    generated = cli("generate", swappable.path, "a cat", "--steps", "2", "--lora", f"{lora(7, 3)}:0.5", "-o", "cat.png")
+    assert generated.code == 0, generated.err
+    with Image.open("cat.png") as image:
+        assert image.info["lora"] == "7-3-all.safetensors:0.5"
     save_file({"unet.mid_block.resnets.0.conv1.lora_A.weight": torch.ones(1, 32, 3, 3),
                "unet.mid_block.resnets.0.conv1.lora_B.weight": torch.ones(32, 1, 1, 1)}, tmp_path / "new.safetensors")
     refused = cli("generate", swappable.path, "a cat", "--lora", tmp_path / "new.safetensors")

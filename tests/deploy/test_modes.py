@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import runtimes
-from deploy.reference_model import WEIGHTS
+from deploy.reference_models import WEIGHTS
 from tests.runtimes.diffusers_reference import assert_same, generators
 
 # diffusers 0.42 hands tensors to numpy functions
@@ -22,19 +22,19 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 SEEDS = [5, 9]
 STEPS = 10
 NEGATIVES = ["blurry", "green"]
-PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)).resize((64, 64))
+IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)).resize((64, 64))
 # mode -> diffusers' class, what it is given besides, what we are
 MODES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "text to image": (diffusers.StableDiffusionPipeline, {}, {}),
     "negative prompt": (diffusers.StableDiffusionPipeline, {"negative_prompt": NEGATIVES},
                         {"negative_prompt": NEGATIVES}),
-    "image to image": (diffusers.StableDiffusionImg2ImgPipeline, {"image": [PICTURE] * 2, "strength": 0.6},
-                       {"image": PICTURE, "strength": 0.6}),
+    "image to image": (diffusers.StableDiffusionImg2ImgPipeline, {"image": [IMAGE] * 2, "strength": 0.6},
+                       {"image": IMAGE, "strength": 0.6}),
 }
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_bundle_draws_what_diffusers_draws_of_its_source(reference_bundle, mode):
+def test_a_bundle_generates_what_diffusers_generates_of_its_source(reference_bundle, mode):
     kind, given_theirs, given = MODES[mode]
     source = kind.from_pretrained(WEIGHTS, safety_checker=None, dtype=torch.float32)
     source.set_progress_bar_config(disable=True)

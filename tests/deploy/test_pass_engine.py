@@ -11,21 +11,21 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from deploy.parity.proof import computes_in_16_bits, provable
+from deploy.core.plan import Skip, Step, Unavailable, structure
+from deploy.core.spec import BuildSpec
+from deploy.parity.provable_graphs import computes_in_16_bits, provable
 from deploy.passes import engine as engine_pass
 from deploy.passes.engine import Engine, choose_builder, component_profiles
 from deploy.passes.openvino import OpenVino
 from deploy.passes.optimize import Optimize
 from deploy.passes.precision import Precision, patterns_for
 from deploy.passes.quantize import scheme_of
-from deploy.plan import Skip, Step, Unavailable, structure
-from deploy.spec import BuildSpec
-from exporters.onnx_precision_rules import names_in
-from runtimes.bundle import Bundle, records_below, sha256_of
+from exporters.precision.float32_nodes import names_in
+from runtimes.backends.onnxruntime_session import OrtSession, check_arithmetic
+from runtimes.backends.session import SessionOptions
+from runtimes.bundle.folder import Bundle, records_below, sha256_of
+from runtimes.bundle.tensors import Axis, ShapeRange
 from runtimes.errors import InputError
-from runtimes.session import SessionOptions
-from runtimes.session_ort import OrtSession, check_arithmetic
-from runtimes.tensors import Axis, ShapeRange
 from tests.runtimes.fakes import write_pipeline_bundle
 
 
@@ -44,7 +44,7 @@ def spec(target: Any = "tensorrt", precision: Any = "fp32", **more: Any) -> Buil
 
 
 def builders(monkeypatch, *names: str) -> None:
-    monkeypatch.setattr("exporters.tensorrt_from_onnx.installed", lambda builder: builder in names)
+    monkeypatch.setattr("exporters.tensorrt.engine_builder.installed", lambda builder: builder in names)
 
 
 def planned(bundle: Bundle, instance: Any, wanted: Any) -> Step:
@@ -193,7 +193,7 @@ def test_precision_computes_in_16_bits_on_gpus_and_stores_in_them_on_cpus(bundle
 
 
 def test_a_decoder_that_overflows_in_float16_stays_in_float32_and_says_so(bundle, tmp_path):
-    """As Stable Diffusion XL's does: what it draws is right, values inside it are above 65,504."""
+    """As Stable Diffusion XL's does: what it generates is right, values inside it are above 65,504."""
     loud = Bundle.open(shutil.copytree(bundle.path, tmp_path / "loud"))
     file = loud.file(loud.component("vae_decoder").file)
     model = onnx.load(file)

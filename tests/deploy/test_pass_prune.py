@@ -10,17 +10,17 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from deploy.builder import run_build
-from deploy.parity.budgets import BUDGETS, PRUNED, Budget
+from deploy.build.choose import run_build
+from deploy.build.prune_folder import prune_folder
+from deploy.core.budgets import BUDGETS, PRUNED, Budget
+from deploy.core.plan import Skip, Step, Unavailable
+from deploy.core.spec import BuildSpec
 from deploy.passes.export import Export
 from deploy.passes.prune import TEACHER, Prune
 from deploy.passes.recover import Recover
-from deploy.plan import Skip, Step, Unavailable
-from deploy.prune_folder import prune_folder
-from deploy.spec import BuildSpec
-from runtimes.bundle import Bundle, records_below
+from runtimes.bundle.folder import Bundle, records_below
+from runtimes.bundle.manifest import Component
 from runtimes.errors import InputError, ParityError
-from runtimes.manifest import Component
 from tests.deploy.conftest import Cli, assert_nothing_left, assert_refused
 from tests.parity.pipelines import write_model
 
@@ -94,10 +94,10 @@ def test_pruning_beyond_the_budget_stops_the_build_and_names_the_pass(tiny_model
 @needs_torch_pruning
 def test_importance_along_the_trajectory_and_sensitive_widths_need_only_prompts(tiny_model: Path, tmp_path: Path,
                                                                                monkeypatch: pytest.MonkeyPatch):
-    from deploy.pruning import importance, network
+    from deploy.pruning.shrink import importance, prune_network
 
     monkeypatch.setattr(importance, "TIMESTEPS", 3)
-    monkeypatch.setattr(network, "SCAN_BATCHES", 2)
+    monkeypatch.setattr(prune_network, "SCAN_BATCHES", 2)
     spec = BuildSpec(model=str(tiny_model), prune=0.3, prune_widths="sensitivity", verify="no")
     component = prune_folder(spec, tmp_path / "pruned")["unet"]
     details = component.details["pruning"]["channels"]
@@ -146,7 +146,7 @@ def test_a_ratio_that_does_not_fit_names_one_that_does(cli: Cli, tiny_model: Pat
 
 
 def _parameters(model: Path) -> int:
-    from exporters.source import open_source
+    from exporters.families.open_source import open_source
 
     return open_source(model).components["unet"].parameters
 
@@ -168,7 +168,7 @@ def test_a_weight_that_export_breaks_stops_the_build_of_a_pruned_model(tiny_mode
 
     spec = BuildSpec(model=str(tiny_model), prune_blocks="small", budget={
         k: v for k, v in LENIENT.items() if k != "component_relative_l2"})
-    monkeypatch.setattr("deploy.parity.budgets.BUDGETS", {**BUDGETS, PRUNED: Budget(9.0, 9.0, 0.0, 0.0, 100.0)})
+    monkeypatch.setattr("deploy.core.budgets.BUDGETS", {**BUDGETS, PRUNED: Budget(9.0, 9.0, 0.0, 0.0, 100.0)})
     whole = run_build(spec, tmp_path / "whole", cache_root=tmp_path / "cache").bundle.manifest
     figures = {p["name"]: p["relative_l2"]["unet"] for p in whole.measured["passes"]
                if "unet" in p.get("relative_l2", {})}

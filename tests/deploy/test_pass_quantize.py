@@ -10,18 +10,18 @@ from typing import Any
 import onnx
 import pytest
 
-from calibration.ranges import Scheme
-from deploy.builder import run_build
-from deploy.origin import open_origin
+from calibration.integers.ranges import Scheme
+from deploy.build.choose import run_build
+from deploy.core.plan import Skip, Step
+from deploy.core.spec import BuildSpec, make_spec
+from deploy.model.source_bundle import open_origin
 from deploy.passes.precision import Precision
 from deploy.passes.quantize import Quantize
-from deploy.plan import Skip, Step
-from deploy.quantization import at_common_size
-from deploy.spec import BuildSpec, make_spec
-from runtimes.bundle import Bundle
+from deploy.quantization.recipes import at_common_size
+from runtimes.bundle.folder import Bundle
+from runtimes.bundle.manifest import Manifest
+from runtimes.bundle.tensors import ShapeRange
 from runtimes.errors import InputError, ParityError
-from runtimes.manifest import Manifest
-from runtimes.tensors import ShapeRange
 from tests.deploy.conftest import Cli, assert_refused
 
 
@@ -96,7 +96,7 @@ def test_dynamic_is_refused_where_there_are_no_kernels_for_it():
 
 
 def test_calibration_prompts_are_not_what_is_scored():
-    from deploy.gate import options_for
+    from deploy.parity.options import options_for
 
     prompts = planned().config["calibration"]["prompts"]
     options = options_for("reference", ())
@@ -109,7 +109,7 @@ def test_plans_of_unets_without_masks_are_what_they_were():
     assert set(planned().config["calibration"]) == {"prompts", "samples", "steps", "strength", "guidance_scale"}
 
 
-def test_int8_is_a_third_of_the_bytes_and_keeps_what_is_drawn(int8_bundle: Bundle, reference_bundle: Path):
+def test_int8_is_a_third_of_the_bytes_and_keeps_what_is_generated(int8_bundle: Bundle, reference_bundle: Path):
     manifest, full = int8_bundle.manifest, Bundle.open(reference_bundle).manifest
     unet = manifest.components["unet"]
     assert unet.bytes <= 0.30 * full.components["unet"].bytes
@@ -152,7 +152,7 @@ def test_another_recipe_uses_the_recording_again(int8_bundle: Bundle, build_cach
     assert before == {p: p.stat().st_mtime_ns for p in (build_cache / "calibration").rglob("shard-*.npz")}
 
 
-def test_calibration_draws_at_the_size_that_the_shapes_call_most_common():
+def test_calibration_generates_at_the_size_that_the_shapes_call_most_common():
     spec = BuildSpec(precision="int8", shapes={"height": ShapeRange(64, 128, 256), "width": ShapeRange(64, 96, 256)})
     facts = at_common_size(exported(spec))
     assert (facts.height, facts.width) == (128, 96)

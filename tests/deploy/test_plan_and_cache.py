@@ -9,15 +9,16 @@ from typing import Any, ClassVar
 
 import pytest
 
-from deploy.builder import Silent, _run_pass, workspace
-from deploy.cache import Cache, key_of
+from deploy.build.builder import _run_pass, workspace
+from deploy.core.pass_cache import Cache, key_of
+from deploy.core.plan import Pass, Skip, Step, load_passes, plan_all
+from deploy.core.progress import Silent
+from deploy.core.spec import BuildSpec
 from deploy.passes import PASSES
-from deploy.plan import Pass, Skip, Step, load_passes, plan_all
-from deploy.spec import BuildSpec
-from runtimes.bundle import Bundle, records_below, write_manifest
+from runtimes.bundle.folder import Bundle, records_below, write_manifest
+from runtimes.bundle.manifest import SCHEMA, Component, FileRecord, Manifest, PipelineFacts, Source, digest_of
+from runtimes.bundle.tensors import Axis, ShapeRange
 from runtimes.errors import DeployError, InputError
-from runtimes.manifest import SCHEMA, Component, FileRecord, Manifest, PipelineFacts, Source, digest_of
-from runtimes.tensors import Axis, ShapeRange
 
 
 class Shout(Pass):
@@ -120,7 +121,7 @@ def test_a_new_version_of_the_pass_or_a_new_config_has_another_key(bundle: Bundl
     assert len(keys) == 3
 
 
-class Drawing(Shout):
+class Trajectory(Shout):
     """What it writes depends on the sampling loop."""
 
     reads_pipeline: ClassVar[bool] = True
@@ -133,13 +134,13 @@ class Drawing(Shout):
 ], ids=["scheduler", "tokenizer", "facts"])
 def test_a_pass_that_reads_the_sampling_loop_has_its_own_key_for_each_and_others_do_not(bundle: Bundle, change: Any):
     other = Bundle(bundle.path, dataclasses.replace(bundle.manifest, **change))
-    for kind, differs in ((Drawing, True), (Shout, False)):
+    for kind, differs in ((Trajectory, True), (Shout, False)):
         step = kind().plan(bundle.manifest, BuildSpec())
         keys = {key_of(kind(), step, "unet", b) for b in (bundle, other)}
         assert (len(keys) == 2) == differs
 
 
-def test_the_passes_that_draw_or_calibrate_say_that_they_read_the_sampling_loop():
+def test_the_passes_that_generate_or_calibrate_say_that_they_read_the_sampling_loop():
     reading = {instance.name for instance in load_passes(PASSES) if instance.reads_pipeline}
     assert reading == {"adapters", "prune-vae", "prune", "recover", "quantize", "precision", "engine"}
 
@@ -158,15 +159,16 @@ def test_what_a_read_component_is_counts_and_where_it_lies_does_not(bundle: Bund
 
 def test_calibration_recordings_know_the_facts(bundle: Bundle, monkeypatch, tmp_path: Path):
     """Two models of the same networks that scale latents differently are recorded apart."""
-    from deploy import quantization
+    from deploy.quantization import recipes
 
     seen: list[Any] = []
-    monkeypatch.setattr("calibration.recorder.record", lambda *_, source, **__: seen.append(digest_of(source)))
+    monkeypatch.setattr("calibration.trajectory.recorder.record",
+                        lambda *_, source, **__: seen.append(digest_of(source)))
     calibration = {"steps": 20, "strength": 0.6, "prompts": ["a cat"], "samples": 8, "guidance_scale": 5.0}
     other = Bundle(bundle.path, dataclasses.replace(bundle.manifest, pipeline=PipelineFacts(4, 8, 0.5, 64, 64, 16)))
-    monkeypatch.setattr("runtimes.loading.BundleSessions", lambda *_: {})
+    monkeypatch.setattr("runtimes.pipeline.loading.BundleSessions", lambda *_: {})
     for b in (bundle, other, bundle):
-        quantization.record_calibration(b, calibration)
+        recipes.record_calibration(b, calibration)
     assert seen[0] == seen[2] != seen[1]
 
 

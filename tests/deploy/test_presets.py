@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from deploy import presets
-from deploy.presets import Measured, Setting
+from deploy.bench import presets
+from deploy.bench.presets import Measured, Setting
 from runtimes.errors import InputError, UnavailableError
 
 
@@ -31,7 +31,7 @@ def test_retrieval_counts_before_decibels():
 
 
 @pytest.mark.parametrize(("measured", "steps"), [(SEEN, (8, 12, 25)), (BLIND, (8, 12, 25))])
-def test_presets_are_in_order_and_a_draft_is_still_the_picture(measured, steps):
+def test_presets_are_in_order_and_a_draft_is_still_the_image(measured, steps):
     assert tuple(presets.preset(quality, measured).setting.steps for quality in presets.QUALITIES) == steps
     assert presets.preset("high", measured).milliseconds >= 3 * presets.preset("draft", measured).milliseconds
 

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from transformers import CLIPTokenizer
 
-from deploy import console
-from deploy.bench.table import show_bench
+from deploy.cli import console
+from deploy.cli.bench_table import show_bench
 from runtimes.errors import InputError
-from runtimes.tokenizer import prepare_tokenizer
+from runtimes.text.clip_tokenizer import prepare_tokenizer
 from tests.deploy.conftest import Cli
 from tests.runtimes.fakes import write_pipeline_bundle
 from tests.runtimes.vocabulary import make_vocabulary
@@ -80,7 +80,7 @@ def test_tables_are_whole(capsys, monkeypatch):
              "build": {ODD: {"available": False, "detail": ODD, "fix": ODD}}, "run": {}}
     console.show_findings(found)
     console.show_pruned({}, Path(ODD))
-    console.show_generated([Path(ODD)], count=1, load_seconds=1, draw_seconds=1, peak_rss_bytes=1)
+    console.show_generated([Path(ODD)], count=1, load_seconds=1, generate_seconds=1, peak_rss_bytes=1)
     console.show_cache({"root": ODD, "bytes": 0, "limit_bytes": 1, "kinds": {}, "live": False})
     console.show_trimmed({"root": ODD, "before_bytes": 1, "bytes": 0, "limit_bytes": 1, "removed": 1})
     console._show_candidates([{"prune": 0.1, "bytes": 1, "macs": 1, "seconds": 1, "trajectory_relative_l2": None,

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from deploy import console
-from deploy.auto_target import require_decided
-from deploy.builder import run_build
-from deploy.prune_candidates import spec_of
-from deploy.pruning_options import parse_shares
-from deploy.spec import BuildSpec, make_spec
+from deploy.build.choose import run_build
+from deploy.build.choose_share import spec_of
+from deploy.build.choose_target import require_decided
+from deploy.cli import console
+from deploy.core.pruning_options import parse_shares
+from deploy.core.spec import BuildSpec, make_spec
 from runtimes.errors import InputError, ParityError
 from tests.deploy.test_pass_prune import LENIENT
 

@@ -9,9 +9,9 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 
-from deploy.pruning.blocks import remove_blocks
-from deploy.pruning.masks import mask_textbook, mask_two_of_four
-from deploy.pruning.widths import config_of, levels_of, uniform_widths
+from deploy.pruning.shrink.whole_blocks import remove_blocks
+from deploy.pruning.shrink.widths import config_of, levels_of, uniform_widths
+from deploy.pruning.shrink.zeroed_weights import mask_textbook, mask_two_of_four
 from runtimes.errors import InputError
 
 needs_torch_pruning = pytest.mark.skipif(
@@ -43,8 +43,8 @@ def feeds():
 
 
 def pruned(network, ratio=0.35, method="l2"):
-    from deploy.pruning.importance import scorer_of
-    from deploy.pruning.structured import prune_network
+    from deploy.pruning.shrink.importance import scorer_of
+    from deploy.pruning.shrink.structured import prune_network
 
     widths = uniform_widths(levels_of(config_of(network), "unet"), ratio, "unet")
     return prune_network(network, {"unet": feeds()}, widths, scorer_of(method), "unet")
@@ -142,8 +142,8 @@ def test_the_time_embedding_keeps_weights_of_its_own_size():
 
 @needs_torch_pruning
 def test_an_autoencoder_is_pruned_in_both_halves_and_loads(tmp_path):
-    from deploy.pruning.importance import scorer_of
-    from deploy.pruning.structured import prune_network
+    from deploy.pruning.shrink.importance import scorer_of
+    from deploy.pruning.shrink.structured import prune_network
 
     network = AutoencoderKL(
         block_out_channels=(32, 64), down_block_types=("DownEncoderBlock2D",) * 2, norm_num_groups=8,

@@ -14,17 +14,17 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from deploy.builder import run_build
+from deploy.build.choose import run_build
+from deploy.build.prune_folder import prune_folder
+from deploy.core.plan import Skip, Step, Unavailable
+from deploy.core.spec import BuildSpec
 from deploy.passes.prune import TEACHER
 from deploy.passes.prune_vae import HALVES, PruneVae
 from deploy.passes.recover import Recover
-from deploy.plan import Skip, Step, Unavailable
-from deploy.prune_folder import prune_folder
-from deploy.pruning.teacher import Teacher
-from deploy.pruning.training import Training
-from deploy.pruning.widths import config_of, levels_of, uniform_widths
-from deploy.spec import BuildSpec
-from exporters.modules import torch_component
+from deploy.pruning.recovery.training_loop import Training
+from deploy.pruning.shrink.widths import config_of, levels_of, uniform_widths
+from deploy.pruning.teacher.original import Teacher
+from exporters.source.networks import torch_component
 from runtimes.errors import InputError, ParityError
 from tests.deploy.conftest import Cli, assert_nothing_left, assert_refused
 from tests.deploy.test_pass_prune import LENIENT
@@ -54,8 +54,8 @@ def macs(module: torch.nn.Module, example: torch.Tensor) -> int:
 
 
 def narrowed(network: AutoencoderKL, ratio: float = 0.5) -> AutoencoderKL:
-    from deploy.pruning.importance import scorer_of
-    from deploy.pruning.structured import prune_network
+    from deploy.pruning.shrink.importance import scorer_of
+    from deploy.pruning.shrink.structured import prune_network
 
     widths = uniform_widths(levels_of(config_of(network), "vae"), ratio, "vae")
     feeds = {"vae_encoder": [torch.rand(1, 3, 8, 8)], "vae_decoder": [torch.rand(1, 4, 4, 4)]}
@@ -64,7 +64,7 @@ def narrowed(network: AutoencoderKL, ratio: float = 0.5) -> AutoencoderKL:
 
 def learning(half: str, folder: Path, steps: int, **more) -> Training:
     """A half whose last convolution is wrong, learning from the whole one."""
-    from deploy.pruning.autoencoder import HalfDistillation, HalfRecipe
+    from deploy.pruning.narrow_autoencoder import HalfDistillation, HalfRecipe
 
     network = autoencoder()
     student = copy.deepcopy(network)
@@ -80,10 +80,10 @@ def test_it_is_planned_when_asked_for_and_reads_what_decides_its_result(source):
     assert isinstance(PruneVae().plan(source.manifest, BuildSpec(prune=0.3)), Skip)
     step = PruneVae().plan(source.manifest, BuildSpec(prune_vae=0.3))
     assert isinstance(step, Step)
-    assert step.reads == {half: (half, "unet", "text_encoder") for half in HALVES}, "the original U-Net draws"
+    assert step.reads == {half: (half, "unet", "text_encoder") for half in HALVES}, "the original U-Net generates"
     assert isinstance(Recover().plan(source.manifest, BuildSpec(prune_vae=0.3, recover=5)), Skip), "no U-Net recovers"
     plain = PruneVae().plan(source.manifest, BuildSpec(prune_vae=0.3, prune_method="l2"))
-    assert isinstance(plain, Step) and plain.reads == {half: (half,) for half in HALVES}, "magnitudes need no drawing"
+    assert isinstance(plain, Step) and plain.reads == {half: (half,) for half in HALVES}, "magnitudes need no image"
     learned = PruneVae().plan(source.manifest, BuildSpec(prune_vae=0.3, prune_method="l2", recover=5))
     assert isinstance(learned, Step) and learned.reads == step.reads
 
@@ -111,17 +111,17 @@ def test_another_autoencoder_or_a_wrong_order_is_refused(source, change, words):
         PruneVae().plan(dataclasses.replace(source.manifest, components=components), BuildSpec(prune_vae=0.3))
 
 
-def test_a_model_that_cannot_draw_from_text_is_told_what_works(source):
+def test_a_model_that_cannot_generate_from_text_is_told_what_works(source):
     components = {name: c for name, c in source.manifest.components.items() if name != "text_encoder"}
     silent = dataclasses.replace(source.manifest, components=components)
-    with pytest.raises(InputError, match=r"no text_encoder to draw with.*--prune-method l2 and without --recover"):
+    with pytest.raises(InputError, match=r"no text_encoder to generate with.*--prune-method l2 and without --recover"):
         PruneVae().plan(silent, BuildSpec(prune_vae=0.3))
     assert isinstance(PruneVae().plan(silent, BuildSpec(prune_vae=0.3, prune_method="l2")), Step)
 
 
 @needs_torch_pruning
 def test_both_halves_do_less_work_each_with_channels_of_its_own(tmp_path):
-    from deploy.pruning.autoencoder import accumulate_cycle_gradients
+    from deploy.pruning.narrow_autoencoder import accumulate_cycle_gradients
 
     network = autoencoder()
     for layer in network.modules():
@@ -176,19 +176,21 @@ def test_an_interrupted_half_ends_as_if_it_had_not_been_interrupted(half, tmp_pa
         assert torch.equal(value, resumed[name]), name
 
 
-def test_pictures_larger_than_a_crop_are_learned_from_in_parts(tmp_path):
+def test_images_larger_than_a_crop_are_learned_from_in_parts(tmp_path):
     task: Any = learning("vae_decoder", tmp_path, 1, crop=5).task
-    drawn = [task.drawn(number) for number in (0, 1, 0)]
-    assert drawn[0].shape == (4, 4, 5, 5)
-    assert torch.equal(drawn[0], drawn[2]) and not torch.equal(drawn[0], drawn[1]), "a batch follows from its number"
+    generated = [task.generated(number) for number in (0, 1, 0)]
+    assert generated[0].shape == (4, 4, 5, 5)
+    assert torch.equal(generated[0], generated[2]) and not torch.equal(generated[0], generated[1]), (
+        "a batch follows from its number")
     everything = latents().unfold(2, 5, 1).unfold(3, 5, 1).permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
-    found = [(everything == crop).flatten(1).all(1).any() for crop in torch.cat([drawn[0][:2], drawn[0][2:].flip(3)])]
+    crops = torch.cat([generated[0][:2], generated[0][2:].flip(3)])
+    found = [(everything == crop).flatten(1).all(1).any() for crop in crops]
     assert all(found), "two as they are, two mirrored"
 
 
 @needs_torch_pruning
 def test_an_autoencoder_alone_is_built_narrower_and_recovered(tiny_model: Path, tmp_path: Path, monkeypatch):
-    from deploy.pruning import autoencoder as module
+    from deploy.pruning import narrow_autoencoder as module
 
     monkeypatch.setattr(module, "SCORED", 2)
     monkeypatch.setattr(module, "LEARNED", 3)
@@ -204,7 +206,7 @@ def test_an_autoencoder_alone_is_built_narrower_and_recovered(tiny_model: Path, 
     outcome = run_build(spec, tmp_path / "b")
     manifest = outcome.bundle.manifest
     assert [p.name for p in manifest.passes] == ["load", "prune-vae", "export", "optimize"]
-    assert len(loads) == 1, "both halves learn from the same drawings"
+    assert len(loads) == 1, "both halves learn from the same images"
     plain = run_build(BuildSpec(model=str(tiny_model), verify="no"), tmp_path / "plain").bundle.manifest
     for half in HALVES:
         component, before = manifest.components[half], plain.components[half]
@@ -240,7 +242,7 @@ def test_both_networks_are_pruned_in_one_go_and_diffusers_loads_the_folder(tmp_p
 
 @needs_torch_pruning
 def test_the_folder_has_of_each_half_what_that_half_learned(tiny_model: Path, tmp_path: Path, monkeypatch):
-    from deploy.pruning import autoencoder as module
+    from deploy.pruning import narrow_autoencoder as module
 
     monkeypatch.setattr(module, "LEARNED", 3)
     monkeypatch.setattr(module, "JUDGED", 2)

@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from deploy.pruning.sensitivity import scan, sensitive_widths
-from deploy.pruning.widths import levels_of, make_widths, pruned_config, uniform_widths
+from deploy.pruning.shrink.width_sensitivity import scan, sensitive_widths
+from deploy.pruning.shrink.widths import levels_of, make_widths, pruned_config, uniform_widths
 from runtimes.errors import InputError
 
 SD15 = {"_class_name": "UNet2DConditionModel", "block_out_channels": [320, 640, 1280, 1280], "attention_head_dim": 8,

@@ -19,13 +19,13 @@ from typing import Any
 
 import pytest
 
-from runtimes.bundle import Bundle
+from runtimes.bundle.folder import Bundle
 from tests.deploy.real_size import write_model
 
 pytestmark = pytest.mark.large
 UNET_BYTES = 3_438_000_000
 SHAPES = "batch=1:1:1,height=64:512:512,width=64:512:512"
-CALIBRATED_SHAPES = "batch=1:1:1,height=64:64:512,width=64:64:512"  # calibration draws at the size in the middle
+CALIBRATED_SHAPES = "batch=1:1:1,height=64:64:512,width=64:64:512"  # calibration generates at the size in the middle
 XL_SHAPES = "batch=1:1:1,height=256:1024:1024,width=256:1024:1024"
 
 
@@ -119,7 +119,7 @@ def test_sd15_loads_in_seconds(bundle: tuple[Bundle, float], tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(("target", "precision"), [("onnxruntime", "fp16"), ("openvino", "int8")])
-def test_sd15_draws_512_pixels_below_8_gigabytes(
+def test_sd15_generates_512_pixels_below_8_gigabytes(
     target: str, precision: str, sd15: Path, build_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Four steps with guidance, from weights stored in 16 and in 8 bits: OpenVINO 2026.4 makes 32 of 16 in memory.

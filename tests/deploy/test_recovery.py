@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from deploy.pruning import recovery
-from deploy.pruning.distill import Distillation, Recipe
-from deploy.pruning.masks import mask_two_of_four
-from deploy.pruning.network import relative_error
-from deploy.pruning.observed import Observed
-from deploy.pruning.replay import Replay
-from deploy.pruning.teacher import Teacher
-from deploy.pruning.training import Training
-from deploy.pruning.trajectory import Diffusion, Trajectories
+from deploy.pruning.recovery import recover_network
+from deploy.pruning.recovery.distill import Distillation, Recipe
+from deploy.pruning.recovery.training_loop import Training
+from deploy.pruning.shrink.prune_network import relative_error
+from deploy.pruning.shrink.zeroed_weights import mask_two_of_four
+from deploy.pruning.teacher.block_activity import Observed
+from deploy.pruning.teacher.denoising_runs import Diffusion, Trajectories
+from deploy.pruning.teacher.original import Teacher
+from deploy.pruning.teacher.replay import Replay
 from runtimes.errors import InputError, ParityError
 from runtimes.schedulers import from_config
 from tests.deploy.test_prune_network import CROSS, PLAIN, unet
@@ -110,7 +110,7 @@ def test_the_teacher_is_asked_once_for_each_batch_after_the_memory_is_full():
     for number in range(7):
         replay.mixed()
         assert len(calls) == 4 + number
-    assert not stream.finished, "what is drawn is not kept"
+    assert not stream.finished, "what is generated is not kept"
 
 
 def test_the_student_comes_nearer_to_its_teacher(tmp_path):
@@ -151,7 +151,7 @@ def test_a_checkpoint_of_another_recipe_is_not_gone_on_from(tmp_path):
     assert make(tmp_path, Recipe(3))[0].step == 0
 
 
-def test_fewer_drawings_at_a_time_make_steps_of_as_many(monkeypatch):
+def test_fewer_trajectories_at_a_time_make_steps_of_as_many(monkeypatch):
     seen = []
 
     class Asked(Exception):
@@ -162,16 +162,16 @@ def test_fewer_drawings_at_a_time_make_steps_of_as_many(monkeypatch):
         raise Asked
 
     teacher = Observed(unet(levels=(CROSS, PLAIN), widths=(16, 16)))
-    drawn = Teacher(teacher.network, teacher, DIFFUSION, torch.randn(3, 5, 12), torch.zeros(5, 12), (4, 8, 8), 3.0)
-    monkeypatch.setattr(Teacher, "load", lambda *_: drawn)
-    monkeypatch.setattr(recovery, "load_source_module", lambda *_: copy.deepcopy(teacher.network))
-    monkeypatch.setattr(recovery, "train", train)
+    generated = Teacher(teacher.network, teacher, DIFFUSION, torch.randn(3, 5, 12), torch.zeros(5, 12), (4, 8, 8), 3.0)
+    monkeypatch.setattr(Teacher, "load", lambda *_: generated)
+    monkeypatch.setattr(recover_network, "load_source_module", lambda *_: copy.deepcopy(teacher.network))
+    monkeypatch.setattr(recover_network, "train", train)
     source: Any = SimpleNamespace(component=lambda name: SimpleNamespace(sha256=name), manifest=None)
-    monkeypatch.setattr(recovery, "pipeline_identity", lambda _: "")
+    monkeypatch.setattr(recover_network, "pipeline_identity", lambda _: "")
     config = {"steps": 5, "prompts": [], "guidance_scale": 3.0, "keep_zeros": False}
     for more in ({}, {"batch": 8}, {"batch": 5}):
         with pytest.raises(Asked):
-            recovery.recover_unet(source, "unet", "unet_teacher", {**config, **more})
+            recover_network.recover_unet(source, "unet", "unet_teacher", {**config, **more})
     assert [recipe.accumulate for _, recipe in seen] == [1, 4, 7]
     assert [len(task._replay._trajectories._latents) for task, _ in seen] == [32, 8, 5]
 

@@ -13,23 +13,23 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from deploy.charts import Axis, Point, Series, chart
-from deploy.report import Picture, amplified_difference, grouped, report_bundles, reproduction, write_report
-from deploy.report_sections import (
+from deploy.core.spec import BuildSpec, covering, make_spec
+from deploy.report.charts import Axis, Point, Series, chart
+from deploy.report.page import Image, amplified_difference, grouped, report_bundles, reproduction, write_report
+from deploy.report.sections import (
     Section,
     conversions,
     drift_chart,
     front,
+    image_rows,
     layer_maps,
     pass_rows,
-    picture_rows,
     read_metrics,
 )
-from deploy.spec import BuildSpec, covering, make_spec
-from runtimes.bundle import Bundle, records_below, write_manifest
+from runtimes.bundle.folder import Bundle, records_below, write_manifest
+from runtimes.bundle.manifest import to_json
+from runtimes.bundle.tensors import ShapeRange
 from runtimes.errors import BundleError, InputError
-from runtimes.manifest import to_json
-from runtimes.tensors import ShapeRange
 from tests.deploy.browser import CHROMIUM, Browser
 from tests.deploy.conftest import Cli, assert_refused
 from tests.deploy.test_plan_and_cache import make_bundle
@@ -43,7 +43,7 @@ LAYERS = {
 in_chromium = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed here")
 
 
-def write_bundle(folder: Path, psnr_db: float = 57.25, unet: str = "weights", pictures: int = 2) -> Bundle:
+def write_bundle(folder: Path, psnr_db: float = 57.25, unet: str = "weights", images: int = 2) -> Bundle:
     """A finished bundle with a quantized U-Net and a report."""
     manifest = make_bundle(folder, unet=unet).manifest
     (folder / "components" / "unet" / "quantization.json").write_text(json.dumps(LAYERS))
@@ -52,7 +52,7 @@ def write_bundle(folder: Path, psnr_db: float = 57.25, unet: str = "weights", pi
         details={"quantization": {"recipe": "auto", "layers": {"float": 1, "w8": 1, "w8a8": 1}}},
         parity={"relative_l2": 2.5e-6, "max_abs": 1e-5, "cosine": 0.99999, "nonfinite": 0, "shapes": [[2, 4, 8, 8]]})
     parity: dict[str, Any] = {
-        "images": {"psnr_db": psnr_db, "ssim": 0.9991, "count": pictures}, "retrieval": None, "unverified": [],
+        "images": {"psnr_db": psnr_db, "ssim": 0.9991, "count": images}, "retrieval": None, "unverified": [],
         "trajectory": {"relative_l2": [1e-6, 1e-5], "by_scheduler": {"ddim": [1e-6, 1e-5]}}}
     measured = {"passes": [
         {"name": "load", "seconds": 1.5, "peak_rss_bytes": 100_000_000, "bytes_in": 9, "bytes_out": 7,
@@ -62,8 +62,8 @@ def write_bundle(folder: Path, psnr_db: float = 57.25, unet: str = "weights", pi
     manifest = dataclasses.replace(manifest, components={"unet": component}, parity=parity, measured=measured,
                                    verified=True)
     white, grey = np.full((8, 8, 3), 200, np.uint8), np.full((8, 8, 3), 198, np.uint8)
-    write_report(folder / "report", manifest, [Picture(f"a <b>cat</b> {i}", "ddim", white, grey, psnr_db + i, 0.99)
-                                               for i in range(pictures)])
+    write_report(folder / "report", manifest, [Image(f"a <b>cat</b> {i}", "ddim", white, grey, psnr_db + i, 0.99)
+                                               for i in range(images)])
     report = records_below(folder / "report", folder)
     write_manifest(folder, dataclasses.replace(manifest, measured={**measured, "files": to_json(report)}))
     return Bundle.open(folder)
@@ -126,22 +126,22 @@ def test_layers_are_shown_with_their_precision_the_costliest_first_and_the_range
     assert "moves ×4.0" in unet["ranges"] and unet["ranges"].index("moves") < unet["ranges"].index("stays")
 
 
-def test_pictures_beyond_the_budget_are_left_out_the_most_equal_first(tmp_path: Path):
-    bundle = write_bundle(tmp_path / "many", pictures=8)
+def test_images_beyond_the_budget_are_left_out_the_most_equal_first(tmp_path: Path):
+    bundle = write_bundle(tmp_path / "many", images=8)
     section = Section("many", bundle.path, bundle.manifest, read_metrics(bundle.path))
-    whole, count = picture_rows(section, 1 << 20)
+    whole, count = image_rows(section, 1 << 20)
     spent = sum(len(row["reference"]) + len(row["bundle"]) for row in whole)
-    part, _ = picture_rows(section, spent // 2)
+    part, _ = image_rows(section, spent // 2)
     assert count == len(whole) == 8 and [row["number"] for row in part] == [0, 1, 2, 3]
 
 
-def test_large_pictures_are_shown_smaller_and_the_page_stays_below_5_mb(bundle: Bundle, tmp_path: Path):
+def test_large_images_are_shown_smaller_and_the_page_stays_below_5_mb(bundle: Bundle, tmp_path: Path):
     noise = np.random.default_rng(0).integers(0, 256, (512, 512, 3), np.uint8)
     shutil.rmtree(bundle.path / "report")
-    write_report(bundle.path / "report", bundle.manifest, [Picture("noise", "ddim", noise, noise, 99.0, 1.0)] * 8)
+    write_report(bundle.path / "report", bundle.manifest, [Image("noise", "ddim", noise, noise, 99.0, 1.0)] * 8)
     page = (bundle.path / "report" / "report.html").read_text()
     assert len(page) < 5e6
-    assert 1 <= page.count('class="trio"') < 8 and "of 8 pictures, the least equal" in page
+    assert 1 <= page.count('class="trio"') < 8 and "of 8 images, the least equal" in page
 
 
 def test_operators_in_16_bits_are_counted_with_the_reasons_of_the_others(bundle: Bundle):

@@ -16,14 +16,14 @@ from transformers import CLIPConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import runtimes
-from deploy.builder import plan_build, run_build
-from deploy.spec import BuildSpec
-from exporters.modules import filled, load_module
+from deploy.build.choose import plan_build, run_build
+from deploy.core.spec import BuildSpec
 from exporters.quiet import quiet
+from exporters.source.networks import filled, load_module
+from runtimes.backends.session import Arrays, Session
+from runtimes.bundle.tensors import ShapeRange
+from runtimes.codec.safety_checker import CONCEPT_SCORES, SPECIAL_SCORES, Preprocessing, flags
 from runtimes.errors import InputError
-from runtimes.safety import CONCEPT_SCORES, SPECIAL_SCORES, Preprocessing, flags
-from runtimes.session import Arrays, Session
-from runtimes.tensors import ShapeRange
 from tests.deploy.conftest import Cli, assert_refused
 from tests.exporters.pipelines import edit_json, edit_weights
 from tests.parity.pipelines import write_model
@@ -45,7 +45,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
             torch.nn.init.uniform_(parameter, -1.0, 1.0)
         processor = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
         processor.save_pretrained(folder / "feature_extractor")
-        prepared = torch.from_numpy(processor(pictures(64), return_tensors="np")["pixel_values"].astype(np.float32))
+        prepared = torch.from_numpy(processor(images(64), return_tensors="np")["pixel_values"].astype(np.float32))
         with torch.no_grad():
             embeds = checker.visual_projection(checker.vision_model(prepared)[1])
             for concepts in ("concept", "special_care"):
@@ -67,7 +67,7 @@ def bundle(model: Path, tmp_path_factory: pytest.TempPathFactory, build_cache: P
     return run_build(spec, tmp_path_factory.mktemp("safe") / "bundle", cache_root=build_cache).bundle.path
 
 
-def pictures(count: int) -> list[Image.Image]:
+def images(count: int) -> list[Image.Image]:
     random = np.random.default_rng(1)
     sizes = [(40, 64), (64, 40), (33, 33), (200, 90)]
     return [Image.fromarray(random.integers(0, 256, (*sizes[i % 4], 3), np.uint8)).resize(sizes[i % 4][::-1])
@@ -80,23 +80,23 @@ def theirs(model: Path, prepared: np.ndarray) -> list[bool]:
     return checker(torch.from_numpy(prepared), [np.zeros((4, 4, 3))] * len(prepared))[1]
 
 
-def test_pictures_are_prepared_as_clip_image_processor_does(model: Path) -> None:
+def test_images_are_prepared_as_clip_image_processor_does(model: Path) -> None:
     processor = CLIPImageProcessorPil.from_pretrained(model / "feature_extractor")
     config = json.loads((model / "feature_extractor" / "preprocessor_config.json").read_text())
-    expected = processor(pictures(4), return_tensors="np")["pixel_values"]
-    np.testing.assert_allclose(Preprocessing.from_config(config, "")(pictures(4)), expected, rtol=0, atol=1e-6)
+    expected = processor(images(4), return_tensors="np")["pixel_values"]
+    np.testing.assert_allclose(Preprocessing.from_config(config, "")(images(4)), expected, rtol=0, atol=1e-6)
     older = {"size": SIDE, "crop_size": SIDE, "image_mean": config["image_mean"], "image_std": config["image_std"]}
-    np.testing.assert_allclose(Preprocessing.from_config(older, "")(pictures(4)), expected, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(Preprocessing.from_config(older, "")(images(4)), expected, rtol=0, atol=1e-6)
 
 
 def test_it_is_built_compared_and_flags_what_diffusers_flags(bundle: Path, model: Path) -> None:
     component = runtimes.Bundle.open(bundle).component("safety_checker")
     assert component.parity is not None and component.parity["relative_l2"] < 1e-4
-    pipeline, drawn = runtimes.load(bundle), pictures(64)
+    pipeline, generated = runtimes.load(bundle), images(64)
     processor = CLIPImageProcessorPil.from_pretrained(model / "feature_extractor")
-    expected = theirs(model, processor(drawn, return_tensors="np")["pixel_values"].astype(np.float32))
+    expected = theirs(model, processor(generated, return_tensors="np")["pixel_values"].astype(np.float32))
     assert 8 < sum(expected) < 56  # or there is nothing to tell apart
-    assert pipeline.flagged(drawn) == expected
+    assert pipeline.flagged(generated) == expected
 
 
 def test_special_concepts_lower_the_other_thresholds_as_in_diffusers(
@@ -109,7 +109,7 @@ def test_special_concepts_lower_the_other_thresholds_as_in_diffusers(
     module = "diffusers.pipelines.stable_diffusion.safety_checker"
     monkeypatch.setattr(f"{module}.cosine_distance", lambda embeds, concept_embeds: torch.from_numpy(
         {3: special, 17: concepts}[len(concept_embeds)]))
-    monkeypatch.setattr("exporters.modules.filled", lambda network, weights: filled(network, {
+    monkeypatch.setattr("exporters.source.networks.filled", lambda network, weights: filled(network, {
         name: weight * 0 if name.endswith("_embeds_weights") else weight for name, weight in weights.items()}))
     prepared = np.zeros((len(special), 3, SIDE, SIDE), np.float32)
 
@@ -123,7 +123,7 @@ def test_special_concepts_lower_the_other_thresholds_as_in_diffusers(
 
 
 def test_generate_reports_and_replaces_only_when_asked(cli: Cli, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtimes.pipeline.flags", lambda session, prepared: [False, True])
+    monkeypatch.setattr("runtimes.pipeline.diffusion.flags", lambda session, prepared: [False, True])
     options = ("generate", bundle, "a", "-n", "2", "--steps", "1", "--seed", "3", "-o", "x.png")
     files = [Path("x-1.png"), Path("x-2.png")]
     plain = cli(*options)

@@ -10,14 +10,15 @@ from typing import Any
 
 import pytest
 
-from calibration.ranges import Scheme
-from deploy import console, quantization
-from deploy.builder import run_build
-from deploy.cache import rooted
-from deploy.parity.budgets import Budget
-from deploy.search import Trial, Trials, search
-from deploy.spec import BuildSpec
-from runtimes.bundle import Bundle
+from calibration.integers.ranges import Scheme
+from deploy.build.choose import run_build
+from deploy.cli import console
+from deploy.core.budgets import Budget
+from deploy.core.pass_cache import rooted
+from deploy.core.spec import BuildSpec
+from deploy.quantization import recipes
+from deploy.quantization.precision_search import Trial, Trials, search
+from runtimes.bundle.folder import Bundle
 from runtimes.errors import ParityError
 from tests.runtimes.fakes import AFFINE, affine_bundle
 
@@ -29,7 +30,7 @@ class FakeTrials(Trials):
         self.done: list[Trial] = []
         self._psnr_db, self._retrieval, self._least_db = psnr_db, retrieval, least_db
 
-    def draw(self, name: str, unet: Path) -> Trial:
+    def generate(self, name: str, unet: Path) -> Trial:
         psnr = self._psnr_db[name]
         trial = Trial(name, unet.stat().st_size, 0.1, psnr, 0.9, self._retrieval.get(name, 1.0), psnr >= self._least_db)
         self.done.append(trial)
@@ -58,7 +59,7 @@ def test_hybrid_wins_where_it_is_smaller_and_holds(tmp_path):
     assert run(tmp_path, 900, {**ALL, "hybrid": 40.0})[2] == "hybrid"
 
 
-def test_a_smaller_one_that_draws_less_than_hybrid_recognizably_does_not_win(tmp_path):
+def test_a_smaller_one_that_generates_less_than_hybrid_recognizably_does_not_win(tmp_path):
     arguments: dict[str, Any] = {"1_promotions": 0.9, "2_promotions": 1.0}
     assert run(tmp_path, 5000, {**ALL, "hybrid": 40.0}, **arguments)[2] == "2 promotions"
 
@@ -77,22 +78,22 @@ def test_the_front_holds_what_nothing_else_beats(tmp_path):
     assert front == sorted(front)
 
 
-def test_an_interrupted_search_draws_no_trial_twice(reference_bundle: Path, tmp_path: Path, monkeypatch):
-    drawn: list[str] = []
+def test_an_interrupted_search_generates_no_trial_twice(reference_bundle: Path, tmp_path: Path, monkeypatch):
+    generated: list[str] = []
 
-    def draw(self: Trials, name: str, unet: Path) -> Trial:
-        drawn.append(name)
+    def generate(self: Trials, name: str, unet: Path) -> Trial:
+        generated.append(name)
         return Trial(name, unet.stat().st_size, 0.1, 30.0, 0.9, None, True)
 
-    monkeypatch.setattr(Trials, "_drawn", draw)
+    monkeypatch.setattr(Trials, "_drawn", generate)
     (tmp_path / "a.onnx").write_bytes(b"a")
     (tmp_path / "b.onnx").write_bytes(b"b")
     with rooted(tmp_path):
         for prompts in (("a cat",), ("a cat",), ("a dog",)):  # the second is the same search begun again
             trials = Trials(Bundle.open(reference_bundle), {}, Budget(1, 1, 0, 0, 0), prompts)
-            results = [trials.draw(name, tmp_path / f"{name}.onnx") for name in "ab"]
+            results = [trials.generate(name, tmp_path / f"{name}.onnx") for name in "ab"]
             assert [t.name for t in results] == ["a", "b"]
-    assert drawn == ["a", "b", "a", "b"]
+    assert generated == ["a", "b", "a", "b"]
 
 
 @pytest.mark.parametrize("timed", [{"time_ratio": 0.72}, {}], ids=["timed", "from before calls were timed"])
@@ -116,7 +117,7 @@ class Searched(Exception):
 
 
 @pytest.mark.parametrize("encoders", [(), ("text_encoder",), ("text_encoder", "text_encoder_2"), ("bert",)])
-def test_a_search_quantizes_whatever_else_draws_and_takes_the_methods(tmp_path: Path, monkeypatch, encoders):
+def test_a_search_quantizes_whatever_else_generates_and_takes_the_methods(tmp_path: Path, monkeypatch, encoders):
     """A model without prompts has no text encoder, Stable Diffusion XL two, and nothing says that one has that name."""
     parts = (*encoders, "unet", "vae_decoder", "vae_encoder")
     prepared: list[Any] = []
@@ -130,22 +131,22 @@ def test_a_search_quantizes_whatever_else_draws_and_takes_the_methods(tmp_path: 
         prepared.append(methods)
         return graph
 
-    monkeypatch.setattr("calibration.transforms.prepare", prepare)
-    monkeypatch.setattr("calibration.transforms.channel_means", lambda *_: prepared.append("means"))
-    monkeypatch.setattr("calibration.layers.find_layers", lambda _: [])
-    monkeypatch.setattr("calibration.noise.predict_noise", lambda *_: {})
-    monkeypatch.setattr(quantization, "find_ranges", lambda *_: ({}, {"ranges": {}}))
-    monkeypatch.setattr(quantization, "quantize_by_recipe", lambda *_: {})
+    monkeypatch.setattr("calibration.graphs.transforms.prepare", prepare)
+    monkeypatch.setattr("calibration.graphs.transforms.channel_means", lambda *_: prepared.append("means"))
+    monkeypatch.setattr("calibration.graphs.layers.find_layers", lambda _: [])
+    monkeypatch.setattr("calibration.choice.quantization_noise.predict_noise", lambda *_: {})
+    monkeypatch.setattr(recipes, "find_ranges", lambda *_: ({}, {"ranges": {}}))
+    monkeypatch.setattr(recipes, "quantize_by_recipe", lambda *_: {})
 
     def trials(source, low, budget, prompts):
         raise Searched(sorted(low))
 
-    monkeypatch.setattr("deploy.search.Trials", trials)
+    monkeypatch.setattr("deploy.quantization.precision_search.Trials", trials)
     methods = ["smoothquant", "bias-correction"]
     config = {"recipes": dict.fromkeys(parts, "hybrid"), "keep": [], "methods": methods,
               "search": {"budget": asdict(Budget(1, 1, 0, 0, 0)), "prompts": []}}
     with pytest.raises(Searched) as caught:
-        quantization.search_unet(source, tmp_path / "out.onnx", config, Scheme(), recording)
+        recipes.search_unet(source, tmp_path / "out.onnx", config, Scheme(), recording)
     assert caught.value.args[0] == sorted((*encoders, "vae_decoder"))
     assert prepared == [methods, "means"]
 

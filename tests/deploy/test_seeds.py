@@ -11,26 +11,27 @@ import pytest
 import torch
 from PIL import Image
 
-from deploy.builder import Silent, load_source
-from deploy.cache import Cache
-from deploy.origin import open_origin
-from deploy.parity.drawing import assemble_pipeline
-from deploy.reference import reference_sessions
-from deploy.spec import BuildSpec
-from runtimes.pipeline import Pipeline
+from deploy.build.builder import load_source
+from deploy.core.pass_cache import Cache
+from deploy.core.progress import Silent
+from deploy.core.spec import BuildSpec
+from deploy.model.source_bundle import open_origin
+from deploy.parity.reference.torch_sessions import reference_sessions
+from deploy.parity.reference.trajectories import assemble_pipeline
+from runtimes.pipeline.diffusion import Pipeline
 from tests.exporters.family_pipelines import make_pipeline
 from tests.runtimes.diffusers_reference import psnr
 
 # diffusers 0.42 hands tensors to numpy functions
 pytestmark = [pytest.mark.usefixtures("one_thread"),
               pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")]
-PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)).resize((32, 32))
+IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)).resize((32, 32))
 MASK = Image.fromarray(np.pad(np.full((20, 13), 255, np.uint8), ((6, 6), (3, 16))))
 MODES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "text": ("StableDiffusionXLPipeline", {}, {}),
-    "image": ("StableDiffusionXLImg2ImgPipeline", {"image": PICTURE, "strength": 0.6}, {}),
-    "mask": ("StableDiffusionXLInpaintPipeline", {"image": PICTURE, "strength": 0.7}, {"mask_image": MASK}),
-    "mask, from noise": ("StableDiffusionXLInpaintPipeline", {"image": PICTURE, "strength": 1.0}, {"mask_image": MASK}),
+    "image": ("StableDiffusionXLImg2ImgPipeline", {"image": IMAGE, "strength": 0.6}, {}),
+    "mask": ("StableDiffusionXLInpaintPipeline", {"image": IMAGE, "strength": 0.7}, {"mask_image": MASK}),
+    "mask, from noise": ("StableDiffusionXLInpaintPipeline", {"image": IMAGE, "strength": 1.0}, {"mask_image": MASK}),
 }
 SCHEDULERS = {"ddim": ("DDIMScheduler", 0.0), "ddim, eta": ("DDIMScheduler", 0.6), "lcm": ("LCMScheduler", 0.0),
               "euler-ancestral": ("EulerAncestralDiscreteScheduler", 0.0)}

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from deploy.spec import NEEDS, BuildSpec, covering, make_spec, parse_budget, parse_engine, parse_shapes
+from deploy.core.spec import NEEDS, BuildSpec, covering, make_spec, parse_budget, parse_engine, parse_shapes
+from runtimes.bundle.tensors import ShapeRange
 from runtimes.errors import InputError
-from runtimes.tensors import ShapeRange
 
 
 def test_shapes_may_come_in_one_option_or_in_several():

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from deploy.presets import DRAFT_PSNR_DB
-from runtimes.bundle import Bundle
+from deploy.bench.presets import DRAFT_PSNR_DB
+from runtimes.bundle.folder import Bundle
 from tests.deploy.conftest import Cli
 
 
@@ -44,7 +44,7 @@ def test_both_entries_are_built_verified_and_used_and_share_their_weights(
 
 def assert_its_tradeoffs_are_measured(cli: Cli) -> None:
     """What reusing features costs is seen, and the presets follow from it."""
-    found = json.loads(cli("tradeoffs", "cached", "--pictures", "2", "--json").out)
+    found = json.loads(cli("tradeoffs", "cached", "--images", "2", "--json").out)
     own = {entry["setting"]["cache_interval"]: entry["psnr_db"] for entry in found["settings"]
            if entry["setting"]["scheduler"] is None and entry["setting"]["guidance_interval"] == [0, 1]}
     assert sorted(own) == [1, 2, 3] and own[1] > own[2] > own[3] > 10
@@ -53,5 +53,5 @@ def assert_its_tradeoffs_are_measured(cli: Cli) -> None:
     assert high["psnr_db"] == max(entry["psnr_db"] for entry in found["settings"])
     assert draft["psnr_db"] >= DRAFT_PSNR_DB or draft == high
     assert cli("generate", "cached", "a cat", "--quality", "draft", "-o", "draft.png").code == 0
-    with Image.open("draft.png") as picture:
-        assert picture.info["steps"] == str(draft["setting"]["steps"])
+    with Image.open("draft.png") as image:
+        assert image.info["steps"] == str(draft["setting"]["steps"])

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 import runtimes
-from deploy.builder import run_build
-from deploy.spec import BuildSpec, Precision
-from runtimes.bundle import Bundle
+from deploy.build.choose import run_build
+from deploy.core.spec import BuildSpec, Precision
+from runtimes.bundle.folder import Bundle
+from runtimes.bundle.tensors import ShapeRange
 from runtimes.errors import UnavailableError
-from runtimes.tensors import ShapeRange
 from tests.deploy.conftest import Cli, assert_refused
 
 COMPONENTS = ["text_encoder", "unet", "vae_decoder", "vae_encoder"]
@@ -56,18 +56,18 @@ def test_engines_without_a_driver_are_one_clear_line(engines: Bundle, cli: Cli, 
     assert len(json.loads(verified.out)["unverified"]) >= 4
 
 
-def test_openvino_draws_what_onnxruntime_draws_in_every_mode(tiny_model: Path, build_cache: Path, tmp_path: Path):
+def test_openvino_generates_what_onnxruntime_does_in_every_mode(tiny_model: Path, build_cache: Path, tmp_path: Path):
     specs = [BuildSpec(model=str(tiny_model), target=target) for target in ("onnxruntime", "openvino")]
     bundles = [run_build(spec, tmp_path / spec.target, cache_root=build_cache).bundle for spec in specs]
     assert {c.format for c in bundles[1].manifest.components.values()} == {"openvino"}
     assert bundles[1].manifest.parity is not None and bundles[1].manifest.parity["ok"]
     pipelines = [runtimes.load(bundle.path) for bundle in bundles]
     height, width = pipelines[0].facts.height, pipelines[0].facts.width
-    picture = np.random.default_rng(0).random((height, width, 3), np.float32)
+    image = np.random.default_rng(0).random((height, width, 3), np.float32)
     mask = np.zeros((height, width), np.uint8)
     mask[:, width // 2:] = 255
-    modes: list[dict[str, Any]] = [{}, {"negative_prompt": "blue"}, {"image": picture, "strength": 0.7},
-                                   {"image": picture, "mask": mask}, {"guidance_rescale": 0.7, "weighting": True}]
+    modes: list[dict[str, Any]] = [{}, {"negative_prompt": "blue"}, {"image": image, "strength": 0.7},
+                                   {"image": image, "mask": mask}, {"guidance_rescale": 0.7, "weighting": True}]
     for options in modes:
         a, b = (pipeline("a (cat:1.2)", steps=3, seed=1, output="numpy", **options) for pipeline in pipelines)
         np.testing.assert_allclose(a, b, atol=1e-3, err_msg=str(options))
@@ -87,7 +87,7 @@ def test_16_bit_storage_saves_bytes_and_keeps_float32_arithmetic(tiny_model: Pat
 
 
 def test_a_missing_builder_stops_the_build_before_any_work(tiny_model: Path, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr("exporters.tensorrt_from_onnx.installed", lambda builder: False)
+    monkeypatch.setattr("exporters.tensorrt.engine_builder.installed", lambda builder: False)
     with pytest.raises(UnavailableError, match="no TensorRT builder is installed"):
         run_build(BuildSpec(model=str(tiny_model), target="tensorrt"), tmp_path / "b", cache_root=tmp_path / "cache")
     assert not (tmp_path / "b").exists() and not (tmp_path / "cache").exists()

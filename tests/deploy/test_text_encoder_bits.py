@@ -13,15 +13,15 @@ import onnx
 import pytest
 
 import runtimes
-from deploy.builder import run_build
+from deploy.build.choose import run_build
+from deploy.core.plan import Step
+from deploy.core.spec import BuildSpec
 from deploy.passes.precision import Precision
 from deploy.passes.quantize import Quantize
-from deploy.plan import Step
-from deploy.report import reproduction
-from deploy.spec import BuildSpec
-from runtimes.bundle import Bundle
+from deploy.report.page import reproduction
+from runtimes.backends.openvino_session import new_core
+from runtimes.bundle.folder import Bundle
 from runtimes.errors import InputError, ParityError
-from runtimes.session_openvino import new_core
 from tests.deploy.conftest import Cli, assert_refused
 from tests.deploy.test_pass_quantize import exported, planned
 from tests.parity.pipelines import write_model
@@ -43,7 +43,7 @@ def bundles(build_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
-def test_the_bundle_is_within_the_budget_of_int8_and_draws(bundles: dict[str, Bundle], target: str):
+def test_the_bundle_is_within_the_budget_of_int8_and_generates(bundles: dict[str, Bundle], target: str):
     manifest = bundles[target].manifest
     component = manifest.components[NAME]
     assert manifest.parity is not None and manifest.parity["ok"]
@@ -53,8 +53,8 @@ def test_the_bundle_is_within_the_budget_of_int8_and_draws(bundles: dict[str, Bu
     assert 0.01 < component.parity["relative_l2"] < 0.08
     assert {n: c.precision for n, c in manifest.components.items()} == {
         NAME: "int4", "unet": "int8", "vae_decoder": "int8", "vae_encoder": "int8"}
-    picture = runtimes.load(bundles[target].path)("a red apple", steps=3, seed=0)[0]
-    assert np.asarray(picture).std() > 5
+    image = runtimes.load(bundles[target].path)("a red apple", steps=3, seed=0)[0]
+    assert np.asarray(image).std() > 5
 
 
 def test_it_is_half_of_8_bits_and_the_table_of_words_a_quarter(bundles: dict[str, Bundle]):

@@ -1,4 +1,4 @@
-"""Triton's model repository: configurations that Triton reads, and a pipeline that draws the same images in it."""
+"""Triton's model repository: configurations that Triton reads, and a pipeline that generates the same images in it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ import pytest
 from transformers import CLIPTokenizer
 
 import runtimes
-from deploy.triton import TritonOptions, component_config, export_triton, parse_config, pipeline_config
-from runtimes.bundle import Bundle
+from deploy.build.triton_repository import TritonOptions, component_config, export_triton, parse_config, pipeline_config
+from runtimes.backends.onnxruntime_session import OrtSession
+from runtimes.backends.session import SessionOptions
+from runtimes.bundle.folder import Bundle
+from runtimes.bundle.tensors import Axis, ShapeRange
 from runtimes.errors import InputError, UnavailableError
-from runtimes.session import SessionOptions
-from runtimes.session_ort import OrtSession
-from runtimes.tensors import Axis, ShapeRange
-from runtimes.tokenizer import prepare_tokenizer
+from runtimes.text.clip_tokenizer import prepare_tokenizer
 from tests.runtimes.fakes import write_pipeline_bundle
 from tests.runtimes.vocabulary import make_vocabulary
 
@@ -134,7 +134,7 @@ def served(bundle, tmp_path, monkeypatch) -> Any:
     return SimpleNamespace(model=model, triton=triton)
 
 
-def test_the_served_pipeline_draws_what_the_bundle_draws(bundle, served):
+def test_the_served_pipeline_generates_what_the_bundle_generates(bundle, served):
     request = served.triton.request(prompt=[b"a red apple", b"cat"], steps=[4], seed=[3], guidance_scale=[2.0])
     (response,) = served.model.execute([request])
     images = response.tensors["images"].as_numpy()

@@ -1,4 +1,4 @@
-"""A diffusers folder as one file in CompVis's layout: the inverse of what `exporters.single_file` reads.
+"""A diffusers folder as one file in CompVis's layout: the inverse of what `exporters.source.single_file` reads.
 
 Names as in diffusers' scripts/convert_diffusers_to_original_stable_diffusion.py, for any number of levels and layers.
 """

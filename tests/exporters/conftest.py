@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from exporters.source import open_source
+from exporters.families.open_source import open_source
 from tests.exporters.pipelines import write_pipeline
 
 

@@ -8,21 +8,21 @@ from typing import Any
 
 import numpy as np
 
-from exporters.families import ComponentSpec
-from exporters.source import Source
+from exporters.families import ComponentSpec, family_of
+from exporters.source.model_folder import Source
 
 
 def component_module(source: Source, spec: ComponentSpec) -> Any:
-    from exporters.modules import load_module, torch_component
+    from exporters.source.networks import load_module, torch_component
 
     origin = source.components[spec.source_component]
     return torch_component(spec.name, load_module(origin.folder, origin.library, origin.class_name))
 
 
 def export_component(source: Source, name: str, folder: Path) -> Any:
-    from exporters.onnx_from_torch import export_onnx
+    from exporters.onnx.trace import export_onnx
 
-    spec = source.family.components(source, {})[name]
+    spec = family_of(source.pipeline_class).components(source, {})[name]
     return export_onnx(component_module(source, spec), spec, folder)
 
 

@@ -151,7 +151,7 @@ PIPELINES: dict[str, Callable[[], Any]] = {
 
 
 def make_pipeline(name: str) -> Any:
-    """A pipeline with weights in which prompts, sizes and guidance matter and pictures have contrast."""
+    """A pipeline with weights in which prompts, sizes and guidance matter and images have contrast."""
     import torch
     from diffusers.models.attention_processor import Attention
 

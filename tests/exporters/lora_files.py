@@ -101,8 +101,8 @@ def fused_by_diffusers(pipe: Any, loras: Mapping[Path, float]) -> Tensors:
 
 def merged_by_us(pipe: Any, loras: Mapping[Path, float]) -> Tensors:
     """Merged as `build --lora` does."""
-    from exporters.lora import merge
-    from runtimes.lora import components_of
+    from exporters.adapters.lora_merging import merge
+    from runtimes.adapters.lora_files import components_of
 
     ours = copy_of(pipe)
     for file, scale in loras.items():

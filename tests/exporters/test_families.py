@@ -7,17 +7,17 @@ from typing import Any
 
 import pytest
 
-from exporters.families import FAMILIES
-from exporters.source import open_source
+from exporters.families import FAMILIES, family_of
+from exporters.families.open_source import open_source
+from runtimes.bundle.manifest import PipelineFacts
+from runtimes.bundle.tensors import ShapeRange
 from runtimes.errors import InputError
-from runtimes.manifest import PipelineFacts
-from runtimes.tensors import ShapeRange
 from tests.exporters.pipelines import TOKENS, edit_json
 
 
 def test_components_and_axes_follow_from_the_configs(pristine: Path) -> None:
     source = open_source(pristine)
-    specs = source.family.components(source, {})
+    specs = family_of(source.pipeline_class).components(source, {})
     assert {name: spec.source_component for name, spec in specs.items()} == {
         "text_encoder": "text_encoder", "unet": "unet", "vae_encoder": "vae", "vae_decoder": "vae"}
     unet = specs["unet"]
@@ -40,13 +40,13 @@ def test_components_and_axes_follow_from_the_configs(pristine: Path) -> None:
 
 def test_facts(pristine: Path) -> None:
     source = open_source(pristine)
-    assert source.family.facts(source) == PipelineFacts(
+    assert family_of(source.pipeline_class).facts(source) == PipelineFacts(
         latent_channels=4, vae_scale_factor=8, scaling_factor=0.18215, height=64, width=64, tokens=TOKENS)
 
 
 def test_shapes_are_in_images_and_pixels(pristine: Path) -> None:
     source = open_source(pristine)
-    specs = source.family.components(
+    specs = family_of(source.pipeline_class).components(
         source, {"batch": ShapeRange(1, 2, 4), "height": ShapeRange(64, 128, 512), "sequence": ShapeRange(5, 9, 9)})
     assert specs["unet"].axes["batch"].range == ShapeRange(1, 4, 8)
     assert specs["unet"].axes["height"].range == ShapeRange(8, 16, 64)
@@ -63,7 +63,7 @@ def test_shapes_are_in_images_and_pixels(pristine: Path) -> None:
 def test_impossible_shapes(shapes: dict[str, ShapeRange], words: str, pristine: Path) -> None:
     source = open_source(pristine)
     with pytest.raises(InputError, match=words):
-        source.family.components(source, shapes)
+        family_of(source.pipeline_class).components(source, shapes)
 
 
 @pytest.mark.parametrize(("component", "changes", "words"), [
@@ -86,14 +86,14 @@ def test_config_that_the_pipeline_cannot_feed(
     edit_json(pipeline / component / "config.json", **changes)
     source = open_source(pipeline)
     with pytest.raises(InputError, match=words):
-        source.family.components(source, {})
+        family_of(source.pipeline_class).components(source, {})
 
 
 def test_other_network_class_is_refused(pipeline: Path) -> None:
     edit_json(pipeline / "model_index.json", vae=["diffusers", "VQModel"])
     source = open_source(pipeline)
     with pytest.raises(InputError, match=r"vae is a VQModel.*AutoencoderKL or AutoencoderTiny"):
-        source.family.facts(source)
+        family_of(source.pipeline_class).facts(source)
 
 
 def test_every_known_class_has_a_family() -> None:
@@ -102,6 +102,6 @@ def test_every_known_class_has_a_family() -> None:
 
 def test_a_unet_built_for_long_prompts_takes_windows_that_its_text_encoder_does_not(pristine: Path) -> None:
     source = open_source(pristine)
-    specs = source.family.components(source, {"sequence": ShapeRange(1, TOKENS, 3 * TOKENS)})
+    specs = family_of(source.pipeline_class).components(source, {"sequence": ShapeRange(1, TOKENS, 3 * TOKENS)})
     assert specs["unet"].axes["sequence"].range == ShapeRange(1, TOKENS, 3 * TOKENS)
     assert specs["text_encoder"].axes["sequence"].range == ShapeRange(1, TOKENS, TOKENS)

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from exporters.lora import levels_of, matrices_of
-from exporters.lora_differences import differences
+from exporters.adapters.lora_differences import differences
+from exporters.adapters.lora_merging import levels_of, matrices_of
+from runtimes.adapters.lora_files import read_factors
 from runtimes.errors import InputError
-from runtimes.lora import read_factors
 from tests.exporters.family_pipelines import make_pipeline
 from tests.exporters.lora_files import (
     NETWORKS,
@@ -350,7 +350,7 @@ def test_names_that_diffusers_fails_on_are_read(pipes: dict[str, Any], names: di
 
 
 def test_what_diffusers_says_differs_is_described() -> None:
-    from exporters.lora_differences import DIFFERENCES
+    from exporters.adapters.lora_differences import DIFFERENCES
 
     page = (Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="utf-8")
     assert all(f"`{name}`" in page for name in DIFFERENCES)

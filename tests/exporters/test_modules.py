@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from exporters.source import open_source
+from exporters.families.open_source import open_source
 from runtimes.errors import InputError
 from tests.exporters.pipelines import edit_json, edit_weights, to_old_layout
 
@@ -16,14 +16,14 @@ FILES = {"unet": "unet/diffusion_pytorch_model.safetensors", "vae": "vae/diffusi
 
 
 def load(pipeline: Path, name: str) -> Any:
-    from exporters.modules import load_module
+    from exporters.source.networks import load_module
 
     component = open_source(pipeline).components[name]
     return load_module(component.folder, component.library, component.class_name)
 
 
 def check(pipeline: Path, name: str) -> None:
-    from exporters.modules import check_weights
+    from exporters.source.networks import check_weights
 
     component = open_source(pipeline).components[name]
     check_weights(component.folder, component.library, component.class_name)
@@ -111,7 +111,7 @@ def test_config_of_another_model(changes: dict[str, Any], words: str, pipeline: 
 
 
 def test_unknown_network_class(pipeline: Path) -> None:
-    from exporters.modules import load_module
+    from exporters.source.networks import load_module
 
     for library, name in (("diffusers", "UNet9D"), ("diffusers", "DDIMScheduler"), ("os", "path")):
         with pytest.raises(InputError, match=name):
@@ -121,11 +121,11 @@ def test_unknown_network_class(pipeline: Path) -> None:
 def test_wrappers_equal_the_pipeline_parts(pristine: Path) -> None:
     import torch
 
-    from exporters.modules import torch_component
+    from exporters.source.networks import torch_component
 
-    vae, picture = load(pristine, "vae"), torch.randn(1, 3, 16, 24)
+    vae, image = load(pristine, "vae"), torch.randn(1, 3, 16, 24)
     with torch.no_grad():
-        moments = torch_component("vae_encoder", vae)(picture)[0]
-        assert torch.equal(moments, vae.encode(picture).latent_dist.parameters)
+        moments = torch_component("vae_encoder", vae)(image)[0]
+        assert torch.equal(moments, vae.encode(image).latent_dist.parameters)
         latents = moments[:, :4]
         assert torch.equal(torch_component("vae_decoder", vae)(latents)[0], vae.decode(latents).sample)

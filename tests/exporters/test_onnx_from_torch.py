@@ -8,7 +8,8 @@ from pathlib import Path
 import onnx
 import pytest
 
-from exporters.source import open_source
+from exporters.families import family_of
+from exporters.families.open_source import open_source
 from runtimes.errors import InputError
 from tests.exporters.exporting import (
     component_module,
@@ -28,7 +29,7 @@ SHAPES = ((2, 2, 3, 7), (1, 1, 1, 1), (3, 4, 2, 20), (1, 2, 5, 6))
 @pytest.mark.parametrize("name", NAMES)
 def test_equals_torch_at_traced_and_untraced_shapes(name: str, pristine: Path, exported: Callable[[str], Path]) -> None:
     source = open_source(pristine)
-    spec = source.family.components(source, {})[name]
+    spec = family_of(source.pipeline_class).components(source, {})[name]
     module = component_module(source, spec)
     for shape in SHAPES:
         feeds = feeds_for(spec, *shape)
@@ -41,7 +42,7 @@ def test_a_unet_whose_own_size_is_not_halved_evenly_is_exported_for_every_size(t
               "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
               "up_block_types": ("UpBlock2D", "UpBlock2D", "CrossAttnUpBlock2D")}
     source = open_source(write_pipeline(tmp_path / "model", unet=blocks))
-    spec = source.family.components(source, {})["unet"]
+    spec = family_of(source.pipeline_class).components(source, {})["unet"]
     module, file = component_module(source, spec), export_component(source, "unet", tmp_path / "out").file
     for rows, columns in ((9, 9), (9, 13), (8, 12), (5, 6), (64, 33)):
         feeds = feeds_for(spec, 2, rows, columns, 7)
@@ -53,7 +54,7 @@ def test_a_unet_whose_own_size_is_not_halved_evenly_is_exported_for_every_size(t
 @pytest.mark.parametrize("name", NAMES)
 def test_graph_has_the_names_and_axes_of_the_spec(name: str, pristine: Path, exported: Callable[[str], Path]) -> None:
     source = open_source(pristine)
-    spec = source.family.components(source, {})[name]
+    spec = family_of(source.pipeline_class).components(source, {})[name]
     graph = onnx.load(exported(name)).graph
     found = [(v.name, tuple(d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim))
              for v in (*graph.input, *graph.output)]
@@ -90,7 +91,7 @@ def test_other_architecture(tmp_path: Path) -> None:
               "up_block_types": ("UpBlock2D",) * 3, "upcast_attention": True},
         vae={"use_quant_conv": False, "use_post_quant_conv": False}))
     for name in ("unet", "vae_encoder"):
-        spec = source.family.components(source, {})[name]
+        spec = family_of(source.pipeline_class).components(source, {})[name]
         file = export_component(source, name, tmp_path / name).file
         feeds = feeds_for(spec, 1, 3, 1, 9)
         assert relative_l2(run_onnx(file, feeds), run_torch(component_module(source, spec), feeds)) < 1e-5
@@ -103,10 +104,10 @@ def test_operator_without_onnx_form_is_named(pristine: Path, tmp_path: Path) -> 
         def forward(self, latent_sample: torch.Tensor) -> tuple[torch.Tensor]:
             return (torch.linalg.qr(latent_sample)[0],)
 
-    from exporters.onnx_from_torch import export_onnx
+    from exporters.onnx.trace import export_onnx
 
     source = open_source(pristine)
-    spec = source.family.components(source, {})["vae_decoder"]
+    spec = family_of(source.pipeline_class).components(source, {})["vae_decoder"]
     with pytest.raises(InputError, match=r"vae_decoder: the operator aten::linalg_qr.* cannot be exported"):
         export_onnx(Unusual().eval(), spec, tmp_path)
     assert not list(tmp_path.iterdir())
@@ -119,9 +120,9 @@ def test_a_network_that_pytorch_cannot_run_is_bad_input(pristine: Path, tmp_path
         def forward(self, latent_sample: torch.Tensor) -> tuple[torch.Tensor]:
             return (torch.nn.Identity()(latent_sample, unknown=1),)
 
-    from exporters.onnx_from_torch import export_onnx
+    from exporters.onnx.trace import export_onnx
 
-    spec = (source := open_source(pristine)).family.components(source, {})["vae_decoder"]
+    spec = family_of((source := open_source(pristine)).pipeline_class).components(source, {})["vae_decoder"]
     with pytest.raises(InputError, match=r"vae_decoder: PyTorch cannot run the network: TypeError: .*unknown"):
         export_onnx(Broken().eval(), spec, tmp_path)
     assert not list(tmp_path.iterdir())
@@ -135,11 +136,11 @@ def test_export_is_silent(pristine: Path, tmp_path: Path, capfd: pytest.CaptureF
 def test_weights_above_the_limit_go_beside_the_graph(
     pristine: Path, exported: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from exporters import onnx_from_torch
+    from exporters.onnx import trace
 
-    monkeypatch.setattr(onnx_from_torch, "EXTERNAL_ABOVE_BYTES", 1000)
+    monkeypatch.setattr(trace, "EXTERNAL_ABOVE_BYTES", 1000)
     source = open_source(pristine)
     result = export_component(source, "text_encoder", tmp_path)
     assert result.data == tmp_path / "model.onnx.data"
-    feeds = feeds_for(source.family.components(source, {})["text_encoder"], 2, 1, 1, 5)
+    feeds = feeds_for(family_of(source.pipeline_class).components(source, {})["text_encoder"], 2, 1, 1, 5)
     assert (run_onnx(result.file, feeds) == run_onnx(exported("text_encoder"), feeds)).all()

@@ -9,9 +9,10 @@ from pathlib import Path
 import onnx
 import pytest
 
-from exporters.onnx_fusions import FUSIONS
-from exporters.onnx_optimize import FUSIONS_FOR, optimize_onnx
-from exporters.source import open_source
+from exporters.families import family_of
+from exporters.families.open_source import open_source
+from exporters.onnx.fusions import FUSIONS
+from exporters.onnx.optimize_graph import FUSIONS_FOR, optimize_onnx
 from runtimes.errors import BundleError
 from tests.exporters.exporting import feeds_for, relative_l2, run_onnx
 
@@ -22,7 +23,7 @@ Exported = Callable[[str], Path]
 
 def same_results(pristine: Path, name: str, one: Path, other: Path) -> None:
     source = open_source(pristine)
-    spec = source.family.components(source, {})[name]
+    spec = family_of(source.pipeline_class).components(source, {})[name]
     for shape in SHAPES:
         feeds = feeds_for(spec, *shape)
         assert relative_l2(run_onnx(other, feeds), run_onnx(one, feeds)) < 1e-5, shape
@@ -101,10 +102,10 @@ def test_table_names_known_fusions() -> None:
 
 
 def test_measurement_compares_variants(exported: Exported, pristine: Path, tmp_path: Path) -> None:
-    from exporters.measure_fusions import measure, table, variants_of
+    from exporters.measure.fusion_speed import measure, table, variants_of
 
     source = open_source(pristine)
-    spec = source.family.components(source, {})["vae_encoder"]
+    spec = family_of(source.pipeline_class).components(source, {})["vae_encoder"]
     rows = measure(list(variants_of("vae_encoder", exported("vae_encoder"), tmp_path)), feeds_for(spec, 1, 1, 1, 1), 2)
     names = [row.name for row in rows]
     assert names[0] == "as exported"

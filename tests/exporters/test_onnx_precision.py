@@ -10,9 +10,9 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from exporters import onnx_precision
-from exporters.onnx_precision import convert_precision
-from exporters.onnx_precision_emulate import emulate
+from exporters.precision import sixteen_bits
+from exporters.precision.emulation import emulate
+from exporters.precision.sixteen_bits import convert_precision
 from runtimes.errors import InputError
 from tests.exporters.exporting import relative_l2
 from tests.runtimes.fakes import graph
@@ -243,7 +243,7 @@ def test_branches_keep_float32_and_still_see_the_values_around_them(tmp_path):
 
 
 def test_external_weights_stay_external_and_are_never_all_in_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(onnx_precision, "EXTERNAL_ABOVE_BYTES", 1000)
+    monkeypatch.setattr(sixteen_bits, "EXTERNAL_ABOVE_BYTES", 1000)
     weight = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)
     model = graph([("x", F, ["n", 64])], [("y", F, ["n", 64])], [node("MatMul", ["x", "w"], ["y"])], {"w": weight})
     onnx.save(model, tmp_path / "x.onnx", save_as_external_data=True, location="x.onnx.data", size_threshold=0)

@@ -9,7 +9,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from exporters.onnx_quantizers import find_quantizers
+from exporters.onnx.quantizer_nodes import find_quantizers
 
 
 def attention(path: Path, *quantized: str) -> Path:

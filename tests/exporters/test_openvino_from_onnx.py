@@ -9,11 +9,11 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from exporters.onnx_precision import convert_precision
-from exporters.openvino_from_onnx import convert_openvino
+from exporters.openvino.openvino_files import convert_openvino
+from exporters.precision.sixteen_bits import convert_precision
+from runtimes.backends.openvino_session import new_core
+from runtimes.bundle.tensors import TensorSpec
 from runtimes.errors import DeployError, InputError, UnavailableError
-from runtimes.session_openvino import new_core
-from runtimes.tensors import TensorSpec
 from tests.exporters.exporting import relative_l2
 from tests.exporters.test_onnx_precision import block, feeds, run
 from tests.runtimes.fakes import graph

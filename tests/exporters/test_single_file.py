@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from exporters.source import open_source
+from exporters.families import family_of
+from exporters.families.open_source import open_source
 from runtimes.errors import InputError
 from tests.exporters.compvis import write_single_file
 from tests.exporters.family_pipelines import write_pipeline_of
@@ -34,7 +35,7 @@ def assert_same(folder: Path, original: Path) -> None:
     """Every network has the weights of the original, bit for bit."""
     import torch
 
-    from exporters.modules import load_module
+    from exporters.source.networks import load_module
 
     for name, component in open_source(folder).components.items():
         found = load_module(component.folder, component.library, component.class_name).state_dict()
@@ -46,7 +47,7 @@ def assert_same(folder: Path, original: Path) -> None:
 def test_gives_back_the_pipeline_it_was_made_of(
     checkpoint: Path, configs: Path, pristine: Path, tmp_path: Path
 ) -> None:
-    from exporters.single_file import convert_single_file
+    from exporters.source.single_file import convert_single_file
 
     out = convert_single_file(checkpoint, configs, tmp_path / "out")
     assert open_source(out).pipeline_class == "StableDiffusionPipeline"
@@ -58,14 +59,14 @@ def test_gives_back_the_pipeline_it_was_made_of(
     ("xl", "stable-diffusion-xl", {"text_encoder", "text_encoder_2", "unet", "vae"}),
 ])
 def test_the_layouts_of_stable_diffusion_2_and_xl(kind: str, family: str, networks: set[str], tmp_path: Path) -> None:
-    from exporters.single_file import convert_single_file
+    from exporters.source.single_file import convert_single_file
 
     original = write_pipeline_of(kind, tmp_path / "original")
     checkpoint = write_single_file(original, tmp_path / "model.safetensors", kind)
     configs = Path(shutil.copytree(original, tmp_path / "configs", ignore=shutil.ignore_patterns("*.safetensors")))
     out = convert_single_file(checkpoint, configs, tmp_path / "out")
     source = open_source(out)
-    assert source.family.name == family and set(source.components) == networks
+    assert family_of(source.pipeline_class).name == family and set(source.components) == networks
     assert_same(out, original)
 
 
@@ -104,7 +105,7 @@ def no_index(configs: Path, checkpoint: Path) -> None:
 def test_what_does_not_fit_is_one_clear_line(
     damage: Callable[[Path, Path], None], words: tuple[str, ...], checkpoint: Path, configs: Path, tmp_path: Path
 ) -> None:
-    from exporters.single_file import convert_single_file
+    from exporters.source.single_file import convert_single_file
 
     file = Path(shutil.copy(checkpoint, tmp_path / "model.safetensors"))
     damage(configs, file)
@@ -116,7 +117,7 @@ def test_what_does_not_fit_is_one_clear_line(
 
 
 def test_a_pickle_is_never_opened(configs: Path, tmp_path: Path) -> None:
-    from exporters.single_file import convert_single_file
+    from exporters.source.single_file import convert_single_file
 
     file = tmp_path / "model.ckpt"
     file.write_bytes(b"cos\nsystem\n(S'touch /tmp/owned'\ntR.")
@@ -132,7 +133,7 @@ def test_a_file_given_as_a_model_is_told_how_to_convert(checkpoint: Path) -> Non
 def test_convert_writes_a_folder_that_build_reads(
     checkpoint: Path, configs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from deploy.cli import main
+    from deploy.cli.commands import main
 
     out = tmp_path / "out"
     command = ["ldm-deploy", "convert", str(checkpoint), "--configs", str(configs), "-o", str(out)]
@@ -167,7 +168,7 @@ def test_markers_set_the_scheduler(
 ) -> None:
     import torch
 
-    from exporters.single_file import convert_single_file
+    from exporters.source.single_file import convert_single_file
 
     scheduler_of(configs, prediction_type="epsilon", rescale_betas_zero_snr=False)
     said: list[str] = []
@@ -181,7 +182,7 @@ def test_markers_set_the_scheduler(
 def test_a_marker_that_the_scheduler_cannot_honour_is_refused(checkpoint: Path, configs: Path, tmp_path: Path) -> None:
     import torch
 
-    from exporters.single_file import convert_single_file
+    from exporters.source.single_file import convert_single_file
 
     scheduler_of(configs, _class_name="PNDMScheduler")
     with pytest.raises(InputError, match="ztsnr asks for rescale_betas_zero_snr, which PNDMScheduler does not have"):
@@ -193,7 +194,7 @@ def test_a_noise_schedule_in_the_file_agrees_with_the_configs_or_is_refused(
 ) -> None:
     from diffusers import DDIMScheduler
 
-    from exporters.single_file import convert_single_file
+    from exporters.source.single_file import convert_single_file
 
     config = scheduler_of(configs)
     own = DDIMScheduler.from_config(config)
@@ -212,7 +213,7 @@ def test_a_noise_schedule_in_the_file_agrees_with_the_configs_or_is_refused(
 def test_leftovers_of_training_are_named(checkpoint: Path, configs: Path, pristine: Path, tmp_path: Path) -> None:
     import torch
 
-    from exporters.single_file import convert_single_file
+    from exporters.source.single_file import convert_single_file
 
     keys = {"model_ema.diffusion_modelinput_blocks00weight": torch.ones(3), "model_ema.decay": torch.ones(()),
             "first_stage_model.loss.logvar": torch.ones(()), "global_step": torch.ones(()),
@@ -233,7 +234,7 @@ def test_a_key_that_no_network_takes_is_refused_by_its_name(
 ) -> None:
     import torch
 
-    from exporters.single_file import convert_single_file
+    from exporters.source.single_file import convert_single_file
 
     with pytest.raises(InputError) as caught:
         convert_single_file(with_keys(checkpoint, tmp_path, **{key: torch.ones(2, 2)}), configs, tmp_path / "out")

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from exporters.source import link_component, open_source
+from exporters.families.open_source import open_source
+from exporters.source.model_folder import link_component
 from runtimes.errors import InputError
 from tests.exporters.pipelines import edit_json
 
@@ -28,8 +29,9 @@ def test_reads_configs_and_finds_weights(pristine: Path) -> None:
 
 
 def test_imports_nothing_heavy(pristine: Path, run_python: Callable[..., str]) -> None:
-    code = ("import sys; from exporters.source import open_source; s = open_source(sys.argv[1]);"
-            "s.family.components(s, {}); s.family.facts(s); print(sorted({'torch', 'diffusers', 'transformers', 'onnx',"
+    code = ("import sys; from exporters.families.open_source import open_source; s = open_source(sys.argv[1]);"
+            "from exporters.families import family_of; family = family_of(s.pipeline_class);"
+            "family.components(s, {}); family.facts(s); print(sorted({'torch', 'diffusers', 'transformers', 'onnx',"
             "'onnxscript', 'onnx_ir', 'onnxruntime', 'safetensors'} & set(sys.modules)))")
     assert run_python(code, pristine).strip() == "[]"
 
@@ -218,7 +220,7 @@ def test_shards_are_linked_with_their_index(pipeline: Path, tmp_path: Path) -> N
     import torch
     from safetensors.torch import load_file, save_file
 
-    from exporters.modules import load_module
+    from exporters.source.networks import load_module
 
     whole = load_file(pipeline / UNET_WEIGHTS)
     keys = sorted(whole)

@@ -7,13 +7,13 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from exporters.families.base import ComponentSpec
-from exporters.families.step_cache import shallow_weights, with_step_cache
-from exporters.modules import torch_component
-from exporters.onnx_from_torch import export_onnx
-from exporters.onnx_optimize import optimize_onnx
+from exporters.families.declaration import ComponentSpec
+from exporters.families.shallow_component import shallow_weights, with_step_cache
+from exporters.onnx.optimize_graph import optimize_onnx
+from exporters.onnx.trace import export_onnx
+from exporters.source.networks import torch_component
+from runtimes.bundle.tensors import Axis, ShapeRange, TensorSpec
 from runtimes.errors import InputError
-from runtimes.tensors import Axis, ShapeRange, TensorSpec
 
 KINDS = {
     "attention": {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),

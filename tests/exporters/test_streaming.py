@@ -9,19 +9,20 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from exporters.source import open_source
+from exporters.families import family_of
+from exporters.families.open_source import open_source
 from runtimes.errors import DeployError, InputError
 from tests.exporters.exporting import export_component
 from tests.exporters.pipelines import edit_weights, to_old_layout
 
 
 def streamed(folder: Path, name: str, out: Path) -> Path:
-    from exporters.modules import torch_component
-    from exporters.onnx_from_torch import export_onnx
-    from exporters.streaming import unread_module
+    from exporters.onnx.streaming import unread_module
+    from exporters.onnx.trace import export_onnx
+    from exporters.source.networks import torch_component
 
     source = open_source(folder)
-    spec = source.family.components(source, {})[name]
+    spec = family_of(source.pipeline_class).components(source, {})[name]
     origin = source.components[spec.source_component]
     module, stored = unread_module(origin.folder, origin.library, origin.class_name)
     return export_onnx(torch_component(name, module), spec, out, stored=stored).file
@@ -45,11 +46,11 @@ def test_same_bytes_as_from_memory(name: str, weights: str, dtype: str, pipeline
 def test_no_weight_is_read_before_the_graph_is_written(
     pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from exporters import onnx_from_torch
-    from exporters.stored_weights import StoredWeight
+    from exporters.onnx import trace
+    from exporters.onnx.stored_weights import StoredWeight
 
     read: list[int] = []
-    original, save = StoredWeight.read, onnx_from_torch.save_model
+    original, save = StoredWeight.read, trace.save_model
 
     def counted(self: StoredWeight) -> np.ndarray:
         read.append(int(np.prod(self.shape)))
@@ -60,8 +61,8 @@ def test_no_weight_is_read_before_the_graph_is_written(
         return save(model, file)
 
     monkeypatch.setattr(StoredWeight, "read", counted)
-    monkeypatch.setattr(onnx_from_torch, "save_model", saved)
-    monkeypatch.setattr(onnx_from_torch, "EXTERNAL_ABOVE_BYTES", 1000)
+    monkeypatch.setattr(trace, "save_model", saved)
+    monkeypatch.setattr(trace, "EXTERNAL_ABOVE_BYTES", 1000)
     streamed(pipeline, "vae_decoder", tmp_path)
     assert max(read) > 8192 // 4
 
@@ -69,8 +70,8 @@ def test_no_weight_is_read_before_the_graph_is_written(
 def test_a_parameter_read_in_part_is_refused(exported: Callable[[str], Path]) -> None:
     import torch
 
-    from exporters.stored_weights import StoredWeight
-    from exporters.streaming import attach_weights
+    from exporters.onnx.stored_weights import StoredWeight
+    from exporters.onnx.streaming import attach_weights
 
     whole = torch.empty(4, 4)
     model = ir.load(exported("text_encoder"))
@@ -82,7 +83,7 @@ def test_a_parameter_read_in_part_is_refused(exported: Callable[[str], Path]) ->
 
 
 def test_a_dtype_that_cannot_be_read_is_refused(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from exporters import streaming
+    from exporters.onnx import streaming
 
     monkeypatch.setattr(streaming, "_DTYPES", {})
     with pytest.raises(InputError, match="stored as F32, which cannot be read"):
@@ -90,7 +91,7 @@ def test_a_dtype_that_cannot_be_read_is_refused(pipeline: Path, monkeypatch: pyt
 
 
 def test_external_weights_are_read_piece_by_piece(exported: Callable[[str], Path], tmp_path: Path) -> None:
-    from exporters.stored_weights import unmap
+    from exporters.onnx.stored_weights import unmap
 
     model = ir.load(exported("text_encoder"))
     before = {name: array_of(value) for name, value in model.graph.initializers.items()}

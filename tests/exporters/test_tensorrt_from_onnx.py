@@ -10,12 +10,12 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from exporters.onnx_precision import convert_precision
-from exporters.tensorrt_from_onnx import build_engine, installed
-from exporters.tensorrt_options import EngineOptions, make_profiles
-from runtimes.bundle import sha256_of
+from exporters.precision.sixteen_bits import convert_precision
+from exporters.tensorrt.engine_builder import build_engine, installed
+from exporters.tensorrt.engine_options import EngineOptions, make_profiles
+from runtimes.bundle.folder import sha256_of
+from runtimes.bundle.tensors import Axis, ShapeRange, TensorSpec
 from runtimes.errors import BundleError, DeployError, InputError, UnavailableError
-from runtimes.tensors import Axis, ShapeRange, TensorSpec
 from tests.exporters.test_onnx_precision import block
 from tests.runtimes.fakes import graph
 
@@ -131,7 +131,7 @@ def test_every_failure_is_named_and_leaves_nothing(fake, source, tmp_path, monke
 def test_a_full_disk_is_named_and_leaves_nothing(fake, source, tmp_path, monkeypatch):
     if not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full")
-    monkeypatch.setattr("exporters.tensorrt_from_onnx.PARTIAL", "/dev/full")
+    monkeypatch.setattr("exporters.tensorrt.engine_builder.PARTIAL", "/dev/full")
     with pytest.raises(UnavailableError, match="the disk is full"):
         build_engine(source, tmp_path / "out" / "unet.trt", PROFILES, GPU)
     assert left_in(tmp_path / "out") == []

@@ -7,8 +7,8 @@ from importlib import util
 import onnx
 import pytest
 
-from exporters import measure_openvino, measure_tensorrt
-from exporters.tensorrt_from_onnx import installed
+from exporters.measure import openvino_speed, tensorrt_engines
+from exporters.tensorrt.engine_builder import installed
 from tests.exporters.test_onnx_precision import block
 
 
@@ -19,7 +19,7 @@ def graph(tmp_path):
 
 
 def test_engines_are_measured_per_precision_or_the_package_is_named(graph, capsys):
-    code = measure_tensorrt.main([graph, "--axis", "batch=1:2:4", "--capabilities", "SM89"])
+    code = tensorrt_engines.main([graph, "--axis", "batch=1:2:4", "--capabilities", "SM89"])
     out, err = capsys.readouterr()
     if not installed("tensorrt-rtx"):
         assert code == 4 and "tensorrt-rtx is not installed" in err
@@ -31,17 +31,17 @@ def test_engines_are_measured_per_precision_or_the_package_is_named(graph, capsy
 
 
 def test_an_axis_without_a_range_is_named(graph, capsys):
-    assert measure_tensorrt.main([graph]) == 2
+    assert tensorrt_engines.main([graph]) == 2
     assert "sample has the axis batch without a range (--axis batch=MIN:OPT:MAX)" in capsys.readouterr().err
 
 
 def test_a_malformed_axis_is_named(graph, capsys):
-    assert measure_tensorrt.main([graph, "--axis", "batch:2"]) == 2
+    assert tensorrt_engines.main([graph, "--axis", "batch:2"]) == 2
     assert "'batch:2' is not NAME=MIN:OPT:MAX" in capsys.readouterr().err
 
 
 def test_openvino_is_measured_beside_onnxruntime_or_the_package_is_named(graph, capsys):
-    code = measure_openvino.main([graph, "--axis", "batch=2", "--calls", "3"])
+    code = openvino_speed.main([graph, "--axis", "batch=2", "--calls", "3"])
     out, err = capsys.readouterr()
     if util.find_spec("openvino") is None:
         assert code == 4 and "openvino is not installed" in err

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from exporters.tensorrt_options import EngineOptions, make_profiles
+from exporters.tensorrt.engine_options import EngineOptions, make_profiles
+from runtimes.bundle.tensors import Axis, ShapeRange, TensorSpec
 from runtimes.errors import InputError
-from runtimes.tensors import Axis, ShapeRange, TensorSpec
 
 INPUTS = (TensorSpec("sample", "float32", ("batch", 4, "height", "height")),
           TensorSpec("timestep", "float32", ("batch",)))

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from exporters.textual_inversion import add_words, extend_tokenizer, read_embedding
+from exporters.adapters.textual_inversion import add_words, extend_tokenizer, read_embedding
 from runtimes.errors import InputError
-from runtimes.tokenizer import ClipTokenizer, prepare_tokenizer
+from runtimes.text.clip_tokenizer import ClipTokenizer, prepare_tokenizer
 from tests.exporters.family_pipelines import make_pipeline
 from tests.exporters.lora_files import copy_of
 from tests.runtimes.test_words import read_by_diffusers

@@ -12,14 +12,14 @@ from typing import Any
 import diffusers
 import pytest
 
-from deploy.origin import as_loaded, check_schedulers, open_origin
-from deploy.spec import BuildSpec
-from exporters import upstream
-from exporters.source import open_source
+from deploy.core.spec import BuildSpec
+from deploy.model.source_bundle import as_loaded, check_schedulers, open_origin
+from exporters.families.open_source import open_source
+from exporters.source import diffusers_pipeline
+from runtimes.bundle.manifest import from_json, to_json
+from runtimes.bundle.tensors import ShapeRange
 from runtimes.errors import InputError
-from runtimes.manifest import from_json, to_json
 from runtimes.schedulers import from_config
-from runtimes.tensors import ShapeRange
 from tests.exporters.family_pipelines import PIPELINES, write_pipeline_of
 from tests.exporters.pipelines import edit_json
 
@@ -60,7 +60,7 @@ def _cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", PIPELINES)
 def test_each_mode_has_the_defaults_of_its_diffusers_class(written, name):
     source = as_loaded(open_source(written(name)))
-    classes = {mode: cls for mode, cls in zip(upstream.MODES, CLASSES[name], strict=True) if cls}
+    classes = {mode: cls for mode, cls in zip(diffusers_pipeline.MODES, CLASSES[name], strict=True) if cls}
     assert {mode: facts.pipeline_class for mode, facts in source.modes.items()} == classes
     for facts in source.modes.values():
         signature = inspect.signature(getattr(diffusers, facts.pipeline_class).__call__).parameters
@@ -106,7 +106,7 @@ def test_a_default_of_the_scheduler_is_not_carried_over_to_another_class(model):
     (folder / SCHEDULER).write_text(json.dumps(config))
     edit_json(folder / INDEX, scheduler=["diffusers", "PNDMScheduler"])
     ours: Any = from_config(as_loaded(open_source(folder)).scheduler_config, "ddim")
-    with upstream.unwarned():
+    with diffusers_pipeline.unwarned():
         pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
     theirs = diffusers.DDIMScheduler.from_config(pipe.scheduler.config).config
     assert (ours.beta_schedule, ours.steps_offset, ours.clip_sample) == (
@@ -149,20 +149,20 @@ def test_what_diffusers_refuses_is_said_in_one_line(model):
     folder = model("sd2")
     edit_json(folder / INDEX, scheduler=["diffusers", "NoSuchScheduler"])
     with pytest.raises(InputError, match="diffusers' StableDiffusionPipeline refuses it"):
-        upstream.upstream_pipeline(open_source(folder), "text")
+        diffusers_pipeline.upstream_pipeline(open_source(folder), "text")
 
 
 def test_given_components_replace_the_empty_ones(written):
     source = open_source(written("sd2"))
     vae = diffusers.AutoencoderKL.from_pretrained(written("sd2") / "vae")
-    pipe = upstream.upstream_pipeline(source, "image", vae=vae)
+    pipe = diffusers_pipeline.upstream_pipeline(source, "image", vae=vae)
     assert pipe.vae is vae and pipe.unet.device.type == "meta" and pipe.safety_checker is None
     assert type(pipe).__name__ == "StableDiffusionImg2ImgPipeline" and pipe.tokenizer is not None
 
 
 def test_diffusers_is_asked_once_for_the_same_configs(written, monkeypatch):
     first = as_loaded(open_source(written("xl")))
-    monkeypatch.setattr(upstream, "as_loaded", None)
+    monkeypatch.setattr(diffusers_pipeline, "as_loaded", None)
     assert as_loaded(open_source(written("xl"))) == first
 
 

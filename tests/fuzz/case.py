@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from runtimes.manifest import from_json, to_json
+from runtimes.bundle.manifest import from_json, to_json
 
 ABSENT = "<absent>"  # an edited key that the file lacks
 

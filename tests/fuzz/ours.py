@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from runtimes.bundle.tensors import ShapeRange
 from runtimes.errors import DeployError
-from runtimes.tensors import ShapeRange
 from tests.fuzz.case import Case
 from tests.fuzz.models import other_vae, root
 from tests.fuzz.theirs import SIZES, make_latents
@@ -43,7 +43,7 @@ def run(case: Case, folder: Path, files: Mapping[str, Path], pictures: Mapping[s
 
 def make_spec(case: Case, folder: Path, files: Mapping[str, Path]) -> Any:
     """What `build` would be given."""
-    from deploy.spec import BuildSpec
+    from deploy.core.spec import BuildSpec
 
     model, options = case.model, dict[str, Any]()
     if any(layout in OF_VARIANTS for layout in model.layouts.values()) and "variant" in BuildSpec.model_fields:
@@ -67,11 +67,12 @@ def _shapes(case: Case, facts: Any) -> dict[str, ShapeRange]:
 
 def assemble(case: Case, folder: Path, files: Mapping[str, Path], work: Path, trace: Trace, cache: Path) -> Any:
     """The pipeline over PyTorch sessions, as parity's reference has it."""
-    from deploy.builder import Silent, load_source
-    from deploy.cache import Cache
-    from deploy.origin import open_origin
-    from deploy.parity.drawing import assemble_pipeline
-    from deploy.reference import reference_sessions
+    from deploy.build.builder import load_source
+    from deploy.core.pass_cache import Cache
+    from deploy.core.progress import Silent
+    from deploy.model.source_bundle import open_origin
+    from deploy.parity.reference.torch_sessions import reference_sessions
+    from deploy.parity.reference.trajectories import assemble_pipeline
 
     spec = make_spec(case, folder, files)
     spec = spec.model_copy(update={"shapes": _shapes(case, open_origin(spec).manifest.pipeline)})
@@ -82,7 +83,7 @@ def assemble(case: Case, folder: Path, files: Mapping[str, Path], work: Path, tr
 
 
 def _call(pipeline: Any, case: Case, pictures: Mapping[str, Any]) -> np.ndarray[Any, Any]:
-    from runtimes.conditions import SizeConditions
+    from runtimes.pipeline.conditioner import SizeConditions
 
     request = case.request
     options: dict[str, Any] = {

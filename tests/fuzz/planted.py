@@ -144,46 +144,51 @@ def _reversed_order(images: Any) -> Any:
 
 
 FAULTS: Mapping[str, Fault] = {
-    "a token id": Fault("runtimes.tokenizer:ClipTokenizer.__call__", _changed_result(_third_token)),
-    "a beta": Fault("runtimes.schedulers.sigmas:make_betas", _changed_result(_one_beta)),
-    "the guidance formula": Fault("runtimes.guidance:Guidance.combine",
+    "a token id": Fault("runtimes.text.clip_tokenizer:ClipTokenizer.__call__", _changed_result(_third_token)),
+    "a beta": Fault("runtimes.schedulers.noise_levels:make_betas", _changed_result(_one_beta)),
+    "the guidance formula": Fault("runtimes.pipeline.guidance:Guidance.combine",
                                   lambda original: lambda self, uncond, cond: original(
                                       replace(self, scale=self.scale + 1), uncond, cond)),
-    "guidance below 1": Fault("runtimes.guidance:Guidance.active", lambda original: lambda self, i, total: (
+    "guidance below 1": Fault("runtimes.pipeline.guidance:Guidance.active", lambda original: lambda self, i, total: (
         self.scale > 2 and original(self, i, total))),
     # A factor would cancel: the formula divides two deviations.
-    "the guidance rescaling": Fault("runtimes.guidance:_deviation", _changed_result(np.sqrt)),
-    "a LoRA's scale": Fault("runtimes.lora:parse_lora", _changed_result(lambda found: (found[0], found[1] ** 2))),
-    "a LoRA's alphas": Fault("runtimes.lora:_by_module", _changed_result(_without_alphas)),
-    "an embedding's further vectors": Fault("runtimes.tokenizer:_words_of_several_vectors",
+    "the guidance rescaling": Fault("runtimes.pipeline.guidance:_deviation", _changed_result(np.sqrt)),
+    "a LoRA's scale": Fault("runtimes.adapters.lora_files:parse_lora",
+        _changed_result(lambda found: (found[0], found[1] ** 2))),
+    "a LoRA's alphas": Fault("runtimes.adapters.lora_files:_by_module", _changed_result(_without_alphas)),
+    "an embedding's further vectors": Fault("runtimes.text.clip_tokenizer:_words_of_several_vectors",
                                             _changed_result(_second_vector_dropped)),
-    "a flipped mask": Fault("runtimes.request:to_mask", _changed_result(lambda mask: 1 - mask)),
-    "the mask's threshold": Fault("runtimes.request:to_mask", _changed_argument(
+    "a flipped mask": Fault("runtimes.pipeline.request:to_mask", _changed_result(lambda mask: 1 - mask)),
+    "the mask's threshold": Fault("runtimes.pipeline.request:to_mask", _changed_argument(
         0, lambda mask: mask * 0.9 if isinstance(mask, np.ndarray) else mask.convert("L").point(lambda v: v * 0.9))),
-    "the channels' order": Fault("runtimes.request:to_pixels", _changed_result(lambda pixels: pixels[::-1].copy())),
-    "the posterior's mode": Fault("runtimes.decode:encode", _mode_of_posterior),
-    "a timestep": Fault("runtimes.guidance:GuidedUnet.__call__", _second_timestep),
-    "the VAE's scaling factor": Fault("runtimes.decode:unscaled", _changed_result(lambda latents: latents * 1.02)),
-    "the order of time_ids": Fault("runtimes.conditions:SizeConditions.numbers", _swapped_sizes),
-    "the pooled embedding": Fault("runtimes.prompts:Embedder.pooled", _pooled_is_zero),
-    "the text encoder's layer": Fault("exporters.wrappers:TextEncoder.forward", _last_layer),
+    "the channels' order": Fault("runtimes.pipeline.request:to_pixels",
+        _changed_result(lambda pixels: pixels[::-1].copy())),
+    "the posterior's mode": Fault("runtimes.codec.autoencoder:encode", _mode_of_posterior),
+    "a timestep": Fault("runtimes.pipeline.guidance:GuidedUnet.__call__", _second_timestep),
+    "the VAE's scaling factor": Fault("runtimes.codec.autoencoder:unscaled",
+        _changed_result(lambda latents: latents * 1.02)),
+    "the order of time_ids": Fault("runtimes.pipeline.conditioner:SizeConditions.numbers", _swapped_sizes),
+    "the pooled embedding": Fault("runtimes.text.prompt_encoder:Embedder.pooled", _pooled_is_zero),
+    "the text encoder's layer": Fault("exporters.source.named_inputs:TextEncoder.forward", _last_layer),
     "the scheduler's class": Fault("runtimes.schedulers:method_of", _changed_result(
         lambda name: {"euler-ancestral": "euler", "dpm++": "unipc", "pndm": "ddim"}.get(name, name))),
-    "clip_sample": Fault("runtimes.pipeline:from_config", _config(clip_sample=True)),
-    "steps_offset": Fault("runtimes.pipeline:from_config", _config(steps_offset=0)),
-    "prediction_type": Fault("runtimes.pipeline:from_config", _config(prediction_type="epsilon")),
-    "the negative prompt": Fault("runtimes.pipeline:check_request", _changed_result(_negative_ignored)),
-    "the images' order": Fault("runtimes.pipeline:Pipeline._finished", _changed_result(_reversed_order)),
-    "a seed": Fault("runtimes.pipeline:NoiseStreams", lambda original: lambda seeds: original([s + 1 for s in seeds])),
+    "clip_sample": Fault("runtimes.pipeline.diffusion:from_config", _config(clip_sample=True)),
+    "steps_offset": Fault("runtimes.pipeline.diffusion:from_config", _config(steps_offset=0)),
+    "prediction_type": Fault("runtimes.pipeline.diffusion:from_config", _config(prediction_type="epsilon")),
+    "the negative prompt": Fault("runtimes.pipeline.diffusion:check_request", _changed_result(_negative_ignored)),
+    "the images' order": Fault("runtimes.pipeline.diffusion:Pipeline._finished", _changed_result(_reversed_order)),
+    "a seed": Fault("runtimes.pipeline.diffusion:NoiseStreams",
+        lambda original: lambda seeds: original([s + 1 for s in seeds])),
     "strength": Fault("runtimes.schedulers.settings:Settings.check_start", _later_start),
-    "the default size": Fault("runtimes.request:_size", _changed_argument(
+    "the default size": Fault("runtimes.pipeline.request:_size", _changed_argument(
         0, lambda facts: replace(facts, height=facts.height // 2, width=facts.width // 2))),
-    "zeros for no negative prompt": Fault("runtimes.pipeline:gather", _changed_argument(
+    "zeros for no negative prompt": Fault("runtimes.pipeline.diffusion:gather", _changed_argument(
         1, lambda facts: replace(facts, zero_empty_negative=not facts.zero_empty_negative))),
-    "eta": Fault("runtimes.pipeline:begin_part", _changed_argument(4, lambda eta: 0.0)),
-    "the nearest entry of a codebook": Fault("exporters.wrappers:VqDecoder.nearest", _changed_result(_other_entry)),
-    "the size of a codebook's entries": Fault("exporters.wrappers:VqDecoder.__init__", _longer_entries),
-    "another variant of the weights": Fault("exporters.source:find_weights", lambda original: (
+    "eta": Fault("runtimes.pipeline.diffusion:begin_part", _changed_argument(4, lambda eta: 0.0)),
+    "the nearest entry of a codebook": Fault("exporters.source.named_inputs:VqDecoder.nearest",
+        _changed_result(_other_entry)),
+    "the size of a codebook's entries": Fault("exporters.source.named_inputs:VqDecoder.__init__", _longer_entries),
+    "another variant of the weights": Fault("exporters.source.model_folder:find_weights", lambda original: (
         lambda folder, library, variant="": original(folder, library, variant or "fp16"))),
 }
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.session import Arrays, Session
+from runtimes.backends.session import Arrays, Session
 
 Array = np.ndarray[Any, Any]
 
@@ -106,7 +106,7 @@ def _image_of(vae: Any, decode: Any, eight_bit: bool, codes: Array) -> Array:
 @contextlib.contextmanager
 def record_codes(trace: Trace) -> Iterator[None]:
     """Note the entries that our decoders choose meanwhile."""
-    from exporters.wrappers import VqDecoder
+    from exporters.source.named_inputs import VqDecoder
 
     nearest = VqDecoder.nearest
 

@@ -32,7 +32,7 @@ def need(module: str) -> Any:
 def gpu() -> str:
     """The driver shows a GPU."""
     need("numpy")
-    found = need("runtimes.gpu")
+    found = need("runtimes.system.nvidia")
     errors = need("runtimes.errors")
     try:
         here = found.find_gpu()
@@ -45,7 +45,7 @@ def device() -> Any:
     """An open `CudaDevice`."""
     gpu()
     need("cuda.bindings.runtime")
-    return need("runtimes.tensorrt_device").CudaDevice()
+    return need("runtimes.backends.tensorrt.cuda_device").CudaDevice()
 
 
 def memory() -> str:
@@ -76,7 +76,7 @@ def memory() -> str:
 def out_of_memory() -> str:
     """More than the GPU has is our OutOfMemoryError, and the device is as good as before."""
     errors, opened = need("runtimes.errors"), device()
-    here = need("runtimes.gpu").find_gpu()
+    here = need("runtimes.system.nvidia").find_gpu()
     try:
         try:
             opened.allocate(2 * here.memory_bytes)
@@ -171,7 +171,7 @@ def engine(builder: str) -> str:
         need(module)
     need("cuda.bindings.runtime")
     np, rt = need("numpy"), need("tests.gpu.engines")
-    capability = need("runtimes.gpu").find_gpu().capability
+    capability = need("runtimes.system.nvidia").find_gpu().capability
     if builder == "tensorrt-rtx" and capability in ((9, 0), (10, 0)):
         raise Unverified(f"TensorRT for RTX has no code for SM{capability[0]}{capability[1]}")
     with tempfile.TemporaryDirectory() as folder:

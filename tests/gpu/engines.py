@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from exporters.tensorrt_from_onnx import build_engine
-from exporters.tensorrt_options import EngineOptions, make_profiles
-from runtimes.session import Session, SessionOptions
-from runtimes.session_ort import OrtSession
-from runtimes.session_tensorrt import TensorRtSession
+from exporters.tensorrt.engine_builder import build_engine
+from exporters.tensorrt.engine_options import EngineOptions, make_profiles
+from runtimes.backends.onnxruntime_session import OrtSession
+from runtimes.backends.session import Session, SessionOptions
+from runtimes.backends.tensorrt.engine_session import TensorRtSession
 from tests.runtimes.fakes import AFFINE, affine_bundle, affine_model, write_bundle
 
 W = np.arange(12, dtype=np.float32).reshape(4, 3)

@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
-import runtimes.gpu
-from runtimes import tensorrt_device
+import runtimes.system.nvidia
+from runtimes.backends.tensorrt import cuda_device
 from runtimes.errors import UnavailableError
-from runtimes.gpu import Gpu
+from runtimes.system.nvidia import Gpu
 from tests.gpu.__main__ import main
 from tests.gpu.checks import CUDA_CHECKS, GPU, Unverified
 from tests.runtimes.fake_gpu import FakeCuda
@@ -23,8 +23,8 @@ def cuda(monkeypatch) -> FakeCuda:
     fake = FakeCuda(HERE.memory_bytes)
     importlib.import_module("cuda.bindings.runtime")
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", fake)
-    monkeypatch.setattr(runtimes.gpu, "find_gpu", lambda ordinal=0: HERE)
-    monkeypatch.setattr(tensorrt_device, "find_gpu", lambda ordinal=0: HERE)
+    monkeypatch.setattr(runtimes.system.nvidia, "find_gpu", lambda ordinal=0: HERE)
+    monkeypatch.setattr(cuda_device, "find_gpu", lambda ordinal=0: HERE)
     return fake
 
 
@@ -52,7 +52,7 @@ def test_without_a_gpu_nothing_is_tried_and_the_exit_code_is_4(monkeypatch, caps
     def missing(ordinal: int = 0) -> None:
         raise UnavailableError("no usable NVIDIA driver or GPU: none", fix="install the driver")
 
-    monkeypatch.setattr(runtimes.gpu, "find_gpu", missing)
+    monkeypatch.setattr(runtimes.system.nvidia, "find_gpu", missing)
     assert main() == 4
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{'UNVERIFIED':10} GPU: because no usable NVIDIA driver or GPU: none (install the driver)"

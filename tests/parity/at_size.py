@@ -11,12 +11,13 @@ import tempfile
 import time
 from pathlib import Path
 
-from deploy.against_diffusers import AgainstDiffusers, upstream_of
-from deploy.builder import Silent, load_source
-from deploy.cache import Cache
-from deploy.origin import open_origin
+from deploy.build.against_diffusers import AgainstDiffusers, upstream_of
+from deploy.build.builder import load_source
+from deploy.core.pass_cache import Cache
+from deploy.core.progress import Silent
+from deploy.core.spec import make_spec
+from deploy.model.source_bundle import open_origin
 from deploy.parity.upstream.levels import in_words
-from deploy.spec import make_spec
 from tests.deploy.real_size import write_model
 
 

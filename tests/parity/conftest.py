@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from deploy.parity.answers import Reference
 from deploy.parity.options import ParityOptions
-from runtimes.bundle import Bundle
-from runtimes.session import FORMATS
+from deploy.parity.reference.answers import Reference
+from runtimes.backends.session import FORMATS
+from runtimes.bundle.folder import Bundle
 from tests.parity.pipelines import source_bundle, write_model
 
 OPTIONS = ParityOptions(prompts=("a cat", "a dog"), schedulers=("ddim", "dpm++"), steps=4, recording_steps=3)

@@ -11,12 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from exporters.source import link_component, open_source
-from runtimes.bundle import Bundle, link_or_copy, records_below, write_manifest
-from runtimes.manifest import SCHEMA, Component, Manifest, Source
-from runtimes.session import Session, SessionOptions
-from runtimes.tensors import ShapeRange
-from runtimes.tokenizer import prepare_tokenizer
+from exporters.families import family_of
+from exporters.families.open_source import open_source
+from exporters.source.model_folder import link_component
+from runtimes.backends.session import Session, SessionOptions
+from runtimes.bundle.folder import Bundle, link_or_copy, records_below, write_manifest
+from runtimes.bundle.manifest import SCHEMA, Component, Manifest, Source
+from runtimes.bundle.tensors import ShapeRange
+from runtimes.text.clip_tokenizer import prepare_tokenizer
 from tests.exporters.pipelines import edit_json, edit_weights, write_pipeline
 
 SHAPES = {"batch": ShapeRange(1, 1, 3), "height": ShapeRange(32, 64, 128), "width": ShapeRange(32, 64, 128)}
@@ -46,7 +48,7 @@ def source_bundle(model: Path, out: Path, shapes: Mapping[str, ShapeRange] = SHA
     prepare_tokenizer(model / "tokenizer", out / "tokenizer")
     link_or_copy(model / "scheduler" / "scheduler_config.json", out / "scheduler" / "scheduler_config.json")
     components = {}
-    for name, spec in source.family.components(source, shapes).items():
+    for name, spec in family_of(source.pipeline_class).components(source, shapes).items():
         part = source.components[spec.source_component]
         components[name] = Component(
             format="safetensors", file=f"components/{spec.source_component}/model.safetensors", files={},
@@ -54,8 +56,9 @@ def source_bundle(model: Path, out: Path, shapes: Mapping[str, ShapeRange] = SHA
             parameters=part.parameters, details={"library": part.library, "source_component": spec.source_component},
             parity={})
     manifest = Manifest(
-        schema=SCHEMA, family=source.family.name, source=Source("tiny", {}), target="onnxruntime", precision="fp32",
-        pipeline=source.family.facts(source), components=components, passes=(), files={}, tools={}, spec={},
+        schema=SCHEMA, family=source.family, source=Source("tiny", {}), target="onnxruntime", precision="fp32",
+        pipeline=family_of(source.pipeline_class).facts(source), components=components, passes=(), files={}, tools={},
+        spec={},
         verified=False, parity={})
     return finished(out, manifest)
 
@@ -101,7 +104,7 @@ class FakeSession(Session):
     """The true component, except for what its manifest's `behaviour` says."""
 
     def __init__(self, bundle: Bundle, name: str, options: SessionOptions) -> None:
-        from deploy.reference import TorchSession
+        from deploy.parity.reference.torch_sessions import TorchSession
 
         component = bundle.component(name)
         super().__init__(name, component)

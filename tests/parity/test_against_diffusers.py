@@ -13,14 +13,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from deploy.against_diffusers import upstream_of
-from deploy.builder import Silent, load_source
-from deploy.cache import Cache
-from deploy.origin import open_origin
+from deploy.build.against_diffusers import upstream_of
+from deploy.build.builder import load_source
+from deploy.core.pass_cache import Cache
+from deploy.core.progress import Silent
+from deploy.core.spec import make_spec
+from deploy.model.source_bundle import open_origin
+from deploy.parity.upstream.asked_model import Upstream
 from deploy.parity.upstream.levels import Level, compare_bundle_feeds, compare_source, enforce, images_level
-from deploy.parity.upstream.model import Upstream
-from deploy.spec import make_spec
-from runtimes.bundle import Bundle, link_or_copy
+from runtimes.bundle.folder import Bundle, link_or_copy
 from runtimes.errors import ParityError
 from tests.exporters.family_pipelines import PIPELINES, conditional_unet, stable_diffusion, write_pipeline_of
 
@@ -143,17 +144,17 @@ def test_another_default_of_the_modes_class_is_named(make):
 
 
 def test_an_inverted_mask_is_named(make, monkeypatch):
-    from runtimes import images
+    from runtimes.codec import pixels
 
-    original = images.to_mask
-    monkeypatch.setattr("runtimes.request.to_mask", lambda *arguments: 1 - original(*arguments))
+    original = pixels.to_mask
+    monkeypatch.setattr("runtimes.pipeline.request.to_mask", lambda *arguments: 1 - original(*arguments))
     upstream, source = make("inpaint")
     said = told(compare_bundle_feeds(upstream, source, source))
     assert said.startswith(("mask at call 1", "images to encode"))
 
 
 def test_another_guidance_formula_is_named(make, monkeypatch):
-    from runtimes.guidance import Guidance
+    from runtimes.pipeline.guidance import Guidance
 
     monkeypatch.setattr(Guidance, "combine", lambda self, uncond, cond: cond + np.float32(self.scale) * (cond - uncond))
     upstream, source = make("sd2")
@@ -161,7 +162,7 @@ def test_another_guidance_formula_is_named(make, monkeypatch):
 
 
 def test_another_seed_is_named(make, monkeypatch):
-    from runtimes import noise
+    from runtimes.pipeline import noise
 
     original = noise.NormalGenerator.__init__
     monkeypatch.setattr(noise.NormalGenerator, "__init__", lambda self, seed: original(self, seed + 1))
@@ -297,7 +298,7 @@ def test_an_image_of_which_a_mask_leaves_nothing_is_encoded_alike_whatever_the_s
     """torch 2.13's GroupNorm of channels last, by which the latents of a flat image were 2e-2 off."""
     import torch
 
-    from deploy.parity.upstream.networks import Calls, Network, autoencoder
+    from deploy.parity.upstream.recorded_networks import Calls, Network, autoencoder
 
     folder = write_pipeline_of("inpaint", tmp_path / "model") / "vae"
     vae = autoencoder(Network(folder, "diffusers", "AutoencoderKL", "vae"), Calls(), 4)

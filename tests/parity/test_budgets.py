@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 
-from deploy.parity.budgets import BUDGETS, budget_for
+from deploy.core.budgets import BUDGETS, budget_for
 from runtimes.errors import InputError
 
 

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from deploy.builder import run_build
-from deploy.parity.effort import LIMIT_MACS, choose, picture_macs
-from deploy.parity.gate import verify
+from deploy.build.choose import run_build
+from deploy.core.spec import BuildSpec, make_spec
+from deploy.parity.effort import LIMIT_MACS, choose, image_macs
 from deploy.parity.options import ParityOptions
-from deploy.parity.shapes import halved_sizes, plan_runs
-from deploy.spec import BuildSpec, make_spec
+from deploy.parity.reference.planned_shapes import halved_sizes, plan_runs
+from deploy.parity.verdict import verify
+from runtimes.bundle.manifest import Component, PipelineFacts
+from runtimes.bundle.tensors import ShapeRange
 from runtimes.errors import InputError
-from runtimes.manifest import Component, PipelineFacts
-from runtimes.tensors import ShapeRange
 from tests.parity.test_gate import FP32
 from tests.parity.test_shapes import FACTS, sizes, stable_diffusion
 
@@ -38,14 +38,14 @@ SMALL = weighing(15_800_000, 2_000_000, ShapeRange(8, 8, 32))
 def test_a_small_model_is_compared_in_full():
     effort = choose("auto", DEFAULTS, SMALL, FACTS)
     assert effort.level == "full" and effort.options == DEFAULTS
-    assert effort.text == "full: components at several sizes; pictures of 8 prompts by ddim and dpm++, 25 steps"
+    assert effort.text == "full: components at several sizes; images of 8 prompts by ddim and dpm++, 25 steps"
 
 
 def test_stable_diffusion_is_compared_quickly_and_says_why():
     effort = choose("auto", DEFAULTS, SD15, FACTS)
     assert effort.level == "quick" and effort.options.small
     assert 1 <= len(effort.options.prompts) and effort.options.height == effort.options.width == 256
-    assert picture_macs(effort.options, SD15, (32, 32)) <= LIMIT_MACS < picture_macs(DEFAULTS, SD15, (64, 64))
+    assert image_macs(effort.options, SD15, (32, 32)) <= LIMIT_MACS < image_macs(DEFAULTS, SD15, (64, 64))
     assert "would take an estimated 6" in effort.text and "T multiply-accumulates" in effort.text
     assert effort.to_json()["level"] == "quick" and effort.to_json()["text"] == effort.text
 
@@ -54,7 +54,7 @@ def test_the_user_can_ask_for_all_of_it():
     assert choose("full", DEFAULTS, SD15, FACTS).options == DEFAULTS
 
 
-def test_a_picture_of_one_size_only_is_drawn_at_that_size():
+def test_a_image_of_one_size_only_is_generated_at_that_size():
     fixed = weighing(859_520_964, 49_490_199, ShapeRange(64, 64, 64))
     assert choose("auto", DEFAULTS, fixed, FACTS).options.height == 512
 
@@ -72,13 +72,13 @@ def test_large_networks_meet_the_common_size_once_with_the_smallest_batch_and_ot
     assert [run.once for run in runs] == [True, False, False]
 
 
-def test_without_pictures_only_the_components_are_compared(source, reference, options):
+def test_without_images_only_the_components_are_compared(source, reference, options):
     facts: PipelineFacts = source.manifest.pipeline
     result = verify(reference, source, FP32, choose("components", options, source.manifest.components, facts))
     found = result.to_json()
     assert result.ok and set(found["components"]) == {"text_encoder", "unet", "vae_encoder", "vae_decoder"}
     assert found["images"]["count"] == 0 and found["trajectory"]["relative_l2"] == []
-    assert found["compared"]["text"].endswith("(asked for): components at several sizes; no pictures")
+    assert found["compared"]["text"].endswith("(asked for): components at several sizes; no images")
 
 
 def test_a_quick_build_says_so_in_its_manifest(tiny_model: Path, build_cache: Path, tmp_path: Path):

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deploy.parity.answers import Reference
-from deploy.parity.budgets import budget_for
+from deploy.core.budgets import budget_for
 from deploy.parity.effort import Effort
-from deploy.parity.gate import check_components, check_pipeline, enforce, verify
-from deploy.parity.retrieval import Gallery
-from runtimes.bundle import Bundle
+from deploy.parity.reference.answers import Reference
+from deploy.parity.verdict import check_components, check_pipeline, enforce, verify
+from deploy.reference_models.retrieval import Gallery
+from runtimes.backends.session import SessionOptions
+from runtimes.bundle.folder import Bundle
+from runtimes.bundle.manifest import digest_of
 from runtimes.errors import ParityError
-from runtimes.manifest import digest_of
-from runtimes.session import SessionOptions
 from tests.exporters.pipelines import edit_json
 from tests.parity.pipelines import changed, double_one_weight, misbehaving
 
@@ -65,7 +65,7 @@ def test_the_json_holds_no_infinity_or_nan_and_has_a_digest(equal):
 
 
 def test_inputs_are_real_latents_at_several_noise_levels(source, reference, options):
-    from deploy.parity.shapes import plan_runs
+    from deploy.parity.reference.planned_shapes import plan_runs
 
     component = source.component("unet")
     runs = plan_runs(source.manifest.components, source.manifest.pipeline)
@@ -127,7 +127,7 @@ def test_corrupted_weight_names_every_other_component(source, reference, options
     assert refused(reference, candidate, options).where == f"pass optimize, {name}"
 
 
-def test_decoder_alone_is_blamed_when_only_the_pictures_differ(source, reference, options, copied):
+def test_decoder_alone_is_blamed_when_only_the_images_differ(source, reference, options, copied):
     weights = "components/vae/model.safetensors"
     candidate = changed(source, copied, lambda f: double_one_weight(f / weights, "decoder.conv_out.weight"))
     report = check_pipeline(reference, candidate, FP32, options)
@@ -282,7 +282,7 @@ def test_a_second_verify_asks_the_reference_for_nothing(source, options, tmp_pat
     opened: list[int] = []
 
     def opener(bundle, capacity):
-        from deploy.reference import reference_sessions
+        from deploy.parity.reference.torch_sessions import reference_sessions
 
         opened.append(capacity)
         return reference_sessions(bundle, capacity=capacity)
@@ -303,7 +303,7 @@ def test_other_weights_or_settings_are_other_cache_entries(source, reference, op
 
 
 def test_large_networks_are_held_one_at_a_time(source, options, monkeypatch):
-    from deploy.reference import TorchSession
+    from deploy.parity.reference.torch_sessions import TorchSession
 
     alive: set[int] = set()
     most = 0
@@ -327,11 +327,12 @@ def test_large_networks_are_held_one_at_a_time(source, options, monkeypatch):
 
 
 def test_retrieval_is_scored_for_both_and_its_loss_is_budgeted(source, reference, options, fake_format, tmp_path):
-    from deploy.parity.drawing import DrawRequest
+    from deploy.parity.reference.trajectories import TrajectoryRequest
 
     names = ("a cat", "a dog", "a bus")
-    images = reference.draw(DrawRequest(names, "ddim", options.steps, options.guidance_scale, options.seed, 64, 64,
-                                        keep_latents=False)).images
+    request = TrajectoryRequest(names, "ddim", options.steps, options.guidance_scale, options.seed, 64, 64,
+                                keep_latents=False)
+    images = reference.generate(request).images
     small = np.rint(255 * images.reshape(3, 32, 2, 32, 2, 3).mean((2, 4))).astype(np.uint8)
     Image.fromarray(np.concatenate(list(small), axis=1)).save(tmp_path / "gallery.png")
     gallery = Gallery.load(tmp_path / "gallery.png", names, columns=3)
@@ -348,11 +349,11 @@ def test_retrieval_is_scored_for_both_and_its_loss_is_budgeted(source, reference
 
 def test_retrieval_of_a_reference_that_finds_nothing_is_unverified_not_passed(source, reference, options, tmp_path):
     sheet = np.zeros((32, 96, 3), np.uint8)
-    sheet[:, :32], sheet[:, 32:64], sheet[:, 64:] = (0, 255, 0), (0, 0, 0), 128  # every drawing is nearest to grey
+    sheet[:, :32], sheet[:, 32:64], sheet[:, 64:] = (0, 255, 0), (0, 0, 0), 128  # every image is nearest to grey
     Image.fromarray(sheet).save(tmp_path / "gallery.png")
     gallery = Gallery.load(tmp_path / "gallery.png", ("a cat", "a dog", "a bus"), columns=3)
     asked = replace(options, retrieval_prompts=("a cat", "a dog"))
     result = verify(reference, source, FP32, Effort("full", asked), gallery)
     assert result.pipeline.retrieval == (0.0, 0.0)
     assert not result.broken and not result.ok
-    assert result.unverified[0].startswith("retrieval: the reference itself draws only 0.0%")
+    assert result.unverified[0].startswith("retrieval: the reference itself generates only 0.0%")

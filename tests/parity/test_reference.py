@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from deploy.reference import TorchSession, reference_sessions
-from exporters.modules import load_module
-from runtimes.bundle import Bundle
+from deploy.parity.reference.torch_sessions import TorchSession, reference_sessions
+from exporters.source.networks import load_module
+from runtimes.bundle.folder import Bundle
 from runtimes.errors import BundleError, InputError
 
 

@@ -1,4 +1,4 @@
-"""The gallery finds the picture that was asked for, and refuses what it cannot score."""
+"""The gallery finds the image that was asked for, and refuses what it cannot score."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deploy.parity.retrieval import Gallery
+from deploy.reference_models.retrieval import Gallery
 from runtimes.errors import InputError
 
 NAMES = ("red apple", "cat", "yellow bus", "tree", "house")
@@ -33,7 +33,7 @@ def test_tiles_are_cut_row_by_row(gallery, tmp_path):
     np.testing.assert_array_equal(gallery.tiles[4], sheet[32:, 32:64])
 
 
-def test_the_pictures_themselves_are_all_found(gallery):
+def test_the_images_themselves_are_all_found(gallery):
     assert gallery.score(enlarged(gallery), NAMES) == 1.0
 
 
@@ -46,7 +46,7 @@ def test_the_wrong_subject_is_a_miss(gallery):
     assert gallery.score(enlarged(gallery)[[1, 0, 2, 3, 4]], NAMES) == pytest.approx(0.6)
 
 
-def test_a_picture_that_is_not_finite_is_a_miss(gallery):
+def test_a_image_that_is_not_finite_is_a_miss(gallery):
     images = enlarged(gallery)
     images[0, 0, 0, 0] = np.nan
     assert gallery.nearest(images).tolist() == [-1, 1, 2, 3, 4]
@@ -58,7 +58,7 @@ def test_an_unknown_prompt_names_the_nearest(gallery):
         gallery.score(enlarged(gallery)[:1], ["yelow bus"])
 
 
-def test_bad_galleries_and_pictures_are_refused(gallery, tmp_path):
+def test_bad_galleries_and_images_are_refused(gallery, tmp_path):
     with pytest.raises(InputError, match="9 names in 3 columns need 96x96"):
         Gallery.load(tmp_path / "gallery.png", list("abcdefghi"), columns=3)
     with pytest.raises(InputError, match="cannot read the gallery"):
@@ -67,5 +67,5 @@ def test_bad_galleries_and_pictures_are_refused(gallery, tmp_path):
         Gallery.load(tmp_path / "gallery.png", ["cat"] * 5, columns=3)
     with pytest.raises(InputError, match="40x64"):
         gallery.score(np.zeros((1, 64, 40, 3)), NAMES[:1])
-    with pytest.raises(InputError, match="2 pictures for 1 prompts"):
+    with pytest.raises(InputError, match="2 images for 1 prompts"):
         gallery.score(enlarged(gallery)[:2], NAMES[:1])

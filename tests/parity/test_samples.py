@@ -8,14 +8,14 @@ import weakref
 import numpy as np
 import pytest
 
-from deploy.parity.pool import SessionPool
-from deploy.parity.recorder import Recorder, spread
-from deploy.parity.samples import NoRealInputsError, cast, fit, pack, unpack
-from deploy.parity.store import Store
+from deploy.parity.reference.answer_store import Store
+from deploy.parity.reference.call_recorder import Recorder, spread
+from deploy.parity.reference.sample_feeds import NoRealInputsError, cast, fit, pack, unpack
+from deploy.parity.reference.session_pool import SessionPool
+from runtimes.backends.session import Session
+from runtimes.bundle.manifest import Component
+from runtimes.bundle.tensors import TensorSpec
 from runtimes.errors import InputError
-from runtimes.manifest import Component
-from runtimes.session import Session
-from runtimes.tensors import TensorSpec
 
 UNET = Component(
     "onnx", "unet.onnx", {},
@@ -102,7 +102,7 @@ def test_a_sequence_is_cut_to_its_first_tokens_or_repeated():
     np.testing.assert_array_equal(long["hidden"][0, :, 0], [0, 1, 2, 3, 4, 0, 1])
 
 
-def test_pictures_are_never_cut():
+def test_images_are_never_cut():
     with pytest.raises(InputError, match="height=6 was planned"):
         fit(UNET, [call(0)], {"batch": 2, "height": 6, "width": 4, "sequence": 5})
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from deploy.parity.shapes import plan_runs
+from deploy.parity.reference.planned_shapes import plan_runs
+from runtimes.bundle.manifest import Component, PipelineFacts
+from runtimes.bundle.tensors import Axis, ShapeRange, TensorSpec
 from runtimes.errors import InputError
-from runtimes.manifest import Component, PipelineFacts
-from runtimes.tensors import Axis, ShapeRange, TensorSpec
 
 FACTS = PipelineFacts(4, 8, 0.18215, 512, 512, 77)
 
@@ -52,7 +52,7 @@ def test_the_third_shape_is_odd_in_batch_not_square_and_none_of_min_opt_max():
     assert max(height, width) <= 96
 
 
-def test_all_components_share_the_picture_that_a_run_draws():
+def test_all_components_share_the_image_that_a_run_generates():
     for run in plan_runs(stable_diffusion(ShapeRange(1, 1, 8), ShapeRange(8, 64, 256)), FACTS):
         unet, encoder = run.sizes["unet"], run.sizes["vae_encoder"]
         assert (run.height, run.width) == (8 * unet["height"], 8 * unet["width"])

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from deploy.reference import SizeTrial, TorchSession
-from runtimes.bundle import Bundle
+from deploy.parity.reference.torch_sessions import SizeTrial, TorchSession
+from runtimes.bundle.folder import Bundle
 from runtimes.errors import BundleError
 from tests.exporters import family_pipelines
 from tests.parity.pipelines import source_bundle

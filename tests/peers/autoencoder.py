@@ -1,7 +1,7 @@
 """`python -m tests.peers.autoencoder`: the reference model's VAE decoder with fewer channels, untrained and recovered.
 
 Every row replaces the decoder alone. Accuracy is against the float32 graph; latency is the quotient of one call by
-float32's in the same runtime, from interleaved rounds. The encoder's error is that of its moments on recorded pictures.
+float32's in the same runtime, from interleaved rounds. The encoder's error is that of its moments on recorded images.
 Recoveries train the first time and come from the build cache afterwards.
 """
 
@@ -16,11 +16,11 @@ from typing import Any
 
 from rich.console import Console
 
-from calibration.observe import compare
-from deploy.builder import run_build
-from deploy.quantization import plan_calibration, record_calibration
-from deploy.spec import BuildSpec
-from runtimes.bundle import Bundle
+from calibration.trajectory.inner_tensors import compare
+from deploy.build.choose import run_build
+from deploy.core.spec import BuildSpec
+from deploy.quantization.recipes import plan_calibration, record_calibration
+from runtimes.bundle.folder import Bundle
 from tests.peers.replaced import BASE, Judge, add_latencies, measuring_options, table_of
 from tests.peers.results import new_report, save, show
 
@@ -30,7 +30,7 @@ log = Console(stderr=True, markup=False, emoji=False)
 
 
 def main() -> int:
-    """Build every row for both runtimes, draw with it, time it, print the table, write the results file."""
+    """Build every row for both runtimes, generate with it, time it, print the table, write the results file."""
     parser = argparse.ArgumentParser(prog="python -m tests.peers.autoencoder", description=__doc__.partition("\n")[0])
     measuring_options(parser)
     parser.add_argument("--ratios", type=lambda text: [float(part) for part in text.split(",")], default=[0.25])
@@ -48,7 +48,7 @@ def main() -> int:
         recording = record_calibration(whole, plan_calibration(whole.manifest, spec))
         judge, calls = Judge(whole, DECODER, recording, options), recording.spread(ENCODER, 16)
         for name, bundles in rows.items():
-            log.print(f"drawing with {name}", style="dim")
+            log.print(f"generating with {name}", style="dim")
             share = macs(bundles["onnxruntime"]) / macs(whole)
             original, narrow = (b.file(b.component(ENCODER).file) for b in (whole, bundles["onnxruntime"]))
             report["rows"][name] = judge.row(graph(bundles["onnxruntime"]), share) | {
@@ -63,7 +63,7 @@ def main() -> int:
 
 
 def built(folder: Path, **pruning: Any) -> dict[str, Bundle]:
-    """Runtime -> bundle, not compared with PyTorch: what is drawn says what the pruning did."""
+    """Runtime -> bundle, not compared with PyTorch: what is generated says what the pruning did."""
     log.print(f"building {folder.name}", style="dim")
     return {runtime: run_build(BuildSpec(**{"target": runtime, "verify": "no", **pruning}), folder / runtime).bundle
             for runtime in RUNTIMES}

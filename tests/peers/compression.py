@@ -19,13 +19,13 @@ from typing import Any
 
 from rich.console import Console
 
-from calibration.ranges import Scheme
-from calibration.recorder import Recording
-from deploy.builder import run_build
+from calibration.integers.ranges import Scheme
+from calibration.trajectory.recorder import Recording
+from deploy.build.choose import run_build
+from deploy.core.spec import BuildSpec
 from deploy.passes.quantize import SCHEMES
-from deploy.quantization import plan_calibration, quantize_component, record_calibration
-from deploy.spec import BuildSpec
-from runtimes.bundle import Bundle
+from deploy.quantization.recipes import plan_calibration, quantize_component, record_calibration
+from runtimes.bundle.folder import Bundle
 from runtimes.errors import UnavailableError
 from tests.peers.prepare import derived
 from tests.peers.replaced import BASE, Graphs, Judge, add_latencies, measuring_options, table_of
@@ -63,7 +63,7 @@ Make = Callable[[Context, str], Graphs]
 
 
 def main() -> int:
-    """Make every row, draw with it, time it, print the table, write the results file."""
+    """Make every row, generate with it, time it, print the table, write the results file."""
     parser = argparse.ArgumentParser(prog="python -m tests.peers.compression", description=__doc__.partition("\n")[0])
     parser.add_argument("--ablation", action="store_true")
     measuring_options(parser)
@@ -83,7 +83,7 @@ def main() -> int:
                 report["unavailable"][name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
         judge = Judge(context.bundle, "unet", context.recording, options)
         for name, graphs in context.unets.items():
-            log.print(f"drawing with {name}", style="dim")
+            log.print(f"generating with {name}", style="dim")
             report["rows"][name] = judge.row(graphs["onnxruntime"], context.macs_shares.get(name, 1))
         add_latencies(report["rows"], context.unets, next(context.recording.calls("unet")), options, {"bf16": "bf16"})
     file = save(report, "ablation" if options.ablation else "compression")
@@ -127,7 +127,7 @@ def half(precision: str) -> Make:
     """16 bits as they are built for CPUs: stored, not computed in; OpenVINO computes in bfloat16 where the CPU can."""
 
     def make(context: Context, row: str) -> Graphs:
-        from exporters.onnx_precision import convert_precision
+        from exporters.precision.sixteen_bits import convert_precision
 
         made = {}
         for runtime, graph in full(context, row).items():

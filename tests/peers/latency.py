@@ -1,8 +1,8 @@
 """`python -m tests.peers.latency`: text to image, ours against its peers side by side; and where our time goes.
 
-Every contestant is a process that idles while another one draws, so rounds interleave (A B C D A B C D ...) and a
+Every contestant is a process that idles while another one generates, so rounds interleave (A B C D A B C D ...) and a
 machine that slows down slows all of them. A round has one prompt and one initial noise for all; no prompt comes twice,
-so that nobody's cache of prompts helps. A contestant whose picture is not eager's is reported as wrong and not timed.
+so that nobody's cache of prompts helps. A contestant whose image is not eager's is reported as wrong and not timed.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from rich.console import Console
 from rich.table import Table
 
 from deploy.bench.contest import spread
-from deploy.bench.table import shown
 from deploy.bench.worker import Worker
-from deploy.doctor import machine
+from deploy.cli.bench_table import shown
+from deploy.core.doctor import machine
 from runtimes.errors import UnavailableError
 from tests.peers.contestants import BARE_ORT, COMPILED, CONTESTANTS, EAGER, OPTIMUM, OURS, start
 from tests.peers.prepare import MODEL, OPTIMUM_PINS, ROOT, model_digest
 
 RESULTS = ROOT / "build" / "peers" / "latency.json"
 GUIDANCE = 7.5
-SAME_PICTURE_DB = 40.0  # what float32 rounding leaves between two correct implementations is far above
+SAME_IMAGE_DB = 40.0  # what float32 rounding leaves between two correct implementations is far above
 SETTLE_SECONDS = 0.25  # thread pools spin for a while after a run, and would take the next one's cores
 UNET_CALLS = 20
 log = Console(stderr=True, markup=False, emoji=False)
@@ -104,26 +104,26 @@ def _drop(name: str, error: Exception, workers: dict[str, Worker], report: dict[
 
 
 def _warm_up(workers: dict[str, Worker], options: argparse.Namespace, scratch: Path, report: dict[str, Any]) -> None:
-    """One drawing each, compared with eager's: compilation and first allocations happen here."""
+    """One image each, compared with eager's: compilation and first allocations happen here."""
     request = _request(0, options, scratch)
     reference = None
     for name in sorted(workers, key=lambda n: n != EAGER):
         log.print(f"warming up {name}", style="dim")
         try:
-            seconds = _draw(workers[name], request, scratch)["seconds"]
+            seconds = _generate(workers[name], request, scratch)["seconds"]
         except UnavailableError as error:
             _drop(name, error, workers, report)
             continue
-        picture = np.load(scratch / "image.npy")
-        reference = picture if reference is None else reference
-        psnr = _psnr(reference, picture)
-        if psnr < SAME_PICTURE_DB:
-            report["wrong"][name] = f"its picture is {psnr:.1f} dB from eager's, below {SAME_PICTURE_DB:.0f} dB"
+        image = np.load(scratch / "image.npy")
+        reference = image if reference is None else reference
+        psnr = _psnr(reference, image)
+        if psnr < SAME_IMAGE_DB:
+            report["wrong"][name] = f"its image is {psnr:.1f} dB from eager's, below {SAME_IMAGE_DB:.0f} dB"
             workers.pop(name).close()
             continue
         report["contestants"][name] = {"first_image_seconds": seconds, "start_seconds": workers[name].start_seconds,
                                        "psnr_db": None if name == EAGER else psnr, "rounds": []}
-        _draw(workers[name], request, scratch)
+        _generate(workers[name], request, scratch)
     report["contestants"] = {n: report["contestants"][n] for n in workers}
 
 
@@ -132,17 +132,17 @@ def _rounds(workers: dict[str, Worker], options: argparse.Namespace, scratch: Pa
     profiles = []
     for number in range(1, options.rounds + 1):
         request = _request(number, options, scratch)
-        pictures = {}
+        images = {}
         for name in list(workers):
-            reply = _draw(workers[name], request, scratch)
+            reply = _generate(workers[name], request, scratch)
             entries[name]["rounds"].append(reply["seconds"])
             entries[name]["peak_rss_bytes"] = reply["peak_rss_bytes"]
-            pictures[name] = np.load(scratch / "image.npy")
+            images[name] = np.load(scratch / "image.npy")
             if name == OURS:
                 profiles.append(reply["profile"])
-        for name, picture in pictures.items():
+        for name, image in images.items():
             if name != EAGER:
-                entries[name]["psnr_db"] = min(entries[name]["psnr_db"], _psnr(pictures[EAGER], picture))
+                entries[name]["psnr_db"] = min(entries[name]["psnr_db"], _psnr(images[EAGER], image))
         log.print(f"round {number} of {options.rounds}: "
                   + ", ".join(f"{n} {e['rounds'][-1]:.3f} s" for n, e in entries.items()), style="dim")
     for name, entry in entries.items():
@@ -162,7 +162,7 @@ def _rounds(workers: dict[str, Worker], options: argparse.Namespace, scratch: Pa
 
 def _one_unet_call(workers: dict[str, Worker], options: argparse.Namespace, scratch: Path,
                    report: dict[str, Any]) -> None:
-    """One call with guidance's batch of two, interleaved like the drawings."""
+    """One call with guidance's batch of two, interleaved like the images."""
     config = json.loads((MODEL / "unet" / "config.json").read_text())
     tokens = json.loads((MODEL / "text_encoder" / "config.json").read_text())["max_position_embeddings"]
     random = np.random.default_rng(0)
@@ -196,16 +196,16 @@ def _request(number: int, options: argparse.Namespace, scratch: Path) -> dict[st
             "latents": str(scratch / "latents.npy"), "steps": options.steps, "guidance": GUIDANCE}
 
 
-def _draw(worker: Worker, request: dict[str, Any], scratch: Path) -> dict[str, Any]:
+def _generate(worker: Worker, request: dict[str, Any], scratch: Path) -> dict[str, Any]:
     time.sleep(SETTLE_SECONDS)
     return worker.ask("generate", save=str(scratch / "image.npy"), **request)
 
 
-def _psnr(reference: Any, picture: Any) -> float:
-    """Decibels between (H, W, 3) uint8 pictures; 99 when equal, below zero for another shape."""
-    if reference.shape != picture.shape:
+def _psnr(reference: Any, image: Any) -> float:
+    """Decibels between (H, W, 3) uint8 images; 99 when equal, below zero for another shape."""
+    if reference.shape != image.shape:
         return -1.0
-    mse = float(np.mean((reference.astype(np.float64) - picture) ** 2))
+    mse = float(np.mean((reference.astype(np.float64) - image) ** 2))
     return 99.0 if mse == 0 else float(10 * np.log10(255**2 / mse))
 
 

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runtimes.errors import UnavailableError
-from runtimes.places import cache_home
+from runtimes.system.cache_root import cache_home
 
 if TYPE_CHECKING:
-    from deploy.spec import BuildSpec
+    from deploy.core.spec import BuildSpec
 
 ROOT = Path(__file__).resolve().parents[2]
-MODEL = ROOT / "deploy" / "reference_model" / "weights"
+MODEL = ROOT / "deploy" / "reference_models" / "weights"
 PEERS = cache_home() / "peers"
 # optimum-onnx 0.1.0 wants optimum ~= 2.1 and transformers < 4.58. torch by its local version: PyPI's is a CUDA build.
 OPTIMUM_PINS = (
@@ -81,14 +81,14 @@ def _checked(command: list[str], timeout: float = 1800) -> str:
 
 
 def _bundle() -> Path:
-    from deploy.builder import run_build
-    from deploy.spec import BuildSpec
+    from deploy.build.choose import run_build
+    from deploy.core.spec import BuildSpec
 
     return run_build(BuildSpec()).bundle.path.resolve()
 
 
 def _unet() -> Path:
-    from deploy.spec import BuildSpec
+    from deploy.core.spec import BuildSpec
 
     return exported_unet(BuildSpec(), PEERS / f"exported-{model_digest()}", PEERS / "cache")
 
@@ -101,9 +101,10 @@ def exported_unet(spec: BuildSpec, folder: Path, cache_root: Path) -> Path:
         folder: receives the graph.
         cache_root: keeps the loaded source.
     """
-    from deploy.builder import Silent, load_source, workspace
-    from deploy.cache import Cache
-    from deploy.origin import open_origin
+    from deploy.build.builder import load_source, workspace
+    from deploy.core.pass_cache import Cache
+    from deploy.core.progress import Silent
+    from deploy.model.source_bundle import open_origin
     from deploy.passes.export import Export
 
     graph = folder / "components" / "unet" / "model.onnx"

@@ -1,4 +1,4 @@
-"""One network of a float32 bundle replaced by others: bytes, multiply-accumulates, time, and what each draws."""
+"""One network of a float32 bundle replaced by others: bytes, multiply-accumulates, time, and what each generates."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ import numpy as np
 import onnx_ir as ir
 from rich.table import Table
 
-from calibration.layers import find_layers
-from calibration.observe import compare, plain_session, probed
-from calibration.recorder import Recording
+from calibration.graphs.layers import find_layers
+from calibration.trajectory.inner_tensors import compare, plain_session, probed
+from calibration.trajectory.recorder import Recording
 from deploy.bench.contest import spread
-from deploy.gate import gallery_for, options_for
-from deploy.parity.answers import Reference
+from deploy.parity.options import gallery_for, options_for
 from deploy.parity.pipelines import check_pipeline
-from deploy.reference_model import subject_names
-from deploy.search import ANYTHING, candidate_bundle
-from runtimes.bundle import Bundle
-from runtimes.loading import BundleSessions
-from runtimes.session import SessionOptions
+from deploy.parity.reference.answers import Reference
+from deploy.quantization.precision_search import ANYTHING, candidate_bundle
+from deploy.reference_models import subject_names
+from runtimes.backends.session import SessionOptions
+from runtimes.bundle.folder import Bundle
+from runtimes.pipeline.bundle_sessions import BundleSessions
 
 BASE = "fp32"  # the row that others are divided by
 Graphs = dict[str, Path]  # runtime -> graph
@@ -35,7 +35,7 @@ Graphs = dict[str, Path]  # runtime -> graph
 
 def measuring_options(parser: argparse.ArgumentParser) -> None:
     """What every such comparison can be asked."""
-    parser.add_argument("--retrieval", type=int, default=120, help="prompts that are drawn and found again")
+    parser.add_argument("--retrieval", type=int, default=120, help="prompts that are generated and found again")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--samples", type=int, default=128, help="recorded calls")
@@ -46,7 +46,7 @@ class Judge:
     """Size and accuracy of networks that take one component's place.
 
     Args:
-        bundle: in float32, of the reference model; draws the rest.
+        bundle: in float32, of the reference model; generates the rest.
         component: that is replaced.
         recording: of the component's calls.
         options: of the command line.

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from deploy.doctor import machine
+from deploy.core.doctor import machine
 from tests.peers.prepare import ROOT
 
 RESULTS = ROOT / "build" / "peers"

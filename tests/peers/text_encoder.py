@@ -1,8 +1,8 @@
-"""`python -m tests.peers.text_encoder`: text encoders in float32, 8 and 4 bits: bytes, time, error, and pictures.
+"""`python -m tests.peers.text_encoder`: text encoders in float32, 8 and 4 bits: bytes, time, error, and images.
 
 Two of them: the reference model's, and one of Stable Diffusion 1.5's published configuration (CLIP ViT-L) with random
-weights, whose hidden states say how errors add up and not what is drawn. Time is the quotient of one call with both
-guidance branches by float32's in the same runtime, from interleaved rounds. Pictures are the reference model's with
+weights, whose hidden states say how errors add up and not what is generated. Time is the quotient of one call with both
+guidance branches by float32's in the same runtime, from interleaved rounds. Images are the reference model's with
 the text encoder alone replaced. `--engines` builds TensorRT engines of the second instead, without a GPU, and prints
 their bytes.
 """
@@ -27,18 +27,18 @@ from rich.console import Console
 from rich.table import Table
 
 from deploy.bench.contest import spread
-from deploy.builder import run_build
-from deploy.cache import default_root
-from deploy.gate import gallery_for, options_for
-from deploy.parity.answers import Reference
+from deploy.build.choose import run_build
+from deploy.core.pass_cache import default_root
+from deploy.core.spec import REFERENCE, BuildSpec
 from deploy.parity.metrics import relative_l2
+from deploy.parity.options import gallery_for, options_for
 from deploy.parity.pipelines import check_pipeline
-from deploy.reference_model import subject_names
-from deploy.search import ANYTHING, candidate_bundle
-from deploy.spec import REFERENCE, BuildSpec
-from runtimes.bundle import Bundle, committed
-from runtimes.loading import BundleSessions
-from runtimes.session import Session, SessionOptions, open_session
+from deploy.parity.reference.answers import Reference
+from deploy.quantization.precision_search import ANYTHING, candidate_bundle
+from deploy.reference_models import subject_names
+from runtimes.backends.session import Session, SessionOptions, open_session
+from runtimes.bundle.folder import Bundle, committed
+from runtimes.pipeline.bundle_sessions import BundleSessions
 from tests.deploy.real_size import write_model
 from tests.peers.results import new_report, save, show
 
@@ -51,9 +51,9 @@ log = Console(stderr=True, markup=False, emoji=False)
 
 
 def main() -> int:
-    """Build every row for both runtimes, compare, time, draw, print the table, write the results file."""
+    """Build every row for both runtimes, compare, time, generate, print the table, write the results file."""
     parser = argparse.ArgumentParser(prog="python -m tests.peers.text_encoder", description=__doc__.partition("\n")[0])
-    parser.add_argument("--retrieval", type=int, default=120, help="prompts that are drawn and found again")
+    parser.add_argument("--retrieval", type=int, default=120, help="prompts that are generated and found again")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--engines", action="store_true", help="build CLIP ViT-L's engines instead, for SM89")
@@ -69,7 +69,7 @@ def main() -> int:
             for runtime in RUNTIMES:
                 measure(bundles[runtime], runtime, options, rows)
             if model == REFERENCE:
-                draw(bundles["onnxruntime"], options, rows)
+                generate(bundles["onnxruntime"], options, rows)
             report["rows"][title] = rows
     file = save(report, "text_encoder")
     print(json.dumps(report, indent=2)) if options.json else show(report, table_of(report), file, 150)
@@ -154,8 +154,8 @@ def seconds_of_a_call(call: Callable[[], Any]) -> float:
     return elapsed / count
 
 
-def draw(bundles: Mapping[str, Bundle], options: argparse.Namespace, rows: dict[str, dict[str, Any]]) -> None:
-    """What the reference model draws from each row's hidden states, every other network in float32."""
+def generate(bundles: Mapping[str, Bundle], options: argparse.Namespace, rows: dict[str, dict[str, Any]]) -> None:
+    """What the reference model generates from each row's hidden states, every other network in float32."""
     names, count = subject_names(), options.retrieval
     session = SessionOptions(threads=options.threads)
     asked = replace(options_for(REFERENCE, ()), session=session,
@@ -163,7 +163,7 @@ def draw(bundles: Mapping[str, Bundle], options: argparse.Namespace, rows: dict[
     whole = bundles[BASE]
     reference = Reference(whole, opener=lambda b, _: BundleSessions(b, session))
     for name, bundle in bundles.items():
-        log.print(f"drawing with {name}", style="dim")
+        log.print(f"generating with {name}", style="dim")
         graph = bundle.file(bundle.component(NAME).file)
         with candidate_bundle(whole, {NAME: graph}) as candidate:
             found = check_pipeline(reference, candidate, ANYTHING, asked, gallery=gallery_for(REFERENCE))
@@ -182,11 +182,11 @@ def table_of(report: Mapping[str, Any]) -> Table:
     for model, rows in report["rows"].items():
         for name, row in rows.items():
             ort, openvino = row["onnxruntime"], row["openvino"]
-            pictures = [f"{row['psnr_db']:.1f}", f"{row['psnr_db_mean']:.1f}", f"{row['ssim']:.3f}",
+            images = [f"{row['psnr_db']:.1f}", f"{row['psnr_db_mean']:.1f}", f"{row['ssim']:.3f}",
                         f"{row['retrieval']:.1%}"] if "psnr_db" in row else []
             table.add_row(model, name, f"{ort['bytes'] / 1e6:.2f}", f"{ort['bytes_ratio']:.3f}",
                           *(f"{r['seconds_ratio']['median']:.2f}" for r in (ort, openvino)),
-                          f"{ort['relative_l2']:.4f}", *pictures)
+                          f"{ort['relative_l2']:.4f}", *images)
     return table
 
 

@@ -24,19 +24,19 @@ from rich.console import Console
 from rich.table import Table
 
 from deploy.bench.contest import spread
-from deploy.bench.table import shown
 from deploy.bench.worker import Worker, WorkerError
-from deploy.builder import run_build
-from deploy.cache import COMPONENT_FILE, default_root
+from deploy.build.choose import run_build
+from deploy.cli.bench_table import shown
+from deploy.core.pass_cache import COMPONENT_FILE, default_root
+from deploy.core.spec import BuildSpec, covering, parse_shapes
 from deploy.parity.metrics import relative_l2
-from deploy.spec import BuildSpec, covering, parse_shapes
-from runtimes.bundle import Bundle, committed
+from runtimes.bundle.folder import Bundle, committed
 from tests.deploy.real_size import write_model
 from tests.peers.prepare import exported_unet
 from tests.peers.results import new_report, save, show
 
 FOLDER = default_root() / "at-size"
-# Calibration draws at the most common size: small here, since ranges of random weights tell nothing anyway.
+# Calibration samples at the most common size: small here, since ranges of random weights tell nothing anyway.
 SHAPES = "batch=1:1:1,height=64:64:512,width=64:64:512"
 YARDSTICK = "ONNX Runtime fp32"
 BUNDLES = {

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from deploy.bench.protocol import arguments, serve
+from deploy.bench.messages import arguments, serve
 
 KIND, _SOURCE, _THREADS = arguments(__doc__, "KIND", "SOURCE", "THREADS")
 SOURCE, THREADS = Path(_SOURCE), int(_THREADS)
@@ -36,8 +36,8 @@ def torch_eager() -> Call:
 
 def bundle_session() -> Call:
     """SOURCE is a bundle."""
-    from runtimes.bundle import Bundle
-    from runtimes.session import SessionOptions, open_session
+    from runtimes.backends.session import SessionOptions, open_session
+    from runtimes.bundle.folder import Bundle
 
     session = open_session(Bundle.open(SOURCE), "unet", SessionOptions(threads=THREADS))
     return lambda feeds: next(iter(session.run(feeds).values()))

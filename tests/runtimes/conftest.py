@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from runtimes import tensorrt_device
+from runtimes.backends.tensorrt import cuda_device
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +28,7 @@ def networks(folder) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def pictures() -> list[Image.Image]:
+def images() -> list[Image.Image]:
     rng = np.random.default_rng(0)
     return [Image.fromarray(rng.integers(0, 256, (9, 11, 3), np.uint8)).resize((45, 38)) for _ in range(2)]
 
@@ -50,8 +50,8 @@ def cuda(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
     from tests.runtimes.fake_gpu import GPU, FakeCuda
 
     fake = FakeCuda()
-    monkeypatch.setattr(tensorrt_device, "load_runtime", lambda: fake)
-    monkeypatch.setattr(tensorrt_device, "find_gpu", lambda ordinal=0: GPU)
+    monkeypatch.setattr(cuda_device, "load_runtime", lambda: fake)
+    monkeypatch.setattr(cuda_device, "find_gpu", lambda ordinal=0: GPU)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     yield fake
     gc.collect()

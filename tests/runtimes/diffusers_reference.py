@@ -11,11 +11,11 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from runtimes.manifest import PipelineFacts
-from runtimes.pipeline import Pipeline
+from runtimes.bundle.manifest import PipelineFacts
+from runtimes.bundle.tensors import Axis, ShapeRange, TensorSpec
+from runtimes.pipeline.diffusion import Pipeline
 from runtimes.schedulers import SCHEDULERS
-from runtimes.tensors import Axis, ShapeRange, TensorSpec
-from runtimes.tokenizer import ClipTokenizer, prepare_tokenizer
+from runtimes.text.clip_tokenizer import ClipTokenizer, prepare_tokenizer
 from tests.runtimes.fakes import FakeSession, axes, component
 from tests.runtimes.scheduler_reference import CLASSES
 from tests.runtimes.vocabulary import make_vocabulary
@@ -47,7 +47,7 @@ def make_networks(folder: Path, extra_channels: int = 0) -> dict[str, Any]:
         block_out_channels=(8, 16, 16), latent_channels=CHANNELS, norm_num_groups=8, sample_size=32,
         scaling_factor=0.35)
     with torch.no_grad():
-        vae.decoder.conv_out.weight *= 6  # random weights paint grey; the pictures here must have contrast
+        vae.decoder.conv_out.weight *= 6  # random weights paint grey; the images here must have contrast
         unet.conv_out.weight *= 3
         for layer in unet.modules():
             if isinstance(layer, diffusers.models.attention_processor.Attention) and layer.is_cross_attention:
@@ -120,6 +120,6 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 def assert_same(mine: np.ndarray, theirs: np.ndarray) -> None:
     assert mine.shape == theirs.shape and mine.dtype == np.float32
-    assert theirs.std() > 0.05, "a picture without contrast proves nothing"
+    assert theirs.std() > 0.05, "an image without contrast proves nothing"
     print(f"{psnr(mine, theirs):.1f} dB")  # seen with `pytest -s -v`
     assert psnr(mine, theirs) >= 60

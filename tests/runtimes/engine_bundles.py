@@ -8,9 +8,9 @@ from typing import Any
 
 import onnx
 
-from runtimes import session_tensorrt
-from runtimes.bundle import Bundle
-from runtimes.session import SessionOptions
+from runtimes.backends.session import SessionOptions
+from runtimes.backends.tensorrt import engine_session
+from runtimes.bundle.folder import Bundle
 from tests.runtimes.fakes import AFFINE, affine_model, write_bundle
 
 OPTIONS = SessionOptions("cuda")
@@ -32,4 +32,4 @@ def make_bundle(folder: Path, content: bytes = b"ftrt" + bytes(200), **details: 
 
 def use(monkeypatch: Any, trt: Any) -> None:
     """Make a module stand for `tensorrt` or `tensorrt_rtx`."""
-    monkeypatch.setattr(session_tensorrt, "load_module", lambda builder, where: trt)
+    monkeypatch.setattr(engine_session, "load_module", lambda builder, where: trt)

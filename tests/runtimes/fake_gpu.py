@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from cuda.bindings import runtime as real
 
-from runtimes.gpu import Gpu
+from runtimes.system.nvidia import Gpu
 
 GPU = Gpu("NVIDIA Fake", (8, 9), 1 << 20)
 ERROR = real.cudaError_t

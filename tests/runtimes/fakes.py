@@ -12,11 +12,11 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from runtimes.bundle import Bundle, records_below, write_manifest
-from runtimes.manifest import SCHEMA, Component, Manifest, PipelineFacts, Source
-from runtimes.pipeline import Pipeline
-from runtimes.session import Session
-from runtimes.tensors import Axis, ShapeRange, TensorSpec
+from runtimes.backends.session import Session
+from runtimes.bundle.folder import Bundle, records_below, write_manifest
+from runtimes.bundle.manifest import SCHEMA, Component, Manifest, PipelineFacts, Source
+from runtimes.bundle.tensors import Axis, ShapeRange, TensorSpec
+from runtimes.pipeline.diffusion import Pipeline
 
 CHANNELS, FACTOR, TOKENS, WIDTH = 2, 4, 5, 3
 FACTS = PipelineFacts(latent_channels=CHANNELS, vae_scale_factor=FACTOR, scaling_factor=0.5, height=32, width=32,

@@ -129,12 +129,12 @@ class ReferenceNotFinite(Exception):
 class BrownianPath:
     """A Brownian path in sigma, sampled downwards from normal increments: diffusers' noise sampler, another tree."""
 
-    def __init__(self, draw) -> None:
-        self.draw = draw
+    def __init__(self, generate) -> None:
+        self.generate = generate
         self.values: dict[float, Any] = {}
 
     def __call__(self, sigma: torch.Tensor, sigma_next: torch.Tensor) -> torch.Tensor:
-        start, end, fresh = float(sigma), float(sigma_next), self.draw().astype(np.float64)
+        start, end, fresh = float(sigma), float(sigma_next), self.generate().astype(np.float64)
         if not self.values:
             self.values[start] = np.zeros_like(fresh)
         lowest = min(self.values)

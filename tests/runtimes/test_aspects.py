@@ -6,10 +6,10 @@ import math
 
 import pytest
 
-from runtimes.aspects import BUCKETS, nearest_size, parse_aspect
+from runtimes.bundle.tensors import ShapeRange
 from runtimes.errors import InputError
-from runtimes.pipeline import Pipeline
-from runtimes.tensors import ShapeRange
+from runtimes.pipeline.aspect_ratios import BUCKETS, nearest_size, parse_aspect
+from runtimes.pipeline.diffusion import Pipeline
 from tests.runtimes.fakes import DDIM, FACTS, fake_sessions, tokenize
 
 FREE = (ShapeRange(64, 512, 2048), 8)
@@ -28,7 +28,7 @@ def test_what_a_bundle_does_not_make_is_not_chosen():
     assert nearest_size(21 / 9, 64 * 64, (ShapeRange(64, 64, 64), 16), (ShapeRange(32, 64, 96), 16)) == (64, 96)
 
 
-def test_a_pipeline_draws_the_size_that_it_names():
+def test_a_pipeline_generates_the_size_that_it_names():
     pipeline = Pipeline(fake_sessions(), FACTS, DDIM, tokenize)
     height, width = pipeline.size_of(16 / 9)
     assert (height, width) == (24, 40)

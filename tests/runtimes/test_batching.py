@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from runtimes.batching import RowRunner, all_finite
+from runtimes.backends.batching import RowRunner, all_finite
+from runtimes.bundle.tensors import ShapeRange, TensorSpec
 from runtimes.errors import InputError, OutOfMemoryError
-from runtimes.tensors import ShapeRange, TensorSpec
 from tests.runtimes.fakes import FakeSession, axes, component
 
 

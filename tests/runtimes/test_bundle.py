@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from runtimes.bundle import Bundle, check_file, check_output, committed, link_or_copy, records_below, replacing
+from runtimes.bundle.folder import Bundle, check_file, check_output, committed, link_or_copy, records_below, replacing
+from runtimes.bundle.manifest import MANIFEST_FILE, dumps, parse
 from runtimes.errors import BundleError, InputError, UnavailableError
-from runtimes.manifest import MANIFEST_FILE, dumps, parse
 from tests.runtimes.fakes import affine_bundle
 from tests.runtimes.hub_cache import as_hub_snapshot
 

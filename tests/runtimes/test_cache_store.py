@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from runtimes import cache_store
-from runtimes.cache_store import WORK, entries, limit_bytes, scratch, sweep, total_bytes, trim, use
 from runtimes.errors import InputError
-from runtimes.places import cache_home, rooted
+from runtimes.system import cache_store
+from runtimes.system.cache_root import cache_home, rooted
+from runtimes.system.cache_store import WORK, entries, limit_bytes, scratch, sweep, total_bytes, trim, use
 
 
 def entry(root: Path, kind: str, name: str, size: int = 100, age_seconds: float = 3600) -> Path:
@@ -37,7 +37,7 @@ def there(root: Path) -> list[str]:
 @pytest.fixture
 def live(tmp_path: Path):
     """Another process that builds, below the cache that it is given."""
-    code = ("import sys; from pathlib import Path; from runtimes.cache_store import scratch\n"
+    code = ("import sys; from pathlib import Path; from runtimes.system.cache_store import scratch\n"
             "with scratch(Path(sys.argv[1]) / 'work') as folder:\n"
             "    (folder / 'half').write_text('done'); print(folder, flush=True); sys.stdin.read()")
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE,
@@ -63,11 +63,13 @@ def test_one_rule_says_where_the_cache_is(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("module", ["session_ort", "session_openvino", "checked_files"])
 def test_everything_that_is_cached_lies_below_it(monkeypatch, tmp_path, module):
-    from runtimes import checked_files, session_openvino, session_ort
+    from runtimes.backends import onnxruntime_session, openvino_session
+    from runtimes.system import checked_files
     from tests.runtimes.fakes import AFFINE
 
     monkeypatch.setenv("LDM_DEPLOY_CACHE", str(tmp_path / "own"))
-    found = {"session_ort": session_ort.cache_place(), "session_openvino": session_openvino.cache_folder(AFFINE),
+    found = {"session_ort": onnxruntime_session.cache_place(),
+             "session_openvino": openvino_session.cache_folder(AFFINE),
              "checked_files": checked_files._note("ab")}[module]
     assert found is not None and found.is_relative_to(tmp_path / "own")
 
@@ -155,7 +157,7 @@ def test_an_entry_that_is_used_while_others_leave_stays(tmp_path, monkeypatch):
 def test_processes_that_trim_and_use_at_once_never_see_half_an_entry(tmp_path):
     """Whoever is told that an entry is there finds all of it for as long as its scratch lives."""
     code = ("import sys, random; from pathlib import Path\n"
-            "from runtimes.cache_store import scratch, trim, use\n"
+            "from runtimes.system.cache_store import scratch, trim, use\n"
             "root, random_ = Path(sys.argv[1]), random.Random(int(sys.argv[2]))\n"
             "for i in range(40):\n"
             "    with scratch(root / 'work') as folder:\n"
@@ -183,7 +185,8 @@ def test_the_limit_is_the_variables_else_a_share_of_the_disk(monkeypatch, tmp_pa
         limit_bytes(tmp_path)
     assert caught.value.where == "LDM_DEPLOY_CACHE_LIMIT"
     monkeypatch.delenv("LDM_DEPLOY_CACHE_LIMIT")
-    monkeypatch.setattr("runtimes.cache_store.shutil.disk_usage", lambda _: type("", (), {"free": 10_000_000_000}))
+    monkeypatch.setattr("runtimes.system.cache_store.shutil.disk_usage",
+                        lambda _: type("", (), {"free": 10_000_000_000}))
     assert limit_bytes(tmp_path / "not" / "there") == 5_000_000_000
 
 

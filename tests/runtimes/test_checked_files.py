@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from runtimes import bundle as bundles
-from runtimes import checked_files
-from runtimes.bundle import Bundle
+from runtimes.bundle import folder as bundles
+from runtimes.bundle.folder import Bundle
 from runtimes.errors import BundleError
+from runtimes.system import checked_files
 from tests.runtimes.fakes import affine_bundle
 
 MODEL = "components/affine/model.onnx"
@@ -96,7 +96,7 @@ def test_a_damaged_note_and_a_folder_that_cannot_be_written_cost_only_the_time(
 def test_generate_hashes_once_and_again_when_it_is_asked_to(folder: Path, hashed: list[str], monkeypatch) -> None:
     from types import SimpleNamespace
 
-    from deploy import generate
+    from deploy.cli import generate
 
     request = SimpleNamespace(bundle=folder, safety="off", hint="latency", pin_threads=False, preview=None,
                               output=folder.parent / "out.png", save_latents=None)

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from runtimes.child import last_words, run_child
+from runtimes.system.child_process import last_words, run_child
 
 CHILD = '''"""Writes its process number, then waits to be ended."""
 import os, pathlib, sys, time
-from runtimes.child import die_with_parent
+from runtimes.system.child_process import die_with_parent
 die_with_parent()
 file = pathlib.Path(sys.argv[1])
 file.with_suffix(".partial").write_text(str(os.getpid()))
@@ -44,8 +44,8 @@ def test_the_exit_code_and_the_last_words_are_told(folder: Path) -> None:
 def test_a_child_does_not_outlive_a_parent_that_is_ended(folder: Path, by: signal.Signals) -> None:
     # A shell in the background leaves SIGINT ignored.
     code = ("import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
-            f"import pathlib, runtimes.child\nfolder = pathlib.Path({str(folder)!r})\n"
-            "runtimes.child.run_child('a_child', folder / 'waits', folder / 'log')")
+            f"import pathlib, runtimes.system.child_process\nfolder = pathlib.Path({str(folder)!r})\n"
+            "runtimes.system.child_process.run_child('a_child', folder / 'waits', folder / 'log')")
     parent = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL,
                               env={**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), os.getcwd()])})
     child = int(_read_when_there(folder / "waits"))

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from deploy import doctor
+from deploy.core import doctor
 from deploy.passes import engine
-from runtimes import gpu
 from runtimes.errors import UnavailableError
+from runtimes.system import nvidia
 
 
 class Driver:
@@ -60,8 +60,8 @@ def driver(monkeypatch) -> Driver:
 
 def test_the_gpu_is_the_one_that_cuda_shows_at_that_number(driver):
     """cuda.h, cuDeviceGet: ordinals lie "in the range [0, cuDeviceGetCount()-1]", CUDA_VISIBLE_DEVICES applied."""
-    assert gpu.find_gpu() == gpu.Gpu("NVIDIA A", (8, 9), 80 << 30)
-    assert str(gpu.find_gpu(1)) == "NVIDIA B, 9.9"
+    assert nvidia.find_gpu() == nvidia.Gpu("NVIDIA A", (8, 9), 80 << 30)
+    assert str(nvidia.find_gpu(1)) == "NVIDIA B, 9.9"
 
 
 def test_the_engine_pass_the_doctor_and_sessions_mean_the_same_gpu(driver):
@@ -77,7 +77,7 @@ def test_what_the_driver_refuses_is_said_in_its_words(driver, changes, ordinal, 
     for name, value in changes.items():
         setattr(driver, name, value)
     with pytest.raises(UnavailableError, match=message) as caught:
-        gpu.find_gpu(ordinal)
+        nvidia.find_gpu(ordinal)
     assert caught.value.exit_code == 4 and "CUDA_VISIBLE_DEVICES" in caught.value.fix
 
 
@@ -86,5 +86,5 @@ def test_without_a_driver_there_is_none(monkeypatch):
         raise OSError("cannot open shared object file")
 
     monkeypatch.setattr(ctypes, "CDLL", missing)
-    assert gpu.gpu_or_none() is None and engine.gpu_here() == ""
+    assert nvidia.gpu_or_none() is None and engine.gpu_here() == ""
     assert not doctor.gpu()["available"] and doctor.gpu()["fix"]

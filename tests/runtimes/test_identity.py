@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from runtimes import identity
-from runtimes.gpu import Gpu
-from runtimes.identity import runtime_identity
+from runtimes.system import compute_identity
+from runtimes.system.compute_identity import runtime_identity
+from runtimes.system.nvidia import Gpu
 
 GPU = Gpu("NVIDIA A", (8, 9), 80 << 30)
 
@@ -27,10 +27,10 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
         return str(found["versions"][name])
 
     (tmp_path / "version").write_text("NVRM version: 550.1\nGCC\n")
-    monkeypatch.setattr(identity, "gpu_or_none", lambda: found["gpu"])
-    monkeypatch.setattr(identity, "cuda_version", lambda: found["cuda"])
-    monkeypatch.setattr("runtimes.identity.metadata.version", version)
-    monkeypatch.setattr(identity, "DRIVER_FILE", tmp_path / "version")
+    monkeypatch.setattr(compute_identity, "gpu_or_none", lambda: found["gpu"])
+    monkeypatch.setattr(compute_identity, "cuda_version", lambda: found["cuda"])
+    monkeypatch.setattr("runtimes.system.compute_identity.metadata.version", version)
+    monkeypatch.setattr(compute_identity, "DRIVER_FILE", tmp_path / "version")
     return found | {"file": tmp_path / "version", "state": found}
 
 
@@ -61,7 +61,7 @@ def test_a_proof_on_a_cpu_is_of_its_model_and_instructions_and_of_their_limits(m
     before = runtime_identity("cpu", "onnx")
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
     limited = runtime_identity("cpu", "onnx")
-    monkeypatch.setattr(identity, "processor", lambda: "another")
+    monkeypatch.setattr(compute_identity, "processor", lambda: "another")
     assert len({json.dumps(found) for found in (before, limited, runtime_identity("cpu", "onnx"))}) == 3
     assert before["libraries"]["onnxruntime"] == "1.20" and before["libraries"]["onnxruntime-gpu"] == "absent"
     assert "gpu" not in before

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from runtimes import images
+from runtimes.codec import pixels
+from runtimes.codec.pixels import open_image, open_mask, to_mask, to_pil, to_pixels
 from runtimes.errors import InputError
-from runtimes.images import open_image, open_mask, to_mask, to_pil, to_pixels
 
 RAMP = np.linspace(0, 255, 16).round().astype(np.uint8)
 IMAGES, MASKS = (VaeImageProcessor(vae_scale_factor=8, **options) for options in
@@ -28,7 +28,7 @@ SIDES, EIGHTS = st.integers(1, 40), st.integers(1, 20)
 
 
 @pytest.fixture
-def picture() -> Image.Image:
+def image() -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 8, 3), np.uint8))
 
 
@@ -150,13 +150,13 @@ def test_alpha_is_dropped_from_a_file_and_refused_in_memory(tmp_path):
         open_image(image)
 
 
-def test_a_file_is_turned_upright_and_an_image_in_memory_is_not(picture, tmp_path):
+def test_a_file_is_turned_upright_and_an_image_in_memory_is_not(image, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # shown rotated by 90 degrees clockwise
-    picture.save(tmp_path / "a.png", exif=exif)
-    np.testing.assert_array_equal(open_image(tmp_path / "a.png"), picture.transpose(Image.Transpose.ROTATE_270))
+    image.save(tmp_path / "a.png", exif=exif)
+    np.testing.assert_array_equal(open_image(tmp_path / "a.png"), image.transpose(Image.Transpose.ROTATE_270))
     with Image.open(tmp_path / "a.png") as opened:
-        np.testing.assert_array_equal(open_image(opened), picture)
+        np.testing.assert_array_equal(open_image(opened), image)
 
 
 def test_a_16_bit_png_in_colour_is_scaled(tmp_path):
@@ -172,15 +172,15 @@ def test_a_16_bit_png_in_colour_is_scaled(tmp_path):
     np.testing.assert_array_equal(np.asarray(open_image(tmp_path / "a.png"))[0, :, 1], RAMP[::-1])
 
 
-def test_resizing_is_lanczos_into_minus_one_to_one(picture):
-    pixels = to_pixels(picture, 12, 16)
+def test_resizing_is_lanczos_into_minus_one_to_one(image):
+    pixels = to_pixels(image, 12, 16)
     assert pixels.shape == (3, 12, 16) and pixels.dtype == np.float32 and pixels.flags.c_contiguous
-    expected = np.asarray(picture.resize((16, 12), Image.Resampling.LANCZOS)).transpose(2, 0, 1) / 127.5 - 1
+    expected = np.asarray(image.resize((16, 12), Image.Resampling.LANCZOS)).transpose(2, 0, 1) / 127.5 - 1
     np.testing.assert_allclose(pixels, expected, atol=1e-6)
     assert to_pixels(Image.new("RGB", (4, 4), "white"), 4, 4).max() == 1
 
 
-def test_arrays_become_pictures():
+def test_arrays_become_images():
     made = to_pil(np.arange(24, dtype=np.uint8).reshape(2, 2, 2, 3))
     assert len(made) == 2 and made[0].mode == "RGB"
     np.testing.assert_array_equal(np.asarray(made[1]).ravel(), np.arange(12, 24))
@@ -195,7 +195,7 @@ def write(path, content: bytes):
 @pytest.mark.parametrize(("source", "message"), [
     (lambda p: p / "none.png", "no such image"),
     (lambda p: p, "no such image"),
-    (lambda p: write(p / "a.png", b"no picture at all"), "not an image"),
+    (lambda p: write(p / "a.png", b"no image at all"), "not an image"),
     (lambda p: write(p / "a.png", b""), "not an image"),
     (lambda p: np.zeros((4, 4, 2), np.uint8), "shape"),
     (lambda p: np.zeros((0, 4, 3), np.float32), "shape"),
@@ -203,7 +203,7 @@ def write(path, content: bytes):
     (lambda p: b"bytes", "bytes is not an image"),
     (lambda p: Image.new("RGB", (0, 3)), "the image is empty"),
 ])
-def test_what_is_no_picture_is_said(opened, source, message, tmp_path):
+def test_what_is_no_image_is_said(opened, source, message, tmp_path):
     with pytest.raises(InputError, match=message):
         opened(source(tmp_path))
 
@@ -224,9 +224,9 @@ def test_a_mask_that_is_no_number_is_refused():
 
 
 @pytest.mark.parametrize("kind", ["png", "jpg"])
-def test_a_truncated_picture_is_said(picture, tmp_path, kind):
+def test_a_truncated_image_is_said(image, tmp_path, kind):
     file = tmp_path / f"a.{kind}"
-    picture.resize((200, 200)).save(file)
+    image.resize((200, 200)).save(file)
     file.write_bytes(file.read_bytes()[:-400])
     with pytest.raises(InputError, match="cannot read the image"):
         open_image(file)
@@ -234,9 +234,9 @@ def test_a_truncated_picture_is_said(picture, tmp_path, kind):
         open_mask(opened)
 
 
-def test_a_huge_picture_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
+def test_a_huge_image_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
     Image.new("1", (4000, 4000)).save(tmp_path / "a.png")
-    monkeypatch.setattr(images, "MAX_PIXELS", 1_000_000)
+    monkeypatch.setattr(pixels, "MAX_PIXELS", 1_000_000)
     with pytest.raises(InputError, match="more than 1,000,000 pixels"):
         open_image(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow's own limit raises

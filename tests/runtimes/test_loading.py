@@ -11,11 +11,12 @@ import pytest
 from transformers import CLIPTokenizer
 
 import runtimes
-from runtimes import loading
-from runtimes.bundle import Bundle
+from runtimes.backends.session import SessionOptions, open_session
+from runtimes.bundle.folder import Bundle
 from runtimes.errors import BundleError, UnavailableError
-from runtimes.session import SessionOptions, open_session
-from runtimes.tokenizer import prepare_tokenizer
+from runtimes.pipeline import loading
+from runtimes.pipeline.bundle_sessions import BundleSessions
+from runtimes.text.clip_tokenizer import prepare_tokenizer
 from tests.runtimes.fakes import AFFINE, affine_bundle, write_pipeline_bundle
 from tests.runtimes.vocabulary import make_vocabulary
 
@@ -55,8 +56,8 @@ def test_the_encoder_is_loaded_when_an_image_comes_and_once_for_all_threads(bund
     monkeypatch.setattr(loading, "open_session", recorded)
     pipeline = runtimes.load(bundle, threads=1)
     assert opened == ["text_encoder", "unet", "vae_decoder"]
-    picture = np.zeros((32, 32, 3))
-    threads = [threading.Thread(target=pipeline, args=("x",), kwargs={"image": picture, "steps": 2}) for _ in range(4)]
+    image = np.zeros((32, 32, 3))
+    threads = [threading.Thread(target=pipeline, args=("x",), kwargs={"image": image, "steps": 2}) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -96,7 +97,7 @@ def test_a_broken_scheduler_config_is_said(bundle, tmp_path, content):
 
 
 def test_sessions_are_a_mapping_of_the_components(bundle):
-    sessions = loading.BundleSessions(Bundle.open(bundle), SessionOptions(threads=1))
+    sessions = BundleSessions(Bundle.open(bundle), SessionOptions(threads=1))
     assert set(sessions) == {"text_encoder", "unet", "vae_encoder", "vae_decoder"} and len(sessions) == 4
     assert sessions["unet"] is sessions["unet"]
 
@@ -105,7 +106,7 @@ def test_importing_is_quick_and_brings_no_backend(run_python):
     output = run_python(
         "import sys, time; start = time.perf_counter(); import runtimes; seconds = time.perf_counter() - start\n"
         "print(seconds, sorted({'numpy', 'onnxruntime', 'PIL', 'tokenizers', 'torch'} & set(sys.modules)))\n"
-        "import runtimes.pipeline, runtimes.loading\n"
+        "import runtimes.pipeline.diffusion, runtimes.pipeline.loading\n"
         "print(sorted({'onnxruntime', 'PIL', 'tokenizers', 'torch'} & set(sys.modules)))")
     first, second = output.splitlines()
     seconds, _, modules = first.partition(" ")

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 from safetensors.numpy import save_file
 
+from runtimes.adapters.lora_config import LoraConfig, read_config
+from runtimes.adapters.lora_files import components_of, read_factors
+from runtimes.adapters.lora_names import from_original, name_of, spellings
+from runtimes.bundle.safetensors_reader import read_floats, read_header, read_number
 from runtimes.errors import InputError
-from runtimes.lora import components_of, read_factors
-from runtimes.lora_config import LoraConfig, read_config
-from runtimes.lora_names import from_original, name_of, spellings
-from runtimes.weights import read_floats, read_header, read_number
 
 A, B = "unet.mid.lin.lora_A.weight", "unet.mid.lin.lora_B.weight"
 MODULES = {"mid.lin": (6, 4), "conv_in": (6, 4, 3, 3), "down_blocks.0.attentions.0.to_q": (4, 4)}

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from runtimes.bundle import Bundle
+from runtimes.bundle.folder import Bundle
+from runtimes.bundle.manifest import dumps, parse
 from runtimes.errors import BundleError, InputError
-from runtimes.manifest import dumps, parse
 from tests.runtimes.fakes import affine_bundle, components, write_bundle
 
 OTHERS: tuple[Any, ...] = (None, True, 0, -1, 1.5, 10**400, "x", "", [], ["x"], [1], [None], {}, {"x": 1}, {"file": 7})
@@ -97,7 +97,7 @@ def removed(manifest: dict[str, Any], path: tuple[Any, ...]) -> str:
 
 def used(text: str) -> None:
     """What opening, inspecting and loading read of a manifest."""
-    from deploy.console import show_bundle
+    from deploy.cli.console import show_bundle
 
     found = parse(text, "manifest.json")
     found.all_files()

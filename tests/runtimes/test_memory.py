@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 import runtimes
+from runtimes.backends.session import SessionOptions
 from runtimes.errors import InputError
-from runtimes.memory import MARGIN, MemoryBudget, MemoryModel, fit, memory_model
-from runtimes.pipeline import Pipeline
-from runtimes.session import SessionOptions
-from runtimes.sizes import parse_bytes
+from runtimes.pipeline.diffusion import Pipeline
+from runtimes.pipeline.memory_budget import MARGIN, MemoryBudget, MemoryModel, fit
+from runtimes.pipeline.memory_measurement import memory_model
+from runtimes.system.byte_sizes import parse_bytes
 from tests.conftest import ROOT
 from tests.runtimes.fakes import DDIM, FACTS, calls_of, fake_sessions, tokenize
 
@@ -69,7 +70,7 @@ def test_as_many_images_share_a_call_as_fit(megabytes, guidance, at_once):
     np.testing.assert_allclose(result, pipeline(100)(list("abcd"), **options), atol=1e-6)
 
 
-def test_a_budget_that_holds_no_picture_is_refused_before_any_network_runs():
+def test_a_budget_that_holds_no_image_is_refused_before_any_network_runs():
     made = pipeline(13)
     with pytest.raises(InputError, match=r"needs about 14 MB, the budget is 13 MB.*smaller tiles"):
         made("a", seed=0, steps=2)
@@ -94,11 +95,11 @@ def test_only_this_processs_memory_can_be_budgeted(reference_bundle):
 
 
 def test_a_process_stays_below_its_budget_and_is_measured_once(reference_bundle, tmp_path, monkeypatch):
-    """Eight pictures of four times the pixels in two calls."""
+    """Eight images of four times the pixels in two calls."""
     monkeypatch.setenv("LDM_DEPLOY_CACHE", str(tmp_path))
     model = memory_model(runtimes.Bundle.open(reference_bundle), SessionOptions(threads=1, keep_graphs=True))
     budget = int(model.peak_bytes([{"unet": 8, "vae_decoder": 4}], 256) + 0.5 * MB) + 24 * 8 * 128 * 128
-    code = ("import sys, json, runtimes; from runtimes.resident import peak_rss_bytes\n"
+    code = ("import sys, json, runtimes; from runtimes.system.process_memory import peak_rss_bytes\n"
             "seen = []\n"
             "pipeline = runtimes.load(sys.argv[1], threads=1, memory_budget=int(sys.argv[2]))\n"
             "decoder = pipeline.sessions['vae_decoder']; run = decoder.run\n"

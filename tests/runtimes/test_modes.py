@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from runtimes.denoising import Step
+from runtimes.bundle.tensors import TensorSpec
 from runtimes.errors import CancelledError, InputError
-from runtimes.pipeline import Pipeline
-from runtimes.tensors import TensorSpec
-from runtimes.weighting import parse
+from runtimes.pipeline.denoising import Step
+from runtimes.pipeline.diffusion import Pipeline
+from runtimes.text.prompt_weighting import parse
 from tests.runtimes import fakes
 from tests.runtimes.fakes import CHANNELS, DDIM, FACTS, FakeSession, calls_of, fake_sessions, tokenize
 
@@ -49,25 +49,25 @@ def test_unusable_modes_are_refused_before_the_unet_runs(options, word):
 
 @pytest.mark.parametrize("size", [(32, 32), (64, 64), (17, 17), (301, 300), (32, 16), (8, 90)])
 def test_a_mask_may_be_of_another_size_and_shape_than_its_image(size):
-    picture = Image.effect_noise(SIZE, 90).convert("RGB")
+    image = Image.effect_noise(SIZE, 90).convert("RGB")
     pixels = np.zeros((size[1], size[0]), np.uint8)
     pixels[:, size[0] // 2:] = 255
     pipeline = make()
     options: dict[str, Any] = {"seed": 0, "steps": 4, "output": "latents"}
-    kept = pipeline("x", image=picture, mask=Image.new("L", SIZE), **options)
-    half = pipeline("x", image=picture, mask=Image.fromarray(pixels), **options)
+    kept = pipeline("x", image=image, mask=Image.new("L", SIZE), **options)
+    half = pipeline("x", image=image, mask=Image.fromarray(pixels), **options)
     np.testing.assert_array_equal(half[..., :4], kept[..., :4])
     assert (half[..., 4:] != kept[..., 4:]).all()
 
 
 def test_each_prompt_may_have_its_own_mask_over_one_image():
-    picture = Image.effect_noise(SIZE, 90).convert("RGB")
+    image = Image.effect_noise(SIZE, 90).convert("RGB")
     options: dict[str, Any] = {"steps": 3, "output": "latents"}
     none, everything = Image.new("1", SIZE, 0), Image.new("1", SIZE, 1)
-    both = make()(["x", "y"], image=picture, mask=[none, everything], seed=[1, 2], **options)
+    both = make()(["x", "y"], image=image, mask=[none, everything], seed=[1, 2], **options)
     for i, (prompt, mask) in enumerate((("x", none), ("y", everything))):
         np.testing.assert_array_equal(both[i : i + 1],
-                                      make()(prompt, image=picture, mask=mask, seed=i + 1, **options))
+                                      make()(prompt, image=image, mask=mask, seed=i + 1, **options))
 
 
 def test_false_from_the_hook_cancels_and_leaves_nothing():
@@ -95,7 +95,7 @@ def test_another_thread_cancels_with_an_event():
 
 @pytest.mark.parametrize(("network", "taken"), [("text_encoder", 0), ("unet", 0), ("vae_decoder", 4)])
 def test_an_event_set_in_mid_step_ends_the_call_before_its_next_call_of_a_network(network, taken):
-    """Pictures that share no call: a batch of one makes three calls of each network a step."""
+    """Images that share no call: a batch of one makes three calls of each network a step."""
     pipeline, cancel = Pipeline(fake_sessions(batch=1), FACTS, DDIM, tokenize), Event()
     session, expected = pipeline.sessions[network], make()(["x", "y", "z"], seed=0, **NUMPY)
     assert isinstance(session, FakeSession)

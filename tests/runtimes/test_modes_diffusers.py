@@ -11,8 +11,8 @@ import torch
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline, StableDiffusionPipeline
 from PIL import Image
 
-from runtimes.noise import NoiseStreams
-from runtimes.prompts import MAX_WINDOWS
+from runtimes.pipeline.noise import NoiseStreams
+from runtimes.text.prompt_encoder import MAX_WINDOWS
 from tests.runtimes.diffusers_reference import (
     CHANNELS,
     NEGATIVES,
@@ -50,36 +50,36 @@ SAMPLERS = [(*sampler, share) for sampler, share in
             zip(product(SAMPLERS_OF_BOTH, ("epsilon", "v_prediction")), cycle((0.7, 1.0, 1.0, 0.7)))]
 
 
-def small(pictures):
-    return [p.resize((40, 32), Image.Resampling.LANCZOS) for p in pictures]
+def small(images):
+    return [p.resize((40, 32), Image.Resampling.LANCZOS) for p in images]
 
 
 @pytest.mark.parametrize(("scheduler", "prediction", "strength"), SAMPLERS)
 def test_inpainting_by_blending_equals_diffusers(
-    networks, folder, pictures, mask, scheduler, prediction, strength
+    networks, folder, images, mask, scheduler, prediction, strength
 ):
     pipe, config = reference(networks, StableDiffusionInpaintPipeline, prediction, scheduler)
     seeds = [21, 22]
-    theirs = pipe(PROMPTS, image=small(pictures), mask_image=[mask] * 2, strength=strength, negative_prompt=NEGATIVES,
+    theirs = pipe(PROMPTS, image=small(images), mask_image=[mask] * 2, strength=strength, negative_prompt=NEGATIVES,
                   num_inference_steps=8, guidance_scale=4.0, height=32, width=40, output_type="np",
                   generator=generators(seeds)).images
     mine = ours(networks, config, folder)(
-        PROMPTS, image=small(pictures), mask=mask, strength=strength, negative_prompt=NEGATIVES, steps=8,
+        PROMPTS, image=small(images), mask=mask, strength=strength, negative_prompt=NEGATIVES, steps=8,
         height=32, width=40, guidance_scale=4.0, seed=seeds, scheduler=scheduler, output="numpy")
     assert_same(mine, theirs)
 
 
 @pytest.mark.parametrize(("scheduler", "prediction", "strength"), SAMPLERS)
 def test_inpainting_with_a_unet_trained_for_it_equals_diffusers(
-    inpainting_networks, folder, networks, pictures, mask, scheduler, prediction, strength
+    inpainting_networks, folder, networks, images, mask, scheduler, prediction, strength
 ):
     pipe, config = reference(inpainting_networks, StableDiffusionInpaintPipeline, prediction, scheduler)
     seeds = [3, 4]
-    theirs = pipe(PROMPTS, image=small(pictures), mask_image=[mask] * 2, strength=strength, negative_prompt=NEGATIVES,
+    theirs = pipe(PROMPTS, image=small(images), mask_image=[mask] * 2, strength=strength, negative_prompt=NEGATIVES,
                   num_inference_steps=8, guidance_scale=4.0, height=32, width=40, output_type="np",
                   generator=generators(seeds)).images
     mine = ours(inpainting_networks, config, folder)(
-        PROMPTS, image=small(pictures), mask=mask, strength=strength, negative_prompt=NEGATIVES, steps=8,
+        PROMPTS, image=small(images), mask=mask, strength=strength, negative_prompt=NEGATIVES, steps=8,
         height=32, width=40, guidance_scale=4.0, seed=seeds, scheduler=scheduler, output="numpy")
     assert_same(mine, theirs)
 
@@ -88,12 +88,12 @@ def test_inpainting_with_a_unet_trained_for_it_equals_diffusers(
 @pytest.mark.parametrize(("scheduler", "eta"), [("ddim", 0.5), ("euler-ancestral", 0.0), ("lcm", 0.0), ("dpm++", 0.0)])
 @pytest.mark.parametrize("mode", ["text", "image", "mask"])
 def test_a_seed_makes_the_image_that_diffusers_makes_of_it(
-    networks, folder, pictures, mask, mode, scheduler, eta, single
+    networks, folder, images, mask, mode, scheduler, eta, single
 ):
     kind = {"text": StableDiffusionPipeline, "image": StableDiffusionImg2ImgPipeline,
             "mask": StableDiffusionInpaintPipeline}[mode]
     pipe, config = reference(networks, kind, scheduler=scheduler)
-    options: dict[str, Any] = {} if mode == "text" else {"image": small(pictures)[0], "strength": 0.7}
+    options: dict[str, Any] = {} if mode == "text" else {"image": small(images)[0], "strength": 0.7}
     if mode != "image":
         options |= {"height": 32, "width": 40}
     generator = generators([7])
@@ -105,10 +105,10 @@ def test_a_seed_makes_the_image_that_diffusers_makes_of_it(
     assert_same(mine, theirs)
 
 
-def test_one_image_under_several_prompts_is_inpainted_as_if_each_were_alone(networks, folder, pictures, mask):
-    """diffusers does so when the image is given once for each; given once, it draws for it from the first generator."""
+def test_one_image_under_several_prompts_is_inpainted_as_if_each_were_alone(networks, folder, images, mask):
+    """diffusers does so when it is given once for each; given once, it samples for it from the first generator."""
     pipe, config = reference(networks, StableDiffusionInpaintPipeline)
-    image = small(pictures)[0]
+    image = small(images)[0]
     options: dict[str, Any] = {"height": 32, "width": 40, "strength": 0.7}
     mine = ours(networks, config, folder)(PROMPTS, image=image, mask=mask, seed=[3, 4], steps=5, output="numpy",
                                           **options)
@@ -118,11 +118,11 @@ def test_one_image_under_several_prompts_is_inpainted_as_if_each_were_alone(netw
     assert psnr(mine[:1], once[:1]) >= 60 > psnr(mine[1:], once[1:])
 
 
-@pytest.mark.parametrize(("prompts", "images", "copies"), [(4, 2, 1), (1, 2, 2), (2, 2, 2), (2, 4, 2), (1, 1, 3)])
-def test_several_images_are_dealt_out_in_turn_as_diffusers_does(networks, folder, pictures, prompts, images, copies):
+@pytest.mark.parametrize(("prompts", "shown", "copies"), [(4, 2, 1), (1, 2, 2), (2, 2, 2), (2, 4, 2), (1, 1, 3)])
+def test_several_images_are_dealt_out_in_turn_as_diffusers_does(networks, folder, images, prompts, shown, copies):
     pipe, config = reference(networks, StableDiffusionImg2ImgPipeline)
     texts, seeds = (PROMPTS * 2)[:prompts], list(range(prompts * copies))
-    given = (small(pictures) + [p.rotate(180) for p in small(pictures)])[:images]
+    given = (small(images) + [p.rotate(180) for p in small(images)])[:shown]
     theirs = pipe(texts, image=given, num_inference_steps=4, strength=0.7, num_images_per_prompt=copies,
                   generator=generators(seeds), output_type="np").images
     mine = ours(networks, config, folder)(texts, image=given, steps=4, strength=0.7, images_per_prompt=copies,
@@ -130,20 +130,20 @@ def test_several_images_are_dealt_out_in_turn_as_diffusers_does(networks, folder
     assert_same(mine, theirs)
 
 
-@pytest.mark.parametrize(("images", "masks"), [(1, 2), (2, 1), (2, 2)])
+@pytest.mark.parametrize(("shown", "masks"), [(1, 2), (2, 1), (2, 2)])
 @pytest.mark.parametrize("trained", [True, False])
 def test_images_and_masks_are_paired_as_diffusers_does(
-    inpainting_networks, networks, folder, pictures, mask, images, masks, trained
+    inpainting_networks, networks, folder, images, mask, shown, masks, trained
 ):
-    """With equal seeds: upstream draws from the first generator alone for what is given once."""
+    """With equal seeds: upstream samples from the first generator alone for what is given once."""
     chosen = inpainting_networks if trained else networks
     pipe, config = reference(chosen, StableDiffusionInpaintPipeline)
     given_masks = [mask, mask.rotate(180)][:masks]
-    latents = NoiseStreams([1, 2]).draw((CHANNELS, 8, 10))
+    latents = NoiseStreams([1, 2]).sample((CHANNELS, 8, 10))
     seeds = [5, 5]
-    theirs = pipe(PROMPTS, image=small(pictures)[:images], mask_image=given_masks, num_inference_steps=4, height=32,
+    theirs = pipe(PROMPTS, image=small(images)[:shown], mask_image=given_masks, num_inference_steps=4, height=32,
                   width=40, latents=torch.from_numpy(latents), generator=generators(seeds), output_type="np").images
-    mine = ours(chosen, config, folder)(PROMPTS, image=small(pictures)[:images], mask=given_masks, steps=4, height=32,
+    mine = ours(chosen, config, folder)(PROMPTS, image=small(images)[:shown], mask=given_masks, steps=4, height=32,
                                         width=40, latents=latents, seed=seeds, output="numpy")
     assert_same(mine, theirs)
 
@@ -151,12 +151,12 @@ def test_images_and_masks_are_paired_as_diffusers_does(
 @pytest.mark.parametrize("strength", [1.0, 0.6])
 @pytest.mark.parametrize("trained", [True, False])
 def test_given_latents_are_pure_noise_under_a_mask_as_in_diffusers(
-    inpainting_networks, networks, folder, pictures, mask, strength, trained
+    inpainting_networks, networks, folder, images, mask, strength, trained
 ):
     chosen = inpainting_networks if trained else networks
     pipe, config = reference(chosen, StableDiffusionInpaintPipeline, scheduler="euler-ancestral")
-    latents = NoiseStreams([1]).draw((CHANNELS, 8, 10))
-    options: dict[str, Any] = {"image": small(pictures)[0], "strength": strength, "height": 32, "width": 40}
+    latents = NoiseStreams([1]).sample((CHANNELS, 8, 10))
+    options: dict[str, Any] = {"image": small(images)[0], "strength": strength, "height": 32, "width": 40}
     theirs = pipe("cat", mask_image=mask, num_inference_steps=6, latents=torch.from_numpy(latents), output_type="np",
                   generator=generators([7]), **options).images
     mine = ours(chosen, config, folder)("cat", mask=mask, steps=6, latents=latents, seed=7, output="numpy",
@@ -167,23 +167,23 @@ def test_given_latents_are_pure_noise_under_a_mask_as_in_diffusers(
 @pytest.mark.parametrize("size", [(40, 32), (17, 90), (64, 16)])
 @pytest.mark.parametrize("kind", ["pillow", "array", "both"])
 def test_under_a_mask_the_model_says_the_size_and_both_are_stretched_to_it(
-    networks, folder, pictures, mask, kind, size
+    networks, folder, images, mask, kind, size
 ):
     pipe, config = reference(networks, StableDiffusionInpaintPipeline)
-    image, over = pictures[0], mask.resize(size)
+    image, over = images[0], mask.resize(size)
     given = image if kind == "pillow" else np.asarray(image, np.float32) / 255
     given_mask = np.asarray(over, np.float32) / 255 if kind == "array" else over
     theirs = pipe("cat", image=given, mask_image=given_mask, num_inference_steps=4, generator=generators([7]),
                   output_type="np").images
     mine = ours(networks, config, folder)("cat", image=given, mask=given_mask, steps=4, seed=7, output="numpy")
-    assert mine.shape == (1, 32, 32, 3)  # from a picture of 45 x 38
+    assert mine.shape == (1, 32, 32, 3)  # from an image of 45 x 38
     assert_same(mine, theirs)
 
 
 @pytest.mark.parametrize("batch", [True, False])
-def test_arrays_of_images_equal_diffusers(networks, folder, pictures, batch):
+def test_arrays_of_images_equal_diffusers(networks, folder, images, batch):
     pipe, config = reference(networks, StableDiffusionImg2ImgPipeline)
-    arrays = [np.asarray(p.resize((43, 35)), np.float32) / 255 for p in pictures]
+    arrays = [np.asarray(p.resize((43, 35)), np.float32) / 255 for p in images]
     given: Any = np.stack(arrays) if batch else arrays
     theirs = pipe(PROMPTS, image=given, strength=0.7, num_inference_steps=4, generator=generators([7, 8]),
                   output_type="np").images
@@ -191,19 +191,19 @@ def test_arrays_of_images_equal_diffusers(networks, folder, pictures, batch):
     assert_same(mine, theirs)
 
 
-def test_blending_keeps_what_the_mask_keeps(networks, folder, pictures, mask):
+def test_blending_keeps_what_the_mask_keeps(networks, folder, images, mask):
     pipeline = ours(networks, reference(networks)[1], folder)
     options: dict[str, Any] = {"steps": 6, "seed": 1, "height": 32, "width": 40, "output": "latents"}
     keep_all = Image.new("L", (40, 32), 0)
-    kept = [pipeline(p, image=small(pictures)[0], mask=keep_all, **options) for p in PROMPTS]
+    kept = [pipeline(p, image=small(images)[0], mask=keep_all, **options) for p in PROMPTS]
     np.testing.assert_array_equal(kept[0], kept[1])  # the prompt cannot matter where nothing is painted
-    half = pipeline(PROMPTS[0], image=small(pictures)[0], mask=mask, **options)
+    half = pipeline(PROMPTS[0], image=small(images)[0], mask=mask, **options)
     painted = np.asarray(mask)[::4, ::4] > 127
     np.testing.assert_array_equal(half[..., ~painted], kept[0][..., ~painted])
     assert np.abs(half - kept[0])[..., painted].mean() > 0.1
 
 
-def test_a_unet_for_inpainting_draws_from_the_prompt_alone_too(inpainting_networks, networks, folder):
+def test_a_unet_for_inpainting_generates_from_the_prompt_alone_too(inpainting_networks, networks, folder):
     pipeline = ours(inpainting_networks, reference(inpainting_networks)[1], folder)
     grey = Image.new("RGB", (32, 32), (128, 128, 128))
     alone = pipeline(PROMPTS[0], steps=3, seed=1, output="latents")
@@ -214,7 +214,7 @@ def test_a_unet_for_inpainting_draws_from_the_prompt_alone_too(inpainting_networ
 @pytest.mark.parametrize("rescale", [0.3, 1.0])
 def test_guidance_rescale_equals_diffusers(networks, folder, rescale):
     pipe, config = reference(networks, prediction="v_prediction")
-    latents = NoiseStreams([1, 2]).draw((CHANNELS, 8, 8))
+    latents = NoiseStreams([1, 2]).sample((CHANNELS, 8, 8))
     options: dict[str, Any] = {"guidance_scale": 6.0, "guidance_rescale": rescale}
     theirs = pipe(PROMPTS, num_inference_steps=5, latents=torch.from_numpy(latents), output_type="np", **options).images
     pipeline = ours(networks, config, folder)
@@ -225,7 +225,7 @@ def test_guidance_rescale_equals_diffusers(networks, folder, rescale):
 
 def test_guidance_on_an_interval_equals_diffusers_switched_by_its_callback(networks, folder):
     pipe, config = reference(networks)
-    latents = NoiseStreams([1, 2]).draw((CHANNELS, 8, 8))
+    latents = NoiseStreams([1, 2]).sample((CHANNELS, 8, 8))
 
     def switch(pipeline, i, timestep, values):
         pipeline._guidance_scale = 5.0 if 2 <= i + 1 < 6 else 1.0
@@ -271,7 +271,7 @@ def test_weighted_and_long_prompts_equal_diffusers_given_their_embeddings(networ
         scale[1 : len(part) + 1] = torch.tensor(weights[first : first + room])
         windows.append(z_empty + scale[:, None] * (hidden_of(networks, row[None])[0] - z_empty))
     cond, uncond = torch.cat(windows)[None], torch.cat([z_empty] * len(windows))[None]
-    latents = NoiseStreams([1]).draw((CHANNELS, 8, 8))
+    latents = NoiseStreams([1]).sample((CHANNELS, 8, 8))
     theirs = pipe(prompt_embeds=cond, negative_prompt_embeds=uncond, num_inference_steps=5, guidance_scale=5.0,
                   latents=torch.from_numpy(latents), output_type="np").images
     prompt = "a red apple (grinning cat:1.4) on the house [crying dog]" + " house apple" * 10
@@ -290,7 +290,7 @@ def test_an_unweighted_prompt_is_the_same_however_it_is_read(networks, folder):
     np.testing.assert_array_equal(plain, pipeline("a (red:1.0) apple on the house", weighting=True, **options))
 
 
-def test_a_short_prompt_draws_the_same_beside_a_long_one(networks, folder):
+def test_a_short_prompt_generates_the_same_beside_a_long_one(networks, folder):
     pipeline = ours(networks, reference(networks)[1], folder)
     options: dict[str, Any] = {"steps": 3, "long_prompts": True, "output": "latents"}
     both = pipeline([PROMPTS[0], "house apple " * 12], seed=[5, 6], **options)
@@ -312,7 +312,7 @@ def test_what_is_cut_from_a_weighted_prompt_is_logged(networks, folder, caplog):
 
 def test_the_default_reading_of_brackets_is_diffusers(networks, folder):
     pipe, config = reference(networks, StableDiffusionPipeline)
-    latents = NoiseStreams([1]).draw((CHANNELS, 8, 8))
+    latents = NoiseStreams([1]).sample((CHANNELS, 8, 8))
     prompt = "a (red:1.5) [cat]"
     theirs = pipe(prompt, num_inference_steps=3, latents=torch.from_numpy(latents), output_type="np").images
     assert_same(ours(networks, config, folder)(prompt, steps=3, latents=latents, output="numpy"), theirs)

@@ -1,4 +1,4 @@
-"""Our noise is PyTorch's to the last bit: every seed, every size, draw after draw."""
+"""Our noise is PyTorch's to the last bit: every seed, every size, sample after sample."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from runtimes import noise
 from runtimes.errors import InputError
-from runtimes.noise import NoiseStreams, NormalGenerator, resolve_seeds
+from runtimes.pipeline import noise
+from runtimes.pipeline.noise import NoiseStreams, NormalGenerator, resolve_seeds
 
 SEEDS = (0, 1, 7, 2**31, 2**32 - 1, 2**32, 2**32 + 7, 2**63 - 1, 2**63, 2**64 - 1, -1, -7, -(2**63))
 like_torch = pytest.mark.skipif(
@@ -31,13 +31,13 @@ def assert_same_bits(mine: np.ndarray, wanted: np.ndarray) -> None:
 
 @like_torch
 @pytest.mark.parametrize("seed", SEEDS)
-def test_a_seed_draws_what_torch_draws(seed):
+def test_a_seed_generates_what_torch_generates(seed):
     assert_same_bits(NormalGenerator(seed).randn(1 << 16), theirs(torch.Generator().manual_seed(seed), 1 << 16))
 
 
 @like_torch
 @pytest.mark.parametrize("size", [0, 1, 2, 3, 8, 14, 15, *range(16, 34), 47, 48, 49, 255, 1000, 4 * 9 * 11, 16387])
-def test_every_size_draws_what_torch_draws(size):
+def test_every_size_generates_what_torch_generates(size):
     """Fewer than 16 numbers are made one by one in double precision; a rest makes the last 16 anew."""
     for seed in range(40):
         assert_same_bits(NormalGenerator(seed).randn(size), theirs(torch.Generator().manual_seed(seed), size))
@@ -45,7 +45,7 @@ def test_every_size_draws_what_torch_draws(size):
 
 @like_torch
 def test_a_stream_goes_on_where_torchs_does():
-    """Odd small draws leave a number behind, which larger ones pass over and the next small one takes."""
+    """Odd small samples leave a number behind, which larger ones pass over and the next small one takes."""
     sizes = np.random.default_rng(0).choice([1, 2, 3, 5, 15, 16, 17, 31, 33, 256, 4000], 300)
     for seed in (0, 2**32 - 1, -5):
         mine, generator = NormalGenerator(seed), torch.Generator().manual_seed(seed)
@@ -105,21 +105,21 @@ def test_no_input_is_rounded_twice(halves, monkeypatch):
 
 
 @like_torch
-def test_a_stream_per_image_draws_as_torch_with_a_list_of_generators():
+def test_a_stream_per_image_generates_as_torch_with_a_list_of_generators():
     from diffusers.utils.torch_utils import randn_tensor
 
     generators = [torch.Generator().manual_seed(seed) for seed in (7, 8, 99)]
     streams = NoiseStreams((7, 8, 99))
     for shape in ((4, 8, 8), (4, 5, 7), (4, 1, 1)):
-        assert_same_bits(streams.draw(shape), randn_tensor((3, *shape), generators).numpy())
-    np.testing.assert_array_equal(NoiseStreams((7, 8)).draw((4, 8, 8))[1:], NoiseStreams((8,)).draw((4, 8, 8)))
+        assert_same_bits(streams.sample(shape), randn_tensor((3, *shape), generators).numpy())
+    np.testing.assert_array_equal(NoiseStreams((7, 8)).sample((4, 8, 8))[1:], NoiseStreams((8,)).sample((4, 8, 8)))
 
 
 @pytest.mark.parametrize(("shape", "milliseconds"), [((4, 64, 64), 5), ((4, 128, 128), 20)])
-def test_drawing_costs_next_to_nothing(shape, milliseconds):
+def test_generating_costs_next_to_nothing(shape, milliseconds):
     def taken() -> float:
         start = perf_counter()
-        NoiseStreams([0]).draw(shape)
+        NoiseStreams([0]).sample(shape)
         return 1e3 * (perf_counter() - start)
 
     assert min(taken() for _ in range(20)) < milliseconds

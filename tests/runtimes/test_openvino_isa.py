@@ -7,7 +7,7 @@ import os
 import pytest
 
 openvino = pytest.importorskip("openvino")
-from runtimes import session_openvino  # noqa: E402
+from runtimes.backends import openvino_session  # noqa: E402
 
 
 @pytest.mark.parametrize("limit", ["AVX2", None])
@@ -24,5 +24,5 @@ def test_the_limit_is_hidden_while_the_plug_in_reads_it_and_is_there_again_after
         monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     else:
         monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
-    session_openvino.new_core()
+    openvino_session.new_core()
     assert seen == [None] and os.environ.get("ONEDNN_MAX_CPU_ISA") == limit

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from runtimes.backends.profile import Profile
 from runtimes.errors import BundleError, InputError, ParityError
-from runtimes.noise import NoiseStreams
-from runtimes.pipeline import Pipeline, Step
-from runtimes.profile import Profile
+from runtimes.pipeline.diffusion import Pipeline, Step
+from runtimes.pipeline.noise import NoiseStreams
 from tests.runtimes import fakes
 from tests.runtimes.fakes import CHANNELS, DDIM, FACTS, calls_of, fake_sessions, tokenize
 
@@ -26,7 +26,7 @@ def plain_ddim(prompt: str, negative: str, steps: int, scale: float, seed: int) 
     """One image by hand, in float64: arXiv 2010.02502 eq. 12 with eta 0, arXiv 2207.12598 eq. 6."""
     betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
     signal = np.cumprod(1 - betas)
-    x = NoiseStreams([seed]).draw((CHANNELS, 8, 8)).astype(np.float64)
+    x = NoiseStreams([seed]).sample((CHANNELS, 8, 8)).astype(np.float64)
     hidden = [fakes.text_encoder(tokenize([text])) for text in (negative, prompt)]
     for t in np.arange(steps)[::-1] * (1000 // steps) + 1:
         uncond, cond = (fakes.unet(x.astype(np.float32), np.array([t], np.float32), h) for h in hidden)
@@ -53,11 +53,11 @@ def test_an_image_is_bit_equal_alone_and_within_a_batch():
 
 
 def test_image_to_image_is_bit_equal_alone_and_within_a_batch():
-    pictures = [np.random.default_rng(i).random((32, 32, 3)) for i in range(2)]
+    images = [np.random.default_rng(i).random((32, 32, 3)) for i in range(2)]
     options: dict[str, Any] = {"strength": 0.6, "eta": 1.0, **NUMPY}
-    batch = make()(["x", "y"], image=pictures, seed=[1, 2], **options)
+    batch = make()(["x", "y"], image=images, seed=[1, 2], **options)
     for i, prompt in enumerate("xy"):
-        np.testing.assert_array_equal(batch[i], make()(prompt, image=pictures[i], seed=1 + i, **options)[0])
+        np.testing.assert_array_equal(batch[i], make()(prompt, image=images[i], seed=1 + i, **options)[0])
 
 
 def test_one_seed_counts_on_and_no_seed_differs():
@@ -68,7 +68,7 @@ def test_one_seed_counts_on_and_no_seed_differs():
 
 
 def test_latents_replace_the_seeds_noise_and_set_the_size():
-    latents = NoiseStreams([8]).draw((CHANNELS, 8, 10))
+    latents = NoiseStreams([8]).sample((CHANNELS, 8, 10))
     pipeline = make()
     np.testing.assert_array_equal(pipeline("x", latents=latents, **NUMPY),
                                   pipeline("x", seed=8, height=32, width=40, **NUMPY))
@@ -178,15 +178,15 @@ def test_four_threads_get_what_one_gets():
     assert wrong == []
 
 
-def test_pictures_are_what_the_numbers_say():
+def test_images_are_what_the_numbers_say():
     pipeline = make()
-    picture = pipeline("x", seed=0, steps=4)[0]
-    assert picture.mode == "RGB" and picture.size == (32, 32)
+    image = pipeline("x", seed=0, steps=4)[0]
+    assert image.mode == "RGB" and image.size == (32, 32)
     pixels = pipeline("x", seed=0, **NUMPY)[0]
-    np.testing.assert_array_equal(np.asarray(picture), np.rint(pixels * 255).astype(np.uint8))
+    np.testing.assert_array_equal(np.asarray(image), np.rint(pixels * 255).astype(np.uint8))
 
 
-def test_numbers_that_are_not_finite_never_become_a_picture():
+def test_numbers_that_are_not_finite_never_become_a_image():
     sessions = fake_sessions()
     unet, decoder = sessions["unet"], sessions["vae_decoder"]
     pipeline = Pipeline(sessions, FACTS, DDIM, tokenize)

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from runtimes.errors import InputError
-from runtimes.pipeline import Pipeline
+from runtimes.pipeline.diffusion import Pipeline
 from tests.runtimes.fakes import CHANNELS, DDIM, FACTS, calls_of, fake_sessions, tokenize
 
 BASE: dict[str, Any] = {"prompt": "x", "steps": 2, "seed": 1, "output": "latents"}
-PICTURE = np.full((32, 32, 3), 0.5)
+IMAGE = np.full((32, 32, 3), 0.5)
 VALUES: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 10**30, 1.5, math.nan, math.inf, -math.inf, "", "x", "0.5", b"x", 1j, [], (), [1],
     [None], ["x"], ("0", "0.8"), (0, 1), [0.0, math.nan], (0, 0.5, 1), {}, {"a": 1}, {0.0, 1.0}, object(),
@@ -24,7 +24,7 @@ VALUES: tuple[Any, ...] = (
 )
 ARGUMENTS = [name for name, p in inspect.signature(Pipeline.__call__).parameters.items() if name != "self"]
 ASIDE: dict[str, dict[str, Any]] = {  # what an argument needs beside it to mean something
-    "mask": {"image": PICTURE}, "strength": {"image": PICTURE},
+    "mask": {"image": IMAGE}, "strength": {"image": IMAGE},
     "guidance_rescale": {"guidance_scale": 3.0}, "eta": {"scheduler": "ddim"},
 }
 

@@ -12,7 +12,7 @@ from diffusers import StableDiffusionImg2ImgPipeline
 from PIL import Image
 
 from runtimes.errors import InputError
-from runtimes.noise import NoiseStreams
+from runtimes.pipeline.noise import NoiseStreams
 from tests.runtimes.diffusers_reference import (
     CHANNELS,
     NEGATIVES,
@@ -57,7 +57,7 @@ def test_the_negative_prompt_and_guidance_matter_here(networks, folder):
 @pytest.mark.parametrize("scale", [1.0, 0.5, 1.001])
 def test_guidance_at_and_around_one_equals_diffusers(networks, folder, scale):
     pipe, config = reference(networks)
-    latents = NoiseStreams([1]).draw((CHANNELS, 8, 8))
+    latents = NoiseStreams([1]).sample((CHANNELS, 8, 8))
     theirs = pipe(PROMPTS[0], num_inference_steps=3, guidance_scale=scale, latents=torch.from_numpy(latents),
                   output_type="np").images
     pipeline = ours(networks, config, folder)
@@ -67,7 +67,7 @@ def test_guidance_at_and_around_one_equals_diffusers(networks, folder, scale):
 
 def test_pil_output_and_several_images_per_prompt_equal_diffusers(networks, folder):
     pipe, config = reference(networks)
-    latents = NoiseStreams([1, 2, 3, 4]).draw((CHANNELS, 8, 8))
+    latents = NoiseStreams([1, 2, 3, 4]).sample((CHANNELS, 8, 8))
     theirs = pipe(PROMPTS, num_inference_steps=3, num_images_per_prompt=2, latents=torch.from_numpy(latents)).images
     mine = ours(networks, config, folder)(PROMPTS, steps=3, images_per_prompt=2, latents=latents)
     for a, b in zip(mine, theirs, strict=True):
@@ -77,7 +77,7 @@ def test_pil_output_and_several_images_per_prompt_equal_diffusers(networks, fold
 
 def test_latents_output_equals_diffusers(networks, folder):
     pipe, config = reference(networks, scheduler="euler")
-    latents = NoiseStreams([1]).draw((CHANNELS, 8, 8))
+    latents = NoiseStreams([1]).sample((CHANNELS, 8, 8))
     theirs = pipe(PROMPTS[0], num_inference_steps=5, latents=torch.from_numpy(latents), output_type="latent").images
     mine = ours(networks, config, folder)(PROMPTS[0], steps=5, latents=latents, scheduler="euler", output="latents")
     assert np.linalg.norm(mine - theirs.numpy()) <= 1e-5 * np.linalg.norm(theirs.numpy())
@@ -86,32 +86,32 @@ def test_latents_output_equals_diffusers(networks, folder):
 @pytest.mark.parametrize(("scheduler", "prediction", "strength"), [
     *((*sampler, 0.6) for sampler in SAMPLERS), ("ddim", "v_prediction", 0.35),
     ("ddim", "epsilon", 1.0)])
-def test_image_to_image_equals_diffusers(networks, folder, pictures, scheduler, prediction, strength):
+def test_image_to_image_equals_diffusers(networks, folder, images, scheduler, prediction, strength):
     pipe, config = reference(networks, StableDiffusionImg2ImgPipeline, prediction, scheduler)
     seeds = [21, 22]
-    theirs = pipe(PROMPTS, image=[p.resize((40, 32), Image.Resampling.LANCZOS) for p in pictures], strength=strength,
+    theirs = pipe(PROMPTS, image=[p.resize((40, 32), Image.Resampling.LANCZOS) for p in images], strength=strength,
                   negative_prompt=NEGATIVES, num_inference_steps=8, guidance_scale=4.0, generator=generators(seeds),
                   output_type="np").images
     mine = ours(networks, config, folder)(
-        PROMPTS, image=pictures, strength=strength, negative_prompt=NEGATIVES, steps=8, guidance_scale=4.0, seed=seeds,
+        PROMPTS, image=images, strength=strength, negative_prompt=NEGATIVES, steps=8, guidance_scale=4.0, seed=seeds,
         height=32, width=40, scheduler=scheduler, output="numpy")
     assert_same(mine, theirs)
 
 
-def test_an_image_is_rounded_down_to_whole_latents_as_diffusers_does(networks, folder, pictures):
+def test_an_image_is_rounded_down_to_whole_latents_as_diffusers_does(networks, folder, images):
     pipe, config = reference(networks, StableDiffusionImg2ImgPipeline)
-    odd = pictures[0].resize((43, 35))
+    odd = images[0].resize((43, 35))
     theirs = pipe("cat", image=odd, num_inference_steps=4, generator=generators([7]), output_type="np").images
     mine = ours(networks, config, folder)("cat", image=odd, steps=4, strength=0.8, seed=7, output="numpy")
     assert mine.shape == (1, 32, 40, 3)
     assert_same(mine, theirs)
 
 
-def test_an_image_of_a_size_that_the_networks_do_not_take_is_refused(networks, folder, pictures):
+def test_an_image_of_a_size_that_the_networks_do_not_take_is_refused(networks, folder, images):
     pipeline = ours(networks, reference(networks)[1], folder)  # of two latents, 8 pixels
     with pytest.raises(InputError, match="image: the image's height of 38 will not do: height is 36, the bundle makes "
                                          r"16 to 128 in steps of 8 \(give height; nearest: 32 or 40"):
-        pipeline("cat", image=pictures[0], steps=2)
+        pipeline("cat", image=images[0], steps=2)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 8])

@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 
-from runtimes.prompt_cache import PromptCache
+from runtimes.text.prompt_cache import PromptCache
 
 
 def block(value: int, kilobytes: int = 1) -> np.ndarray:

@@ -86,23 +86,23 @@ REASONS = (
 
 
 @st.composite
-def runs(draw, name):
+def runs(generate, name):
     """A config of the class, and the arguments of a run."""
     config = {"_class_name": CLASSES[name].__name__}
     for key in sorted(keys_of(name) & VALUES.keys()):
-        if draw(st.booleans()):
-            config[key] = draw(VALUES[key])
+        if generate(st.booleans()):
+            config[key] = generate(VALUES[key])
     if name in ALGORITHMS:
-        config["algorithm_type"] = draw(st.sampled_from(ALGORITHMS[name]))
+        config["algorithm_type"] = generate(st.sampled_from(ALGORITHMS[name]))
     if SPREADS[0] in keys_of(name):
-        spread = draw(st.sampled_from([None, *SPREADS]))
+        spread = generate(st.sampled_from([None, *SPREADS]))
         config |= {} if spread is None else {spread: True}
     if config.get("prediction_type") == "sample" and name in ("euler-ancestral", "kdpm2", "kdpm2-ancestral", "dpm-sde",
                                                               "pndm", "edm-euler", "edm-dpm++"):
         config["prediction_type"] = "v_prediction"  # which diffusers' class refuses too
-    steps = draw(st.one_of(st.integers(1, 12), st.integers(13, 60)))
-    eta = draw(st.sampled_from([0.0, 0.0, 0.5])) if name in ("ddim", "tcd") else 0.0
-    return config, steps, draw(st.sampled_from([1.0, 1.0, 0.75, 0.4])), eta
+    steps = generate(st.one_of(st.integers(1, 12), st.integers(13, 60)))
+    eta = generate(st.sampled_from([0.0, 0.0, 0.5])) if name in ("ddim", "tcd") else 0.0
+    return config, steps, generate(st.sampled_from([1.0, 1.0, 0.75, 0.4])), eta
 
 
 def sensitivity(config, steps, strength, eta):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy import cli
+from deploy.cli import commands
 from runtimes.errors import InputError
 from tests.runtimes.scheduler_reference import SCHEDULERS, base_config, from_config, keys_of, normal
 
@@ -18,7 +18,7 @@ NOISE = {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}
 
 
 @pytest.mark.parametrize("name", ["euler-ancestral", "lcm"])
-def test_a_stochastic_step_without_noise_is_refused_not_drawn(name):
+def test_a_stochastic_step_without_noise_is_refused_not_generated(name):
     run = from_config(base_config(name)).start(4)
     assert [run.needs_noise(i) for i in range(4)] == [True, True, True, False]
     with pytest.raises(ValueError, match="noise"):
@@ -180,7 +180,7 @@ def test_schedules_that_leave_the_training_range_or_repeat_a_level_are_refused()
 
 
 def test_the_help_of_generate_names_every_sampler():
-    parameters = inspect.signature(cli.generate, eval_str=True).parameters
+    parameters = inspect.signature(commands.generate, eval_str=True).parameters
     text = parameters["scheduler"].annotation.__metadata__[0].help
     assert re.split(r", | or ", text.partition(": ")[2]) == list(SCHEDULERS)
 

@@ -1,6 +1,6 @@
 """Our samplers equal diffusers' after every step, with the same noise injected into both.
 
-Not here: that a pipeline draws noise in the order in which diffusers' does. The keys of the configs are in
+Not here: that a pipeline samples noise in the order in which diffusers' does. The keys of the configs are in
 test_scheduler_configs.py, random configs in test_scheduler_properties.py, refusals in test_scheduler_refusals.py.
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from runtimes.handover import begin_part
+from runtimes.pipeline.base_and_refiner import begin_part
 from runtimes.schedulers import SCHEDULERS
 from tests.runtimes.scheduler_reference import (
     CLASSES,

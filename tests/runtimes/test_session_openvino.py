@@ -10,10 +10,10 @@ import numpy as np
 import onnx
 import pytest
 
-from runtimes.bundle import Bundle
+from runtimes.backends.openvino_session import OpenVinoSession, cache_folder, properties
+from runtimes.backends.session import SessionOptions
+from runtimes.bundle.folder import Bundle
 from runtimes.errors import BundleError, InputError, UnavailableError
-from runtimes.session import SessionOptions
-from runtimes.session_openvino import OpenVinoSession, cache_folder, properties
 from tests.runtimes.fakes import AFFINE, affine_model, write_bundle
 
 INSTALLED = util.find_spec("openvino") is not None
@@ -34,7 +34,7 @@ def bundle(tmp_path) -> Bundle:
     folder = tmp_path / "b" / "components" / "affine"
     folder.mkdir(parents=True)
     if INSTALLED:
-        from exporters.openvino_from_onnx import convert_openvino
+        from exporters.openvino.openvino_files import convert_openvino
 
         onnx.save(affine_model(), tmp_path / "affine.onnx")
         convert_openvino(tmp_path / "affine.onnx", folder / "model.xml", PART.inputs, PART.outputs)

@@ -12,12 +12,12 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
-from runtimes import session_ort
-from runtimes.bundle import Bundle
+from runtimes.backends import onnxruntime_session
+from runtimes.backends.onnxruntime_session import OrtSession, profile_shapes, provider_options, session_options
+from runtimes.backends.session import SessionOptions, open_session
+from runtimes.bundle.folder import Bundle
+from runtimes.bundle.tensors import Axis, ShapeRange, TensorSpec
 from runtimes.errors import BundleError, DeployError, InputError, UnavailableError
-from runtimes.session import SessionOptions, open_session
-from runtimes.session_ort import OrtSession, profile_shapes, provider_options, session_options
-from runtimes.tensors import Axis, ShapeRange, TensorSpec
 from tests.runtimes.fakes import AFFINE, affine_bundle, affine_model, component, components, graph
 from tests.runtimes.hub_cache import as_hub_snapshot
 
@@ -54,19 +54,19 @@ def test_feeds_that_do_not_fit_are_named(session, feeds, message):
 
 @pytest.mark.parametrize("device", ["cuda", "tensorrt"])
 def test_a_device_that_is_missing_is_said_and_never_replaced(tmp_path, device):
-    if session_ort.PROVIDERS[device] in ort.get_available_providers():
+    if onnxruntime_session.PROVIDERS[device] in ort.get_available_providers():
         pytest.skip("this machine has it")
     with pytest.raises(UnavailableError) as caught:
         open_session(affine_bundle(tmp_path / "b"), "affine", SessionOptions(device))
     error = caught.value
-    assert session_ort.PROVIDERS[device] in error.what and device in error.where and error.fix
+    assert onnxruntime_session.PROVIDERS[device] in error.what and device in error.where and error.fix
     assert error.exit_code == 4
 
 
 def stand_in(monkeypatch) -> SessionOptions:
     """A device whose provider starts and takes no node, as Azure's does in every build of ORT."""
-    monkeypatch.setitem(session_ort.PROVIDERS, "cuda", "AzureExecutionProvider")
-    monkeypatch.setattr(session_ort, "provider_options", lambda device, component: {})
+    monkeypatch.setitem(onnxruntime_session.PROVIDERS, "cuda", "AzureExecutionProvider")
+    monkeypatch.setattr(onnxruntime_session, "provider_options", lambda device, component: {})
     return SessionOptions("cuda")
 
 
@@ -88,7 +88,7 @@ def test_a_node_that_the_device_does_not_take_is_never_computed_on_the_cpu(tmp_p
     """inference_session.cc: "This session contains graph nodes that are assigned to the default CPU EP, but fallback to
     CPU EP has been explicitly disabled" (session.disable_cpu_ep_fallback). Newer releases name the nodes.
     """
-    monkeypatch.setattr(session_ort, "RECORDS_PLACEMENT", records)
+    monkeypatch.setattr(onnxruntime_session, "RECORDS_PLACEMENT", records)
     with pytest.raises(DeployError, match="1 Gemm" if records else "explicitly disabled by the user"):
         OrtSession(affine_bundle(tmp_path / "b"), "affine", stand_in(monkeypatch))
 
@@ -125,7 +125,7 @@ def test_cuda_comes_after_tensorrt_and_the_cpu_is_left_to_ort(tmp_path, monkeypa
         raise Stopped
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(session_ort, "available_provider", lambda device: session_ort.PROVIDERS[device])
+    monkeypatch.setattr(onnxruntime_session, "available_provider", lambda device: onnxruntime_session.PROVIDERS[device])
     monkeypatch.setattr(ort, "InferenceSession", session)
     with pytest.raises(BundleError):
         OrtSession(affine_bundle(tmp_path / "b"), "affine", SessionOptions("tensorrt"))
@@ -143,10 +143,10 @@ def test_what_a_gpu_would_compute_in_float32_is_refused_with_the_build_that_does
         part = dataclasses.replace(AFFINE, precision=precision, details=details)
         for device in ("cuda", "tensorrt"):
             with pytest.raises(InputError, match=f"{precision} is in a form for CPUs.*build with --device {device}"):
-                session_ort.check_arithmetic(part, device, "unet")
-        session_ort.check_arithmetic(part, "cpu", "unet")
+                onnxruntime_session.check_arithmetic(part, device, "unet")
+        onnxruntime_session.check_arithmetic(part, "cpu", "unet")
     computing = dataclasses.replace(AFFINE, precision=precision, details={"conversion": {"mode": "compute"}})
-    session_ort.check_arithmetic(computing, "cuda", "unet")
+    onnxruntime_session.check_arithmetic(computing, "cuda", "unet")
 
 
 def test_engines_of_two_fine_tunes_are_never_cached_in_one_folder(tmp_path, monkeypatch):
@@ -250,7 +250,7 @@ def test_bound_outputs_reuse_a_threads_buffer_and_stay_the_callers(tmp_path):
     """The device path, run on the CPU's memory: the same code binds CUDA buffers."""
     bundle = affine_bundle(tmp_path / "b")
     session = OrtSession(bundle, "affine", CPU)
-    session._bound = session_ort._BoundRunner(session._session, AFFINE, "cpu")
+    session._bound = onnxruntime_session._BoundRunner(session._session, AFFINE, "cpu")
     first = session.run({"x": X})["y"]
     buffer = session._bound._local.buffers["y"][1]
     second = session.run({"x": X + 1})["y"]
@@ -264,7 +264,7 @@ def test_bound_outputs_reuse_a_threads_buffer_and_stay_the_callers(tmp_path):
 def test_bound_outputs_whose_shape_is_not_known_come_back_as_well(tmp_path):
     part = dataclasses.replace(AFFINE, outputs=(TensorSpec("y", "float32", ("rows", 3)),))
     session = OrtSession(affine_bundle(tmp_path / "b", part=part), "affine", CPU)
-    session._bound = session_ort._BoundRunner(session._session, part, "cpu")
+    session._bound = onnxruntime_session._BoundRunner(session._session, part, "cpu")
     np.testing.assert_allclose(session.run({"x": X})["y"], Y, rtol=1e-6)
 
 
@@ -313,7 +313,7 @@ def test_a_format_without_runtime_is_named(tmp_path):
 def test_rank_zero_and_fixed_axes_are_checked():
     part = component((TensorSpec("n", "int64", (2, "k")), TensorSpec("m", "int64", ("k",))), (),
                      {"k": Axis("k", ShapeRange(2, 2, 8), 2)})
-    from runtimes.tensors import bind_axes
+    from runtimes.bundle.tensors import bind_axes
 
     assert bind_axes(part.inputs, {"n": np.zeros((2, 4), int), "m": np.zeros(4, int)}, part.axes, "p") == {"k": 4}
     with pytest.raises(InputError, match="another input has 4"):

@@ -9,10 +9,10 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from runtimes import session_ort_kept
-from runtimes.bundle import Bundle
+from runtimes.backends import optimized_graphs
+from runtimes.backends.session import Session, SessionOptions, open_session
+from runtimes.bundle.folder import Bundle
 from runtimes.errors import BundleError
-from runtimes.session import Session, SessionOptions, open_session
 from tests.runtimes.fakes import affine_bundle
 from tests.runtimes.test_session_ort import X, Y
 
@@ -21,7 +21,7 @@ from tests.runtimes.test_session_ort import X, Y
 def kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Where graphs are kept; every graph counts as large."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(session_ort_kept, "ABOVE_BYTES", 0)
+    monkeypatch.setattr(optimized_graphs, "ABOVE_BYTES", 0)
     return tmp_path / "cache" / "ldm-deploy" / "onnxruntime" / "cpu"
 
 
@@ -80,7 +80,7 @@ def test_no_room_costs_nothing_but_time(tmp_path, kept, monkeypatch, hindrance):
 
 def test_another_processor_or_graph_gets_an_entry_of_its_own(tmp_path, kept, monkeypatch):
     load(affine_bundle(tmp_path / "b"))
-    monkeypatch.setattr(session_ort_kept, "processor", lambda: "another")
+    monkeypatch.setattr(optimized_graphs, "processor", lambda: "another")
     load(affine_bundle(tmp_path / "b2"))
     assert len(entries(kept)) == 2
 
@@ -94,7 +94,7 @@ def test_a_corrupt_graph_is_still_a_broken_bundle(tmp_path, kept):
 def test_beyond_the_limit_what_was_used_least_recently_is_dropped(tmp_path, kept, monkeypatch):
     load(affine_bundle(tmp_path / "b"))
     (first,) = entries(kept)
-    monkeypatch.setattr(session_ort_kept, "processor", lambda: "another")
+    monkeypatch.setattr(optimized_graphs, "processor", lambda: "another")
     monkeypatch.setenv("LDM_DEPLOY_CACHE_LIMIT", str(int(1.5 * sum(f.stat().st_size for f in first.iterdir()))))
     load(affine_bundle(tmp_path / "b2"))
     (second,) = entries(kept)

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtimes import session_tensorrt, tensorrt_contexts
-from runtimes.batching import RowRunner
+from runtimes.backends.batching import RowRunner
+from runtimes.backends.tensorrt import contexts, engine_session
+from runtimes.backends.tensorrt.cuda_device import CudaDevice
+from runtimes.backends.tensorrt.engine_session import TensorRtSession
 from runtimes.errors import BundleError, DeployError, InputError, OutOfMemoryError
-from runtimes.session_tensorrt import TensorRtSession
-from runtimes.tensorrt_device import CudaDevice
 from tests.runtimes.engine_bundles import LIMITS, OPTIONS, PROFILES, make_bundle, use
 from tests.runtimes.fake_engine import ROW_BYTES, B, DataType, ErrorCodeTRT, ICudaEngine, W, module
 from tests.runtimes.fake_gpu import ERROR, FakeCuda
@@ -77,7 +77,7 @@ def test_each_captured_graph_has_a_context_that_is_never_changed_again(session, 
 
 
 def test_only_so_many_graphs_are_kept(cuda, engine, session, monkeypatch):
-    monkeypatch.setattr(tensorrt_contexts, "GRAPHS_KEPT", 2)
+    monkeypatch.setattr(contexts, "GRAPHS_KEPT", 2)
     for count in (8, 1, 2, 3, 4):
         for _ in range(3):
             run(session, count)
@@ -293,7 +293,7 @@ def test_threads_may_share_a_session(session):
 def test_every_thread_that_runs_a_session_is_moved_to_its_gpu(engine, cuda, monkeypatch, tmp_path):
     """cuda-bindings, cudaSetDevice: "Sets `device` as the current device for the calling host thread"."""
     cuda.ordinal = 1
-    monkeypatch.setattr(session_tensorrt, "open_device", lambda: CudaDevice(1))
+    monkeypatch.setattr(engine_session, "open_device", lambda: CudaDevice(1))
     session = TensorRtSession(make_bundle(tmp_path / "b"), "affine", OPTIONS)
     results: list[Any] = []
     thread = threading.Thread(target=lambda: results.append(session.run({"x": X})["y"]))

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from runtimes.backends.tensorrt.cuda_device import CudaDevice
+from runtimes.backends.tensorrt.engine_session import TensorRtSession
 from runtimes.errors import BundleError, UnavailableError
-from runtimes.gpu import gpu_or_none
-from runtimes.session_tensorrt import TensorRtSession
-from runtimes.tensorrt_device import CudaDevice
+from runtimes.system.nvidia import gpu_or_none
 from tests.runtimes import fake_engine
 from tests.runtimes.engine_bundles import LIMITS, OPTIONS, make_bundle, use
 from tests.runtimes.fake_engine import B, EngineInvalidityDiagnostics, EngineValidity, ICudaEngine, W, module
@@ -166,8 +166,8 @@ def test_cuda_without_a_driver_is_one_line():
 
 @pytest.mark.gpu
 def test_an_engine_on_a_real_gpu_computes_the_same(tmp_path):
-    from exporters.tensorrt_from_onnx import build_engine
-    from exporters.tensorrt_options import EngineOptions, make_profiles
+    from exporters.tensorrt.engine_builder import build_engine
+    from exporters.tensorrt.engine_options import EngineOptions, make_profiles
 
     builder = "tensorrt" if util.find_spec("tensorrt") else "tensorrt-rtx"
     capabilities = ("current",) if builder == "tensorrt-rtx" else ()

@@ -7,8 +7,7 @@ import struct
 
 import pytest
 
-from runtimes.errors import BundleError, InputError, UnavailableError
-from runtimes.tensorrt_plan import (
+from runtimes.backends.tensorrt.engine_plan import (
     ALIGNMENT,
     ShapeLimits,
     check_builder,
@@ -22,7 +21,8 @@ from runtimes.tensorrt_plan import (
     runtime_cache_file,
     shape_key,
 )
-from runtimes.tensors import Axis, ShapeRange, TensorSpec
+from runtimes.bundle.tensors import Axis, ShapeRange, TensorSpec
+from runtimes.errors import BundleError, InputError, UnavailableError
 from tests.runtimes.fakes import component
 
 SMALL = {"x": ShapeLimits((1, 4, 8), (1, 4, 8), (4, 4, 16))}
@@ -157,6 +157,6 @@ def test_kernels_are_kept_per_engine_gpu_and_release(tmp_path):
 
 
 def _record(sha: str):
-    from runtimes.manifest import FileRecord
+    from runtimes.bundle.manifest import FileRecord
 
     return FileRecord(1, sha)

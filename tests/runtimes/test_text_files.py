@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from calibration.prompts import read_prompts
+from calibration.trajectory.prompts import read_prompts
 from runtimes.errors import InputError
 
 PROMPTS = ("a red apple", "a café, 東京")

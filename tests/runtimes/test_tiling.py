@@ -1,4 +1,4 @@
-"""Tiles: where they lie, that blending leaves no seam, and that pictures larger than the networks come out."""
+"""Tiles: where they lie, that blending leaves no seam, and that images larger than the networks come out."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from runtimes.conditions import Conditions
+from runtimes.codec.tiling import Tiling
 from runtimes.errors import InputError
-from runtimes.guidance import Guidance, GuidedUnet
-from runtimes.pipeline import Pipeline
-from runtimes.tiling import Tiling
+from runtimes.pipeline.conditioner import Conditions
+from runtimes.pipeline.diffusion import Pipeline
+from runtimes.pipeline.guidance import Guidance, GuidedUnet
 from tests.runtimes.fakes import CHANNELS, DDIM, FACTOR, FACTS, calls_of, fake_sessions, tokenize
 
 SHAPES = [((8, 8), (8, 8)), ((16, 8), (8, 8)), ((13, 29), (8, 4)), ((9, 9), (8, 8)), ((64, 64), (8, 8))]
@@ -55,7 +55,7 @@ def test_tiles_lie_elsewhere_at_every_step_and_still_cover_the_whole(shape, tile
         np.testing.assert_allclose(shifted.join(tiles), whole, rtol=1e-5, atol=1e-5)
         starts |= {int(t[0, 0, 0, 0]) for t in shifted.cut(rows)}
     if shape == (64, 64):
-        assert starts >= set(range(2, 54)) | {0, 56}  # no row but those at the picture's edge is left out
+        assert starts >= set(range(2, 54)) | {0, 56}  # no row but those at the image's edge is left out
 
 
 def test_tiles_stay_where_they_were_while_deep_features_are_reused():
@@ -76,7 +76,7 @@ def test_tiles_that_disagree_blend_without_a_step():
     assert steepest < 0.2 * largest  # an unblended border jumps by up to all of it
 
 
-def test_a_network_that_looks_at_single_places_draws_the_same_in_tiles():
+def test_a_network_that_looks_at_single_places_generates_the_same_in_tiles():
     """Pointwise networks cannot tell a tile from the whole, so tiling must not show at all."""
     def pointwise(**limits: Any) -> Pipeline:
         pipeline = make(**limits)
@@ -99,19 +99,19 @@ def test_one_tile_at_a_time_goes_through_the_networks():
 
 
 def test_image_to_image_and_inpainting_work_in_tiles():
-    picture = Image.effect_noise((96, 128), 90).convert("RGB")
+    image = Image.effect_noise((96, 128), 90).convert("RGB")
     mask = np.zeros((128, 96), np.uint8)
     mask[:, 48:] = 255
     options: dict[str, Any] = {"seed": 0, "steps": 4, "tile": 32, "output": "latents"}
     options |= {"height": 128, "width": 96}
-    kept = make(side=(4, 8))("x", image=picture, mask=Image.new("L", (96, 128)), **options)
-    half = make(side=(4, 8))("x", image=picture, mask=mask, **options)
+    kept = make(side=(4, 8))("x", image=image, mask=Image.new("L", (96, 128)), **options)
+    half = make(side=(4, 8))("x", image=image, mask=mask, **options)
     assert half.shape == (1, CHANNELS, 128 // FACTOR, 96 // FACTOR)
     np.testing.assert_array_equal(half[..., :12], kept[..., :12])
     assert (half[..., 12:] != kept[..., 12:]).all()
 
 
-def test_a_tile_as_large_as_the_picture_changes_nothing():
+def test_a_tile_as_large_as_the_image_changes_nothing():
     options: dict[str, Any] = {"seed": 0, "steps": 3, "output": "latents"}
     np.testing.assert_array_equal(make()("x", tile=64, **options), make()("x", **options))
 

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from transformers import CLIPTokenizer
 
 from runtimes.errors import BundleError, InputError
-from runtimes.tokenizer import ClipTokenizer, prepare_tokenizer, tokenizer_json_from_bpe
+from runtimes.text.clip_tokenizer import ClipTokenizer, prepare_tokenizer, tokenizer_json_from_bpe
 from tests.runtimes.vocabulary import WORDS, Vocabulary, make_vocabulary
 
 PIECES = [

@@ -16,7 +16,7 @@ from tokenizers import AddedToken
 from transformers import BertTokenizer, CLIPTokenizer
 
 from runtimes.errors import InputError
-from runtimes.tokenizer import ClipTokenizer, check_rows, prepare_tokenizer
+from runtimes.text.clip_tokenizer import ClipTokenizer, check_rows, prepare_tokenizer
 from tests.runtimes.test_tokenizer import PIECES, flags, write_old
 from tests.runtimes.vocabulary import WORDS, make_vocabulary
 

@@ -7,7 +7,7 @@ import json
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 WORDS = """a an the red green blue apple grinning face cat dog house tree sun moon star heart hand fish bird car ship
-flower rocket smiling crying person woman man child running under over near photo of picture painting it's they're
+flower rocket smiling crying person woman man child running under over near photo of image painting it's they're
 don't we'll i've 3d 2024 café naïve über straße""".split()
 
 Vocabulary = tuple[dict[str, int], list[tuple[str, str]]]

@@ -12,13 +12,13 @@ from typing import Any
 import runtimes
 from deploy.parity.blame import different_facts, different_keys
 from deploy.parity.components import open_candidate
-from deploy.parity.pool import SessionPool
-from deploy.parity.upstream.model import Upstream
-from deploy.parity.upstream.requests import Asked
-from runtimes.bundle import Bundle, sha256_of
+from deploy.parity.reference.session_pool import SessionPool
+from deploy.parity.upstream.asked_model import Upstream
+from deploy.parity.upstream.asked_requests import Asked
+from runtimes.backends.session import SessionOptions
+from runtimes.bundle.folder import Bundle, sha256_of
 from runtimes.errors import ParityError
-from runtimes.loading import scheduler_config
-from runtimes.session import SessionOptions
+from runtimes.pipeline.loading import scheduler_config
 
 LEVELS = ("weights", "feeds", "images")
 LEAST_PSNR_DB = 60.0  # what two float32 implementations of the same arithmetic reach
@@ -67,7 +67,7 @@ def enforce(levels: Levels, where: str) -> None:
 
 def compare_source(upstream: Upstream, source: Bundle) -> dict[str, Level]:
     """Levels *weights* and *feeds* of a source bundle. Imports torch."""
-    from deploy.parity.upstream.weights import compare_weights
+    from deploy.parity.upstream.weights_level import compare_weights
 
     report = compare_weights(upstream, source)
     figures = {"tensors": report.tensors, "bytes": report.bytes, "adapted": report.adapted, "max_abs": report.max_abs}
@@ -78,8 +78,8 @@ def compare_source(upstream: Upstream, source: Bundle) -> dict[str, Level]:
 
 def compare_bundle_feeds(upstream: Upstream, source: Bundle, bundle: Bundle) -> Level:
     """Level *feeds* of a bundle's facts, tokenizers and scheduler. Imports torch."""
-    from deploy.parity.upstream.feeds import compare_feeds
-    from deploy.reference import reference_sessions
+    from deploy.parity.reference.torch_sessions import reference_sessions
+    from deploy.parity.upstream.feeds_level import compare_feeds
 
     report = compare_feeds(upstream, source, bundle, reference_sessions(source, capacity=1))
     figures = {"requests": report.requests, "relative_l2": report.relative_l2}
@@ -103,8 +103,8 @@ def compare_bundle_images(upstream: Upstream, source: Bundle, bundle: Bundle | N
         least_db: budget of the bundle's images.
         one_at_a_time: whether only one network of each side is in memory.
     """
-    from deploy.parity.upstream.images import compare_images
-    from deploy.reference import reference_sessions
+    from deploy.parity.reference.torch_sessions import reference_sessions
+    from deploy.parity.upstream.images_level import compare_images
 
     networks = reference_sessions(source, capacity=1 if one_at_a_time else None)
     pool = None

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from runtimes.bundle import Bundle
+from runtimes.backends.session import Session
+from runtimes.bundle.folder import Bundle
+from runtimes.bundle.manifest import MANIFEST_FILE, parse
 from runtimes.errors import DeployError, UnavailableError
-from runtimes.loading import load_tokenizers, scheduler_config
-from runtimes.manifest import MANIFEST_FILE, parse
-from runtimes.pipeline import Pipeline
-from runtimes.session import Session
+from runtimes.pipeline.diffusion import Pipeline
+from runtimes.pipeline.loading import load_tokenizers, scheduler_config
 
 
 class TritonSession(Session):
@@ -81,7 +81,7 @@ class TritonPythonModel:
                                  *load_tokenizers(bundle))
 
     def execute(self, requests):
-        """Draw the images of each request; what is wrong with one does not touch the others."""
+        """Generate the images of each request; what is wrong with one does not touch the others."""
         return [self.answer(request) for request in requests]
 
     def answer(self, request):

@@ -1,0 +1,168 @@
+"""Calibration data: inputs of every component taken from running pipelines, in shards on disk. One shard in memory."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from calibration.trajectory.inpainting_masks import paint_mask
+from calibration.trajectory.prompts import CALLS_PER_EPISODE, STEPS, STRENGTH, Episode, InpaintingEpisode
+from runtimes.backends.session import Arrays, Session
+from runtimes.bundle.folder import replacing, translated_disk_errors
+from runtimes.bundle.manifest import digest_of
+from runtimes.pipeline.diffusion import Pipeline
+from runtimes.system.cache_store import use
+
+VERSION = 2  # raised whenever equal keys would give other recordings
+DENOISER = "unet"
+Feeds = dict[str, np.ndarray[Any, Any]]
+Assemble = Callable[[Mapping[str, Session]], Pipeline]
+
+
+class _Tap(Session):
+    """Passes calls through and keeps the inputs of those that are wanted."""
+
+    def __init__(self, inner: Session) -> None:
+        super().__init__(inner.name, inner.component)
+        self._inner = inner
+        self.kept: list[Feeds] = []
+        self.wanted: frozenset[int] | None = None
+        self._count = 0
+
+    def begin(self, wanted: tuple[int, ...] | None) -> None:
+        """Count calls from 0 again; None keeps every call."""
+        self.wanted, self._count = None if wanted is None else frozenset(wanted), 0
+
+    def _run(self, feeds: Arrays) -> Feeds:
+        if self.wanted is None or self._count in self.wanted:
+            self.kept.append({name: array.copy() for name, array in feeds.items()})
+        self._count += 1
+        return self._inner.run(feeds)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Recorded inputs on disk.
+
+    Attributes:
+        folder: holds shard-NNNN.npz.
+        shards: how many.
+        identity: sha256 of everything that decides the content; what a quantized component's manifest names.
+    """
+
+    folder: Path
+    shards: int
+    identity: str
+
+    def calls(self, component: str) -> Iterator[Feeds]:
+        """Recorded calls of one component in the order they were made, one shard in memory at a time."""
+        for number in range(self.shards):
+            with np.load(_shard(self.folder, number), allow_pickle=False) as archive:
+                yield from _unpack(archive, component)
+
+    def spread(self, component: str, count: int) -> list[Feeds]:
+        """At most `count` calls, evenly spaced and from every part of the schedule.
+
+        A plain stride would meet the same place in each episode, and so one part of the schedule alone.
+        """
+        calls = list(self.calls(component))
+        if len(calls) <= count:
+            return calls
+        return [calls[min((i * len(calls)) // count + i % CALLS_PER_EPISODE, len(calls) - 1)] for i in range(count)]
+
+
+def record(sessions: Mapping[str, Session], assemble: Assemble, episodes: tuple[Episode, ...], root: Path, *,
+           source: Any, guidance_scale: float, steps: int = STEPS, strength: float = STRENGTH,
+           tell: Callable[[int, int], None] = lambda done, of: None) -> Recording:
+    """Run the pipeline and keep what its networks are fed; what was recorded before, also by a killed run, is kept.
+
+    The U-Net's calls hold both guidance branches (rows: unconditional, then conditional). Text encoder and decoder are
+    recorded at every call; the encoder sees the image that the second trajectory of an episode starts from, and where
+    the episodes are for inpainting, the image without what its mask covers, and the grey that text to image starts
+    from.
+
+    Args:
+        sessions: networks by name; they are wrapped, not changed.
+        assemble: makes a pipeline over sessions. Called once an episode: an old one's prompt cache would hide calls.
+        episodes: from `plan_episodes`.
+        root: recordings are kept below it, one folder for each identity.
+        source: JSON value that identifies the networks, tokenizer and scheduler.
+        guidance_scale: of classifier-free guidance.
+        steps, strength: as given to `plan_episodes`.
+        tell: told after each episode how many of how many are on disk.
+
+    Raises:
+        UnavailableError: the disk is full.
+        DeployError: what the pipeline raises.
+    """
+    identity = digest_of({"version": VERSION, "source": source, "guidance": guidance_scale, "steps": steps,
+                          "strength": strength, "episodes": [asdict(e) for e in episodes]})
+    folder = root / identity
+    recording = Recording(folder, len(episodes), identity)
+    taps = {name: _Tap(session) for name, session in sessions.items()}
+    with translated_disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        use(folder)
+        for number, episode in enumerate(episodes):
+            if not _intact(_shard(folder, number)):
+                for tap in taps.values():
+                    tap.kept = []
+                _play(taps, assemble, episode, guidance_scale, steps, strength)
+                _write(_shard(folder, number), _pack({name: tap.kept for name, tap in taps.items()}))
+            tell(number + 1, len(episodes))
+    return recording
+
+
+def _play(taps: Mapping[str, _Tap], assemble: Assemble, episode: Episode, guidance_scale: float, steps: int,
+          strength: float) -> None:
+    pipeline = assemble(taps)
+    for name, tap in taps.items():
+        tap.begin(episode.keep if name == DENOISER else None)
+    prompt, second_prompt = (episode.prompt, episode.second_prompt) if pipeline.facts.text_encoders else ("", "")
+    images = pipeline(prompt, steps=steps, guidance_scale=guidance_scale, seed=episode.seed)
+    if not episode.second_keep or "vae_encoder" not in taps:
+        return
+    taps[DENOISER].begin(episode.second_keep)
+    how: dict[str, Any] = {"image": images[0], "strength": strength}
+    if isinstance(episode, InpaintingEpisode):
+        width, height = images[0].size
+        how = {"image": images[0], "strength": episode.strength, "mask": paint_mask(
+            episode.mask, height, width, episode.painted, episode.seed, pipeline.facts.vae_scale_factor)}
+    pipeline(second_prompt, steps=steps, guidance_scale=guidance_scale, seed=episode.seed + 1, **how)
+
+
+def _shard(folder: Path, number: int) -> Path:
+    return folder / f"shard-{number:04d}.npz"
+
+
+def _pack(calls: Mapping[str, list[Feeds]]) -> Feeds:
+    return {f"{component}/{number}/{name}": array for component, kept in calls.items()
+            for number, feeds in enumerate(kept) for name, array in feeds.items()}
+
+
+def _unpack(archive: Mapping[str, Any], component: str) -> Iterator[Feeds]:
+    names: dict[int, list[str]] = {}
+    for key in archive:
+        owner, number, name = key.split("/", 2)
+        if owner == component:
+            names.setdefault(int(number), []).append(name)
+    for index, inputs in sorted(names.items()):
+        yield {name: archive[f"{component}/{index}/{name}"] for name in inputs}
+
+
+def _intact(file: Path) -> bool:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return archive.testzip() is None
+    except (OSError, zipfile.BadZipFile):
+        return False
+
+
+def _write(file: Path, arrays: Feeds) -> None:
+    with replacing(file) as partial, partial.open("wb") as stream:
+        np.savez(stream, allow_pickle=False, **arrays)

@@ -1,0 +1,35 @@
+"""`convert` and `export-triton`, the commands that write one layout of files from another. Arguments only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help=".safetensors file with all networks")],
+    configs: Annotated[Path, typer.Option(help="diffusers folder of the same architecture; weights are not needed")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="folder to write, for `build`")],
+) -> None:
+    """Turn a single-file checkpoint (CompVis, A1111) into a diffusers folder. Nothing is downloaded."""
+    from deploy.cli import console
+    from exporters.source.single_file import convert_single_file
+
+    console.say(f"wrote {convert_single_file(checkpoint, configs, output, console.say)}")
+
+
+def export_triton(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="folder that `build` wrote")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="folder of the model repository")],
+    instances: Annotated[int, typer.Option(min=1, help="copies of each model that serve at once")] = 1,
+    gpu: Annotated[bool, typer.Option("--gpu", help="place the models on GPUs")] = False,
+) -> None:
+    """Write a model repository for the Triton Inference Server."""
+    from deploy.build import triton_repository as repository
+    from deploy.cli import console
+    from runtimes.bundle.folder import Bundle
+
+    options = repository.TritonOptions(instances=instances, gpu=gpu)
+    console.show_repository(output, repository.export_triton(Bundle.open(bundle), output, options))

@@ -1,0 +1,55 @@
+"""LoRA files that diffusers 0.42 with PEFT 0.21 reads otherwise than they are meant: which of its faults a file meets.
+
+Ours is what the file says. A comparison with diffusers' loader has to know; docs/families.md lists them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from runtimes.adapters.lora_files import read_keys
+from runtimes.bundle.safetensors_reader import read_header, read_number
+
+# name -> what diffusers does
+DIFFERENCES = {
+    "alphas": "diffusers gives the attention projections of the U-Net and all of a text encoder the most common alpha",
+    "numbering": "diffusers leaves out what follows the original U-Net's numbering where other keys do not",
+    "adapter-name": "diffusers loads nothing of keys with an adapter's name in them",
+}
+_ORIGINAL, _DIFFUSERS = r"(input|output)_blocks|middle_block", r"(down|up)_blocks|mid_block"
+
+
+def differences(file: Path) -> tuple[str, ...]:
+    """Names of `DIFFERENCES` that a file meets, without reading its matrices.
+
+    Raises:
+        InputError: as `runtimes.adapters.lora_files.read_keys`.
+    """
+    keys, header = read_keys(file), read_header(file)
+    found = []
+    kohya = all(key.startswith("lora_") for key in keys)
+    if kohya:
+        alphas: dict[str, dict[str, float | None]] = {}
+        for key, what in keys.items():
+            own = alphas.setdefault(what.component, {})
+            if what.part == "alpha":
+                own[what.place] = read_number(file, header, key)
+            else:
+                own.setdefault(what.place, None)
+        if any(_mistaken(component, own) for component, own in alphas.items()):
+            found.append("alphas")
+        unet = [key for key, what in keys.items() if what.component == "unet"]
+        if all(any(re.search(pattern, key) for key in unet) for pattern in (_ORIGINAL, _DIFFUSERS)):
+            found.append("numbering")
+    if any(re.search(r"\.lora_[AB]\.[^.]+\.weight$", key) for key in keys):
+        found.append("adapter-name")
+    return tuple(found)
+
+
+def _mistaken(component: str, alphas: Mapping[str, float | None]) -> bool:
+    """Whether the alphas of a component differ where diffusers needs them alike. Without any, it takes the ranks."""
+    alike = len(set(alphas.values())) < 2
+    projections = any(re.search(r"_to_(q|k|v|out_0)$", place) for place in alphas)
+    return not alike and (component != "unet" or projections or None in alphas.values())

@@ -1,0 +1,115 @@
+"""Networks that take their LoRAs as inputs: which inputs those are, and what they are fed from any LoRA files.
+
+Several LoRAs become one by standing side by side along the rank, and what a LoRA leaves alone gets zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from runtimes.adapters.lora_files import Array, Factors, components_of, parse_lora, read_factors
+from runtimes.bundle.folder import Bundle
+from runtimes.bundle.manifest import Component
+from runtimes.bundle.tensors import Axis, ShapeRange, TensorSpec
+from runtimes.errors import InputError
+
+# Component.details[DETAILS]: "targets" (module -> shape of its weight), "levels" (kohya counts by them), "rank".
+DETAILS = "lora"
+RANK, LARGEST_RANK = "rank", 4096
+NONE = "none"  # in place of files: the model without any
+
+
+def own_file(name: str) -> str:
+    """Where a bundle has the LoRA that it was built with, its scales applied, in PEFT's format."""
+    return f"lora/{name}.safetensors"
+
+
+def input_specs(targets: Mapping[str, Sequence[int]]) -> tuple[TensorSpec, ...]:
+    """Inputs of a network: for a matrix (in, rank) and (rank, out), for a convolution the weights of two."""
+    specs = []
+    for module, (out, inner, *kernel) in targets.items():
+        down: tuple[int | str, ...] = (RANK, inner, *kernel) if kernel else (inner, RANK)
+        up: tuple[int | str, ...] = (out, RANK, *(1 for _ in kernel)) if kernel else (RANK, out)
+        specs += [TensorSpec(f"{module}.lora_down", "float32", down), TensorSpec(f"{module}.lora_up", "float32", up)]
+    return tuple(specs)
+
+
+def with_inputs(component: Component) -> Component:
+    """The component as its graph is: with the inputs that the pipeline knows nothing of."""
+    if DETAILS not in component.details:
+        return component
+    own = component.details[DETAILS]
+    axis = Axis("rank of all LoRAs together", ShapeRange(1, own["rank"], LARGEST_RANK))
+    return replace(component, inputs=(*component.inputs, *input_specs(own["targets"])),
+                   axes={**component.axes, RANK: axis},
+                   details={k: v for k, v in component.details.items() if k != DETAILS})
+
+
+def side_by_side(loras: Sequence[Mapping[str, Factors]]) -> dict[str, Factors]:
+    """Several LoRAs as one of their ranks together, by module."""
+    found: dict[str, Factors] = {}
+    for module in sorted({module for lora in loras for module in lora}):
+        parts = [lora[module] for lora in loras if module in lora]
+        found[module] = Factors(parts[0].key, np.concatenate([p.down.reshape(len(p.down), *parts[0].down.shape[1:])
+                                                              for p in parts]),
+                                np.concatenate([p.up for p in parts], axis=1))
+    return found
+
+
+def feeds_for(bundle: Bundle, name: str, options: Sequence[str] = ()) -> dict[str, Array]:
+    """What the inputs of one component are fed.
+
+    Args:
+        bundle: built with `--lora-mode swap`.
+        name: of the component.
+        options: `FILE[:SCALE]` each, `none`, or nothing for the LoRA that the bundle was built with.
+
+    Returns:
+        every input of `input_specs` by name, float32.
+
+    Raises:
+        InputError: a file that is no LoRA, changes what this bundle takes no LoRA for, or does not fit.
+    """
+    own: Any = bundle.component(name).details[DETAILS]
+    targets: Mapping[str, Sequence[int]] = own["targets"]
+    if tuple(options) == (NONE,):
+        chosen = []
+    elif options:
+        chosen = [parse_lora(option) for option in options]
+    else:
+        chosen = [(bundle.file(own_file(name)), 1.0)]
+    factors = side_by_side([read_factors(file, name, scale, targets, own["levels"]) for file, scale in chosen])
+    rank = max((len(found.down) for found in factors.values()), default=1)
+    if rank > LARGEST_RANK:
+        raise InputError(f"the ranks together are {rank}, at most {LARGEST_RANK}", where="--lora")
+    feeds: dict[str, Array] = {}
+    for module, shape in targets.items():
+        out, inner, *kernel = shape
+        down, up = np.zeros((rank, inner, *kernel), np.float32), np.zeros((out, rank), np.float32)
+        if (found := factors.get(module)) is not None:
+            found.delta(tuple(shape), found.key)  # refuses what does not fit
+            own_rank = len(found.down)
+            down[:own_rank], up[:, :own_rank] = found.down.reshape(own_rank, inner, *kernel), found.up
+        feeds[f"{module}.lora_down"] = down if kernel else np.ascontiguousarray(down.T)
+        feeds[f"{module}.lora_up"] = up[:, :, None, None] if kernel else np.ascontiguousarray(up.T)
+    return feeds
+
+
+def check_options(bundle: Bundle, options: Sequence[str]) -> None:
+    """Refuse LoRAs that the bundle has no inputs for, before anything is loaded.
+
+    Raises:
+        InputError: it takes none at all, or none for a component that a file changes.
+    """
+    takes = [name for name, component in bundle.manifest.components.items() if DETAILS in component.details]
+    if options and not takes:
+        raise InputError("this bundle takes no LoRA: it was not built with --lora-mode swap", where=str(bundle.path),
+                         fix="build it with --lora FILE --lora-mode swap, or merge another with --lora FILE")
+    for file, _ in (parse_lora(option) for option in options if option != NONE):
+        if other := [name for name in components_of(file) if name not in takes]:
+            raise InputError(f"it changes the {other[0]}, this bundle takes LoRAs for {', '.join(takes)} alone",
+                             where=str(file), fix="build with a LoRA that changes the same parts, --lora-mode swap")

@@ -1,0 +1,41 @@
+"""A component whose LoRA is an input of its graph: any backend's session, fed the LoRA in every call."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from runtimes.adapters.lora_inputs import feeds_for, with_inputs
+from runtimes.backends.session import Arrays, Session, SessionOptions, open_session
+from runtimes.bundle.folder import Bundle
+
+
+class LoraSession(Session):
+    """Takes the inputs that the pipeline knows; the others are the same in every call.
+
+    Args:
+        bundle: of any format; the component was built with `--lora-mode swap`.
+        name: of the component.
+        options: of the backend; `lora` says which one, instead of the bundle's own.
+
+    Raises:
+        InputError: a LoRA that does not fit.
+        DeployError: what the backend's session raises.
+    """
+
+    def __init__(self, bundle: Bundle, name: str, options: SessionOptions) -> None:
+        component = bundle.component(name)
+        super().__init__(name, component)
+        self._lora = feeds_for(bundle, name, options.lora)
+        components = {**bundle.manifest.components, name: with_inputs(component)}
+        self._inner = open_session(replace(bundle, manifest=replace(bundle.manifest, components=components)), name,
+                                   options)
+
+    def _run(self, feeds: Arrays) -> dict[str, np.ndarray[Any, Any]]:
+        return self._inner.run({**feeds, **self._lora})
+
+    def close(self) -> None:
+        """Close the session below."""
+        self._inner.close()

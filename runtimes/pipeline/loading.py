@@ -1,0 +1,89 @@
+"""A bundle on disk to a pipeline that runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from runtimes.adapters.lora_inputs import check_options
+from runtimes.backends.session import SessionOptions
+from runtimes.bundle.folder import Bundle, read_object
+from runtimes.codec.safety_checker import PREPROCESSOR_FILE, SAFETY_CHECKER, Preprocessing
+from runtimes.pipeline.bundle_sessions import BundleSessions, needed
+from runtimes.pipeline.diffusion import Pipeline
+from runtimes.pipeline.memory_budget import MemoryBudget
+from runtimes.text.clip_tokenizer import ClipTokenizer
+
+SCHEDULER_FILE = "scheduler/scheduler_config.json"
+
+
+def load(bundle_dir: Path | str | Bundle, device: str = "cpu", threads: int = 0, check_hashes: bool = True, *,
+         hint: str = "latency", pin_threads: bool = False, memory_budget: int | None = None,
+         lora: Sequence[str] = ()) -> Pipeline:
+    """Load a bundle.
+
+    Args:
+        bundle_dir: folder that `build` wrote, or an open bundle.
+        device: "cpu", or an accelerator that the bundle's backend knows ("cuda", "tensorrt", "tensorrt-rtx").
+        threads: CPU threads inside one operator; 0 uses every core.
+        check_hashes: compare every file with its sha256 first, above 64 MB unless it is the file that an earlier load
+            compared and nobody wrote to it since; otherwise only presence and size.
+        hint: of OpenVINO: "latency" gives one call every core, "throughput" runs several calls at once.
+        pin_threads: keep each CPU thread on a core of its own.
+        memory_budget: bytes that this process may take while it generates: as many images share a call as fit.
+            What calls take is measured once on each machine; see `runtimes.pipeline.memory_budget`.
+        lora: of a bundle built with `--lora-mode swap`: `FILE[:SCALE]` each instead of its own, or "none" alone.
+
+    Raises:
+        InputError: a LoRA that the bundle does not take.
+        BundleError: not a bundle, or one that is broken, changed or from another schema.
+        UnavailableError: this machine lacks the backend, the device or the memory.
+    """
+    bundle = bundle_dir if isinstance(bundle_dir, Bundle) else Bundle.open(bundle_dir, check_hashes=check_hashes,
+                                                                           trust_notes=True)
+    check_options(bundle, lora)
+    options = SessionOptions(device, threads, hint, pin_threads, tuple(lora), keep_graphs=True)
+    budget = None
+    if memory_budget is not None:
+        from runtimes.pipeline.memory_measurement import memory_model
+
+        budget = MemoryBudget(memory_budget, memory_model(bundle, options))
+    sessions = BundleSessions(bundle, options)
+    facts = bundle.manifest.pipeline
+    for name in needed(facts):
+        sessions[name]
+    preprocessing = load_preprocessing(bundle) if SAFETY_CHECKER in bundle.manifest.components else None
+    return Pipeline(sessions, facts, scheduler_config(bundle), *load_tokenizers(bundle), preprocessing=preprocessing,
+                    memory=budget)
+
+
+def load_tokenizers(bundle: Bundle) -> list[ClipTokenizer]:
+    """The tokenizer of each text encoder.
+
+    Raises:
+        BundleError: one is missing or cannot be read.
+    """
+    facts = bundle.manifest.pipeline
+    folders = [name.replace("text_encoder", "tokenizer") for name in facts.text_encoders]
+    return [ClipTokenizer.load(bundle.file(f"{folder}/tokenizer.json").parent, facts.tokens) for folder in folders]
+
+
+def scheduler_config(bundle: Bundle) -> dict[str, Any]:
+    """The bundle's scheduler_config.json.
+
+    Raises:
+        BundleError: missing or not a JSON object.
+    """
+    return read_object(bundle.file(SCHEDULER_FILE))
+
+
+def load_preprocessing(bundle: Bundle) -> Preprocessing:
+    """How the safety checker's images are prepared.
+
+    Raises:
+        BundleError: the file is missing or not a JSON object.
+        InputError: it is not CLIPImageProcessor's config.
+    """
+    file = bundle.file(PREPROCESSOR_FILE)
+    return Preprocessing.from_config(read_object(file), str(file))
