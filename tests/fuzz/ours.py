@@ -35,8 +35,11 @@ def run(case: Case, folder: Path, files: Mapping[str, Path], pictures: Mapping[s
     except Exception as error:  # a crash is a finding, not the fuzzer's end
         deploy = isinstance(error, DeployError)
         code = int(getattr(error, "exit_code", 1)) if deploy else 1
-        return Stopped(stage, type(error).__name__, str(getattr(error, "what", error)),
-                       str(getattr(error, "where", "")), code, bool(trace.calls))
+        where = str(getattr(error, "where", ""))
+        if stage == "request" and case.request.scheduler is not None and where == "scheduler_config.json":
+            where = "scheduler"  # which the request names: nobody could know when the model was read
+        return Stopped(stage, type(error).__name__, str(getattr(error, "what", error)), where, code,
+                       bool(trace.calls))
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
