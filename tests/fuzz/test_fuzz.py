@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.fuzz import case as cases_on_disk
 from tests.fuzz.cases import make
 from tests.fuzz.choices import Choices
+from tests.fuzz.known import named_ends, own_alphas
 from tests.fuzz.planted import FAULTS, planted
 from tests.fuzz.report import Report
 from tests.fuzz.run import run_case
@@ -101,3 +103,23 @@ def test_a_fault_in_a_codebook_is_found_where_latents_are_large_and_ties_are_man
                           ("the size of a codebook's entries", "images")):
         with planted(FAULTS[fault]):
             assert run_case(case)[0].reason == reason
+
+
+def test_the_mends_of_kohya_loras_leave_a_file_of_peft_and_its_metadata_alone(tmp_path: Path):
+    file = tmp_path / "peft.safetensors"
+    save_file({"unet.conv_in.lora_A.weight": torch.ones(1, 2)}, file, metadata={"lora_adapter_metadata": "{}"})
+    before = file.read_bytes()
+    own_alphas(file)
+    assert file.read_bytes() == before
+
+
+def test_the_mend_of_kohyas_ends_names_text_encoders_too(tmp_path: Path):
+    file = tmp_path / "kohya.safetensors"
+    stems = ("lora_unet_conv_in", "lora_te2_text_model_encoder_layers_0_self_attn_q_proj")
+    save_file({f"{stem}.{part}": torch.full((2, 2), 3.0) if part != "alpha" else torch.tensor(1.0) for stem in stems
+               for part in ("lora_down.weight", "lora_up.weight", "alpha")}, file)
+    named_ends(file)
+    found = load_file(file)
+    module = "text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj"
+    assert set(found) == {f"{name}.lora_{part}.weight" for name in ("unet.conv_in", module) for part in "AB"}
+    assert found[f"{module}.lora_B.weight"].unique().item() == 1.5  # alpha 1 of rank 2
