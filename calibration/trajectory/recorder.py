@@ -12,7 +12,7 @@ import numpy as np
 
 from calibration.trajectory.inpainting_masks import paint_mask
 from calibration.trajectory.prompts import CALLS_PER_EPISODE, STEPS, STRENGTH, Episode, InpaintingEpisode
-from runtimes.backends.session import Arrays, Session
+from runtimes.backends.session import Arrays, Session, WrappedSession
 from runtimes.bundle.folder import replacing, translated_disk_errors
 from runtimes.bundle.manifest import digest_of
 from runtimes.pipeline.diffusion import Pipeline
@@ -24,12 +24,11 @@ Feeds = dict[str, np.ndarray[Any, Any]]
 Assemble = Callable[[Mapping[str, Session]], Pipeline]
 
 
-class _Tap(Session):
+class _Tap(WrappedSession):
     """Passes calls through and keeps the inputs of those that are wanted."""
 
     def __init__(self, inner: Session) -> None:
-        super().__init__(inner.name, inner.component)
-        self._inner = inner
+        super().__init__(inner)
         self.kept: list[Feeds] = []
         self.wanted: frozenset[int] | None = None
         self._count = 0
@@ -42,7 +41,7 @@ class _Tap(Session):
         if self.wanted is None or self._count in self.wanted:
             self.kept.append({name: array.copy() for name, array in feeds.items()})
         self._count += 1
-        return self._inner.run(feeds)
+        return super()._run(feeds)
 
 
 @dataclass(frozen=True)

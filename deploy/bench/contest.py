@@ -23,6 +23,7 @@ from deploy.core.doctor import machine
 from deploy.parity.metrics import psnr_db
 from runtimes.bundle.folder import Bundle
 from runtimes.errors import InputError, UnavailableError
+from runtimes.system.device import CPU, Device
 
 KINDS = {"torch": "eager", "torch.compile": "compile"}
 SETTLE_SECONDS = 0.25  # thread pools spin for a while after a run, and would take the next one's cores
@@ -48,7 +49,7 @@ class BenchOptions:
     guidance_scale: float = 7.5
     batches: tuple[int, ...] = (1,)
     threads: int = 0
-    device: str = "cpu"
+    device: Device = CPU
 
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.against) - set(KINDS)):
@@ -80,7 +81,7 @@ def run_bench(bundles: Sequence[Path], options: BenchOptions, say: Callable[[str
     commands |= {kind: _torch_command(opened[0], threads, KINDS[kind]) for kind in options.against}
     report: dict[str, Any] = {
         "machine": machine(), "settings": {"rounds": options.rounds, "steps": options.steps, "threads": threads,
-                                           "guidance_scale": options.guidance_scale, "device": options.device},
+                                           "guidance_scale": options.guidance_scale, "device": str(options.device)},
         "load_before": os.getloadavg()[0]}
     say("measuring what this machine can do")
     report["limits"] = {"gemm_gflops": gemm_flops() / 1e9, "copy_gigabytes_per_second": bandwidth() / 1e9}
@@ -198,12 +199,13 @@ def _names(paths: Sequence[Path]) -> list[str]:
     return names if len(set(names)) == len(names) else [str(path) for path in paths]
 
 
-def _bundle_command(bundle: Bundle, threads: int, device: str) -> list[str]:
-    return [sys.executable, "-m", "deploy.bench.child_bundle", str(bundle.path.resolve()), str(threads), device]
+def _bundle_command(bundle: Bundle, threads: int, device: Device) -> list[str]:
+    return [sys.executable, "-m", "deploy.bench.child_bundle", str(bundle.path.resolve()), str(threads),
+            str(device)]
 
 
 def _torch_command(bundle: Bundle, threads: int, kind: str) -> list[str]:
-    from deploy.build.verify import source_of
+    from deploy.building.verify import source_of
     from deploy.model.hub import is_name
     from deploy.model.read_from import model_folder
 

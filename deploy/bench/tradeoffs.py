@@ -15,6 +15,7 @@ from runtimes.bundle.folder import Bundle
 from runtimes.pipeline.diffusion import Pipeline
 from runtimes.pipeline.guidance import SHALLOW
 from runtimes.pipeline.loading import load
+from runtimes.system.device import CPU, Device
 
 LONG_STEPS = 50
 TIMED_ROUNDS = 5
@@ -36,7 +37,7 @@ def candidates(bundle: Bundle) -> list[Setting]:
 
 
 def measure(
-    bundle: Bundle, *, images: int = 100, device: str = "cpu", threads: int = 0,
+    bundle: Bundle, *, images: int = 100, device: Device = CPU, threads: int = 0,
     progress: Callable[[str], None] = lambda text: None,
 ) -> list[Measured]:
     """Generate the same prompts from the same noise with every setting, then time one image in interleaved rounds.

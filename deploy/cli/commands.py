@@ -11,6 +11,7 @@ import typer
 
 from deploy.cli import file_commands, machine_commands
 from runtimes.errors import DeployError, InputError, UnavailableError
+from runtimes.system.device import CPU, Device
 
 app = typer.Typer(
     name="ldm-deploy",
@@ -23,7 +24,9 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object instead of text")]
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="folder that `build` wrote")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, tensorrt, tensorrt-rtx; OpenVINO: cpu, gpu, npu, auto")]
+DeviceOption = Annotated[Device, typer.Option(
+    parser=Device.parse, metavar="KIND[:NUMBER]",
+    help="cpu, cuda, tensorrt, tensorrt-rtx; OpenVINO: cpu, gpu, npu, auto; the second GPU is cuda:1")]
 Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0 = all cores")]
 Hint = Annotated[str, typer.Option(help="OpenVINO: latency (a call has all cores) or throughput (calls share them)")]
 PinThreads = Annotated[bool, typer.Option("--pin-threads", help="keep each CPU thread on a core of its own")]
@@ -100,7 +103,7 @@ def build(
     output: Annotated[Path | None, typer.Option("-o", "--output", help="default: build/MODEL-TARGET-PRECISION")] = None,
 ) -> None:
     """Build a bundle: load, export, optimize, and prove it equal to PyTorch."""
-    from deploy.build.choose import plan_build, run_build
+    from deploy.building.choose import plan_build, run_build
     from deploy.cli import console
     from deploy.core.pruning_options import given_options
     from deploy.core.spec import covering, make_spec, parse_budget, parse_engine, parse_shapes
@@ -162,7 +165,7 @@ def prune_model(
     output: Annotated[Path, typer.Option("-o", "--output", help="folder in diffusers layout")] = Path("pruned"),
 ) -> None:
     """Write a smaller model as a diffusers folder."""
-    from deploy.build.prune_folder import prune_folder
+    from deploy.building.prune_folder import prune_folder
     from deploy.cli import console
     from deploy.core.pruning_options import given_options
     from deploy.core.spec import make_spec, parse_budget
@@ -220,7 +223,7 @@ def generate(
     metadata: Annotated[bool, typer.Option("--metadata/--no-metadata", help="prompt, seed and bundle hash in the PNG")]
     = True,
     lora: Lora = [],  # noqa: B006
-    device: Device = "cpu",
+    device: DeviceOption = CPU,
     threads: Threads = 0,
     hint: Hint = "latency",
     pin_threads: PinThreads = False,
@@ -248,7 +251,7 @@ def generate(
 def tradeoffs(
     bundle: BundlePath,
     images: Annotated[int, typer.Option(min=1, help="generated with each setting")] = 100,
-    device: Device = "cpu",
+    device: DeviceOption = CPU,
     threads: Threads = 0,
     json: Json = False,
 ) -> None:
@@ -270,11 +273,11 @@ def verify(
     bundle: BundlePath,
     against: Against = None,
     effort: Annotated[str, typer.Option(help="auto, full, quick or components; as --verify of `build`")] = "auto",
-    device: Device = "cpu",
+    device: DeviceOption = CPU,
     json: Json = False,
 ) -> None:
     """Compare a bundle with its PyTorch source at component, trajectory and image level."""
-    from deploy.build.verify import verify_bundle
+    from deploy.building.verify import verify_bundle
     from deploy.cli import console
 
     result = verify_bundle(bundle, against, device=device, effort=effort)
@@ -293,7 +296,7 @@ def bench(
     steps: Annotated[int, typer.Option(help="denoising steps")] = 25,
     guidance: Annotated[float, typer.Option(help="guidance_scale")] = 7.5,
     batch: Annotated[str, typer.Option(help="images at once, several with commas: 1,2,4,8")] = "1",
-    device: Device = "cpu",
+    device: DeviceOption = CPU,
     threads: Threads = 0,
     json: Json = False,
 ) -> None:
@@ -331,7 +334,7 @@ def diagnose(
     grid: Annotated[Path | None, typer.Option(help="PNG: how images come about along the denoising")] = None,
     steps: Annotated[int, typer.Option(min=2, help="denoising steps")] = 20,
     guidance: Annotated[float, typer.Option(help="guidance_scale")] = 5.0,
-    device: Device = "cpu",
+    device: DeviceOption = CPU,
     json: Json = False,
 ) -> None:
     """Find what is wrong with images: VAE, U-Net without a prompt, response to text, guidance, in this order."""

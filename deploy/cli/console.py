@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from deploy.bench.presets import Measured
-    from deploy.build.builder import Outcome
-    from deploy.build.verify import Verification
+    from deploy.building.builder import Outcome
+    from deploy.building.verify import Verification
     from deploy.core.plan import PlannedPass
     from deploy.core.spec import BuildSpec
     from deploy.diagnose.checks import Diagnosis

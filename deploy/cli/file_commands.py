@@ -27,7 +27,7 @@ def export_triton(
     gpu: Annotated[bool, typer.Option("--gpu", help="place the models on GPUs")] = False,
 ) -> None:
     """Write a model repository for the Triton Inference Server."""
-    from deploy.build import triton_repository as repository
+    from deploy.building import triton_repository as repository
     from deploy.cli import console
     from runtimes.bundle.folder import Bundle
 

@@ -18,6 +18,7 @@ from runtimes.codec.safety_checker import SAFETY_CHECKER
 from runtimes.errors import InputError
 from runtimes.pipeline.aspect_ratios import parse_aspect
 from runtimes.system.byte_sizes import parse_bytes
+from runtimes.system.device import Device
 from runtimes.system.process_memory import peak_rss_bytes
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class GenerateRequest:
     grid: int
     preview: Path | None
     metadata: bool
-    device: str
+    device: Device
     threads: int
     hint: str
     pin_threads: bool
@@ -182,7 +183,7 @@ def check_session(request: GenerateRequest, bundle: Bundle) -> None:
     formats = {component.format for component in bundle.manifest.components.values()}
     if request.hint != "latency" and "openvino" not in formats:
         raise InputError(f"only OpenVINO takes the hint {request.hint!r}", where="--hint", fix="leave it out")
-    if request.pin_threads and (request.device.lower() != "cpu" or "tensorrt" in formats):
+    if request.pin_threads and (request.device.kind != "cpu" or "tensorrt" in formats):
         raise InputError("threads are pinned on a CPU only", where="--pin-threads", fix="leave it out")
 
 

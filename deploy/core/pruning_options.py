@@ -18,7 +18,7 @@ class PruningOptions(BaseModel):
     Attributes:
         prune: share of its channels to remove, 0 to 1 (`deploy.pruning.shrink.widths`).
         prune_candidates: several shares, of which the largest that keeps the budget is taken, or none at all
-            (`deploy.build.choose_share`).
+            (`deploy.building.choose_share`).
         prune_vae: share of the autoencoder's channels to remove, of encoder and decoder alike, 0 to 1
             (`deploy.pruning.narrow_autoencoder`).
         prune_method: what a channel's importance is (`deploy.pruning.shrink.importance`).

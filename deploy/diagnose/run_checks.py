@@ -21,6 +21,7 @@ from runtimes.codec.autoencoder import to_uint8
 from runtimes.codec.pixels import open_image, to_pil, to_pixels
 from runtimes.errors import InputError
 from runtimes.pipeline.diffusion import Pipeline, Step
+from runtimes.system.device import CPU, Device
 
 Float32 = NDArray[np.float32]
 IMAGES = 4
@@ -40,11 +41,11 @@ class DiagnoseOptions:
     images: tuple[Path, ...] = ()
     steps: int = 20
     guidance_scale: float = 5.0
-    device: str = "cpu"
+    device: Device = CPU
 
 
 @contextmanager
-def opened(target: str, device: str) -> Iterator[tuple[Mapping[str, Session], Bundle]]:
+def opened(target: str, device: Device) -> Iterator[tuple[Mapping[str, Session], Bundle]]:
     """The networks of a bundle, by its runtime alone, or of a model, by PyTorch.
 
     Raises:
@@ -57,10 +58,10 @@ def opened(target: str, device: str) -> Iterator[tuple[Mapping[str, Session], Bu
         bundle = Bundle.open(target)
         yield BundleSessions(bundle, SessionOptions(device)), bundle
         return
-    if device.lower() != "cpu":
+    if device.kind != "cpu":
         raise InputError("a model is diagnosed in PyTorch on the CPU", where="--device",
                          fix="leave it out, or build a bundle and diagnose that")
-    from deploy.build.builder import load_source, workspace
+    from deploy.building.builder import load_source, workspace
     from deploy.core.pass_cache import Cache, default_root
     from deploy.core.progress import Silent
     from deploy.core.spec import BuildSpec

@@ -11,11 +11,11 @@ from deploy.parity.options import ParityOptions
 from deploy.parity.reference.answers import Reference
 from deploy.parity.reference.planned_shapes import plan_runs
 from deploy.parity.reference.sample_feeds import Feeds, NoRealInputsError, Sample, cast
-from deploy.parity.reference.session_pool import close
-from runtimes.backends.session import FORMATS, Session, SessionOptions, open_session
+from runtimes.backends.session import FORMATS, Session, SessionOptions
 from runtimes.bundle.folder import Bundle
 from runtimes.bundle.manifest import Component
 from runtimes.errors import DeployError, UnavailableError
+from runtimes.pipeline.bundle_sessions import open_session
 
 SOURCE_FORMAT = "safetensors"
 
@@ -99,7 +99,7 @@ def check_components(
             try:
                 figures[name] = _compare(session, samples)
             finally:
-                close(session)
+                session.close()
                 del session  # before the next network is loaded
         except UnavailableError as error:
             unverified[name] = str(error)

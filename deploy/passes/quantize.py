@@ -176,7 +176,8 @@ def measured_gain(before: Bundle, after: Bundle, name: str) -> dict[str, Any]:
     compiles the graph anew.
     """
     from deploy.core.call_times import quotient, seconds_in_turns, usual_feeds
-    from runtimes.backends.session import SessionOptions, open_session
+    from runtimes.backends.session import SessionOptions
+    from runtimes.pipeline.bundle_sessions import open_session
 
     component = before.component(name)
     size = after.component(name).bytes / component.bytes

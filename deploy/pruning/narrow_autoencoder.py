@@ -24,6 +24,7 @@ from deploy.pruning.shrink.prune_network import size_of
 from deploy.pruning.shrink.structured import HALVES, prune_network
 from deploy.pruning.shrink.widths import AUTOENCODER, config_of, levels_of, uniform_widths
 from deploy.pruning.teacher.original import Teacher, example_feeds, load_source_module
+from deploy.pruning.training_device import training_device
 from exporters.source.networks import torch_component
 from runtimes.bundle.folder import Bundle, replacing
 from runtimes.bundle.manifest import digest_of, to_json
@@ -162,7 +163,7 @@ def own_latents(source: Bundle, config: Mapping[str, Any], count: int) -> Tensor
            "guidance_scale": config["guidance_scale"], "count": count}
     file = default_root() / "recover" / f"latents-{digest_of(to_json(key))}.safetensors"
     if not use(file):
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = training_device()
         teacher = Teacher.load(source, DENOISER, config["prompts"], config["guidance_scale"], device)
         listener().finished(f"prune-vae: generating {count} images to learn from")
         generated = teacher.trajectories(min(count, GENERATED_AT_ONCE)).generate(count)
@@ -193,7 +194,7 @@ def accumulate_cycle_gradients(network: Any, latents: Tensor) -> None:
 def _recover(source: Bundle, name: str, network: Any, smaller: Any, latents: Tensor,
              config: Mapping[str, Any]) -> dict[str, Any]:
     """Train one half of `smaller` in place; what the training did, JSON-able."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = training_device()
     latents, student = latents.to(device), torch_component(name, smaller.to(device))
     decoder = torch_component(DECODER, network.to(device))
     encoder = torch_component(ENCODER, network) if name == ENCODER else None

@@ -16,12 +16,13 @@ from deploy.core.pass_cache import Cache, default_root
 from deploy.parity.options import gallery_for, options_for
 from deploy.parity.pipelines import check_pipeline
 from deploy.parity.reference.answers import Reference
-from runtimes.backends.session import SessionOptions, open_session
+from runtimes.backends.session import SessionOptions
 from runtimes.bundle.folder import Bundle, link_or_copy, records_below, sha256_of
 from runtimes.bundle.manifest import to_json
 from runtimes.errors import ParityError, UnavailableError
-from runtimes.pipeline.bundle_sessions import BundleSessions
+from runtimes.pipeline.bundle_sessions import BundleSessions, open_session
 from runtimes.system.compute_identity import runtime_identity
+from runtimes.system.device import CPU
 
 TIMED_CALLS = 9
 ANYTHING = Budget(1e9, 1e9, 0.0, 0.0, 100.0)  # nothing is to blame while searching: the caller judges
@@ -76,7 +77,7 @@ class Trials:
         self._cache = Cache(default_root())
         self._identity = {"trial": VERSION, "reference": self._reference.identity,
                           "low": {n: sha256_of(file) for n, file in sorted(low.items())}, "budget": asdict(budget),
-                          "options": to_json(self._options), "runtime": runtime_identity("cpu", "onnx")}
+                          "options": to_json(self._options), "runtime": runtime_identity(CPU, "onnx")}
         self.done: list[Trial] = []
 
     def generate(self, name: str, unet: Path) -> Trial:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtimes.backends.batching import all_finite
-from runtimes.backends.session import Arrays, Session
+from runtimes.backends.session import Arrays, Session, WrappedSession
 from runtimes.errors import CancelledError, ParityError
 from runtimes.pipeline.initial_latents import Start
 from runtimes.pipeline.noise import NoiseStreams
@@ -63,17 +63,16 @@ class Stop:
         return session if self._cancel is None else _Stoppable(session, self)
 
 
-class _Stoppable(Session):
-    def __init__(self, inner: Session, stop: Stop) -> None:
-        super().__init__(inner.name, inner.component)
-        self._inner, self._stop = inner, stop
+class _Stoppable(WrappedSession):
+    """Raises CancelledError before a call, once the run was ended."""
 
-    def run(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
-        self._stop.check()
-        return self._inner.run(feeds)
+    def __init__(self, inner: Session, stop: Stop) -> None:
+        super().__init__(inner)
+        self._stop = stop
 
     def _run(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
-        return self._inner.run(feeds)
+        self._stop.check()
+        return super()._run(feeds)
 
 
 def denoise(

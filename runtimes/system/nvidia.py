@@ -66,10 +66,10 @@ def find_gpu(ordinal: int = 0) -> Gpu:
     return Gpu(name.value.decode(), (capability[0], capability[1]), memory.value)
 
 
-def gpu_or_none() -> Gpu | None:
-    """The first GPU that CUDA shows, or nothing."""
+def gpu_or_none(ordinal: int = 0) -> Gpu | None:
+    """The GPU of that ordinal, or nothing where CUDA shows none."""
     try:
-        return find_gpu()
+        return find_gpu(ordinal)
     except UnavailableError:
         return None
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from deploy.build.builder import load_source
-from deploy.build.choose import plan_build
+from deploy.building.builder import load_source
+from deploy.building.choose import plan_build
 from deploy.core.pass_cache import Cache
 from deploy.core.plan import Step
 from deploy.core.progress import Silent

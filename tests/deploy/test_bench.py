@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from deploy.bench.contest import BenchOptions, run_bench
-from deploy.build.choose import run_build
+from deploy.building.choose import run_build
 from deploy.core.spec import BuildSpec
 from runtimes.bundle.folder import Bundle
 from runtimes.errors import InputError
@@ -62,14 +62,14 @@ def test_bench_json_is_one_object(bundles: list[Path], cli: Cli):
 
 def test_auto_takes_the_runtime_that_measured_faster(tiny_model: Path, build_cache: Path, tmp_path: Path, monkeypatch):
     spec = BuildSpec(model=str(tiny_model), target="auto")
-    monkeypatch.setattr("deploy.build.choose_target._measured", lambda *_: {"onnxruntime": 0.02, "openvino": 0.01})
+    monkeypatch.setattr("deploy.building.choose_target._measured", lambda *_: {"onnxruntime": 0.02, "openvino": 0.01})
     assert run_build(spec, tmp_path / "b", cache_root=build_cache).bundle.manifest.target == "openvino"
-    monkeypatch.setattr("deploy.build.choose_target._measured", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr("deploy.building.choose_target._measured", lambda *_: pytest.fail("measured again"))
     assert run_build(spec, tmp_path / "b", cache_root=build_cache).up_to_date
 
 
 def test_auto_measures_every_runtime_that_is_installed(tiny_model: Path, build_cache: Path):
-    from deploy.build.choose_target import _measured
+    from deploy.building.choose_target import _measured
     from deploy.core.progress import Silent
 
     found = _measured(BuildSpec(model=str(tiny_model)), ["onnxruntime", "openvino"], build_cache, Silent())

@@ -18,7 +18,7 @@ import pytest
 import runtimes
 from deploy.bench import presets
 from deploy.bench.presets import Measured, Setting
-from deploy.build.choose import run_build
+from deploy.building.choose import run_build
 from deploy.core.spec import BuildSpec
 from runtimes.bundle.folder import Bundle, record_of
 from runtimes.bundle.manifest import FileRecord

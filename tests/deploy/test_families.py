@@ -14,8 +14,8 @@ from PIL import Image
 
 import runtimes
 from calibration.trajectory.recorder import Recording
-from deploy.build.builder import load_source
-from deploy.build.choose import run_build
+from deploy.building.builder import load_source
+from deploy.building.choose import run_build
 from deploy.core.pass_cache import Cache
 from deploy.core.progress import Silent
 from deploy.core.spec import BuildSpec

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from deploy.build import builder
+from deploy.building import builder
 from deploy.core import isolation
 from deploy.core.plan import Pass, Planned, Step
 from deploy.core.spec import BuildSpec

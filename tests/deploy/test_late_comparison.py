@@ -10,7 +10,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from deploy.build.choose import run_build
+from deploy.building.choose import run_build
 from deploy.core.plan import Pass
 from deploy.core.spec import BuildSpec
 from deploy.parity import effort

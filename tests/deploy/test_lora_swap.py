@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 import runtimes
-from deploy.build.builder import load_source
-from deploy.build.choose import run_build
+from deploy.building.builder import load_source
+from deploy.building.choose import run_build
 from deploy.core.pass_cache import Cache
 from deploy.core.progress import Silent
 from deploy.core.spec import BuildSpec, make_spec

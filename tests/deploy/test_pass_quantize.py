@@ -11,7 +11,7 @@ import onnx
 import pytest
 
 from calibration.integers.ranges import Scheme
-from deploy.build.choose import run_build
+from deploy.building.choose import run_build
 from deploy.core.plan import Skip, Step
 from deploy.core.spec import BuildSpec, make_spec
 from deploy.model.source_bundle import open_origin

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from deploy.build.builder import _run_pass, workspace
+from deploy.building.builder import _run_pass, workspace
 from deploy.core.pass_cache import Cache, key_of
 from deploy.core.plan import Pass, Skip, Step, load_passes, plan_all
 from deploy.core.progress import Silent

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from calibration.integers.ranges import Scheme
-from deploy.build.choose import run_build
+from deploy.building.choose import run_build
 from deploy.cli import console
 from deploy.core.budgets import Budget
 from deploy.core.pass_cache import rooted

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from deploy.build.builder import load_source
+from deploy.building.builder import load_source
 from deploy.core.pass_cache import Cache
 from deploy.core.progress import Silent
 from deploy.core.spec import BuildSpec

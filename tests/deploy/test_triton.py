@@ -16,7 +16,13 @@ import pytest
 from transformers import CLIPTokenizer
 
 import runtimes
-from deploy.build.triton_repository import TritonOptions, component_config, export_triton, parse_config, pipeline_config
+from deploy.building.triton_repository import (
+    TritonOptions,
+    component_config,
+    export_triton,
+    parse_config,
+    pipeline_config,
+)
 from runtimes.backends.onnxruntime_session import OrtSession
 from runtimes.backends.session import SessionOptions
 from runtimes.bundle.folder import Bundle

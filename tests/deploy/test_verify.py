@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from deploy.build import verify as module
-from deploy.build.gate import Gate
+from deploy.building import verify as module
+from deploy.building.gate import Gate
 from deploy.cli.console import show_verification
 from deploy.core.budgets import budget_for
 from deploy.core.pass_cache import Cache
@@ -73,7 +73,7 @@ def test_a_cached_proof_is_of_the_runtime_that_computed_it(tmp_path: Path, monke
 
     monkeypatch.setattr(gate, "_compare", compare)
     machine = {"driver": "550"}
-    monkeypatch.setattr("deploy.build.gate.runtime_identity", lambda device, kind: dict(machine))
+    monkeypatch.setattr("deploy.building.gate.runtime_identity", lambda device, kind: dict(machine))
     for driver, calls in (("550", 1), ("550", 1), ("560", 2), ("550", 2)):
         machine["driver"] = driver
         gate._check(SimpleNamespace(identity={}), bundle, "affine")  # type: ignore[arg-type]

@@ -70,7 +70,7 @@ def _shapes(case: Case, facts: Any) -> dict[str, ShapeRange]:
 
 def assemble(case: Case, folder: Path, files: Mapping[str, Path], work: Path, trace: Trace, cache: Path) -> Any:
     """The pipeline over PyTorch sessions, as parity's reference has it."""
-    from deploy.build.builder import load_source
+    from deploy.building.builder import load_source
     from deploy.core.pass_cache import Cache
     from deploy.core.progress import Silent
     from deploy.model.source_bundle import open_origin

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.backends.session import Arrays, Session
+from runtimes.backends.session import Arrays, Session, WrappedSession
 
 Array = np.ndarray[Any, Any]
 
@@ -142,12 +142,12 @@ def _numpy(value: Any) -> Array:
     return array
 
 
-class Recorded(Session):
+class Recorded(WrappedSession):
     """One of our sessions under the ranges of its component, with its feeds noted."""
 
     def __init__(self, inner: Session, component: Any, trace: Trace) -> None:
-        super().__init__(inner.name, component)
-        self._inner, self._trace = inner, trace
+        super().__init__(inner, component)
+        self._trace = trace
 
     def _run(self, feeds: Arrays) -> dict[str, Array]:
         copies = {name: np.array(value) for name, value in feeds.items()}
@@ -157,4 +157,4 @@ class Recorded(Session):
             self._trace.encoded.append(copies["sample"])
         elif self.name == "vae_decoder":
             self._trace.decoded.append(copies["latent_sample"])
-        return self._inner.run(feeds)
+        return super()._run(feeds)

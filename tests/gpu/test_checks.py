@@ -20,11 +20,11 @@ HERE = Gpu("NVIDIA Fake", (8, 9), 4 << 30)
 
 @pytest.fixture
 def cuda(monkeypatch) -> FakeCuda:
-    fake = FakeCuda(HERE.memory_bytes)
+    fake = FakeCuda(HERE.memory_bytes, gpus=[HERE])
     importlib.import_module("cuda.bindings.runtime")
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", fake)
-    monkeypatch.setattr(runtimes.system.nvidia, "find_gpu", lambda ordinal=0: HERE)
-    monkeypatch.setattr(cuda_device, "find_gpu", lambda ordinal=0: HERE)
+    monkeypatch.setattr(runtimes.system.nvidia, "find_gpu", fake.find_gpu)
+    monkeypatch.setattr(cuda_device, "find_gpu", fake.find_gpu)
     return fake
 
 

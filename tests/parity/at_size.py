@@ -11,8 +11,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from deploy.build.against_diffusers import AgainstDiffusers, upstream_of
-from deploy.build.builder import load_source
+from deploy.building.against_diffusers import AgainstDiffusers, upstream_of
+from deploy.building.builder import load_source
 from deploy.core.pass_cache import Cache
 from deploy.core.progress import Silent
 from deploy.core.spec import make_spec

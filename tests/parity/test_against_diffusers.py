@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from deploy.build.against_diffusers import upstream_of
-from deploy.build.builder import load_source
+from deploy.building.against_diffusers import upstream_of
+from deploy.building.builder import load_source
 from deploy.core.pass_cache import Cache
 from deploy.core.progress import Silent
 from deploy.core.spec import make_spec

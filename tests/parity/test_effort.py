@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.build.choose import run_build
+from deploy.building.choose import run_build
 from deploy.core.spec import BuildSpec, make_spec
 from deploy.parity.effort import LIMIT_MACS, choose, image_macs
 from deploy.parity.options import ParityOptions

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from calibration.integers.ranges import Scheme
 from calibration.trajectory.recorder import Recording
-from deploy.build.choose import run_build
+from deploy.building.choose import run_build
 from deploy.core.spec import BuildSpec
 from deploy.passes.quantize import SCHEMES
 from deploy.quantization.recipes import plan_calibration, quantize_component, record_calibration

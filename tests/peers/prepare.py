@@ -81,7 +81,7 @@ def _checked(command: list[str], timeout: float = 1800) -> str:
 
 
 def _bundle() -> Path:
-    from deploy.build.choose import run_build
+    from deploy.building.choose import run_build
     from deploy.core.spec import BuildSpec
 
     return run_build(BuildSpec()).bundle.path.resolve()
@@ -101,7 +101,7 @@ def exported_unet(spec: BuildSpec, folder: Path, cache_root: Path) -> Path:
         folder: receives the graph.
         cache_root: keeps the loaded source.
     """
-    from deploy.build.builder import load_source, workspace
+    from deploy.building.builder import load_source, workspace
     from deploy.core.pass_cache import Cache
     from deploy.core.progress import Silent
     from deploy.model.source_bundle import open_origin

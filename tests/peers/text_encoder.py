@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from deploy.bench.contest import spread
-from deploy.build.choose import run_build
+from deploy.building.choose import run_build
 from deploy.core.pass_cache import default_root
 from deploy.core.spec import REFERENCE, BuildSpec
 from deploy.parity.metrics import relative_l2
@@ -36,9 +36,9 @@ from deploy.parity.pipelines import check_pipeline
 from deploy.parity.reference.answers import Reference
 from deploy.quantization.precision_search import ANYTHING, candidate_bundle
 from deploy.reference_models import subject_names
-from runtimes.backends.session import Session, SessionOptions, open_session
+from runtimes.backends.session import Session, SessionOptions
 from runtimes.bundle.folder import Bundle, committed
-from runtimes.pipeline.bundle_sessions import BundleSessions
+from runtimes.pipeline.bundle_sessions import BundleSessions, open_session
 from tests.deploy.real_size import write_model
 from tests.peers.results import new_report, save, show
 

@@ -25,7 +25,7 @@ from rich.table import Table
 
 from deploy.bench.contest import spread
 from deploy.bench.worker import Worker, WorkerError
-from deploy.build.choose import run_build
+from deploy.building.choose import run_build
 from deploy.cli.bench_table import shown
 from deploy.core.pass_cache import COMPONENT_FILE, default_root
 from deploy.core.spec import BuildSpec, covering, parse_shapes

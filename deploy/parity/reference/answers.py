@@ -15,7 +15,6 @@ from deploy.parity.reference.answer_store import Store
 from deploy.parity.reference.call_recorder import Recorder
 from deploy.parity.reference.planned_shapes import Possible, Run, always
 from deploy.parity.reference.sample_feeds import Feeds, Sample, cast, fit, pack, unpack
-from deploy.parity.reference.session_pool import close
 from deploy.parity.reference.trajectories import Trajectory, TrajectoryRequest, assemble_pipeline, generate
 from runtimes.backends.session import Session
 from runtimes.bundle.folder import Bundle
@@ -24,6 +23,7 @@ from runtimes.codec.autoencoder import to_uint8
 from runtimes.codec.pixels import to_pil
 from runtimes.codec.safety_checker import CLIP_INPUT, SAFETY_CHECKER
 from runtimes.errors import InputError
+from runtimes.pipeline.bundle_sessions import BundleSessions
 from runtimes.pipeline.guidance import SHALLOW
 from runtimes.pipeline.loading import load_preprocessing
 
@@ -193,6 +193,9 @@ def _torch_sessions(bundle: Bundle, capacity: int) -> Mapping[str, Session]:
 
 
 def _close_all(sessions: Mapping[str, Session]) -> None:
+    if isinstance(sessions, BundleSessions):
+        sessions.close()  # asking for each would load those that nobody has called
+        return
     for session in sessions.values():
-        close(session)
+        session.close()
 

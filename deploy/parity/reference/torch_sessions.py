@@ -56,8 +56,6 @@ class TorchSession(Session):
             raise _translated(error, name) from error
 
     def _run(self, feeds: Arrays) -> dict[str, np.ndarray[Any, Any]]:
-        if self._module is None:
-            raise BundleError("the session was closed", where=self.name)
         tensors = [torch.from_numpy(np.ascontiguousarray(feeds[spec.name])) for spec in self.component.inputs]
         try:
             with torch.inference_mode():
@@ -67,12 +65,9 @@ class TorchSession(Session):
         pairs = zip(self.component.outputs, outputs, strict=True)
         return {spec.name: output.contiguous().numpy().copy() for spec, output in pairs}
 
-    def close(self) -> None:
-        """Free the weights; running it again is an error."""
-        if self._module is None:
-            return
+    def _close(self) -> None:
         alive = weakref.ref(self._module)
-        self._module = None
+        del self._module
         if alive() is not None:  # in a reference cycle; the next network needs its memory now
             gc.collect()
 

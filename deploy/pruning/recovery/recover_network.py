@@ -18,6 +18,7 @@ from deploy.pruning.recovery.distill import Distillation, Recipe
 from deploy.pruning.recovery.training_loop import Schedule, Task, Training
 from deploy.pruning.shrink.prune_network import relative_error
 from deploy.pruning.teacher.original import Teacher, load_source_module
+from deploy.pruning.training_device import training_device
 from runtimes.bundle.folder import Bundle
 from runtimes.bundle.manifest import digest_of, to_json
 
@@ -41,7 +42,7 @@ def recover_unet(source: Bundle, name: str, teacher_name: str, config: Mapping[s
     Raises:
         ParityError: the loss is not finite.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = training_device()
     student = load_source_module(source, source.component(name)).to(device)
     teacher = Teacher.load(source, teacher_name, config["prompts"], config["guidance_scale"], device)
     judged = teacher.trajectories(JUDGED, seed=JUDGED_SEED)

@@ -26,6 +26,9 @@ class CudaDevice:
     def __init__(self, ordinal: int = 0) -> None:
         """Open it.
 
+        Args:
+            ordinal: which one, in this process's count: 0 is the first that CUDA_VISIBLE_DEVICES leaves.
+
         Raises:
             UnavailableError: cuda-bindings, the driver or the GPU is missing.
         """
@@ -39,7 +42,10 @@ class CudaDevice:
         self.stream = int(self._checked(self._cuda.cudaStreamCreateWithFlags(self._cuda.cudaStreamNonBlocking)))
 
     def activate(self) -> None:
-        """Make it the GPU of the calling thread: CUDA keeps that for each thread, and starts at the first GPU."""
+        """Make it the GPU of the calling thread: CUDA keeps that for each thread, and starts at the first GPU.
+
+        It stays so: setting another one back would make CUDA open that one, too (cudaSetDevice, from CUDA 12 on).
+        """
         self._checked(self._cuda.cudaSetDevice(self._ordinal))
 
     def allocate(self, size: int) -> int:

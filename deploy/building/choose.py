@@ -1,11 +1,11 @@
-"""`build` with everything decided that the spec leaves open: the share of channels to prune, the target. Then one build."""
+"""`build` with all decided that the spec leaves open: the share of channels to prune, the target. Then one build."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from deploy.build import choose_share, choose_target
-from deploy.build.builder import Outcome, build_decided
+from deploy.building import choose_share, choose_target
+from deploy.building.builder import Outcome, build_decided
 from deploy.core.plan import PlannedPass, load_passes, plan_all
 from deploy.core.progress import Listener, Silent, listening
 from deploy.core.spec import BuildSpec

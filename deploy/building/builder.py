@@ -11,15 +11,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from deploy.core.pass_cache import Cache, assemble, default_root, key_of, rooted, versions_of
-from deploy.build.gate import Gate
+from deploy.building.gate import Gate
 from deploy.core.isolation import is_large, run_isolated
 from deploy.core.observers import measured
+from deploy.core.pass_cache import Cache, assemble, default_root, key_of, rooted, versions_of
+from deploy.core.plan import Pass, PlannedPass, Step, Unavailable, load_passes, plan_all, structure
+from deploy.core.progress import Listener, Silent, listening
+from deploy.core.spec import LOCAL_FILES, BuildSpec
 from deploy.model.source_bundle import open_origin
 from deploy.passes import PASSES
-from deploy.core.progress import Listener, Silent, listening
-from deploy.core.plan import Pass, PlannedPass, Step, Unavailable, load_passes, plan_all, structure
-from deploy.core.spec import LOCAL_FILES, BuildSpec
 from runtimes.bundle.folder import (
     Bundle,
     check_output,
@@ -29,9 +29,9 @@ from runtimes.bundle.folder import (
     translated_disk_errors,
     write_manifest,
 )
-from runtimes.system.cache_store import WORK, asked_limit_bytes, keep_within_limit, scratch
-from runtimes.errors import BundleError, DeployError, ParityError
 from runtimes.bundle.manifest import Component, Manifest, digest_of, to_json
+from runtimes.errors import BundleError, DeployError, ParityError
+from runtimes.system.cache_store import WORK, asked_limit_bytes, keep_within_limit, scratch
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def default_output(spec: BuildSpec, origin: Bundle) -> Path:
 
 def build_decided(spec: BuildSpec, output: Path | None = None, *, progress: Listener | None = None,
                   cache_root: Path | None = None, found: Mapping[str, Any] | None = None) -> Outcome:
-    """Build a bundle of a spec that leaves nothing to choose; `deploy.build.choose.run_build` makes it one.
+    """Build a bundle of a spec that leaves nothing to choose; `deploy.building.choose.run_build` makes it one.
 
     Args:
         spec, output, progress, cache_root: as of `run_build`.

@@ -15,10 +15,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from runtimes.bundle.folder import Bundle, committed, link_or_copy
-from runtimes.errors import InputError, UnavailableError
-from runtimes.pipeline.guidance import SHALLOW
 from runtimes.bundle.manifest import MANIFEST_FILE, Component, dumps
 from runtimes.bundle.tensors import TensorSpec
+from runtimes.errors import InputError, UnavailableError
+from runtimes.pipeline.guidance import SHALLOW
 
 PIPELINE_TEMPLATE = Path(__file__).parents[1] / "templates" / "triton" / "model.py"
 MAP_FILE = "triton.json"  # component -> name of its model, read by the pipeline

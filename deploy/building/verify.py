@@ -5,29 +5,30 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from deploy.build.against_diffusers import AgainstDiffusers, upstream_of
-from deploy.build.builder import load_source, workspace
-from deploy.core.progress import Silent
-from deploy.core.pass_cache import Cache, default_root
-from deploy.parity.options import gallery_for, options_for
-from deploy.model.hub import is_name
-from deploy.model.source_bundle import open_origin
-from deploy.parity.reference.answers import Reference
+from deploy.building.against_diffusers import AgainstDiffusers, upstream_of
+from deploy.building.builder import load_source, workspace
 from deploy.core.budgets import PRUNED, budget_for
-from deploy.parity.effort import LEVELS, choose
-from deploy.parity.verdict import Verification, verify
-from deploy.parity.upstream.levels import Levels, merged
-from deploy.model.read_from import model_folder
+from deploy.core.pass_cache import Cache, default_root
+from deploy.core.progress import Silent
 from deploy.core.spec import LOCAL_FILES, REFERENCE, BuildSpec
+from deploy.model.hub import is_name
+from deploy.model.read_from import model_folder
+from deploy.model.source_bundle import open_origin
+from deploy.parity.effort import LEVELS, choose
+from deploy.parity.options import gallery_for, options_for
+from deploy.parity.reference.answers import Reference
+from deploy.parity.upstream.levels import Levels, merged
+from deploy.parity.verdict import Verification, verify
 from runtimes.bundle.folder import Bundle
+from runtimes.codec.safety_checker import SAFETY_CHECKER
 from runtimes.errors import InputError
 from runtimes.pipeline.guidance import SHALLOW
-from runtimes.codec.safety_checker import SAFETY_CHECKER
+from runtimes.system.device import CPU, Device
 
 __all__ = ["Verification", "verify_bundle"]
 
 
-def verify_bundle(path: Path, against: str | None = None, *, device: str = "cpu", effort: str = "auto",
+def verify_bundle(path: Path, against: str | None = None, *, device: Device = CPU, effort: str = "auto",
                   cache_root: Path | None = None) -> Verification:
     """Compare a bundle with its source at component, trajectory and image level.
 

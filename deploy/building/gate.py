@@ -8,27 +8,27 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from deploy.build.against_diffusers import AgainstDiffusers, upstream_of
-from deploy.core.pass_cache import Cache, versions_of
+from deploy.building.against_diffusers import AgainstDiffusers, upstream_of
+from deploy.core.budgets import PRUNED, budget_for
 from deploy.core.isolation import ABOVE_BYTES, call_isolated, from_request, to_request
 from deploy.core.observers import measured
-from deploy.parity.reference.answers import Reference, total_bytes
-from deploy.core.budgets import PRUNED, budget_for
+from deploy.core.pass_cache import Cache, versions_of
+from deploy.core.progress import Listener
+from deploy.core.spec import BuildSpec
 from deploy.parity.components import ComponentReport, Figures, check_components
 from deploy.parity.effort import Effort, choose
-from deploy.parity.verdict import Verification, component_json, enforce
-from deploy.core.progress import Listener
 from deploy.parity.options import ParityOptions, gallery_for, options_for
 from deploy.parity.pipelines import PipelineReport, check_pipeline
 from deploy.parity.provable_graphs import computes_in_16_bits, provable
+from deploy.parity.reference.answers import Reference, total_bytes
 from deploy.parity.upstream.levels import Level, merged
 from deploy.parity.upstream.levels import enforce as enforce_levels
+from deploy.parity.verdict import Verification, component_json, enforce
 from deploy.report.page import Image
-from deploy.core.spec import BuildSpec
 from runtimes.bundle.folder import Bundle
+from runtimes.bundle.manifest import digest_of, from_json, to_json
 from runtimes.errors import ParityError
 from runtimes.system.compute_identity import runtime_identity
-from runtimes.bundle.manifest import digest_of, from_json, to_json
 
 
 class Gate:
@@ -201,7 +201,7 @@ class Gate:
             return check_components(reference, bundle, self._effort.options, [name])
         request = {"source": to_request(reference.bundle), "candidate": to_request(bundle), "name": name,
                    "options": to_json(self._effort.options), "cache": str(self._cache.root.resolve())}
-        found, peak = call_isolated("deploy.build.gate:compare_request", request, f"comparing {name}")
+        found, peak = call_isolated("deploy.building.gate:compare_request", request, f"comparing {name}")
         self.peak_rss_bytes = max(self.peak_rss_bytes, peak)
         report: ComponentReport = from_json(ComponentReport, found, name)
         return report

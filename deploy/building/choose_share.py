@@ -8,15 +8,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deploy.build.builder import build_decided, workspace
+from deploy.building.builder import build_decided, workspace
+from deploy.core.call_times import seconds_in_turns, usual_feeds
+from deploy.core.pass_cache import Cache, default_root, versions_of
 from deploy.core.progress import Listener
 from deploy.model.source_bundle import open_origin
-from deploy.core.pass_cache import Cache, default_root, versions_of
-from deploy.core.call_times import seconds_in_turns, usual_feeds
 from deploy.passes.prune import NAME as DENOISER
+from runtimes.backends.session import Session, SessionOptions
 from runtimes.bundle.folder import Bundle
 from runtimes.errors import ParityError, UnavailableError
-from runtimes.backends.session import Session, SessionOptions, open_session
+from runtimes.pipeline.bundle_sessions import open_session
 
 if TYPE_CHECKING:
     from deploy.core.spec import BuildSpec

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from deploy.build.builder import run_passes, workspace
-from deploy.core.progress import Listener, Silent
+from deploy.building.builder import run_passes, workspace
 from deploy.core.pass_cache import Cache, default_root, rooted
+from deploy.core.plan import Step, Unavailable, load_passes, plan_all
+from deploy.core.progress import Listener, Silent
+from deploy.core.spec import BuildSpec
 from deploy.model.source_bundle import VAE_HALVES, open_origin
 from deploy.passes import PASSES
-from deploy.core.plan import Step, Unavailable, load_passes, plan_all
-from deploy.core.spec import BuildSpec
 from runtimes.bundle.folder import Bundle, check_output, committed, link_or_copy, translated_disk_errors
-from runtimes.errors import InputError
 from runtimes.bundle.manifest import Component
+from runtimes.errors import InputError
 
 STAGES = ("load", "prune-vae", "prune", "recover")
 PRUNED_FILE = "diffusion_pytorch_model.safetensors"

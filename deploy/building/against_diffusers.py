@@ -11,10 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from deploy.core.pass_cache import Cache, versions_of
 from deploy.core.isolation import ABOVE_BYTES, call_isolated, from_request, to_request
-from deploy.parity.reference.answers import total_bytes
+from deploy.core.pass_cache import Cache, versions_of
+from deploy.core.spec import BuildSpec
+from deploy.model.read_from import own_folder
 from deploy.parity.effort import Effort
+from deploy.parity.reference.answers import total_bytes
+from deploy.parity.upstream.asked_model import Upstream
+from deploy.parity.upstream.asked_requests import IMAGE, MASK, TEXT, Asked
 from deploy.parity.upstream.levels import (
     Level,
     Levels,
@@ -23,15 +27,11 @@ from deploy.parity.upstream.levels import (
     compare_source,
     identity,
 )
-from deploy.parity.upstream.asked_model import Upstream
-from deploy.parity.upstream.asked_requests import IMAGE, MASK, TEXT, Asked
 from deploy.passes.adapters import parse_embedding
-from deploy.model.read_from import own_folder
-from deploy.core.spec import BuildSpec
-from runtimes.bundle.folder import Bundle
 from runtimes.adapters.lora_files import parse_lora
-from runtimes.bundle.manifest import from_json, to_json
 from runtimes.backends.session import SessionOptions
+from runtimes.bundle.folder import Bundle
+from runtimes.bundle.manifest import from_json, to_json
 
 IMAGE_STEPS = 8
 LIBRARIES = ("accelerate", "diffusers", "numpy", "peft", "safetensors", "tokenizers", "torch", "transformers")
@@ -104,7 +104,8 @@ class AgainstDiffusers:
                    "bundle": None if bundle is None else to_request(bundle), "large": self._large, **more}
         if not self._large:
             return compare_request(request)
-        found, peak = call_isolated("deploy.build.against_diffusers:compare_request", request, "comparing with diffusers")
+        found, peak = call_isolated("deploy.building.against_diffusers:compare_request", request,
+                                    "comparing with diffusers")
         self.peak_rss_bytes = max(self.peak_rss_bytes, peak)
         result: Mapping[str, Any] = found
         return result
