@@ -1,4 +1,4 @@
-"""The layers of an ONNX graph that have weights worth few bits, and which of them each recipe quantizes how."""
+"""Finds the layers of an ONNX graph whose weights are worth quantizing, and assigns each recipe's precision to them."""
 
 from __future__ import annotations
 
@@ -105,8 +105,8 @@ def assign(layers: Sequence[Layer], recipe: str, keep: Sequence[str] = ()) -> di
     """
     if recipe not in RECIPES:
         raise InputError(f"unknown quantization {recipe!r}", where="quantization", fix=f"one of {', '.join(RECIPES)}")
-    kept = set(matching(layers, keep))
-    return {layer.node: FLOAT if layer.node in kept else _own(layer, recipe) for layer in layers}
+    exempt = set(matching(layers, keep))
+    return {layer.node: FLOAT if layer.node in exempt else _own(layer, recipe) for layer in layers}
 
 
 def _own(layer: Layer, recipe: str) -> str:

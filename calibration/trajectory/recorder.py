@@ -1,4 +1,4 @@
-"""Calibration data: inputs of every component taken from running pipelines, in shards on disk. One shard in memory."""
+"""Records calibration data: inputs of every component of running pipelines, in shards on disk, one in memory."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class _Tap(WrappedSession):
 
     def __init__(self, inner: Session) -> None:
         super().__init__(inner)
-        self.kept: list[Feeds] = []
+        self.recorded: list[Feeds] = []
         self.wanted: frozenset[int] | None = None
         self._count = 0
 
@@ -39,7 +39,7 @@ class _Tap(WrappedSession):
 
     def _run(self, feeds: Arrays) -> Feeds:
         if self.wanted is None or self._count in self.wanted:
-            self.kept.append({name: array.copy() for name, array in feeds.items()})
+            self.recorded.append({name: array.copy() for name, array in feeds.items()})
         self._count += 1
         return super()._run(feeds)
 
@@ -59,13 +59,16 @@ class Recording:
     identity: str
 
     def calls(self, component: str) -> Iterator[Feeds]:
-        """Recorded calls of one component in the order they were made, one shard in memory at a time."""
+        """Recorded calls of one component in the order they were made, one shard in memory at a time.
+
+        Each is input -> array with shape and dtype as the component's TensorSpec says, batch first.
+        """
         for number in range(self.shards):
             with np.load(_shard(self.folder, number), allow_pickle=False) as archive:
                 yield from _unpack(archive, component)
 
     def spread(self, component: str, count: int) -> list[Feeds]:
-        """At most `count` calls, evenly spaced and from every part of the schedule.
+        """At most `count` of `calls`, shapes and dtypes as TensorSpecs say, from every part of the schedule.
 
         A plain stride would meet the same place in each episode, and so one part of the schedule alone.
         """
@@ -78,7 +81,7 @@ class Recording:
 def record(sessions: Mapping[str, Session], assemble: Assemble, episodes: tuple[Episode, ...], root: Path, *,
            source: Any, guidance_scale: float, steps: int = STEPS, strength: float = STRENGTH,
            tell: Callable[[int, int], None] = lambda done, of: None) -> Recording:
-    """Run the pipeline and keep what its networks are fed; what was recorded before, also by a killed run, is kept.
+    """Run the pipeline and record what its networks are fed; shards of an earlier run, even of a killed one, stay.
 
     The U-Net's calls hold both guidance branches (rows: unconditional, then conditional). Text encoder and decoder are
     recorded at every call; the encoder sees the image that the second trajectory of an episode starts from, and where
@@ -89,11 +92,11 @@ def record(sessions: Mapping[str, Session], assemble: Assemble, episodes: tuple[
         sessions: networks by name; they are wrapped, not changed.
         assemble: makes a pipeline over sessions. Called once an episode: an old one's prompt cache would hide calls.
         episodes: from `plan_episodes`.
-        root: recordings are kept below it, one folder for each identity.
+        root: folder of all recordings, one folder in it for each identity.
         source: JSON value that identifies the networks, tokenizer and scheduler.
         guidance_scale: of classifier-free guidance.
         steps, strength: as given to `plan_episodes`.
-        tell: told after each episode how many of how many are on disk.
+        tell: called after each episode with how many of how many are on disk.
 
     Raises:
         UnavailableError: the disk is full.
@@ -110,9 +113,9 @@ def record(sessions: Mapping[str, Session], assemble: Assemble, episodes: tuple[
         for number, episode in enumerate(episodes):
             if not _intact(_shard(folder, number)):
                 for tap in taps.values():
-                    tap.kept = []
+                    tap.recorded = []
                 _play(taps, assemble, episode, guidance_scale, steps, strength)
-                _write(_shard(folder, number), _pack({name: tap.kept for name, tap in taps.items()}))
+                _write(_shard(folder, number), _pack({name: tap.recorded for name, tap in taps.items()}))
             tell(number + 1, len(episodes))
     return recording
 
@@ -140,8 +143,8 @@ def _shard(folder: Path, number: int) -> Path:
 
 
 def _pack(calls: Mapping[str, list[Feeds]]) -> Feeds:
-    return {f"{component}/{number}/{name}": array for component, kept in calls.items()
-            for number, feeds in enumerate(kept) for name, array in feeds.items()}
+    return {f"{component}/{number}/{name}": array for component, recorded in calls.items()
+            for number, feeds in enumerate(recorded) for name, array in feeds.items()}
 
 
 def _unpack(archive: Mapping[str, Any], component: str) -> Iterator[Feeds]:

@@ -1,6 +1,6 @@
-"""`bench`: bundles, and PyTorch beside them, generating in turns (A B A B ...), each in a process that idles meanwhile.
+"""Runs `bench`: bundles, and PyTorch beside them, generate in turns (A B A B ...), each in a process of its own.
 
-A machine that slows down slows all of them: what is reported as a ratio is the median of quotients within a round.
+A machine that slows down slows all of them, so a reported ratio is the median of the quotients within rounds.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def run_bench(bundles: Sequence[Path], options: BenchOptions, say: Callable[[str
     Args:
         bundles: folders; the first is what the ratios are against.
         options: how.
-        say: told what is being done.
+        say: called with what is being done.
 
     Returns:
         the object of `bench --json`.

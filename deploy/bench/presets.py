@@ -1,4 +1,4 @@
-"""Quality presets: which settings of the sampling loop are worth their time, from what was measured of one bundle here.
+"""Chooses quality presets: settings of the sampling loop that are worth their time, as measured of one bundle here.
 
 Measuring is `deploy.bench.tradeoffs`; this reads what it left, needs the base dependencies only and runs no network.
 """

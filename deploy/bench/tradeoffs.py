@@ -1,4 +1,4 @@
-"""`tradeoffs`: time and accuracy of the sampling loop's settings, measured on one bundle for its presets."""
+"""Runs `tradeoffs`: measures time and accuracy of the sampling loop's settings on one bundle, for its presets."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def measure(
         bundle: any bundle.
         images: how many are generated with each setting, of subjects spread over the gallery where there is one.
         device, threads: as for `runtimes.load`.
-        progress: told what is generated.
+        progress: called with what is generated.
     """
     pipeline = load(bundle, device=device, threads=threads)
     settings = candidates(bundle)

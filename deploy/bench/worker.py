@@ -1,4 +1,4 @@
-"""The caller's side of the conversation with a worker process (`protocol`): start it, ask it, let it end."""
+"""The caller's side of `bench`'s messages: starts a worker process, asks it, lets it end. See `messages`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from runtimes.errors import UnavailableError
 
 
 class WorkerError(UnavailableError):
-    """A worker died, hung, or said no."""
+    """A worker died, hung, or answered with an error."""
 
 
 class Worker:

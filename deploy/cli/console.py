@@ -221,7 +221,7 @@ def _show_candidates(tried: Sequence[Mapping[str, Any]]) -> None:
                       _figure(one["seconds"] and one["seconds"] * 1e3, ".1f"),
                       _figure(one["trajectory_relative_l2"], ".3f"), _figure(one["psnr_db"], ".1f"),
                       _figure(one["retrieval"], ".1%"),
-                      one["broken"] or ("kept" if one["psnr_db"] is not None else "not verified"))
+                      one["broken"] or ("met" if one["psnr_db"] is not None else "not verified"))
     out.print(table)
 
 
@@ -239,7 +239,7 @@ def show_search(bundle: Bundle) -> None:
         table.add_row(name, megabytes(trial["bytes"]), _figure(trial.get("time_ratio"), ".2f"),
                       _figure(trial["trajectory_relative_l2"], ".3f"), _figure(trial["psnr_db"], ".1f"),
                       _figure(trial["ssim"], ".3f"), _figure(trial["retrieval"], ".1%"),
-                      "kept" if trial["holds"] else "broken")
+                      "met" if trial["holds"] else "broken")
     out.print(table)
     layers: dict[str, list[str]] = {}
     for node, precision in found["precision_map"].items():
@@ -382,7 +382,7 @@ def show_tradeoffs(measured: Sequence[Measured], file: Path) -> None:
                       str(m.setting.cache_interval), f"{m.milliseconds:.1f}", f"{slowest / m.milliseconds:.2f}",
                       f"{m.psnr_db:.1f}", _figure(m.retrieval, ".1%"), ", ".join(["*"] * (m in best) + chosen))
     out.print(table)
-    out.print(f"kept in {file} for generate --quality and --budget-ms")
+    out.print(f"saved in {file} for generate --quality and --budget-ms")
 
 
 def _figure(value: float | None, form: str) -> str:

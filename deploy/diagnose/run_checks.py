@@ -1,4 +1,4 @@
-"""`diagnose`: where a pipeline goes wrong, by four checks in the order in which its parts depend on each other."""
+"""Runs `diagnose`: four checks that find where a pipeline goes wrong, in the order in which its parts depend."""
 
 from __future__ import annotations
 
@@ -84,11 +84,11 @@ def diagnose_pipeline(target: str, options: DiagnoseOptions, grid: Path | None =
         target: folder of a bundle, or a model as `build` takes it.
         options: how.
         grid: PNG file: a row for each prompt, columns along the denoising.
-        say: told what is being done.
+        say: called with what is being done.
 
     Raises:
         InputError: it is neither, or an image cannot be read.
-        ParityError: its numbers are not finite: where is said.
+        ParityError: its numbers are not finite; the error says where.
     """
     with opened(target, options.device) as (sessions, bundle):
         probe, pipeline = Probe(sessions, bundle), assemble_pipeline(sessions, bundle)
@@ -118,14 +118,14 @@ def prompts_for(bundle: Bundle) -> tuple[str, ...]:
 
 
 def read_images(files: Sequence[Path], height: int, width: int) -> Float32 | None:
-    """(B, 3, H, W) float32 in -1..1, or None without files."""
+    """Pixels of the files, (B, 3, H, W) float32 in -1..1, or None without files."""
     if not files:
         return None
     return np.stack([to_pixels(open_image(file, str(file)), height, width) for file in files])
 
 
 def generate(probe: Probe, pipeline: Pipeline, prompts: tuple[str, ...], options: DiagnoseOptions) -> Samples:
-    """Generate with guidance, without, and without a prompt."""
+    """Generate the prompts with guidance and without, and as many images without a prompt."""
     estimates: list[Float32] = []
     wanted = {round(i * (options.steps - 1) / (GRID_COLUMNS - 1)) for i in range(GRID_COLUMNS)}
 
@@ -144,7 +144,7 @@ def generate(probe: Probe, pipeline: Pipeline, prompts: tuple[str, ...], options
 
 
 def write_grid(probe: Probe, generated: Samples, file: Path) -> None:
-    """A row for each prompt; in each column what the image will be, as far as the latents of that step tell."""
+    """Write a row for each prompt; each column shows the image that the latents of one step predict."""
     from deploy.core.image_files import save_images
 
     columns = [to_pil(to_uint8(probe.decode(latents))) for latents in generated.estimates]

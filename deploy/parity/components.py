@@ -1,4 +1,4 @@
-"""Component level: every network of the candidate on the reference's own inputs, one network in memory at a time."""
+"""Compares component by component: every network of the candidate on the reference's inputs, one in memory."""
 
 from __future__ import annotations
 

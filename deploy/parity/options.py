@@ -1,4 +1,4 @@
-"""What a comparison generates and how: prompts, samplers, steps, sizes. Every default in one frozen object."""
+"""The options of a comparison, with their defaults: prompts, samplers, steps, sizes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The candidate as a whole against the reference as a whole: trajectory, images, retrieval, and what is to blame."""
+"""Compares whole pipelines, candidate and reference: trajectories, images, retrieval, and what is to blame."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ class _Check:
                            images_at_once=8 if self.small else 1)
 
     def _generate(self, request: TrajectoryRequest, scheduler: Mapping[str, Any] | None = None) -> Trajectory:
-        """Generate with the candidate; what it refuses after the reference drew it is broken parity, not a crash."""
+        """Generate with the candidate; what it alone refuses is broken parity, not a crash."""
         try:
             pipeline = assemble_pipeline(self.pool.sessions, self.candidate, scheduler)
             return generate(pipeline, request)
@@ -213,7 +213,7 @@ class _Check:
 
 
 class _CannotGenerate(DeployError):
-    """The candidate refused what the reference drew."""
+    """The candidate refused what the reference generated."""
 
     def __init__(self, where: str, what: str) -> None:
         super().__init__(what, where=where)

@@ -1,4 +1,4 @@
-"""An autoencoder made narrower, and what its halves then learn from images of the model's own: no data is needed.
+"""Makes an autoencoder narrower, and trains its halves on images that the model generates: no data is needed.
 
 diffusers builds encoder and decoder from one `block_out_channels`, so both halves shrink to the same widths; which
 channels go is chosen in each apart. Latents and moments keep their channels: every other network fits as before.
@@ -57,11 +57,14 @@ class HalfRecipe(Schedule):
 
 
 class HalfDistillation:
-    """The task of half an autoencoder (`deploy.pruning.recovery.training_loop.Task`): to answer like the original half.
+    """The task of half an autoencoder, to answer like the original half: a `recovery.training_loop.Task`.
 
     The decoder learns the images that the original makes of the model's latents, the encoder the moments that the
     original makes of those images. Loss: squared error in units of the original's variance, and absolute error in
     units of its deviation. Latents are mirrored at random, which costs nothing: the original answers those, too.
+
+    Every array is float32: latents (B, C, h, w) divided by the scaling factor, pixels (B, 3, f * h, f * w) in -1..1,
+    the loss a scalar. The state alone is int64, a scalar: the index of the next batch, which with the seed decides it.
 
     Args:
         student: the half that learns, as wrapped by `torch_component`.
@@ -109,7 +112,7 @@ class HalfDistillation:
 
 
 def prune_half(source: Bundle, name: str, config: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """A narrower autoencoder of which one half has learned to do without.
+    """A narrower autoencoder of which one half was retrained.
 
     The halves are components of their own, each with a result of its own: of what is returned for one, the other half
     has the right shape and is not used.
@@ -124,13 +127,13 @@ def prune_half(source: Bundle, name: str, config: Mapping[str, Any]) -> tuple[An
         an AutoencoderKL, float32, and what became of the half, JSON-able.
 
     Raises:
-        InputError: a ratio that its norm groups do not allow (names the level and what works), or a U-Net that cannot
-            be generated with here.
+        InputError: a ratio that its norm groups do not allow (names the level and what works), or a U-Net that
+            images cannot be generated with here.
         ParityError: the loss of the recovery is not finite.
     """
     network = load_source_module(source, source.component(name))
     levels = levels_of(config_of(network), "vae")
-    widths = uniform_widths(levels, config["prune"], "vae")  # before any image is generated: it refuses what cannot be
+    widths = uniform_widths(levels, config["prune"], "vae")  # refuses impossible ratios before images are generated
     count = LEARNED + JUDGED if config["steps"] else SCORED if config["method"] == "taylor" else 0
     latents = own_latents(source, config, count) if count else torch.empty(0)
     if config["method"] == "taylor":
@@ -141,14 +144,14 @@ def prune_half(source: Bundle, name: str, config: Mapping[str, Any]) -> tuple[An
     details: dict[str, Any] = {"pruning": {
         "parameters_before": size_of(torch_component(name, network)),
         "channels": {"method": config["method"], "before": [level.width for level in levels],
-                     "kept": list(widths.kept), "removed": round(widths.removed, 4)}}}
+                     "kept": list(widths.remaining), "removed": round(widths.removed, 4)}}}
     if config["steps"]:
         details["recovery"] = _recover(source, name, network, smaller, latents, config)
     return smaller.to("cpu"), details
 
 
 def own_latents(source: Bundle, config: Mapping[str, Any], count: int) -> Tensor:
-    """What the model generates, (count, C, H, W) float32, divided by the scaling factor; kept in the build cache.
+    """What the model generates, (count, C, H, W) float32, divided by the scaling factor; stored in the build cache.
 
     Args:
         source: holds U-Net, text encoder and scheduler.
@@ -211,11 +214,11 @@ def _recover(source: Bundle, name: str, network: Any, smaller: Any, latents: Ten
 
 @torch.no_grad()
 def _example(decoder: nn.Module, encoder: nn.Module | None, latents: Tensor) -> tuple[Tensor, Tensor]:
-    """What a half is given and what the original makes of it: latents and image, or image and moments."""
+    """A half's input and the original's output for it: latents and image, or image and moments."""
     image = decoder(latents)[0]
     if encoder is None:
         return latents, image
-    clipped = image.clamp(-1, 1)  # as every image that it is given later
+    clipped = image.clamp(-1, 1)  # as every image that is encoded later
     return clipped, encoder(clipped)[0]
 
 
@@ -226,5 +229,5 @@ def _errors(found: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def _relative_l2(half: nn.Module, inputs: Tensor, wanted: Tensor) -> float:
-    """||half - original|| / ||original||, of everything that it puts out."""
+    """||half - original|| / ||original|| over the whole output."""
     return float((half(inputs)[0] - wanted).norm() / wanted.norm())

@@ -1,4 +1,4 @@
-"""What a single-file checkpoint holds beside its networks: honoured, named, or refused; nothing is dropped unsaid.
+"""Keys of a single-file checkpoint that belong to no network: each is honoured, reported as left out, or refused.
 
 Imports torch; import it inside the function that needs it.
 """
@@ -42,17 +42,17 @@ def check_leftovers(left: Iterable[str], tensors: Mapping[str, Tensor], schedule
 
     Args:
         left: those keys.
-        tensors: all of the file.
+        tensors: all of the file by key, weights of any shape and dtype.
         scheduler: scheduler_config.json of the configs.
         metadata: of the file; `modelspec.prediction_type` is read.
-        tell: told what is honoured and what is left out.
+        tell: called with a sentence for what is honoured and what is left out.
         where: the file, for errors.
 
     Returns:
         the scheduler's config as the file wants it.
 
     Raises:
-        InputError: keys that mean something that is not done, or that contradict the configs.
+        InputError: keys that ask for something not supported, or that contradict the configs.
     """
     keys, config = set(left), dict(scheduler)
     if V_PREDICTION in keys or metadata.get("modelspec.prediction_type") == "v":
@@ -80,11 +80,11 @@ _ZERO_SNR_KEYS = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"
 
 
 def untaken(tensors: Mapping[str, Tensor], networks: Iterable[Mapping[str, Tensor]]) -> set[str]:
-    """Keys of the file whose memory none of the networks' weights lies in.
+    """Keys of the file whose memory no weight of the networks shares.
 
     Args:
-        tensors: of the file, each with memory of its own.
-        networks: weights under diffusers' names, which are the file's, views of them or copies.
+        tensors: of the file by key, any shape and dtype, each with memory of its own.
+        networks: weights under diffusers' names: the file's tensors, views of them or copies.
     """
     taken = {weight.untyped_storage().data_ptr() for network in networks for weight in network.values()}
     return {key for key, tensor in tensors.items() if tensor.untyped_storage().data_ptr() not in taken}

@@ -1,4 +1,4 @@
-"""One .safetensors file in the layout of CompVis and A1111 -> a diffusers folder, with configs of this machine.
+"""Converts one .safetensors file in the layout of CompVis and A1111 to a diffusers folder, with configs that are given.
 
 diffusers knows how the names correspond; nothing is downloaded, and a pickle (.ckpt) is never opened. Imports torch;
 import it inside the function that needs it.
@@ -37,14 +37,14 @@ def convert_single_file(checkpoint: Path, configs: Path, out: Path, tell: Tell =
         configs: a diffusers folder of the same architecture, whose model_index.json, configs, tokenizers and scheduler
             are taken; weights in it are not looked at.
         out: the folder to write; appears by rename when it is whole.
-        tell: told which keys of the file beside its networks are honoured, and which are left out.
+        tell: called with a sentence for the keys beside the networks that are honoured, and those that are left out.
 
     Returns:
         `out`.
 
     Raises:
-        InputError: a pickle, another layout, configs that are missing or describe another network, keys that mean
-            something that is not done.
+        InputError: a pickle, another layout, configs that are missing or describe another network, keys that ask
+            for something not supported.
         UnavailableError: the disk is full.
     """
     if checkpoint.suffix in (".ckpt", ".pt", ".pth", ".bin"):

@@ -1,7 +1,7 @@
 """The child process that builds one engine: `python -m exporters.tensorrt.engine_worker REQUEST.json`.
 
-A process of its own, because the builder's memory belongs to nobody after the build, and because a builder that the
-kernel kills, or that aborts inside, must cost one error message and not the whole build. Works with `tensorrt` 10
+A process of its own gives the builder's memory back when it ends, and a builder that the kernel kills, or that aborts
+inside, then costs one error message and not the whole build. Works with `tensorrt` 10
 and 11 and with `tensorrt_rtx`, whose modules share their interface. Answers with a JSON file; its words:
 `ok`, or `error` = refused (by the parser) | failed (in the builder) | disk | missing (package).
 """
@@ -58,7 +58,7 @@ def offered(trt: Any) -> list[str]:
 
 def _attempt(trt: Any, recorder: Any, request: dict[str, Any], capabilities: list[str]) -> dict[str, Any]:
     options = request["options"]
-    # TensorRT <= 10 types networks weakly unless told otherwise; later releases know strong typing alone.
+    # TensorRT <= 10 types networks weakly by default; later releases know strong typing alone.
     typed = int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
     logger = trt.Logger(trt.Logger.ERROR)
     builder = trt.Builder(logger)
@@ -143,7 +143,7 @@ def _write_engine(trt: Any, recorder: Any, builder: Any, network: Any, config: A
 
 def _writer(trt: Any, file: BinaryIO) -> Any:
     class Writer(trt.IStreamWriter):  # type: ignore[misc]
-        """Python exceptions do not cross the builder, and it takes a short write for success: the error is kept."""
+        """Python exceptions do not cross the builder, and it takes a short write for success: the error is stored."""
 
         def __init__(self) -> None:
             trt.IStreamWriter.__init__(self)

@@ -1,4 +1,4 @@
-"""PEFT's config in a LoRA file's metadata, where diffusers puts it: the rank and the scale of each module."""
+"""Reads PEFT's config from a LoRA file's metadata, where diffusers puts it: the rank and the scale of each module."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class LoraConfig:
         return bool(found) and int(found[0][1]) in ([layers] if isinstance(layers, int) else layers)
 
     def say_unused(self, modules: Iterable[str], component: str, file: Path) -> None:
-        """Log the patterns that fit no module of the network, which PEFT passes over without a word."""
+        """Log the patterns that fit no module of the network, which PEFT ignores silently."""
         names = list(modules)
         for kind in ("rank_pattern", "alpha_pattern"):
             for pattern in getattr(self, kind):
@@ -102,7 +102,7 @@ def read_config(metadata: Mapping[str, str], component: str, file: Path) -> Lora
         file: for errors.
 
     Raises:
-        InputError: malformed, or it asks for what a merged LoRA is not; the key is named.
+        InputError: malformed, or it asks for something that a merged LoRA cannot do; the key is named.
     """
     where = f"{file}, {METADATA}"
     try:

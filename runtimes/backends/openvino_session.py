@@ -1,4 +1,4 @@
-"""OpenVINO: one component as a compiled model with a pool of infer requests. Its exceptions are translated here."""
+"""The session that runs a component by OpenVINO: a compiled model with a pool of infer requests."""
 
 from __future__ import annotations
 

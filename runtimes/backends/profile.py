@@ -1,4 +1,4 @@
-"""Where the time of a call goes: seconds inside each component, and what is left to Python."""
+"""Measures where the time of a call goes: seconds inside each component, and what is left to Python."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A module of ours in a process of its own: what it prints is kept, and it does not outlive who asked for it."""
+"""Runs a module of ours in a process of its own, which writes to a log and does not outlive the process that asked."""
 
 from __future__ import annotations
 

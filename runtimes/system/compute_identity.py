@@ -1,4 +1,4 @@
-"""What runs a component on this machine: the same bytes may compute something else on another device or release."""
+"""Names what runs a component on this machine: device, libraries, driver and processor, on which its numbers depend."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which NVIDIA GPU CUDA shows this process, asked of the driver itself: the one answer to "is a GPU here".
+"""Finds the NVIDIA GPUs that CUDA shows this process, by asking the driver: the one answer to "is a GPU here".
 
 Neither a file of the driver nor `nvidia-smi` can say: both list GPUs that `CUDA_VISIBLE_DEVICES` hides or puts in
 another order, and both may be there while the driver does not start. No package is needed, only the driver's library.

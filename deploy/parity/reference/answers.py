@@ -1,4 +1,4 @@
-"""What the reference answers: recorded component calls and generated images, computed once and kept in a `Store`."""
+"""Computes the reference's answers once, and stores them: recorded component calls and generated images."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Reference:
 
     Args:
         bundle: the source bundle, in the format "safetensors".
-        cache: folder that answers are kept in across processes; None keeps them in memory.
+        cache: folder that answers are stored in across processes; None holds them in memory.
         keep_bytes: see `ParityOptions`.
         opener: gives the sessions of the bundle of which at most so many are loaded at once;
             `deploy.parity.reference.torch_sessions.reference_sessions` by default.
@@ -75,7 +75,7 @@ class Reference:
         Args:
             name: of the component.
             component: the candidate's record: its dtypes and fixed sizes are fitted to.
-            runs: from `shapes.plan_runs`.
+            runs: from `planned_shapes.plan_runs`.
             options: prompts, guidance and steps of the recording.
 
         Raises:
@@ -181,7 +181,7 @@ def _recording_request(run: Run, options: ParityOptions) -> TrajectoryRequest:
 
 
 def _images(encoder: Component, decoder: Recorder) -> list[Feeds]:
-    """What the decoder drew as the encoder's input: text to image never encodes an image."""
+    """The decoder's images as the encoder's input, since text to image never encodes an image."""
     source, target = decoder.component.outputs[0].name, encoder.inputs[0].name
     return [{target: np.clip(result[source], -1, 1)} for result in decoder.results]
 

@@ -1,4 +1,4 @@
-"""A session that remembers the inputs of its calls: how real inputs are taken from a running pipeline."""
+"""A session that records the inputs of its calls, to take real inputs from a running pipeline."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sessions opened when first run and freed again, so that a comparison never holds more networks than it must."""
+"""Opens sessions when they are first run and frees them again, so that few networks are in memory at once."""
 
 from __future__ import annotations
 

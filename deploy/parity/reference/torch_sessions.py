@@ -1,4 +1,4 @@
-"""The parity reference: components of a source bundle run by PyTorch in float32. The only torch file of `deploy`."""
+"""The parity reference: runs components of a source bundle by PyTorch in float32."""
 
 from __future__ import annotations
 
@@ -99,8 +99,9 @@ class SizeTrial:
         self._modules: dict[str, Any] = {}
 
     def possible(self, name: str, sizes: Mapping[str, int]) -> bool:
-        """Whether a component runs at these sizes; True where the device meta cannot tell, or it is no network of
-        images or latents.
+        """Whether a component runs at these sizes; True where the device meta cannot tell.
+
+        Only networks of images or latents are tried; others are taken to run at any size.
 
         Args:
             name: of the component.
@@ -143,7 +144,7 @@ def _unbounded(component: Component) -> Component:
 
 
 def _translated(error: BaseException, name: str) -> Exception:
-    """Out of memory as what it is; anything else is a shape that the network itself refuses."""
+    """Our error for one of PyTorch's: out of memory, else a shape that the network itself refuses."""
     text = str(error).partition("\n")[0]
     if isinstance(error, MemoryError) or "alloc" in text:
         return UnavailableError("not enough memory for the PyTorch reference", where=name,

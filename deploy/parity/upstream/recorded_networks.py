@@ -1,4 +1,4 @@
-"""Networks of diffusers' pipeline that are of the real class and cost little: their calls are recorded.
+"""Makes networks for diffusers' pipeline that are of the real class, cost little and record their calls.
 
 Pipelines check the types of their parts and read their configs, so each is an instance of its class on meta weights
 whose `forward` (`encode` and `decode` of an autoencoder) does something else. Text encoders and the autoencoder's
@@ -65,7 +65,7 @@ class Network:
     beside: Path | None = None
 
     def meta(self, **methods: Any) -> Any:
-        """An instance of the class without weights, on the CPU as far as anybody asks, with these methods."""
+        """An instance of the class without weights, whose `device` says CPU, with these methods."""
         with quiet():
             module = empty_network(self.folder, self.library, self.class_name, read_json(self.folder / "config.json"))
         kind = type(module)

@@ -1,4 +1,4 @@
-"""Recovery of one network of a bundle: checkpoints under the cache, progress on the terminal."""
+"""Retrains one pruned network of a bundle, with checkpoints under the cache and progress on the terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The original network as a teacher: loaded from a source bundle with everything that generating with it needs."""
+"""Loads the original network as a teacher, from a source bundle, with everything that generating with it needs."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Teacher:
         component, facts = bundle.component(name), bundle.manifest.pipeline
         inputs = [spec.name for spec in component.inputs]
         if inputs != CALLS or component.inputs[0].shape[1] != facts.latent_channels:
-            raise InputError(f"{name} reads {', '.join(inputs)}: only {', '.join(CALLS)} can be generated with here",
+            raise InputError(f"{name} reads {', '.join(inputs)}: only {', '.join(CALLS)} can be fed here",
                              where="pruning", fix="prune it with --prune-method l2 and without --recover")
         network = load_source_module(bundle, component).to(device)
         encoder = torch_component("text_encoder", load_source_module(bundle, bundle.component("text_encoder")))
@@ -82,7 +82,10 @@ def load_source_module(bundle: Bundle, component: Component) -> Any:
 
 
 def example_feeds(component: Component) -> list[Tensor]:
-    """The smallest inputs that a component promises to take, in order, float32 from 0 to 1 with a fixed seed."""
+    """The smallest inputs that a component promises to take, in order, with a fixed seed.
+
+    Each is float32, uniform from 0 to 1, with the shape of its TensorSpec.
+    """
     generator = torch.Generator().manual_seed(0)
     feeds = []
     for spec in component.inputs:

@@ -1,4 +1,4 @@
-"""Execution contexts of one engine: shapes set, bounds checked before it writes, calls recorded as CUDA graphs."""
+"""Execution contexts of one TensorRT engine: sets shapes, checks bounds, records calls as CUDA graphs."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Contexts:
 
         Args:
             profile: index of the optimization profile that holds the shapes.
-            feeds: inputs by name, as the component's specs say.
+            feeds: inputs by name, with shape and dtype as their TensorSpecs say.
 
         Returns:
             outputs by name, fresh arrays.

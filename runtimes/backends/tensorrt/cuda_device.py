@@ -1,4 +1,4 @@
-"""The few CUDA calls that running an engine takes, by cuda-bindings: one stream, memory, captured graphs."""
+"""The few CUDA calls that running an engine needs, through cuda-bindings: one stream, memory, captured graphs."""
 
 from __future__ import annotations
 
@@ -64,12 +64,12 @@ class CudaDevice:
         self._checked(self._cuda.cudaFree(address))
 
     def upload(self, address: int, array: np.ndarray[Any, Any]) -> None:
-        """Copy a contiguous array to the device, in stream order."""
+        """Copy a contiguous array, any values of any shape and dtype, to the device, in stream order."""
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
         self._checked(self._cuda.cudaMemcpyAsync(address, array.ctypes.data, array.nbytes, kind, self.stream))
 
     def download(self, array: np.ndarray[Any, Any], address: int) -> None:
-        """Copy from the device into a contiguous array, in stream order."""
+        """Copy from the device into a contiguous array, any values of any shape and dtype, in stream order."""
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
         self._checked(self._cuda.cudaMemcpyAsync(array.ctypes.data, address, array.nbytes, kind, self.stream))
 
