@@ -127,8 +127,8 @@ def tradeoffs(
     from runtimes.bundle.folder import Bundle
 
     opened = Bundle.open(bundle)
-    with console.BuildProgress() as progress:
-        measured = measure(opened, images=images, device=device, threads=threads, progress=progress.working)
+    with console.shown_progress():
+        measured = measure(opened, images=images, device=device, threads=threads)
     file = presets.save(opened.manifest.digest, measured)
     console.print_json(presets.summary(measured)) if json else console.show_tradeoffs(measured, file)
 
@@ -146,7 +146,8 @@ def verify(
     from deploy.building.verify import verify_bundle
     from deploy.cli import console
 
-    result = verify_bundle(bundle, against, device=device, effort=effort)
+    with console.shown_progress():
+        result = verify_bundle(bundle, against, device=device, effort=effort)
     console.print_json(result.to_json()) if json else console.show_verification(result)
     result.enforce()
     if result.unverified:
@@ -176,7 +177,8 @@ def bench(
 
     options = BenchOptions(tuple(a.strip() for a in against.split(",") if a.strip()), rounds, steps, guidance,
                            parse_numbers(batch, "--batch"), threads, device)
-    report = run_bench(bundles, options, console.say)
+    with console.shown_progress():
+        report = run_bench(bundles, options)
     console.print_json(report) if json else show_bench(report)
 
 
@@ -213,7 +215,8 @@ def diagnose(
     from deploy.diagnose.run_checks import DiagnoseOptions, diagnose_pipeline
 
     options = DiagnoseOptions(tuple(image), steps, guidance, device)
-    found = diagnose_pipeline(target, options, grid, console.say)
+    with console.shown_progress():
+        found = diagnose_pipeline(target, options, grid)
     console.print_json(found.to_json()) if json else console.show_diagnosis(found)
     found.enforce()
 

@@ -19,7 +19,9 @@ def convert(
     from deploy.cli import console
     from exporters.source.single_file import convert_single_file
 
-    console.say(f"wrote {convert_single_file(checkpoint, configs, output, console.say)}")
+    with console.shown_progress():
+        written = convert_single_file(checkpoint, configs, output)
+    console.say(f"wrote {written}")
 
 
 def export_triton(
