@@ -179,7 +179,8 @@ def _exact_roots(pipe: Any, request: Request, generators: list[Any]) -> dict[str
 
 
 def _method(case: Case) -> str | None:
-    return case.request.scheduler or CLASS_NAMES.get(case.model.edits["model_index.json"]["scheduler"][1])
+    named = case.model.edits.get("model_index.json", {}).get("scheduler", ("diffusers", ""))
+    return case.request.scheduler or CLASS_NAMES.get(named[1])
 
 
 def torch_from(array: Any) -> Any:
