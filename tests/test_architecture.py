@@ -265,6 +265,8 @@ Feeds = Mapping[str, "Float32 | None"]
         ('class _F:\n    def f(self, x: Float32):\n        """(n,) float32 pixels."""\n'
          'class f(_F):\n    """A class."""\n    def f(self, x: Float32):\n        """X."""', ()),
         ('def f(x: Callable[[Float32], Float32]) -> int:\n    """A callback."""', None),
+        ('A = Annotated[Float32, "no type"]\ndef f(x: A) -> int:\n    """Nothing."""', ("shape", "dtype", "unit")),
+        ('A = Annotated[int, Float32, "no type"]\ndef f(x: A) -> int:\n    """A number."""', None),
         ('def _f(x: Float32) -> int:\n    """Private."""', None),
     ],
 )

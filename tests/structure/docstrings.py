@@ -146,10 +146,14 @@ class _Tree:
             return isinstance(annotation.value, str) and self._is_array(module, _parsed(annotation.value), seen)
         if isinstance(annotation, ast.Subscript) and _last_name(annotation.value) in SKIPPED:
             return False
+        if isinstance(annotation, ast.Subscript) and _last_name(annotation.value) == "Annotated":
+            annotation = annotation.slice.elts[0] if isinstance(annotation.slice, ast.Tuple) else annotation.slice
         if isinstance(annotation, ast.Attribute):
             return annotation.attr in ARRAYS
         if isinstance(annotation, ast.Name):
             return annotation.id in ARRAYS or self._alias_is_array(module, annotation.id, seen)
+        if not isinstance(annotation, ast.Subscript | ast.BinOp | ast.Tuple | ast.List):
+            return False  # a module's constant that is no alias of a type
         return any(self._is_array(module, child, seen) for child in ast.iter_child_nodes(annotation)
                    if isinstance(child, ast.expr))
 
@@ -181,7 +185,10 @@ def _every(docstring: str | None) -> str:
 
 
 def _parsed(annotation: str) -> ast.expr:
-    return ast.parse(annotation, mode="eval").body
+    try:
+        return ast.parse(annotation, mode="eval").body
+    except SyntaxError:
+        return ast.Constant(None)  # a string that is no annotation
 
 
 def _last_name(node: ast.expr) -> str:
