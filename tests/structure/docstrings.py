@@ -21,7 +21,7 @@ ARRAYS = {"ndarray", "NDArray", "Tensor", "TensorProtocol", "TensorProto", "Arra
 SKIPPED = {"Callable", "Literal"}
 
 # One length of an axis: 4, B, H/8, 2 * steps, height', ... ; words with spaces between them are prose in brackets.
-_LENGTH = r"(?:\.\.\.|\d+[A-Z]?|[A-Za-z_][\w.']*)"
+_LENGTH = r"(?:\.\.\.|\d+[A-Z]?|len\(\w+\)|[A-Za-z_][\w.']*)"
 _AXIS = rf"[-*]?{_LENGTH}(?: ?[*/+|-] ?{_LENGTH})*"
 SHAPE = re.compile(
     rf"(?<!\w)\((?:\)|{_AXIS},(?: ?{_AXIS},)*(?: ?{_AXIS})?\))|\bscalars?\b|\b(?:one|two|three|four)-dimensional\b"
@@ -104,7 +104,7 @@ class _Tree:
 
     def _of_class(self, module: _Module, cls: ast.ClassDef, about: str) -> Iterator[Finding]:
         if any(isinstance(node, ast.AnnAssign) and self._is_array(module, node.annotation) for node in cls.body):
-            yield _finding(module, cls.name, cls.lineno, f"{ast.get_docstring(cls)}\n{about}")
+            yield _finding(module, cls.name, cls.lineno, f"{ast.get_docstring(cls)}\n{_of_fields(cls)}\n{about}")
         for node in cls.body:
             if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or not self._takes_arrays(module, node):
                 continue
@@ -177,6 +177,12 @@ def _read(name: str, file: Path) -> _Module:
 def _finding(module: _Module, name: str, line: int, said: str) -> Finding:
     missing = tuple(label for label, pattern in _CHECKS if not pattern.search(said))
     return Finding(module.name, name, line, missing)
+
+
+def _of_fields(cls: ast.ClassDef) -> str:
+    """What a dataclass says of its fields where it declares them, for help texts and the like."""
+    return "\n".join(node.value for field_ in cls.body if isinstance(field_, ast.AnnAssign) and field_.value is not None
+                     for node in ast.walk(field_.value) if isinstance(node, ast.Constant) and isinstance(node.value, str))
 
 
 def _every(docstring: str | None) -> str:
