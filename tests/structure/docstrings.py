@@ -181,8 +181,9 @@ def _finding(module: _Module, name: str, line: int, said: str) -> Finding:
 
 def _of_fields(cls: ast.ClassDef) -> str:
     """What a dataclass says of its fields where it declares them, for help texts and the like."""
-    return "\n".join(node.value for field_ in cls.body if isinstance(field_, ast.AnnAssign) and field_.value is not None
-                     for node in ast.walk(field_.value) if isinstance(node, ast.Constant) and isinstance(node.value, str))
+    values = [node.value for node in cls.body if isinstance(node, ast.AnnAssign) and node.value is not None]
+    return "\n".join(node.value for value in values for node in ast.walk(value)
+                     if isinstance(node, ast.Constant) and isinstance(node.value, str))
 
 
 def _every(docstring: str | None) -> str:
