@@ -6,13 +6,14 @@ import difflib
 import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import onnx_ir as ir
 
+from calibration.targets import INT4
 from runtimes.errors import InputError
 
 FLOAT, WEIGHT, STATIC, DYNAMIC, BLOCKS = "float", "w8", "w8a8", "w8a8-dynamic", "w4"
-INT4 = "weight-only-4"  # of text encoders, asked for by --text-encoder-bits
 RECIPES = ("hybrid", "static", "dynamic", "weight-only", INT4)
 EMBEDDING = "Gather"
 EMBEDDING_ABOVE = 1 << 18  # weights of a table of words; one of positions is a thousandth of the bytes
@@ -134,6 +135,12 @@ def matching(layers: Sequence[Layer], patterns: Sequence[str]) -> list[str]:
 def names_of(layer: Layer) -> tuple[str, str, str]:
     """What a pattern may name a layer by."""
     return layer.node, layer.weight, layer.op_type
+
+
+def quantizable(graph: Path) -> list[str]:
+    """Everything in a graph that a pattern of `keep` may name."""
+    model = ir.load(graph)
+    return [text for layer in (*find_layers(model), *find_embeddings(model)) for text in names_of(layer)]
 
 
 def check_patterns(patterns: Sequence[str], names: Mapping[str, Sequence[str]]) -> None:

@@ -17,6 +17,7 @@ from runtimes.bundle.folder import replacing, translated_disk_errors
 from runtimes.bundle.manifest import digest_of
 from runtimes.pipeline.diffusion import Pipeline
 from runtimes.system.cache_store import use
+from runtimes.system.progress import listener
 
 VERSION = 2  # raised whenever equal keys would give other recordings
 DENOISER = "unet"
@@ -79,9 +80,8 @@ class Recording:
 
 
 def record(sessions: Mapping[str, Session], assemble: Assemble, episodes: tuple[Episode, ...], root: Path, *,
-           source: Any, guidance_scale: float, steps: int = STEPS, strength: float = STRENGTH,
-           tell: Callable[[int, int], None] = lambda done, of: None) -> Recording:
-    """Run the pipeline and record what its networks are fed; shards of an earlier run, even of a killed one, stay.
+           source: Any, guidance_scale: float, steps: int = STEPS, strength: float = STRENGTH) -> Recording:
+    """Run the pipeline and keep what its networks are fed; what was recorded before, also by a killed run, is kept.
 
     The U-Net's calls hold both guidance branches (rows: unconditional, then conditional). Text encoder and decoder are
     recorded at every call; the encoder sees the image that the second trajectory of an episode starts from, and where
@@ -96,7 +96,6 @@ def record(sessions: Mapping[str, Session], assemble: Assemble, episodes: tuple[
         source: JSON value that identifies the networks, tokenizer and scheduler.
         guidance_scale: of classifier-free guidance.
         steps, strength: as given to `plan_episodes`.
-        tell: called after each episode with how many of how many are on disk.
 
     Raises:
         UnavailableError: the disk is full.
@@ -107,6 +106,7 @@ def record(sessions: Mapping[str, Session], assemble: Assemble, episodes: tuple[
     folder = root / identity
     recording = Recording(folder, len(episodes), identity)
     taps = {name: _Tap(session) for name, session in sessions.items()}
+    listener().working("recording what the networks are fed, to calibrate with")
     with translated_disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         use(folder)
@@ -116,7 +116,7 @@ def record(sessions: Mapping[str, Session], assemble: Assemble, episodes: tuple[
                     tap.recorded = []
                 _play(taps, assemble, episode, guidance_scale, steps, strength)
                 _write(_shard(folder, number), _pack({name: tap.recorded for name, tap in taps.items()}))
-            tell(number + 1, len(episodes))
+            listener().advanced(number + 1, len(episodes), "episodes recorded")
     return recording
 
 

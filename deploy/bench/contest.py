@@ -10,7 +10,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from deploy.parity.metrics import psnr_db
 from runtimes.bundle.folder import Bundle
 from runtimes.errors import InputError, UnavailableError
 from runtimes.system.device import CPU, Device
+from runtimes.system.progress import listener
 
 KINDS = {"torch": "eager", "torch.compile": "compile"}
 SETTLE_SECONDS = 0.25  # thread pools spin for a while after a run, and would take the next one's cores
@@ -58,13 +59,12 @@ class BenchOptions:
             raise InputError("rounds, steps and batches are at least 1", where="bench")
 
 
-def run_bench(bundles: Sequence[Path], options: BenchOptions, say: Callable[[str], None]) -> dict[str, Any]:
+def run_bench(bundles: Sequence[Path], options: BenchOptions) -> dict[str, Any]:
     """Measure.
 
     Args:
         bundles: folders; the first is what the ratios are against.
         options: how.
-        say: called with what is being done.
 
     Returns:
         the object of `bench --json`.
@@ -83,14 +83,14 @@ def run_bench(bundles: Sequence[Path], options: BenchOptions, say: Callable[[str
         "machine": machine(), "settings": {"rounds": options.rounds, "steps": options.steps, "threads": threads,
                                            "guidance_scale": options.guidance_scale, "device": str(options.device)},
         "load_before": os.getloadavg()[0]}
-    say("measuring what this machine can do")
+    listener().working("measuring what this machine can do")
     report["limits"] = {"gemm_gflops": gemm_flops() / 1e9, "copy_gigabytes_per_second": bandwidth() / 1e9}
     workers: dict[str, Worker] = {}
     with tempfile.TemporaryDirectory(prefix="ldm-bench-") as folder:
-        contest = _Contest(workers, opened[0], options, Path(folder), say)
+        contest = _Contest(workers, opened[0], options, Path(folder))
         try:
             for name, command in commands.items():
-                say(f"starting {name}")
+                listener().working(f"starting {name}")
                 workers[name] = Worker(name, command, threads)
             report["runs"] = contest.run()
             report["ratios"] = contest.ratios(names[0])
@@ -107,9 +107,8 @@ def run_bench(bundles: Sequence[Path], options: BenchOptions, say: Callable[[str
 class _Contest:
     """The workers taking turns; holds what the parts of one measurement share."""
 
-    def __init__(self, workers: Mapping[str, Worker], bundle: Bundle, options: BenchOptions, folder: Path,
-                 say: Callable[[str], None]) -> None:
-        self.workers, self.options, self.folder, self.say = workers, options, folder, say
+    def __init__(self, workers: Mapping[str, Worker], bundle: Bundle, options: BenchOptions, folder: Path) -> None:
+        self.workers, self.options, self.folder = workers, options, folder
         facts = bundle.manifest.pipeline
         factor = facts.vae_scale_factor
         self.shape = (facts.latent_channels, facts.height // factor, facts.width // factor)
@@ -129,8 +128,8 @@ class _Contest:
             standard = images.get("torch", next(iter(images.values())))
             for name, image in images.items():
                 decibels[name].append(psnr_db(standard, image, 255.0) if image.shape == standard.shape else 0.0)
-            self.say(f"round {number} of {self.options.rounds}: "
-                     + ", ".join(f"{name} {r[-1]['seconds']:.3f} s" for name, r in replies.items()))
+            listener().finished(f"round {number} of {self.options.rounds}: "
+                                + ", ".join(f"{name} {r[-1]['seconds']:.3f} s" for name, r in replies.items()))
         self.seconds = {name: [reply["seconds"] for reply in r] for name, r in replies.items()}
         return [{"name": name, "seconds": spread(self.seconds[name]),
                  "components": _components(r), "peak_rss_bytes": r[-1]["peak_rss_bytes"],

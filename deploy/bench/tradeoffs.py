@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from runtimes.pipeline.diffusion import Pipeline
 from runtimes.pipeline.guidance import SHALLOW
 from runtimes.pipeline.loading import load
 from runtimes.system.device import CPU, Device
+from runtimes.system.progress import listener
 
 LONG_STEPS = 50
 TIMED_ROUNDS = 5
@@ -38,7 +39,6 @@ def candidates(bundle: Bundle) -> list[Setting]:
 
 def measure(
     bundle: Bundle, *, images: int = 100, device: Device = CPU, threads: int = 0,
-    progress: Callable[[str], None] = lambda text: None,
 ) -> list[Measured]:
     """Generate the same prompts from the same noise with every setting, then time one image in interleaved rounds.
 
@@ -46,28 +46,27 @@ def measure(
         bundle: any bundle.
         images: how many are generated with each setting, of subjects spread over the gallery where there is one.
         device, threads: as for `runtimes.load`.
-        progress: called with what is generated.
     """
     pipeline = load(bundle, device=device, threads=threads)
     settings = candidates(bundle)
     gallery = gallery_for(bundle.manifest.source.id)
     known = options_for(bundle.manifest.source.id, ()).prompts if gallery is None else gallery.names
     prompts = [known[round(i * len(known) / images) % len(known)] for i in range(images)]
-    reference = _generate(pipeline, prompts, Setting(LONG_STEPS), progress)
+    reference = _generate(pipeline, prompts, Setting(LONG_STEPS))
     accuracy = []
     for setting in settings:
-        generated = _generate(pipeline, prompts, setting, progress)
+        generated = _generate(pipeline, prompts, setting)
         psnr = float(np.mean([_psnr(a, b) for a, b in zip(reference, generated, strict=True)]))
         accuracy.append((psnr, None if gallery is None else gallery.score(generated, prompts)))
-    progress("timing")
+    listener().working("timing")
     milliseconds = _timed(pipeline, prompts[0], settings)
     return [Measured(s, ms, psnr, found)
             for s, ms, (psnr, found) in zip(settings, milliseconds, accuracy, strict=True)]
 
 
-def _generate(pipeline: Pipeline, prompts: Sequence[str], setting: Setting, progress: Callable[[str], None]) -> Float32:
+def _generate(pipeline: Pipeline, prompts: Sequence[str], setting: Setting) -> Float32:
     """(N, H, W, 3) float32 in 0..1, image i from seed i."""
-    progress(f"generating with {setting}")
+    listener().working(f"generating with {setting}")
     parts = [pipeline(prompts[i : i + 8], seed=i, output="numpy", **setting.options())
              for i in range(0, len(prompts), 8)]
     return np.concatenate(parts)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from deploy.cli import file_commands, machine_commands
-from runtimes.errors import DeployError, InputError, UnavailableError
+from deploy.cli import build_commands, file_commands, machine_commands
+from deploy.cli.derived_options import derived_command, described
+from deploy.cli.machine_commands import Json
+from runtimes.errors import DeployError, UnavailableError
 from runtimes.system.device import CPU, Device
 
 app = typer.Typer(
@@ -20,162 +22,25 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+derived_command(app, build_commands.build_options)(build_commands.build)
+derived_command(app, build_commands.prune_options)(build_commands.prune)
 
-
-Json = Annotated[bool, typer.Option("--json", help="print one JSON object instead of text")]
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="folder that `build` wrote")]
-DeviceOption = Annotated[Device, typer.Option(
-    parser=Device.parse, metavar="KIND[:NUMBER]",
-    help="cpu, cuda, tensorrt, tensorrt-rtx; OpenVINO: cpu, gpu, npu, auto; the second GPU is cuda:1")]
-Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0 = all cores")]
-Hint = Annotated[str, typer.Option(help="OpenVINO: latency (a call has all cores) or throughput (calls share them)")]
-PinThreads = Annotated[bool, typer.Option("--pin-threads", help="keep each CPU thread on a core of its own")]
-Shapes = Annotated[list[str], typer.Option(help="axis=min:opt:max, several with commas: batch=1:2:8,height=...")]
-Target = Annotated[str, typer.Option(help="onnxruntime, openvino, tensorrt, tensorrt-rtx; auto: faster on this CPU")]
-Keep = Annotated[list[str], typer.Option(help="pattern of node names or op types that stay in float32")]
-Quantization = Annotated[str, typer.Option(help="int8 recipe: hybrid, static, dynamic or weight-only")]
-TextEncoderBits = Annotated[int | None, typer.Option(help="8 or 4: of text encoders' weights in integer builds")]
-Methods = Annotated[list[str], typer.Option(help="split-skips, smoothquant, bias-correction: lose less in 8 bits")]
-CalibrationPrompts = Annotated[Path | None, typer.Option(help="prompts that ranges are found with, one a line")]
-CalibrationSamples = Annotated[int | None, typer.Option(help="U-Net calls that ranges are found from")]
-RangeEstimator = Annotated[str, typer.Option(help="minmax, percentile, mse or entropy")]
-Lora = Annotated[list[str], typer.Option(help="LoRA, FILE or FILE:SCALE; may come again")]
-EngineOptions = Annotated[list[str], typer.Option(help="TensorRT builder: capabilities=SM86+SM89, static=true, …")]
-Prune = Annotated[str, typer.Option(help="share of the U-Net's channels to remove; of 0.5,0.3 the most within budget")]
-PruneVae = Annotated[float, typer.Option(help="share of the autoencoder's channels to remove: 0.25")]
-PruneMethod = Annotated[str, typer.Option(help="what a channel's importance is: taylor, l1 or l2")]
-PruneWidths = Annotated[str, typer.Option(help="levels lose the same share (uniform) or what they bear (sensitivity)")]
-PruneBlocks = Annotated[str, typer.Option(help="whole blocks to remove, BK-SDM's base, small or tiny")]
-Mask = Annotated[str, typer.Option(help="weights to zero, no shape changes: textbook or 2:4")]
-Recover = Annotated[int, typer.Option(help="steps of distillation from the original after pruning")]
-RecoverPrompts = Annotated[Path | None, typer.Option(help="file with one prompt a line to distil on")]
-BudgetOptions = Annotated[list[str], typer.Option(help="override an accuracy limit: image_psnr_db=40")]
-Verify = Annotated[str, typer.Option(help="compare with PyTorch: full, quick (4 steps of an image), components, no; "
-                                          "auto: full where that takes a minute or two, else quick")]
-NoVerify = Annotated[bool, typer.Option("--no-verify", help="the same as --verify no")]
-Variant = Annotated[str, typer.Option(help="of the weight files: fp16 reads *.fp16.safetensors where there are such")]
-Revision = Annotated[str, typer.Option(help="of a MODEL on the Hub: a branch, a tag or a commit; default main")]
-OutputPng = Annotated[Path, typer.Option("-o", "--output", help="PNG file; several images get numbered names")]
-Against = Annotated[str | None, typer.Option(help="the source model; default: where the bundle was built from")]
-ModelArgument = Annotated[str, typer.Argument(help="folder in diffusers layout, or OWNER/NAME on the Hugging Face Hub; "
-                                                    "default: the model that ships with us")]
-
-
-@app.command()
-def build(
-    model: ModelArgument = "",
-    variant: Variant = "",
-    revision: Revision = "",
-    target: Target = "",
-    precision: Annotated[str, typer.Option(help="fp32, fp16, bf16, int8 or auto")] = "",
-    shapes: Shapes = [],  # noqa: B006
-    lora: Lora = [],  # noqa: B006
-    lora_mode: Annotated[str, typer.Option(help="merge, or swap: for `generate --lora` to put others in place")] = "",
-    embedding: Annotated[list[str], typer.Option(help="textual inversion, FILE or FILE:TOKEN; may come again")] = [],  # noqa: B006
-    vae: Annotated[str, typer.Option(help="folder of an autoencoder in place of the model's own")] = "",
-    keep: Keep = [],  # noqa: B006
-    quantization: Quantization = "",
-    text_encoder_bits: TextEncoderBits = None,
-    quantization_methods: Methods = [],  # noqa: B006
-    calibration_prompts: CalibrationPrompts = None,
-    calibration_samples: CalibrationSamples = None,
-    range_estimator: RangeEstimator = "",
-    device: Annotated[str, typer.Option(help="of onnxruntime, what the bundle will run on: cpu (default), cuda, "
-                                             "tensorrt; on GPUs fp16 computes in float16")] = "",
-    cpu: Annotated[str, typer.Option(help="that INT8 is for: auto (this one), vnni, avx2")] = "",
-    engine: EngineOptions = [],  # noqa: B006
-    step_cache: Annotated[bool, typer.Option("--step-cache", help="a second U-Net graph, for generate "
-                                                                  "--cache-interval")] = False,
-    safety_checker: Annotated[bool, typer.Option("--safety-checker", help="export the model's own too")] = False,
-    prune: Prune = "",
-    prune_vae: PruneVae = 0.0,
-    prune_method: PruneMethod = "",
-    prune_widths: PruneWidths = "",
-    prune_blocks: PruneBlocks = "",
-    mask: Mask = "",
-    recover: Recover = 0,
-    recover_prompts: RecoverPrompts = None,
-    spec: Annotated[Path | None, typer.Option(help="YAML file with these options; those given here win")] = None,
-    budget: BudgetOptions = [],  # noqa: B006
-    verify: Verify = "",
-    no_verify: NoVerify = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print what would be done, do nothing")] = False,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="default: build/MODEL-TARGET-PRECISION")] = None,
-) -> None:
-    """Build a bundle: load, export, optimize, and prove it equal to PyTorch."""
-    from deploy.building.choose import plan_build, run_build
-    from deploy.cli import console
-    from deploy.core.pruning_options import given_options
-    from deploy.core.spec import covering, make_spec, parse_budget, parse_engine, parse_shapes
-
-    options: dict[str, Any] = {k: v for k, v in (
-        ("model", model), ("target", target), ("precision", precision), ("quantization", quantization),
-        ("range_estimator", range_estimator), ("step_cache", step_cache), ("lora_mode", lora_mode),
-        ("safety_checker", safety_checker), ("device", device), ("cpu", cpu), ("variant", variant),
-        ("revision", revision)) if v}
-    options |= {name: number for name, number in (("text_encoder_bits", text_encoder_bits),
-                                                  ("calibration_samples", calibration_samples)) if number is not None}
-    if quantization_methods:
-        options["quantization_methods"] = tuple(quantization_methods)
-    if calibration_prompts is not None:
-        from calibration.trajectory.prompts import read_prompts
-
-        options["calibration_prompts"] = read_prompts(calibration_prompts)
-    options |= {name: files for name, files in (("lora", tuple(lora)), ("embedding", tuple(embedding)),
-                                                ("vae", vae)) if files}
-    options |= given_options(prune, prune_vae, prune_method, prune_widths, prune_blocks, mask, recover, recover_prompts)
-    if shapes:
-        profiles = parse_shapes(shapes)
-        options["shapes"] = covering(profiles)
-        if len(profiles) > 1:
-            options["profiles"] = profiles
-    if keep:
-        options["keep"] = tuple(keep)
-    if engine:
-        options["engine"] = parse_engine(engine)
-    if budget:
-        options["budget"] = parse_budget(budget)
-    if verify and no_verify:
-        raise InputError("both --verify and --no-verify are given", where="build", fix="give one of them")
-    if verify or no_verify:
-        options["verify"] = "no" if no_verify else verify
-    build_spec = make_spec(options, spec)
-    if dry_run:
-        console.show_plan(plan_build(build_spec), build_spec, output)
-        return
-    with console.BuildProgress() as progress:
-        outcome = run_build(build_spec, output, progress=progress)
-    console.show_outcome(outcome)
-
-
-@app.command("prune")
-def prune_model(
-    model: ModelArgument = "",
-    prune: Prune = "",
-    prune_vae: PruneVae = 0.0,
-    prune_method: PruneMethod = "",
-    prune_widths: PruneWidths = "",
-    prune_blocks: PruneBlocks = "",
-    mask: Mask = "",
-    recover: Recover = 0,
-    recover_prompts: RecoverPrompts = None,
-    budget: BudgetOptions = [],  # noqa: B006
-    verify: Verify = "auto",
-    no_verify: NoVerify = False,
-    output: Annotated[Path, typer.Option("-o", "--output", help="folder in diffusers layout")] = Path("pruned"),
-) -> None:
-    """Write a smaller model as a diffusers folder."""
-    from deploy.building.prune_folder import prune_folder
-    from deploy.cli import console
-    from deploy.core.pruning_options import given_options
-    from deploy.core.spec import make_spec, parse_budget
-
-    options = given_options(prune, prune_vae, prune_method, prune_widths, prune_blocks, mask, recover, recover_prompts)
-    options |= {"model": model} if model else {}
-    options |= {"budget": parse_budget(budget), "verify": "no" if no_verify else verify}
-    with console.BuildProgress() as progress:
-        components = prune_folder(make_spec(options), output, progress=progress)
-    console.show_pruned(components, output)
+BundlePaths = Annotated[list[Path], typer.Argument(metavar="BUNDLE...", help="folders that `build` wrote")]
+DeviceOption = Annotated[Device, described(
+    "where the bundle runs: cpu, cuda, tensorrt or tensorrt-rtx, with OpenVINO cpu, gpu, npu or auto; the second "
+    "GPU is cuda:1", default="cpu", parser=Device.parse, metavar="KIND[:NUMBER]")]
+Threads = Annotated[int, described("CPU threads, 0 being one for each core", default=0, least=0)]
+Hint = Annotated[str, described("how OpenVINO shares the cores: each call has all of them, or calls run side by side",
+                                default="latency", choices=("latency", "throughput"))]
+PinThreads = Annotated[bool, described("bind each CPU thread to one core", "--pin-threads", default=False)]
+Lora = Annotated[list[str], described("LoRA in place of the bundle's, FILE or FILE:SCALE, of a bundle built with "
+                                      "--lora-mode swap; may be given again", default=None)]
+OutputPng = Annotated[Path, described("PNG file; several images get numbered names", "-o", "--output",
+                                      default="out.png")]
+GUIDANCE = "guidance scale, the weight of the prompt; usual are 1 to 15, 1 being without guidance"
+Effort = Annotated[str, described("how much is compared, as --verify of `build`", default="auto",
+                                  choices=("auto", "full", "quick", "components"))]
 
 
 @app.command()
@@ -250,7 +115,7 @@ def generate(
 @app.command()
 def tradeoffs(
     bundle: BundlePath,
-    images: Annotated[int, typer.Option(min=1, help="generated with each setting")] = 100,
+    images: Annotated[int, described("images that are generated with each setting", default=100, least=1)] = 100,
     device: DeviceOption = CPU,
     threads: Threads = 0,
     json: Json = False,
@@ -262,8 +127,8 @@ def tradeoffs(
     from runtimes.bundle.folder import Bundle
 
     opened = Bundle.open(bundle)
-    with console.BuildProgress() as progress:
-        measured = measure(opened, images=images, device=device, threads=threads, progress=progress.working)
+    with console.shown_progress():
+        measured = measure(opened, images=images, device=device, threads=threads)
     file = presets.save(opened.manifest.digest, measured)
     console.print_json(presets.summary(measured)) if json else console.show_tradeoffs(measured, file)
 
@@ -271,8 +136,9 @@ def tradeoffs(
 @app.command()
 def verify(
     bundle: BundlePath,
-    against: Against = None,
-    effort: Annotated[str, typer.Option(help="auto, full, quick or components; as --verify of `build`")] = "auto",
+    against: Annotated[str | None, described("source model, a folder or OWNER/NAME on the Hub",
+                                             default="where the bundle was built from")] = None,
+    effort: Effort = "auto",
     device: DeviceOption = CPU,
     json: Json = False,
 ) -> None:
@@ -280,7 +146,8 @@ def verify(
     from deploy.building.verify import verify_bundle
     from deploy.cli import console
 
-    result = verify_bundle(bundle, against, device=device, effort=effort)
+    with console.shown_progress():
+        result = verify_bundle(bundle, against, device=device, effort=effort)
     console.print_json(result.to_json()) if json else console.show_verification(result)
     result.enforce()
     if result.unverified:
@@ -290,12 +157,14 @@ def verify(
 
 @app.command()
 def bench(
-    bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE...", help="folders that `build` wrote")],
-    against: Annotated[str, typer.Option(help="also measure PyTorch: torch,torch.compile")] = "",
-    rounds: Annotated[int, typer.Option(min=1, help="interleaved images of each that count")] = 7,
-    steps: Annotated[int, typer.Option(help="denoising steps")] = 25,
-    guidance: Annotated[float, typer.Option(help="guidance_scale")] = 7.5,
-    batch: Annotated[str, typer.Option(help="images at once, several with commas: 1,2,4,8")] = "1",
+    bundles: BundlePaths,
+    against: Annotated[str, described("measure PyTorch, too: torch, torch.compile, or both with a comma",
+                                      default=None)] = "",
+    rounds: Annotated[int, described("images of each bundle, in turns, that are timed", default=7, least=1)] = 7,
+    steps: Annotated[int, described("denoising steps of an image", default=25, least=1)] = 25,
+    guidance: Annotated[float, described(GUIDANCE, default=7.5)] = 7.5,
+    batch: Annotated[str, described("images of one call, at least 1; several batches with commas: 1,2,4,8",
+                                    default=1)] = "1",
     device: DeviceOption = CPU,
     threads: Threads = 0,
     json: Json = False,
@@ -308,15 +177,18 @@ def bench(
 
     options = BenchOptions(tuple(a.strip() for a in against.split(",") if a.strip()), rounds, steps, guidance,
                            parse_numbers(batch, "--batch"), threads, device)
-    report = run_bench(bundles, options, console.say)
+    with console.shown_progress():
+        report = run_bench(bundles, options)
     console.print_json(report) if json else show_bench(report)
 
 
 @app.command()
 def report(
-    bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE...", help="folders that `build` wrote")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="HTML file")] = Path("report.html"),
-    bench: Annotated[Path | None, typer.Option(help="what `bench --json` printed: adds the bundles' seconds")] = None,
+    bundles: BundlePaths,
+    output: Annotated[Path, described("HTML file to write", "-o", "--output", default="report.html")]
+    = Path("report.html"),
+    bench: Annotated[Path | None, described("what `bench --json` printed, as a file: adds the bundles' seconds",
+                                            default=None)] = None,
 ) -> None:
     """Write one page about bundles: passes, sizes, accuracy, images; several are set against each other."""
     from deploy.cli import console
@@ -330,10 +202,11 @@ def report(
 @app.command()
 def diagnose(
     target: Annotated[str, typer.Argument(metavar="BUNDLE|MODEL", help="folder that `build` wrote, or a model")],
-    image: Annotated[list[Path], typer.Option(help="image to judge the VAE by; may come again")] = [],  # noqa: B006
-    grid: Annotated[Path | None, typer.Option(help="PNG: how images come about along the denoising")] = None,
-    steps: Annotated[int, typer.Option(min=2, help="denoising steps")] = 20,
-    guidance: Annotated[float, typer.Option(help="guidance_scale")] = 5.0,
+    image: Annotated[list[Path], described("image that the VAE is judged by; may be given again",
+                                           default="images that the model generates")] = [],  # noqa: B006
+    grid: Annotated[Path | None, described("PNG file to write: the image after each step", default=None)] = None,
+    steps: Annotated[int, described("denoising steps of an image", default=20, least=2)] = 20,
+    guidance: Annotated[float, described(GUIDANCE, default=5.0)] = 5.0,
     device: DeviceOption = CPU,
     json: Json = False,
 ) -> None:
@@ -342,7 +215,8 @@ def diagnose(
     from deploy.diagnose.run_checks import DiagnoseOptions, diagnose_pipeline
 
     options = DiagnoseOptions(tuple(image), steps, guidance, device)
-    found = diagnose_pipeline(target, options, grid, console.say)
+    with console.shown_progress():
+        found = diagnose_pipeline(target, options, grid)
     console.print_json(found.to_json()) if json else console.show_diagnosis(found)
     found.enforce()
 

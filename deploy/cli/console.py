@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from deploy.cli import progress_display
+from deploy.core.layer_list import LAYERS_FILE
 from deploy.parity.upstream.levels import in_words
 from deploy.report.page import grouped
 from deploy.report.sections import pass_rows
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
     from runtimes.bundle.manifest import Component, Manifest
     from runtimes.errors import DeployError
     from runtimes.pipeline.denoising import Step
+    from runtimes.system.progress import Listener
 
 out = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
@@ -55,34 +59,16 @@ def say(text: str) -> None:
     err.print(Text(text, "dim"))
 
 
+def shown_progress() -> AbstractContextManager[Listener]:
+    """Within the block, what library code reports is shown on standard error."""
+    return progress_display.shown_progress(err)
+
+
 def show_error(error: DeployError) -> None:
     """One line: what, where, and what to do."""
     place = f"{error.where}: " if error.where else ""
     err.print(Text.assemble(("error:", "bold red"), f" {place}{error.what}",
                             (f" — {error.fix}" if error.fix else "", "dim")))
-
-
-class BuildProgress:
-    """Passes and components as they run. Implements `deploy.core.progress.Listener`."""
-
-    def __enter__(self) -> BuildProgress:
-        self._bars = Progress(SpinnerColumn(), TextColumn("{task.description}", markup=False),
-                              BarColumn(20), TimeElapsedColumn(),
-                              console=err, transient=True, disable=not err.is_terminal)
-        self._bars.start()
-        self._task = self._bars.add_task("planning", total=None)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bars.stop()
-
-    def working(self, text: str) -> None:
-        """Say what is being done now."""
-        self._bars.update(self._task, description=text)
-
-    def finished(self, text: str) -> None:
-        """Say what is done."""
-        err.print(text)
 
 
 class StepProgress:
@@ -221,13 +207,13 @@ def _show_candidates(tried: Sequence[Mapping[str, Any]]) -> None:
                       _figure(one["seconds"] and one["seconds"] * 1e3, ".1f"),
                       _figure(one["trajectory_relative_l2"], ".3f"), _figure(one["psnr_db"], ".1f"),
                       _figure(one["retrieval"], ".1%"),
-                      one["broken"] or ("kept" if one["psnr_db"] is not None else "not verified"))
+                      one["broken"] or ("met" if one["psnr_db"] is not None else "not verified"))
     out.print(table)
 
 
 def show_search(bundle: Bundle) -> None:
     """The Pareto front of `--precision auto`, and what its layers became."""
-    file = bundle.path / "components" / "unet" / "quantization.json"
+    file = bundle.path / "components" / "unet" / LAYERS_FILE
     found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if "front" not in found:
         return
@@ -239,7 +225,7 @@ def show_search(bundle: Bundle) -> None:
         table.add_row(name, megabytes(trial["bytes"]), _figure(trial.get("time_ratio"), ".2f"),
                       _figure(trial["trajectory_relative_l2"], ".3f"), _figure(trial["psnr_db"], ".1f"),
                       _figure(trial["ssim"], ".3f"), _figure(trial["retrieval"], ".1%"),
-                      "kept" if trial["holds"] else "broken")
+                      "met" if trial["holds"] else "broken")
     out.print(table)
     layers: dict[str, list[str]] = {}
     for node, precision in found["precision_map"].items():
@@ -382,7 +368,7 @@ def show_tradeoffs(measured: Sequence[Measured], file: Path) -> None:
                       str(m.setting.cache_interval), f"{m.milliseconds:.1f}", f"{slowest / m.milliseconds:.2f}",
                       f"{m.psnr_db:.1f}", _figure(m.retrieval, ".1%"), ", ".join(["*"] * (m in best) + chosen))
     out.print(table)
-    out.print(f"kept in {file} for generate --quality and --budget-ms")
+    out.print(f"saved in {file} for generate --quality and --budget-ms")
 
 
 def _figure(value: float | None, form: str) -> str:

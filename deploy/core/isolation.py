@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deploy.core.pass_cache import default_root, rooted
 from deploy.core.plan import Pass, Step
 from runtimes import errors
 from runtimes.bundle.folder import Bundle, translated_disk_errors
 from runtimes.bundle.manifest import Component, Manifest, from_json, to_json
 from runtimes.errors import DeployError, UnavailableError
-from runtimes.system.child_process import die_with_parent, last_words, run_child
+from runtimes.system.cache_root import cache_home, rooted
+from runtimes.system.child_process import as_child, last_words, run_child
 from runtimes.system.process_memory import children_peak_rss_bytes, peak_rss_bytes
 
 ABOVE_BYTES = 256 << 20
@@ -83,7 +83,7 @@ def call_isolated(function: str, request: Mapping[str, Any], where: str) -> tupl
         UnavailableError: the process was killed by a signal; says which, and what helps.
         DeployError: what the function itself raised, or a process that ended without an answer.
     """
-    request = {"function": function, "request": request, "cache": str(default_root().absolute())}
+    request = {"function": function, "request": request, "cache": str(cache_home().absolute())}
     with tempfile.TemporaryDirectory(prefix="ldm-deploy-") as temporary:
         folder = Path(temporary)
         (folder / REQUEST).write_text(json.dumps(request), encoding="utf-8")
@@ -151,11 +151,11 @@ def _told(kind: str, what: str, where: str, fix: str) -> dict[str, str]:
 
 
 def _main(folder: Path) -> None:
-    die_with_parent()
-    request = json.loads((folder / REQUEST).read_text(encoding="utf-8"))
-    partial = folder / f"{ANSWER}.partial"
-    partial.write_text(json.dumps(_answer(request)), encoding="utf-8")
-    partial.rename(folder / ANSWER)
+    with as_child():
+        request = json.loads((folder / REQUEST).read_text(encoding="utf-8"))
+        partial = folder / f"{ANSWER}.partial"
+        partial.write_text(json.dumps(_answer(request)), encoding="utf-8")
+        partial.rename(folder / ANSWER)
 
 
 if __name__ == "__main__":

@@ -17,12 +17,9 @@ from deploy.core.plan import Pass, Step
 from runtimes.bundle.folder import Bundle, link_or_copy, replacing, sha256_of
 from runtimes.bundle.manifest import Component, Manifest, digest_of, from_json, to_json
 from runtimes.errors import BundleError
-from runtimes.system.cache_root import cache_home, rooted
 from runtimes.system.cache_store import WORK, scratch, sweep, use
 
-__all__ = ["Cache", "assemble", "default_root", "key_of", "rooted", "versions_of"]
 COMPONENT_FILE = "component.json"
-default_root = cache_home  # by the name that it had when there were several
 
 
 def versions_of(libraries: tuple[str, ...]) -> dict[str, str]:

@@ -21,7 +21,9 @@ from runtimes.codec.autoencoder import to_uint8
 from runtimes.codec.pixels import open_image, to_pil, to_pixels
 from runtimes.errors import InputError
 from runtimes.pipeline.diffusion import Pipeline, Step
+from runtimes.system.cache_root import cache_home
 from runtimes.system.device import CPU, Device
+from runtimes.system.progress import listener
 
 Float32 = NDArray[np.float32]
 IMAGES = 4
@@ -62,29 +64,26 @@ def opened(target: str, device: Device) -> Iterator[tuple[Mapping[str, Session],
         raise InputError("a model is diagnosed in PyTorch on the CPU", where="--device",
                          fix="leave it out, or build a bundle and diagnose that")
     from deploy.building.builder import load_source, workspace
-    from deploy.core.pass_cache import Cache, default_root
-    from deploy.core.progress import Silent
+    from deploy.core.pass_cache import Cache
     from deploy.core.spec import BuildSpec
     from deploy.model.source_bundle import open_origin
 
-    spec, root = BuildSpec(model=target), default_root()
+    spec, root = BuildSpec(model=target), cache_home()
     origin = open_origin(spec)
     with workspace(root) as work:
-        source = load_source(origin, spec, Cache(root), work, Silent())
+        source = load_source(origin, spec, Cache(root), work)
         from deploy.parity.reference.torch_sessions import reference_sessions
 
         yield reference_sessions(source), source
 
 
-def diagnose_pipeline(target: str, options: DiagnoseOptions, grid: Path | None = None,
-                      say: Callable[[str], None] = lambda text: None) -> Diagnosis:
+def diagnose_pipeline(target: str, options: DiagnoseOptions, grid: Path | None = None) -> Diagnosis:
     """Look at a bundle or a model.
 
     Args:
         target: folder of a bundle, or a model as `build` takes it.
         options: how.
         grid: PNG file: a row for each prompt, columns along the denoising.
-        say: called with what is being done.
 
     Raises:
         InputError: it is neither, or an image cannot be read.
@@ -95,9 +94,9 @@ def diagnose_pipeline(target: str, options: DiagnoseOptions, grid: Path | None =
         if "vae_encoder" not in bundle.manifest.components:
             raise InputError("there is no vae_encoder, which every check begins with", where=target)
         images = read_images(options.images, probe.facts.height, probe.facts.width)
-        say("generating")
+        listener().working("generating")
         generated = generate(probe, pipeline, prompts_for(bundle), options)
-        say("asking the networks")
+        listener().working("asking the networks")
         checks = [check_vae(probe, generated, images), check_unconditional(probe, generated, images)]
         if probe.facts.text_encoders:
             checks += [check_text(probe, generated), check_guidance(probe, generated)]

@@ -16,6 +16,7 @@ from runtimes.bundle.folder import Bundle
 from runtimes.bundle.manifest import Component
 from runtimes.errors import DeployError, UnavailableError
 from runtimes.pipeline.bundle_sessions import open_session
+from runtimes.system.progress import listener
 
 SOURCE_FORMAT = "safetensors"
 
@@ -137,7 +138,8 @@ def _compare(session: Session, samples: Sequence[Sequence[Sample]]) -> Figures:
     refused: list[tuple[_Unusable, Sample]] = []
     worked: list[Sample] = []
     shapes = tuple(at_shape[0].shape_of(component) for at_shape in samples)
-    for sample in (sample for at_shape in samples for sample in at_shape):
+    every = [sample for at_shape in samples for sample in at_shape]
+    for number, sample in enumerate(every, 1):
         try:
             outputs = _outputs(session, sample)
         except _Unusable as error:
@@ -145,6 +147,7 @@ def _compare(session: Session, samples: Sequence[Sequence[Sample]]) -> Figures:
             continue
         worked.append(sample)
         shape = sample.shape_of(component)
+        listener().advanced(number, len(every), "calls compared")
         errors += [(tensor_errors(expected, outputs[n]), n, shape) for n, expected in sample.outputs.items()]
     if refused:
         problem, sample = refused[0]

@@ -23,6 +23,7 @@ from runtimes.bundle.folder import Bundle
 from runtimes.errors import DeployError, UnavailableError
 from runtimes.pipeline.bundle_sessions import needed
 from runtimes.pipeline.loading import scheduler_config
+from runtimes.system.progress import listener
 
 
 @dataclass(frozen=True)
@@ -131,11 +132,12 @@ class _Check:
         try:
             drift: dict[str, tuple[float, ...]] = {}
             generated: list[Pair] = []
-            for scheduler in options.schedulers:
+            for number, scheduler in enumerate(options.schedulers, 1):
                 request = self._request(scheduler)
                 expected, found = self.reference.generate(request), self._generate(request)
                 drift[scheduler] = _worst_by_step(expected, found)
                 generated += pairs(request, expected, found)
+                listener().advanced(number, len(options.schedulers), "samplers compared")
             report = replace(report, drift=drift, pairs=tuple(generated))
             report = replace(report, retrieval=self._retrieval())
         except _CannotGenerate as failure:

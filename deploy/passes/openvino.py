@@ -7,8 +7,8 @@ from importlib import util
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from deploy.core.layer_list import carry_layers
 from deploy.core.plan import Pass, Planned, Skip, Step, Unavailable, require_onnx
-from deploy.passes.quantize import carry_layers
 from runtimes.bundle.folder import Bundle, link_or_copy, records_below
 from runtimes.bundle.manifest import Component, Manifest
 from runtimes.pipeline.guidance import SHALLOW

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
+from deploy.core.layer_list import carry_layers
 from deploy.core.plan import PLANNED_PRECISION, Pass, Planned, Skip, Step, require_onnx
-from deploy.passes.quantize import carry_layers
 from runtimes.bundle.folder import Bundle, records_below
 from runtimes.bundle.manifest import Component, Manifest, PipelineFacts
 from runtimes.codec.autoencoder import unscaled

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from deploy.core.plan import Pass, Planned, Skip, Step, Unavailable
-from deploy.model.source_bundle import VAE_HALVES
-from deploy.passes.prune import WEIGHTS_FILE, generation_config
+from deploy.pruning.planning import GENERATES_WITH, HALVES, WEIGHTS_FILE, generation_config
 from deploy.pruning.shrink.widths import AUTOENCODER
 from runtimes.bundle.folder import Bundle, records_below
 from runtimes.bundle.manifest import Component, Manifest
@@ -18,8 +17,6 @@ from runtimes.errors import InputError
 if TYPE_CHECKING:
     from deploy.core.spec import BuildSpec
 
-HALVES = tuple(VAE_HALVES)
-GENERATES_WITH = ("unet", "text_encoder")
 
 
 class PruneVae(Pass):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from deploy.core.plan import Pass, Planned, Skip, Step
 from deploy.core.pruning_options import TRAJECTORIES
-from deploy.passes.prune import NAME, TEACHER, WEIGHTS_FILE, generation_config
+from deploy.pruning.planning import DENOISER, TEACHER, WEIGHTS_FILE, generation_config
 from runtimes.bundle.folder import Bundle, records_below
 from runtimes.bundle.manifest import Component, Manifest
 from runtimes.errors import InputError
@@ -31,14 +31,14 @@ class Recover(Pass):
         """The pruned U-Net, when the spec gives it steps to learn in."""
         if not (spec.recover and spec.prunes_denoiser):
             return Skip("no recovery of the denoising network was asked for")
-        if TEACHER not in before.components or before.components[NAME].format != "safetensors":
+        if TEACHER not in before.components or before.components[DENOISER].format != "safetensors":
             raise InputError("there is no original to learn from", where="pass recover",
                              fix="recover comes right after prune")
         fewer = {"batch": spec.recover_batch} if spec.recover_batch < TRAJECTORIES else {}
         config = {"steps": spec.recover, "keep_zeros": spec.mask != "none", **fewer, **generation_config(before, spec)}
         components = {n: c for n, c in before.components.items() if n != TEACHER}
-        components[NAME] = replace(components[NAME], files={})
-        step = Step(self.name, self.version, config, {NAME: (NAME, TEACHER, "text_encoder")},
+        components[DENOISER] = replace(components[DENOISER], files={})
+        step = Step(self.name, self.version, config, {DENOISER: (DENOISER, TEACHER, "text_encoder")},
                     replace(before, components=components), f"{spec.recover} steps of distillation from the original")
         return step.recorded()
 

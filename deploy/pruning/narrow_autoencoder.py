@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deploy.core.pass_cache import default_root, pipeline_identity
-from deploy.core.progress import listener
+from deploy.core.pass_cache import pipeline_identity
+from deploy.pruning.planning import DENOISER, GENERATES_WITH
 from deploy.pruning.recovery.recover_network import train
 from deploy.pruning.recovery.training_loop import Schedule
 from deploy.pruning.shrink.importance import scorer_of
@@ -29,10 +29,11 @@ from exporters.source.networks import torch_component
 from runtimes.bundle.folder import Bundle, replacing
 from runtimes.bundle.manifest import digest_of, to_json
 from runtimes.codec.autoencoder import unscaled
+from runtimes.system.cache_root import cache_home
 from runtimes.system.cache_store import use
+from runtimes.system.progress import listener
 
 ENCODER, DECODER = HALVES[AUTOENCODER]
-DENOISER = "unet"
 SCORED, LEARNED, JUDGED = 32, 64, 16  # trajectories: for importance; to learn from, and others for the figures
 GENERATED_AT_ONCE = 16
 
@@ -161,10 +162,10 @@ def own_latents(source: Bundle, config: Mapping[str, Any], count: int) -> Tensor
     Raises:
         InputError: a U-Net with other inputs than sample, timestep and text.
     """
-    generated_by = {name: source.component(name).sha256 for name in (DENOISER, "text_encoder")}
+    generated_by = {name: source.component(name).sha256 for name in GENERATES_WITH}
     key = {"weights": generated_by, "pipeline": pipeline_identity(source.manifest), "prompts": config["prompts"],
            "guidance_scale": config["guidance_scale"], "count": count}
-    file = default_root() / "recover" / f"latents-{digest_of(to_json(key))}.safetensors"
+    file = cache_home() / "recover" / f"latents-{digest_of(to_json(key))}.safetensors"
     if not use(file):
         device = training_device()
         teacher = Teacher.load(source, DENOISER, config["prompts"], config["guidance_scale"], device)
@@ -205,7 +206,7 @@ def _recover(source: Bundle, name: str, network: Any, smaller: Any, latents: Ten
     task = HalfDistillation(student, decoder, encoder, latents[:LEARNED], recipe)
     inputs, wanted = _example(decoder, encoder, latents[LEARNED:])
     before = _relative_l2(student, inputs, wanted)
-    read = {part: source.component(part).sha256 for part in (name, DENOISER, "text_encoder")}
+    read = {part: source.component(part).sha256 for part in (name, *GENERATES_WITH)}
     train(task, recipe, {"weights": read, "half": name, "config": to_json(config),
                          "pipeline": pipeline_identity(source.manifest)})
     return {"steps": recipe.steps, "device": device, "relative_l2_before": round(before, 5),

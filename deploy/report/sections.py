@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deploy.core.layer_list import LAYERS_FILE
 from deploy.report.charts import Axis, Point, Series, chart, legend
 from runtimes.bundle.folder import read_object
 from runtimes.bundle.manifest import Manifest
 from runtimes.errors import BundleError
 
-LAYERS_FILE = "quantization.json"
 IMAGE_BYTES = 3_200_000  # of all images of a page: with them it stays below 5 MB
 SHOWN_RANGES, SHOWN_LAYERS = 6, 12
 PRECISIONS = {"w8a8": "8-bit weights and activations", "w8": "8-bit weights", "w4": "4-bit weights",

@@ -30,7 +30,7 @@ from runtimes.pipeline.bundle_sessions import BundleSessions, needed
 from runtimes.pipeline.memory_budget import MEASURED, MemoryModel, fit
 from runtimes.system.cache_root import cache_home
 from runtimes.system.cache_store import use
-from runtimes.system.child_process import die_with_parent, last_words, run_child
+from runtimes.system.child_process import as_child, last_words, run_child
 from runtimes.system.device import Device
 from runtimes.system.process_memory import peak_rss_bytes, reset_peak
 
@@ -116,10 +116,8 @@ def _ladder(session: Session) -> list[tuple[int, int, int]]:
     return ladder
 
 
-def main() -> None:
+def main(request: Path) -> None:
     """Load the bundle of a request and write what its calls take."""
-    die_with_parent()
-    request = Path(sys.argv[1])
     options = read_object(request)
     bundle = Bundle.open(Path(options.pop("bundle")), check_hashes=False)
     options |= {"device": Device(**options["device"]), "lora": tuple(options["lora"]), "keep_graphs": True}
@@ -134,4 +132,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with as_child():
+        main(Path(sys.argv[1]))

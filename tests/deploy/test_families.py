@@ -17,7 +17,6 @@ from calibration.trajectory.recorder import Recording
 from deploy.building.builder import load_source
 from deploy.building.choose import run_build
 from deploy.core.pass_cache import Cache
-from deploy.core.progress import Silent
 from deploy.core.spec import BuildSpec
 from deploy.model.source_bundle import open_origin
 from deploy.parity.reference.torch_sessions import reference_sessions
@@ -49,7 +48,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
             theirs.save_pretrained(folder / "model")
             spec = BuildSpec(model=str(folder / "model"))
             (folder / "work").mkdir()
-            bundle = load_source(open_origin(spec), spec, Cache(folder / "cache"), folder / "work", Silent())
+            bundle = load_source(open_origin(spec), spec, Cache(folder / "cache"), folder / "work")
             made[name] = assemble_pipeline(reference_sessions(bundle), bundle), theirs
         return made[name]
 

@@ -16,8 +16,9 @@ from deploy.core.budgets import BUDGETS, PRUNED, Budget
 from deploy.core.plan import Skip, Step, Unavailable
 from deploy.core.spec import BuildSpec
 from deploy.passes.export import Export
-from deploy.passes.prune import TEACHER, Prune
+from deploy.passes.prune import Prune
 from deploy.passes.recover import Recover
+from deploy.pruning.planning import TEACHER
 from runtimes.bundle.folder import Bundle, records_below
 from runtimes.bundle.manifest import Component
 from runtimes.errors import InputError, ParityError

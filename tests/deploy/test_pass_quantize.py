@@ -17,7 +17,7 @@ from deploy.core.spec import BuildSpec, make_spec
 from deploy.model.source_bundle import open_origin
 from deploy.passes.precision import Precision
 from deploy.passes.quantize import Quantize
-from deploy.quantization.recipes import at_common_size
+from deploy.quantization.calibration_data import at_common_size
 from runtimes.bundle.folder import Bundle
 from runtimes.bundle.manifest import Manifest
 from runtimes.bundle.tensors import ShapeRange

@@ -18,9 +18,9 @@ from deploy.building.choose import run_build
 from deploy.building.prune_folder import prune_folder
 from deploy.core.plan import Skip, Step, Unavailable
 from deploy.core.spec import BuildSpec
-from deploy.passes.prune import TEACHER
-from deploy.passes.prune_vae import HALVES, PruneVae
+from deploy.passes.prune_vae import PruneVae
 from deploy.passes.recover import Recover
+from deploy.pruning.planning import HALVES, TEACHER
 from deploy.pruning.recovery.training_loop import Training
 from deploy.pruning.shrink.widths import config_of, levels_of, uniform_widths
 from deploy.pruning.teacher.original import Teacher

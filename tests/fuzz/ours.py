@@ -68,14 +68,13 @@ def assemble(case: Case, folder: Path, files: Mapping[str, Path], work: Path, tr
     """The pipeline over PyTorch sessions, as parity's reference has it."""
     from deploy.building.builder import load_source
     from deploy.core.pass_cache import Cache
-    from deploy.core.progress import Silent
     from deploy.model.source_bundle import open_origin
     from deploy.parity.reference.torch_sessions import reference_sessions
     from deploy.parity.reference.trajectories import assemble_pipeline
 
     spec = make_spec(case, folder, files)
     spec = spec.model_copy(update={"shapes": _shapes(case, open_origin(spec).manifest.pipeline)})
-    bundle = load_source(open_origin(spec), spec, Cache(cache), work, Silent())
+    bundle = load_source(open_origin(spec), spec, Cache(cache), work)
     sessions = reference_sessions(bundle)
     recorded = {name: Recorded(session, bundle.component(name), trace) for name, session in sessions.items()}
     return assemble_pipeline(recorded, bundle)
