@@ -15,7 +15,7 @@ from runtimes.system.cache_root import cache_home, rooted
 
 
 def run_build(spec: BuildSpec, output: Path | None = None, *, cache_root: Path | None = None) -> Outcome:
-    """Build a bundle. What happens is told to `runtimes.system.progress.listener()`.
+    """Build a bundle, and report what happens to `runtimes.system.progress.listener()`.
 
     Args:
         spec: what to build.

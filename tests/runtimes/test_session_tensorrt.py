@@ -79,7 +79,7 @@ def test_each_captured_graph_has_a_context_that_is_never_changed_again(session, 
 
 
 def test_only_so_many_graphs_are_kept(cuda, engine, session, monkeypatch):
-    monkeypatch.setattr(contexts, "GRAPHS_KEPT", 2)
+    monkeypatch.setattr(contexts, "MOST_GRAPHS", 2)
     for count in (8, 1, 2, 3, 4):
         for _ in range(3):
             run(session, count)
