@@ -1,4 +1,4 @@
-"""`build` with all decided that the spec leaves open: the share of channels to prune, the target. Then one build."""
+"""Runs `build`: decides what the spec leaves open, the share of channels to prune and the target, and builds."""
 
 from __future__ import annotations
 
