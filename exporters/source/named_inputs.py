@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from exporters.source.shallow_unet import CachingUNet, ShallowUNet
+from runtimes.bundle.roles import Role
 
 
 class TextEncoder(nn.Module):
@@ -174,12 +175,11 @@ class SafetyChecker(nn.Module):
                 embeds @ normalize(model.concept_embeds).T - model.concept_embeds_weights)
 
 
-WRAPPERS: dict[str, Callable[[Any, tuple[str, ...]], nn.Module]] = {
-    "text_encoder": TextEncoder,
-    "text_encoder_2": TextEncoder,
-    "unet": unet,
-    "unet_shallow": lambda model, outputs: ShallowUNet(model),
-    "vae_encoder": VaeEncoder,
-    "vae_decoder": decoder,
-    "safety_checker": SafetyChecker,
+WRAPPERS: dict[Role, Callable[[Any, tuple[str, ...]], nn.Module]] = {
+    Role.TEXT_ENCODER: TextEncoder,
+    Role.DENOISER: unet,
+    Role.SHALLOW: lambda model, outputs: ShallowUNet(model),
+    Role.IMAGE_ENCODER: VaeEncoder,
+    Role.IMAGE_DECODER: decoder,
+    Role.SAFETY_CHECKER: SafetyChecker,
 }

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from tests.runtimes.roles import with_fact
+
 MOST = 300  # cases within which each has to be found
 
 Wrap = Callable[[Any], Any]
@@ -181,9 +183,10 @@ FAULTS: Mapping[str, Fault] = {
         lambda original: lambda seeds: original([s + 1 for s in seeds])),
     "strength": Fault("runtimes.schedulers.settings:Settings.check_start", _later_start),
     "the default size": Fault("runtimes.pipeline.request:_size", _changed_argument(
-        0, lambda facts: replace(facts, height=facts.height // 2, width=facts.width // 2))),
+        0, lambda roles: roles.sized(roles.codec.height // 2, roles.codec.width // 2))),
     "zeros for no negative prompt": Fault("runtimes.pipeline.diffusion:gather", _changed_argument(
-        1, lambda facts: replace(facts, zero_empty_negative=not facts.zero_empty_negative))),
+        1, lambda roles: with_fact(roles, "conditioner.empty_negative",
+                                   {"text": "zeros", "zeros": "text"}[roles.conditioner.empty_negative]))),
     "eta": Fault("runtimes.pipeline.diffusion:begin_part", _changed_argument(4, lambda eta: 0.0)),
     "the nearest entry of a codebook": Fault("exporters.source.named_inputs:VqDecoder.nearest",
         _changed_result(_other_entry)),

@@ -54,14 +54,14 @@ class Network:
     Attributes:
         folder: with config.json and weights.
         library, class_name: as in model_index.json.
-        name: of the component.
+        adapter: what LoRAs call it.
         beside: LoRA that lies beside the weights, or None.
     """
 
     folder: Path
     library: str
     class_name: str
-    name: str
+    adapter: str
     beside: Path | None = None
 
     def meta(self, **methods: Any) -> Any:
@@ -81,7 +81,7 @@ class Network:
         """The network with its weights and the LoRA beside them, float32."""
         module = load_module(self.folder, self.library, self.class_name, check=False)
         if self.beside is not None:
-            merge(module, self.name, self.beside, 1.0)
+            merge(module, self.adapter, self.beside, 1.0)
         return module
 
 
