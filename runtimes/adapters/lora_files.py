@@ -171,7 +171,7 @@ def read_factors(file: Path, network: str, scale: float, modules: Iterable[str],
         down, up = (read_floats(file, header, keys[part]) for part in ("down", "up"))
         if not config.names(name):
             raise InputError(f"{keys['down']} is of a module that the metadata leaves out: diffusers would too",
-                             where=str(file), fix=f"take the key out, or name the module in {component}.target_modules")
+                             where=str(file), fix=f"take the key out, or name the module in {network}.target_modules")
         if min(down.ndim, up.ndim) < 2 or not down.size or not up.size:
             raise InputError(f"{keys['down']} is {up.shape} x {down.shape}, which are not matrices", where=str(file),
                              fix="get the file again")
