@@ -42,13 +42,13 @@ MOST_FUNCTION_LINES = (30, 60)
 # Of a function that is no command; `Pipeline.__call__` and its check still take a request apart.
 MOST_ARGUMENTS = 26
 # Lines that call a network by diffusers' name instead of by its role: this falls to 0 and never rises.
-UNET_LITERALS = 68
+UNET_LITERALS = 60
 # Longer than allowed, to be cut: this list only shrinks.
 LONG_FUNCTIONS = {"runtimes.pipeline.diffusion.__call__", "deploy.cli.commands.build", "deploy.cli.commands.generate"}
 # Functions of arrays that are still undocumented: this falls to 0 and never rises.
-UNDOCUMENTED = 15
+UNDOCUMENTED = 12
 # Words that DESIGN.md replaced and that are still there: this falls to 0 and never rises.
-BANNED_WORDS = 49
+BANNED_WORDS = 33
 
 
 def python_files(*folders: str) -> list[Path]:
@@ -261,6 +261,8 @@ Feeds = Mapping[str, "Float32 | None"]
         ('class _F:\n    def f(self, x: Float32):\n        """(n,) float32 pixels."""\n'
          'class f(_F):\n    """A class."""\n    def f(self, x: Float32):\n        """X."""', ()),
         ('def f(x: Callable[[Float32], Float32]) -> int:\n    """A callback."""', None),
+        ('A = Annotated[Float32, "no type"]\ndef f(x: A) -> int:\n    """Nothing."""', ("shape", "dtype", "unit")),
+        ('A = Annotated[int, Float32, "no type"]\ndef f(x: A) -> int:\n    """A number."""', None),
         ('def _f(x: Float32) -> int:\n    """Private."""', None),
     ],
 )

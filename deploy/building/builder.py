@@ -1,4 +1,4 @@
-"""`build`: lay out the passes, run or reuse each component, gate the result, commit one folder."""
+"""Runs a build: lays out the passes, runs or reuses each component, gates the result, commits one folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`build` with all decided that the spec leaves open: the share of channels to prune, the target. Then one build."""
+"""Runs `build`: decides what the spec leaves open, the share of channels to prune and the target, and builds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from runtimes.system.cache_root import cache_home, rooted
 
 
 def run_build(spec: BuildSpec, output: Path | None = None, *, cache_root: Path | None = None) -> Outcome:
-    """Build a bundle. What happens is told to `runtimes.system.progress.listener()`.
+    """Build a bundle, and report what happens to `runtimes.system.progress.listener()`.
 
     Args:
         spec: what to build.

@@ -1,4 +1,4 @@
-"""`--prune 0.5,0.3,0.15`: the largest of several shares of channels whose build keeps the accuracy budget."""
+"""Chooses among `--prune 0.5,0.3,0.15`: the largest share of channels whose build stays within the accuracy budget."""
 
 from __future__ import annotations
 

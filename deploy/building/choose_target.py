@@ -1,4 +1,4 @@
-"""`--target auto`: the runtime of this machine's CPU on which the U-Net of this very build measures faster."""
+"""Chooses for `--target auto` the runtime of this machine's CPU on which the denoiser of this build is faster."""
 
 from __future__ import annotations
 

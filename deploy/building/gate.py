@@ -1,4 +1,4 @@
-"""The parity gate around passes: what is compared when, with which prompts. `deploy.parity` does the comparing."""
+"""The parity gate around passes: decides what is compared when, with which prompts; `deploy.parity` compares."""
 
 from __future__ import annotations
 

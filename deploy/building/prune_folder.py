@@ -1,4 +1,4 @@
-"""`prune`: a smaller model as a diffusers folder, for those who go on in PyTorch; no bundle."""
+"""Runs `prune`: writes a smaller model as a diffusers folder, for those who go on in PyTorch."""
 
 from __future__ import annotations
 

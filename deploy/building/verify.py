@@ -1,4 +1,4 @@
-"""`verify`: prove a finished bundle again, on any machine that has the source model."""
+"""Runs `verify`: proves a finished bundle again, on any machine that has the source model."""
 
 from __future__ import annotations
 

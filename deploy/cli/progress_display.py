@@ -1,4 +1,4 @@
-"""What a long command does, on standard error: a bar on a terminal, elsewhere a plain line now and then."""
+"""Shows what a long command does, on standard error: a bar on a terminal, elsewhere a plain line now and then."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Work on a large component in a process of its own: its memory is given back, and its death is one clear error.
+"""Runs work on a large component in a process of its own: its memory is given back, and its death is one clear error.
 
 The request and the answer are JSON. Small components run in the process that asks: a new one costs seconds of imports.
 """
@@ -135,18 +135,18 @@ def _answer(content: Mapping[str, Any]) -> dict[str, Any]:
         with rooted(cache), translated_disk_errors(cache):
             result = _named(content["function"])(content["request"])
     except DeployError as error:
-        return {"error": _told(type(error).__name__, error.what, error.where, error.fix)}
+        return {"error": _error(type(error).__name__, error.what, error.where, error.fix)}
     except MemoryError:
-        return {"error": _told("UnavailableError", "memory ran out", "", "close other programs, give smaller --shapes, "
-                               "or build on a machine with more memory")}
+        return {"error": _error("UnavailableError", "memory ran out", "", "close other programs, give smaller "
+                                "--shapes, or build on a machine with more memory")}
     except Exception as error:
         traceback.print_exc()
-        return {"error": _told("DeployError", f"{type(error).__name__}: {str(error).partition(chr(10))[0]:.300}", "",
+        return {"error": _error("DeployError", f"{type(error).__name__}: {str(error).partition(chr(10))[0]:.300}", "",
                                "")}
     return {"result": result, "peak_rss_bytes": max(peak_rss_bytes(), children_peak_rss_bytes())}
 
 
-def _told(kind: str, what: str, where: str, fix: str) -> dict[str, str]:
+def _error(kind: str, what: str, where: str, fix: str) -> dict[str, str]:
     return {"kind": kind, "what": what, "where": where, "fix": fix}
 
 

@@ -1,4 +1,4 @@
-"""The file beside a quantized graph that says what each of its layers became, carried along by later passes."""
+"""The file beside a quantized graph that lists the precision of its layers, which later passes carry along."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Results of passes, kept by content: the same inputs, config and library versions are never computed twice.
+"""Caches the results of passes by content: the same inputs, config and library versions are never computed twice.
 
 Layout: `<root>/passes/<key>/` holds component.json and the component's files at their paths within a bundle;
 `<root>/facts/<key>.json` holds small measured facts such as parity figures. Time, host and paths never enter a key.

@@ -1,4 +1,4 @@
-"""The part of a build spec that asks for smaller networks: `--prune`, `--prune-vae`, `--recover`, refinements."""
+"""The options of a build spec for smaller networks: `--prune`, `--prune-vae`, `--recover` and refinements."""
 
 from __future__ import annotations
 

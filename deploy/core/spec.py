@@ -1,4 +1,4 @@
-"""What the user asks for: `BuildSpec`, validated with pydantic from options or a YAML file."""
+"""`BuildSpec`, what the user asks for, validated with pydantic from options or a YAML file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model on the Hugging Face Hub -> its snapshot in the Hub's cache: safetensors, configs, tokenizers, no pickle."""
+"""Downloads a model from the Hugging Face Hub into the Hub's cache: safetensors, configs, tokenizers, no pickle."""
 
 from __future__ import annotations
 

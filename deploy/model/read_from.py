@@ -1,4 +1,4 @@
-"""The folder that a build reads: the model's own, or a view of it in which another autoencoder stands for its own."""
+"""Finds the folder that a build reads: the model's own, or a view of it with another autoencoder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The source model seen as a bundle: its folder, with a manifest made from configs and headers. No torch."""
+"""Opens the source model as a bundle: its folder, with a manifest made from configs and headers. No torch."""
 
 from __future__ import annotations
 

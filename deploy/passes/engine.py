@@ -1,4 +1,4 @@
-"""`engine`: each ONNX graph compiled to a TensorRT engine, for the GPU here or ahead of time for GPUs elsewhere."""
+"""`engine`: compiles each ONNX graph to a TensorRT engine, for the GPU here or ahead of time for GPUs elsewhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`openvino`: each ONNX graph as OpenVINO's `.xml` and `.bin`."""
+"""`openvino`: converts each ONNX graph to OpenVINO's `.xml` and `.bin`."""
 
 from __future__ import annotations
 

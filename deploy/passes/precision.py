@@ -1,4 +1,4 @@
-"""`precision`: 16 bits where they pay: computed in on GPUs; only stored in on CPUs, which lack the kernels."""
+"""`precision`: converts graphs to 16 bits: to compute in them on GPUs, only to store weights in them on CPUs."""
 
 from __future__ import annotations
 

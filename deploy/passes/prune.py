@@ -1,4 +1,4 @@
-"""`prune`: the denoising network made smaller before export; it stays one that diffusers builds from its config."""
+"""`prune`: makes the denoiser smaller before export; it stays a network that diffusers builds from its config."""
 
 from __future__ import annotations
 

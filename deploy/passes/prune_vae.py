@@ -1,4 +1,4 @@
-"""`prune-vae`: the autoencoder made narrower before export, and taught by the original; diffusers still loads it."""
+"""`prune-vae`: makes the autoencoder narrower before export, and has it learn from the original; diffusers loads it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`quantize`: 8-bit weights, and 8-bit activations with ranges recorded along the model's own denoising."""
+"""`quantize`: gives graphs 8-bit weights and activations, with ranges recorded along the model's own denoising."""
 
 from __future__ import annotations
 

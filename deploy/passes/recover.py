@@ -1,4 +1,4 @@
-"""`recover`: what was pruned learns from the original again, which then leaves the bundle."""
+"""`recover`: retrains a pruned network to answer like the original, which then leaves the bundle."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the passes of pruning share while nothing is loaded yet: names of networks and files, what is generated."""
+"""What the passes of pruning share before anything is loaded: names of networks and files, settings of generation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ranges are found from: which prompts a model is calibrated on, and the recording of its own denoising."""
+"""Provides calibration data: chooses the prompts, and records the model's own denoising."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The search behind `--precision auto`: generated images decide which layers of the U-Net may be integers."""
+"""Searches for `--precision auto`: generated images decide which layers of the U-Net may be integers."""
 
 from __future__ import annotations
 
@@ -150,8 +150,8 @@ def candidate_bundle(source: Bundle, files: Mapping[str, Path]) -> Iterator[Bund
     """The bundle with some components' graphs replaced; of links, gone afterwards."""
     with tempfile.TemporaryDirectory(prefix="ldm-trial-", dir=source.path.parent) as scratch:
         folder, components = Path(scratch), dict(source.manifest.components)
-        kept = [c for name, c in components.items() if name not in files]
-        for name in [*source.manifest.files, *(file for c in kept for file in c.files)]:
+        unchanged = [c for name, c in components.items() if name not in files]
+        for name in [*source.manifest.files, *(file for c in unchanged for file in c.files)]:
             link_or_copy(source.path / name, folder / name)
         for name, file in files.items():
             for part in parts_of(file):

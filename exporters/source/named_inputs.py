@@ -136,11 +136,14 @@ class VqDecoder(VaeDecoder):
         super().__init__(model)
         self.codebook, self.spatial = model.quantize.embedding, model.config.norm_type == "spatial"
 
-    def forward(self, latent_sample: Tensor) -> tuple[Tensor]:
-        """The image, not clipped. |z - e|^2 = z^2 + e^2 - 2 e z, of which z^2 is the same for every entry."""
+    def nearest(self, latent_sample: Tensor) -> Tensor:
+        """(B, H, W) int64, the entry of each latent. |z - e|^2 = z^2 + e^2 - 2 e z; z^2 is the same for every entry."""
         latents, codes = latent_sample.permute(0, 2, 3, 1), self.codebook.weight
-        nearest = torch.argmin((codes * codes).sum(1) - 2 * latents @ codes.T, dim=-1)
-        quantized = self.codebook(nearest).permute(0, 3, 1, 2)
+        return torch.argmin((codes * codes).sum(1) - 2 * latents @ codes.T, dim=-1)
+
+    def forward(self, latent_sample: Tensor) -> tuple[Tensor]:
+        """The image, not clipped."""
+        quantized = self.codebook(self.nearest(latent_sample)).permute(0, 3, 1, 2)
         hidden = self.post_quant_conv(quantized)
         return (self.decoder(hidden, quantized) if self.spatial else self.decoder(hidden),)
 

@@ -156,7 +156,8 @@ def read_factors(file: Path, network: str, scale: float, modules: Iterable[str],
 
     Raises:
         InputError: as `read_keys` and `read_config`; a key that fits nothing in the network; two keys for one thing;
-            half a pair or an alpha alone; a rank other than stated. The keys are named.
+            half a pair or an alpha alone; a rank other than stated; a text encoder's module that the metadata leaves
+            out. The keys are named.
     """
     modules = list(modules)
     header, metadata = read_header(file), read_metadata(file)
@@ -168,6 +169,9 @@ def read_factors(file: Path, network: str, scale: float, modules: Iterable[str],
             lacks = "lacks its other half" if len(missing) == 1 else "has no weights beside it"
             raise InputError(f"{first} {lacks}", where=str(file), fix="get the file again")
         down, up = (read_floats(file, header, keys[part]) for part in ("down", "up"))
+        if not config.names(name):
+            raise InputError(f"{keys['down']} is of a module that the metadata leaves out: diffusers would too",
+                             where=str(file), fix=f"take the key out, or name the module in {network}.target_modules")
         if min(down.ndim, up.ndim) < 2 or not down.size or not up.size:
             raise InputError(f"{keys['down']} is {up.shape} x {down.shape}, which are not matrices", where=str(file),
                              fix="get the file again")

@@ -81,7 +81,7 @@ class OrtSession(Session):
 
         with _translated(name):
             if options.keep_graphs and device.kind == "cpu" and component.bytes > optimized_graphs.ABOVE_BYTES:
-                self._session = optimized_graphs.open_kept(
+                self._session = optimized_graphs.open_stored(
                     graph, component, lambda: session_options(component, options), open_graph, cache_place() / "cpu")
             else:
                 self._session = open_graph(graph, session_options(component, options))

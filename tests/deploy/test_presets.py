@@ -51,7 +51,7 @@ def test_a_budget_that_buys_nothing_says_what_is_needed():
         presets.within(39, SEEN)
 
 
-def test_what_is_kept_comes_back(tmp_path):
+def test_what_is_saved_comes_back(tmp_path):
     measured = [*SEEN, entry(9, 95, 18.0, None, scheduler="dpm++", guidance_interval=(0.1, 0.7), cache_interval=2)]
     with rooted(tmp_path):
         presets.save("abc", measured)

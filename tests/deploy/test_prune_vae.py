@@ -113,7 +113,7 @@ def test_another_autoencoder_or_a_wrong_order_is_refused(source, change, words):
         PruneVae().plan(dataclasses.replace(source.manifest, components=components), BuildSpec(prune_vae=0.3))
 
 
-def test_a_model_that_cannot_generate_from_text_is_told_what_works(source):
+def test_a_model_that_cannot_generate_from_text_learns_what_works(source):
     components = {name: c for name, c in source.manifest.components.items() if name != "text_encoder"}
     silent = dataclasses.replace(source.manifest, components=components)
     with pytest.raises(InputError, match=r"no text_encoder to generate with.*--prune-method l2 and without --recover"):

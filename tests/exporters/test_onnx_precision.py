@@ -177,7 +177,7 @@ def test_an_epsilon_that_float16_rounds_away_keeps_its_node_float32(tmp_path):
     assert report.named == {"constant below float16's normal range (1e-12)": ("add_eps",)}
 
 
-def test_conv_in_and_conv_out_are_kept_when_asked(source, tmp_path):
+def test_conv_in_and_conv_out_stay_float32_when_asked(source, tmp_path):
     report = convert_precision(source, tmp_path / "low.onnx", "fp16", keep_ends=True)
     assert report.float32["first or last convolution"] == {"Conv": 2}
 

@@ -127,7 +127,7 @@ def test_a_pickle_is_never_opened(configs: Path, tmp_path: Path) -> None:
         convert_single_file(file, configs, tmp_path / "out")
 
 
-def test_a_file_given_as_a_model_is_told_how_to_convert(checkpoint: Path) -> None:
+def test_a_file_given_as_a_model_learns_how_to_convert(checkpoint: Path) -> None:
     with pytest.raises(InputError, match="`convert` makes one of a single-file checkpoint"):
         open_source(checkpoint)
 

@@ -71,6 +71,6 @@ def test_a_library_that_is_not_there_is_said_and_does_not_hide_a_failure(capsys)
     assert "UNVERIFIED A: because tensorrt does not load here" in capsys.readouterr().out
 
 
-def test_no_check_is_begun_after_the_limit(capsys):
+def test_no_check_starts_after_the_limit(capsys):
     assert main({GPU: lambda: "fine", "A": lambda: "fine"}, limit_seconds=-1) == 4
     assert "because -1 s are over" in capsys.readouterr().out

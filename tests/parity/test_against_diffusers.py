@@ -292,3 +292,16 @@ def test_a_sampler_that_loses_digits_is_no_difference(make, tmp_path, name, keys
     source = load_source(open_origin(spec), spec, Cache(tmp_path / "cache"), tmp_path)
     level = compare_bundle_feeds(upstream_of(spec), source, source)
     assert not level.different and len(level.figures["requests"]) == 6
+
+
+def test_an_image_of_which_a_mask_leaves_nothing_is_encoded_alike_whatever_the_strides_of_its_tensor(tmp_path: Path):
+    """torch 2.13's GroupNorm of channels last, by which the latents of a flat image were 2e-2 off."""
+    import torch
+
+    from deploy.parity.upstream.recorded_networks import Calls, Network, autoencoder
+
+    folder = write_pipeline_of("inpaint", tmp_path / "model") / "vae"
+    vae = autoencoder(Network(folder, "diffusers", "AutoencoderKL", "vae"), Calls(), 4)
+    plain = torch.zeros(1, 3, 256, 256)
+    last = torch.zeros(1, 256, 256, 3).permute(0, 3, 1, 2)  # as diffusers makes tensors of images
+    assert torch.equal(vae.encode(last).latent_dist.mean, vae.encode(plain).latent_dist.mean)

@@ -93,7 +93,7 @@ def test_threads_may_share_a_session(bundle, hint):
 
 
 @needs_openvino
-def test_what_was_compiled_is_kept_for_the_next_process(bundle, tmp_path):
+def test_what_was_compiled_is_stored_for_the_next_process(bundle, tmp_path):
     for _ in range(2):
         OpenVinoSession(bundle, "affine", CPU).run({"x": X})
     assert len(list((tmp_path / "xdg" / "ldm-deploy" / "openvino").rglob("*.blob"))) == 1

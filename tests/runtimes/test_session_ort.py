@@ -140,7 +140,7 @@ def test_cuda_comes_after_tensorrt_and_the_cpu_is_left_to_ort(tmp_path, asked):
 
 
 @pytest.mark.parametrize(("device", "ids"), [("cuda", ["0"]), ("cuda:1", ["1"]), ("tensorrt:3", ["3", "3"])])
-def test_every_provider_is_told_the_number_of_the_gpu(tmp_path, asked, device, ids):
+def test_every_provider_gets_the_number_of_the_gpu(tmp_path, asked, device, ids):
     """CUDA-ExecutionProvider.md and TensorRT-ExecutionProvider.md, device_id: "The device ID. Default value: 0"."""
     with pytest.raises(BundleError):
         OrtSession(affine_bundle(tmp_path / "b"), "affine", SessionOptions(Device.parse(device)))

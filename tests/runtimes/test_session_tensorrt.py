@@ -78,8 +78,8 @@ def test_each_captured_graph_has_a_context_that_is_never_changed_again(session, 
     assert cuda.log.count("capture") == 4 and engine.contexts_left == 99 - 5
 
 
-def test_only_so_many_graphs_are_kept(cuda, engine, session, monkeypatch):
-    monkeypatch.setattr(contexts, "GRAPHS_KEPT", 2)
+def test_only_so_many_graphs_are_stored(cuda, engine, session, monkeypatch):
+    monkeypatch.setattr(contexts, "MOST_GRAPHS", 2)
     for count in (8, 1, 2, 3, 4):
         for _ in range(3):
             run(session, count)

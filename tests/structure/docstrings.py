@@ -21,7 +21,7 @@ ARRAYS = {"ndarray", "NDArray", "Tensor", "TensorProtocol", "TensorProto", "Arra
 SKIPPED = {"Callable", "Literal"}
 
 # One length of an axis: 4, B, H/8, 2 * steps, height', ... ; words with spaces between them are prose in brackets.
-_LENGTH = r"(?:\.\.\.|\d+[A-Z]?|[A-Za-z_][\w.']*)"
+_LENGTH = r"(?:\.\.\.|\d+[A-Z]?|len\(\w+\)|[A-Za-z_][\w.']*)"
 _AXIS = rf"[-*]?{_LENGTH}(?: ?[*/+|-] ?{_LENGTH})*"
 SHAPE = re.compile(
     rf"(?<!\w)\((?:\)|{_AXIS},(?: ?{_AXIS},)*(?: ?{_AXIS})?\))|\bscalars?\b|\b(?:one|two|three|four)-dimensional\b"
@@ -104,7 +104,7 @@ class _Tree:
 
     def _of_class(self, module: _Module, cls: ast.ClassDef, about: str) -> Iterator[Finding]:
         if any(isinstance(node, ast.AnnAssign) and self._is_array(module, node.annotation) for node in cls.body):
-            yield _finding(module, cls.name, cls.lineno, f"{ast.get_docstring(cls)}\n{about}")
+            yield _finding(module, cls.name, cls.lineno, f"{ast.get_docstring(cls)}\n{_of_fields(cls)}\n{about}")
         for node in cls.body:
             if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or not self._takes_arrays(module, node):
                 continue
@@ -146,12 +146,14 @@ class _Tree:
             return isinstance(annotation.value, str) and self._is_array(module, _parsed(annotation.value), seen)
         if isinstance(annotation, ast.Subscript) and _last_name(annotation.value) in SKIPPED:
             return False
-        if isinstance(annotation, ast.Call):  # metadata of Annotated: its texts are no types
-            return False
+        if isinstance(annotation, ast.Subscript) and _last_name(annotation.value) == "Annotated":
+            annotation = annotation.slice.elts[0] if isinstance(annotation.slice, ast.Tuple) else annotation.slice
         if isinstance(annotation, ast.Attribute):
             return annotation.attr in ARRAYS
         if isinstance(annotation, ast.Name):
             return annotation.id in ARRAYS or self._alias_is_array(module, annotation.id, seen)
+        if not isinstance(annotation, ast.Subscript | ast.BinOp | ast.Tuple | ast.List):
+            return False  # a module's constant that is no alias of a type
         return any(self._is_array(module, child, seen) for child in ast.iter_child_nodes(annotation)
                    if isinstance(child, ast.expr))
 
@@ -177,13 +179,23 @@ def _finding(module: _Module, name: str, line: int, said: str) -> Finding:
     return Finding(module.name, name, line, missing)
 
 
+def _of_fields(cls: ast.ClassDef) -> str:
+    """What a dataclass says of its fields where it declares them, for help texts and the like."""
+    values = [node.value for node in cls.body if isinstance(node, ast.AnnAssign) and node.value is not None]
+    return "\n".join(node.value for value in values for node in ast.walk(value)
+                     if isinstance(node, ast.Constant) and isinstance(node.value, str))
+
+
 def _every(docstring: str | None) -> str:
     """The sentences, to the end of their paragraph, that speak of every array."""
     return "\n".join(_EVERY.findall(docstring or ""))
 
 
 def _parsed(annotation: str) -> ast.expr:
-    return ast.parse(annotation, mode="eval").body
+    try:
+        return ast.parse(annotation, mode="eval").body
+    except SyntaxError:
+        return ast.Constant(None)  # a string that is no annotation
 
 
 def _last_name(node: ast.expr) -> str:

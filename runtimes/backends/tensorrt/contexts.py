@@ -12,7 +12,7 @@ import numpy as np
 
 from runtimes.backends.tensorrt.cuda_device import CudaDevice
 from runtimes.backends.tensorrt.engine_errors import TensorRtErrors
-from runtimes.backends.tensorrt.engine_plan import GRAPHS_KEPT, BufferPlan, Shape, Shapes, shape_key
+from runtimes.backends.tensorrt.engine_plan import MOST_GRAPHS, BufferPlan, Shape, Shapes, shape_key
 from runtimes.bundle.manifest import Component
 from runtimes.bundle.tensors import DTYPES
 from runtimes.errors import BundleError, DeployError
@@ -211,7 +211,7 @@ class Contexts:
             self._give_up_recording(error)
             return
         self._recorded[key] = prepared
-        if len(self._recorded) > GRAPHS_KEPT:
+        if len(self._recorded) > MOST_GRAPHS:
             self._device.release(self._recorded.popitem(last=False)[1].graph)
 
     def _give_up_recording(self, error: DeployError) -> None:

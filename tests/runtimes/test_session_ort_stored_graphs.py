@@ -47,7 +47,7 @@ def load(bundle: Bundle) -> Session:
     return Session.open(bundle, "affine", SessionOptions(threads=1, keep_graphs=True))
 
 
-def test_the_second_load_takes_what_the_first_kept_and_computes_the_same(tmp_path, kept, opened):
+def test_the_second_load_takes_what_the_first_stored_and_computes_the_same(tmp_path, kept, opened):
     bundle = affine_bundle(tmp_path / "b")
     first = load(bundle).run({"x": X})["y"]
     np.testing.assert_allclose(first, Y, rtol=1e-6)
