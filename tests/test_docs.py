@@ -75,3 +75,19 @@ def runs(name: str) -> bool:
     file = ROOT.joinpath(*name.split("."))
     file = file / "__main__.py" if file.is_dir() else file.with_suffix(".py")
     return file.is_file() and (file.name == "__main__.py" or '__name__ == "__main__"' in file.read_text("utf-8"))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_test_that_a_page_asks_for_by_name_is_there(page: str):
+    text = re.sub(r"\\\n\s*", "", (ROOT / page).read_text(encoding="utf-8"))
+    for command in re.findall(r"pytest ([^`\n]*)", text):
+        files = "".join((ROOT / file.split("::")[0]).read_text(encoding="utf-8") for file in command.split()
+                        if file.split("::")[0].endswith(".py") and not MADE.search(file))
+        named = re.findall(r"-k ([a-z]\w*)", command) + re.findall(r"::(\w+)", command)
+        assert not [name for name in named if files and name not in files], command
+
+
+@pytest.mark.parametrize("page", (*PAGES, "Makefile", "CHANGELOG.md"))
+def test_pages_have_the_fields_words(page: str):
+    words = re.compile(r"(?i)\b(pictures?|drawn?|drawings?|draws|drew|told|beg[au]n|begins?|borne?)\b")
+    assert not words.findall((ROOT / page).read_text(encoding="utf-8"))

@@ -17,7 +17,7 @@ from deploy.cli.derived_options import in_words
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = sorted(f"tests.peers.{file.stem}" for file in (ROOT / "tests" / "peers").glob("*.py")
                if '__name__ == "__main__"' in file.read_text(encoding="utf-8"))
-MEASURES = sorted(f"exporters.{file.stem}" for file in (ROOT / "exporters").glob("measure_*.py"))
+MEASURES = sorted(f"exporters.measure.{file.stem}" for file in (ROOT / "exporters" / "measure").glob("[a-z]*.py"))
 
 
 @pytest.mark.parametrize("module", [*PEERS, *MEASURES, "tests.deploy.seams"])
@@ -78,7 +78,7 @@ def options() -> dict[str, Any]:
 def test_the_help_of_every_option_says_what_it_does_and_its_default(options):
     texts = {name: option.help or "" for name, option in options.items()}
     assert len(texts) > 110
-    assert not [name for name, text in texts.items() if len(text.split(";")[0].split()) < 3]
+    assert not [name for name, text in texts.items() if len(text.split("; default ")[0].split()) < 3]
     assert not [name for name, text in texts.items()
                 if "; default " not in text and not (options[name].required and text.endswith("required"))]
 
@@ -87,7 +87,7 @@ def test_the_help_of_a_number_says_its_range(options):
     numbers = {name: option.help for name, option in options.items()
                if re.search("int|float", str(option.type_descriptor.annotation))}
     assert len(numbers) > 10
-    spans = re.compile(r"(at least|above) [\d.]+|[\d.]+ to [\d.]+|one of \d")
+    spans = re.compile(r"(at least|above|at) [\d.]+|[\d.]+ to [\d.]+|one of \d|sizes that the bundle was built for")
     assert not {name: text for name, text in numbers.items() if not spans.search(text)}
 
 

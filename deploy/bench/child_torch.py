@@ -1,4 +1,4 @@
-"""Contestants "torch" and "torch.compile": the source folder through diffusers' own pipeline, float32, in a process."""
+"""Process of the contestants "torch" and "torch.compile": the source folder through diffusers' pipeline, float32."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A build or a bundle against diffusers' own pipeline: what is compared when, in which process, and what is remembered.
+"""Compares a build or a bundle with diffusers' own pipeline: decides when, in which process, and caches the result.
 
 `deploy.parity.upstream` does the comparing. Weights and feeds are compared in every build that compares anything, of
 any size; images where the model is small enough for the effort that was chosen.

@@ -22,13 +22,14 @@ from numpy.typing import NDArray
 from deploy.core.isolation import ABOVE_BYTES
 from deploy.core.pass_cache import Cache
 from runtimes.backends.batching import row_range
-from runtimes.backends.session import FORMATS, Session, SessionOptions, open_session
+from runtimes.backends.session import FORMATS, Session, SessionOptions
 from runtimes.bundle.folder import Bundle, read_object
 from runtimes.bundle.manifest import MANIFEST_FILE, digest_of, dumps, from_json, parse, to_json
 from runtimes.bundle.roles import Role
 from runtimes.bundle.tensors import DTYPES
 from runtimes.errors import UnavailableError
-from runtimes.system.child_process import die_with_parent, last_words, run_child
+from runtimes.pipeline.bundle_sessions import open_session
+from runtimes.system.child_process import as_child, last_words, run_child
 from runtimes.system.compute_identity import runtime_identity
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -149,10 +150,8 @@ def _decibels(lone: Arrays, outputs: Arrays, place: int) -> float:
     return least
 
 
-def main() -> None:
+def main(file: Path) -> None:
     """Measure the component of a request, in a process of its own."""
-    die_with_parent()
-    file = Path(sys.argv[1])
     request = read_object(file)
     bundle = Bundle(Path(request["bundle"]), parse(request["manifest"], MANIFEST_FILE))
     options: SessionOptions = from_json(SessionOptions, request["options"], "options")
@@ -161,4 +160,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with as_child():
+        main(Path(sys.argv[1]))

@@ -1,4 +1,4 @@
-"""The parity gate around passes: what is compared when, with which prompts. `deploy.parity` does the comparing."""
+"""The parity gate around passes: decides what is compared when, with which prompts; `deploy.parity` compares."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from deploy.core.budgets import PRUNED, budget_for
 from deploy.core.isolation import ABOVE_BYTES, call_isolated, from_request, to_request
 from deploy.core.observers import measured
 from deploy.core.pass_cache import Cache, versions_of
-from deploy.core.progress import Listener
 from deploy.core.spec import BuildSpec
 from deploy.parity.components import ComponentReport, Figures, check_components
 from deploy.parity.effort import Effort, choose
@@ -30,6 +29,7 @@ from runtimes.bundle.folder import Bundle
 from runtimes.bundle.manifest import Component, digest_of, from_json, to_json
 from runtimes.errors import ParityError
 from runtimes.system.compute_identity import runtime_identity
+from runtimes.system.progress import listener
 
 
 class Gate:
@@ -68,19 +68,18 @@ class Gate:
                               source.manifest.components, source.manifest.pipeline)
         self._diffusers = AgainstDiffusers(upstream_of(self._spec), source, self._cache)
 
-    def check_source(self, pass_name: str, listener: Listener) -> None:
+    def check_source(self, pass_name: str) -> None:
         """Compare the finished source with what diffusers makes of the same files, before anything is made from it.
 
         Args:
             pass_name: the last pass that changed the source.
-            listener: told what happens.
 
         Raises:
             ParityError: naming the level, what differs, both values and the likely cause.
         """
         if self._diffusers is None:
             return
-        listener.working("comparing weights and feeds with diffusers")
+        listener().working("comparing weights and feeds with diffusers")
         with self._timed():
             self._levels = self._diffusers.source_levels()
         self.peak_rss_bytes = max(self.peak_rss_bytes, self._diffusers.peak_rss_bytes)
@@ -98,7 +97,7 @@ class Gate:
         self._network = Reference(bundle, cache=self._cache.root)
         self._figures = {}
 
-    def after_pass(self, pass_name: str, written: Iterable[str], bundle: Bundle, listener: Listener, *,
+    def after_pass(self, pass_name: str, written: Iterable[str], bundle: Bundle, *,
                    changes_network: bool = False) -> Bundle:
         """Compare the components that a pass wrote; gives the bundle back with their figures in its manifest.
 
@@ -106,7 +105,6 @@ class Gate:
             pass_name: in messages.
             written: names of the components.
             bundle: what the pass left.
-            listener: told what happens.
             changes_network: whether the pass meant to leave another network.
 
         Raises:
@@ -119,7 +117,7 @@ class Gate:
         budget = self._budget_of_change if changes_network else self._budget
         with self._timed():
             for name in written:
-                listener.working(f"{pass_name}: comparing {name} with PyTorch")
+                listener().working(f"{pass_name}: comparing {name} with PyTorch")
                 report = self._check(self._network, bundle, name)
                 enforce(report, budget, pass_name)
                 self._unverified.update(report.unverified)
@@ -136,7 +134,7 @@ class Gate:
             self._executed = bundle
         return bundle
 
-    def check_pipeline(self, listener: Listener) -> Mapping[str, Any] | None:
+    def check_pipeline(self) -> Mapping[str, Any] | None:
         """Compare whole images of the last bundle that runs here; the result is the manifest's parity.
 
         Raises:
@@ -149,11 +147,11 @@ class Gate:
         with self._timed(), provable(self._executed, self._executed.manifest.components,
                                      self._cache.root / "work") as bundle:
             if self._effort.level != "components":
-                listener.working("comparing images with PyTorch's")
+                listener().working("comparing images with PyTorch's")
                 report = check_pipeline(self._reference, bundle, self._budget, self._effort.options,
                                         components=components, gallery=gallery_for(self._source_id))
                 self._enforce(Verification(components, report, self._budget, self._effort, self._levels))
-            listener.working("comparing images with diffusers'")
+            listener().working("comparing images with diffusers'")
             if (feeds := self._diffusers.feeds_of(bundle)) is not None:
                 self._levels = merged(self._levels, "feeds", feeds)
             images = self._diffusers.images(bundle, self._effort, self._budget.image_psnr_db)

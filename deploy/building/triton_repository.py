@@ -1,4 +1,4 @@
-"""A bundle as a model repository for NVIDIA Triton Inference Server: a model per component, and the pipeline over them.
+"""Writes a bundle as a model repository for NVIDIA Triton Inference Server: a model per component, and the pipeline.
 
 The components run in Triton's own backends, with its batching and its instances; the pipeline is a model of the Python
 backend that calls them and needs numpy, Pillow, tokenizers and our `runtimes`, not torch.

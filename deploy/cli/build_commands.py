@@ -101,8 +101,8 @@ def build(given: dict[str, Any]) -> None:
     if dry_run:
         console.show_plan(plan_build(spec), spec, output)
         return
-    with console.BuildProgress() as progress:
-        outcome = run_build(spec, output, progress=progress)
+    with console.shown_progress():
+        outcome = run_build(spec, output)
     console.show_outcome(outcome)
 
 
@@ -112,6 +112,6 @@ def prune(given: dict[str, Any]) -> None:
     from deploy.cli import console
 
     output = given.pop("output", Path("pruned"))
-    with console.BuildProgress() as progress:
-        components = prune_folder(spec_of(given), output, progress=progress)
+    with console.shown_progress():
+        components = prune_folder(spec_of(given), output)
     console.show_pruned(components, output)

@@ -13,6 +13,7 @@ from deploy.cli import build_commands, file_commands, machine_commands
 from deploy.cli.derived_options import Option, derived_command, described
 from deploy.cli.machine_commands import Json
 from runtimes.errors import DeployError, UnavailableError
+from runtimes.system.device import CPU, Device
 
 app = typer.Typer(
     name="ldm-deploy",
@@ -26,8 +27,9 @@ derived_command(app, build_commands.prune_options)(build_commands.prune)
 
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="folder that `build` wrote")]
 BundlePaths = Annotated[list[Path], typer.Argument(metavar="BUNDLE...", help="folders that `build` wrote")]
-Device = Annotated[str, described("where the bundle runs: cpu, cuda, tensorrt or tensorrt-rtx; with OpenVINO cpu, gpu, "
-                                  "npu or auto", default="cpu")]
+DeviceOption = Annotated[Device, described(
+    "where the bundle runs: cpu, cuda, tensorrt or tensorrt-rtx, with OpenVINO cpu, gpu, npu or auto; the second "
+    "GPU is cuda:1", default="cpu", parser=Device.parse, metavar="KIND[:NUMBER]")]
 Threads = Annotated[int, described("CPU threads, 0 being one for each core", default=0, least=0)]
 GUIDANCE = "guidance scale, the weight of the prompt; usual are 1 to 15, 1 being without guidance"
 Effort = Annotated[str, described("how much is compared, as --verify of `build`", default="auto",
@@ -53,7 +55,7 @@ def generate(given: dict[str, Any]) -> None:
 def tradeoffs(
     bundle: BundlePath,
     images: Annotated[int, described("images that are generated with each setting", default=100, least=1)] = 100,
-    device: Device = "cpu",
+    device: DeviceOption = CPU,
     threads: Threads = 0,
     json: Json = False,
 ) -> None:
@@ -64,8 +66,8 @@ def tradeoffs(
     from runtimes.bundle.folder import Bundle
 
     opened = Bundle.open(bundle)
-    with console.BuildProgress() as progress:
-        measured = measure(opened, images=images, device=device, threads=threads, progress=progress.working)
+    with console.shown_progress():
+        measured = measure(opened, images=images, device=device, threads=threads)
     file = presets.save(opened.manifest.digest, measured)
     console.print_json(presets.summary(measured)) if json else console.show_tradeoffs(measured, file)
 
@@ -76,14 +78,15 @@ def verify(
     against: Annotated[str | None, described("source model, a folder or OWNER/NAME on the Hub",
                                              default="where the bundle was built from")] = None,
     effort: Effort = "auto",
-    device: Device = "cpu",
+    device: DeviceOption = CPU,
     json: Json = False,
 ) -> None:
     """Compare a bundle with its PyTorch source at component, trajectory and image level."""
     from deploy.building.verify import verify_bundle
     from deploy.cli import console
 
-    result = verify_bundle(bundle, against, device=device, effort=effort)
+    with console.shown_progress():
+        result = verify_bundle(bundle, against, device=device, effort=effort)
     console.print_json(result.to_json()) if json else console.show_verification(result)
     result.enforce()
     if result.unverified:
@@ -101,7 +104,7 @@ def bench(
     guidance: Annotated[float, described(GUIDANCE, default=7.5)] = 7.5,
     batch: Annotated[str, described("images of one call, at least 1; several batches with commas: 1,2,4,8",
                                     default=1)] = "1",
-    device: Device = "cpu",
+    device: DeviceOption = CPU,
     threads: Threads = 0,
     json: Json = False,
 ) -> None:
@@ -113,7 +116,8 @@ def bench(
 
     options = BenchOptions(tuple(a.strip() for a in against.split(",") if a.strip()), rounds, steps, guidance,
                            parse_numbers(batch, "--batch"), threads, device)
-    report = run_bench(bundles, options, console.say)
+    with console.shown_progress():
+        report = run_bench(bundles, options)
     console.print_json(report) if json else show_bench(report)
 
 
@@ -142,7 +146,7 @@ def diagnose(
     grid: Annotated[Path | None, described("PNG file to write: the image after each step", default=None)] = None,
     steps: Annotated[int, described("denoising steps of an image", default=20, least=2)] = 20,
     guidance: Annotated[float, described(GUIDANCE, default=5.0)] = 5.0,
-    device: Device = "cpu",
+    device: DeviceOption = CPU,
     json: Json = False,
 ) -> None:
     """Find what is wrong with images: VAE, U-Net without a prompt, response to text, guidance, in this order."""
@@ -150,7 +154,8 @@ def diagnose(
     from deploy.diagnose.run_checks import DiagnoseOptions, diagnose_pipeline
 
     options = DiagnoseOptions(tuple(image), steps, guidance, device)
-    found = diagnose_pipeline(target, options, grid, console.say)
+    with console.shown_progress():
+        found = diagnose_pipeline(target, options, grid)
     console.print_json(found.to_json()) if json else console.show_diagnosis(found)
     found.enforce()
 

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from deploy.cli import progress_display
+from deploy.core.layer_list import LAYERS_FILE
 from deploy.parity.upstream.levels import in_words
 from deploy.report.page import grouped
 from deploy.report.sections import pass_rows
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
     from runtimes.bundle.manifest import Component, Manifest
     from runtimes.errors import DeployError
     from runtimes.pipeline.job import Step
+    from runtimes.system.progress import Listener
 
 out = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
@@ -56,34 +60,16 @@ def say(text: str) -> None:
     err.print(Text(text, "dim"))
 
 
+def shown_progress() -> AbstractContextManager[Listener]:
+    """Within the block, what library code reports is shown on standard error."""
+    return progress_display.shown_progress(err)
+
+
 def show_error(error: DeployError) -> None:
     """One line: what, where, and what to do."""
     place = f"{error.where}: " if error.where else ""
     err.print(Text.assemble(("error:", "bold red"), f" {place}{error.what}",
                             (f" — {error.fix}" if error.fix else "", "dim")))
-
-
-class BuildProgress:
-    """Passes and components as they run. Implements `deploy.core.progress.Listener`."""
-
-    def __enter__(self) -> BuildProgress:
-        self._bars = Progress(SpinnerColumn(), TextColumn("{task.description}", markup=False),
-                              BarColumn(20), TimeElapsedColumn(),
-                              console=err, transient=True, disable=not err.is_terminal)
-        self._bars.start()
-        self._task = self._bars.add_task("planning", total=None)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bars.stop()
-
-    def working(self, text: str) -> None:
-        """Say what is being done now."""
-        self._bars.update(self._task, description=text)
-
-    def finished(self, text: str) -> None:
-        """Say what is done."""
-        err.print(text)
 
 
 class StepProgress:
@@ -133,7 +119,7 @@ def show_pruned(components: Mapping[str, Component], folder: Path) -> None:
         before, channels = pruning.parameters_before, pruning.channels
         out.print(f"{name}: {component.parameters / 1e6:.1f} of {before / 1e6:.1f} million weights")
         if channels:
-            widths = (" ".join(map(str, level)) for level in (channels.before, channels.kept))
+            widths = (" ".join(map(str, level)) for level in (channels.before, channels.remaining))
             out.print("channels per level: " + " -> ".join(widths))
         if found:
             out.print(f"relative L2 of a call {found.relative_l2_before:.3f} -> {found.relative_l2_after:.3f}")
@@ -231,7 +217,7 @@ def _show_candidates(tried: Sequence[Mapping[str, Any]]) -> None:
 def show_search(bundle: Bundle) -> None:
     """The Pareto front of `--precision auto`, and what its layers became."""
     denoiser = bundle.manifest.pipeline.denoiser.component
-    file = bundle.path / "components" / denoiser / "quantization.json"
+    file = bundle.path / "components" / denoiser / LAYERS_FILE
     found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if "front" not in found:
         return

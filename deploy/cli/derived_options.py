@@ -166,14 +166,15 @@ def annotated(option: Option) -> Any:
 
 
 def described(
-    help: str, *flags: str, default: object = "", choices: Sequence[object] = (), least: int | None = None
+    help: str, *flags: str, default: object = "", choices: Sequence[object] = (), least: int | None = None, **more: Any
 ) -> Any:
     """What typer reads an option of an ordinary command from: the same words in the same order.
 
-    `least` is checked by typer. tests/test_help.py compares `default` with the parameter's.
+    `least` is checked by typer, and `more` is what else it takes (parser, metavar). tests/test_help.py compares
+    `default` with the parameter's.
     """
     text = Option("", str, help, default, choices=tuple(choices), least=least).text
-    return typer.Option(*flags, help=escaped(text), show_default=False, min=least)
+    return typer.Option(*flags, help=escaped(text), show_default=False, min=least, **more)
 
 
 def escaped(text: str) -> str:

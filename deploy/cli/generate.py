@@ -25,6 +25,7 @@ from runtimes.errors import InputError
 from runtimes.pipeline.noise import resolve_seeds
 from runtimes.pipeline.request import Request
 from runtimes.system.byte_sizes import parse_bytes
+from runtimes.system.device import Device
 from runtimes.system.process_memory import peak_rss_bytes
 
 if TYPE_CHECKING:
@@ -207,7 +208,7 @@ def check_session(run: Run, bundle: Bundle) -> None:
     formats = {component.format for component in bundle.manifest.components.values()}
     if run.hint != "latency" and "openvino" not in formats:
         raise InputError(f"only OpenVINO takes the hint {run.hint!r}", where="--hint", fix="leave it out")
-    if run.pin_threads and (run.device.lower() != "cpu" or "tensorrt" in formats):
+    if run.pin_threads and (Device.parse(run.device).kind != "cpu" or "tensorrt" in formats):
         raise InputError("threads are pinned on a CPU only", where="--pin-threads", fix="leave it out")
 
 

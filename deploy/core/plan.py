@@ -1,4 +1,4 @@
-"""Planning: manifest to manifest, without opening a weight. What a pass is, and how a chain of them is laid out."""
+"""Defines what a pass is, and plans a chain of them: manifest to manifest, without opening a weight."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The part of a build spec that asks for smaller networks: `--prune`, `--prune-vae`, `--recover`, refinements."""
+"""The options of a build spec for smaller networks: `--prune`, `--prune-vae`, `--recover` and refinements."""
 
 from __future__ import annotations
 
@@ -17,27 +17,29 @@ class PruningOptions(BaseModel):
     Descriptions, defaults and ranges are the help texts of the options of the same names.
     """
 
-    prune: float = Field(0.0, ge=0, lt=1, description=(
+    prune: float = Field(default=0.0, ge=0, lt=1, description=(
         "share of the denoiser's channels to remove; of several with commas, 0.5,0.3, the largest within the accuracy "
         "budget, or none"))
-    prune_candidates: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field((), description=(
+    prune_candidates: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(default=(), description=(
         "several shares, of which the largest within the accuracy budget is taken"))
-    prune_vae: float = Field(0.0, ge=0, lt=1, description=(
+    prune_vae: float = Field(default=0.0, ge=0, lt=1, description=(
         "share of the autoencoder's channels to remove, of encoder and decoder alike"))
-    prune_method: Literal["taylor", "l1", "l2"] = Field("taylor", description="measure of a channel's importance")
-    prune_widths: Literal["uniform", "sensitivity"] = Field("uniform", description=(
+    prune_method: Literal["taylor", "l1", "l2"] = Field(
+        default="taylor", description="measure of a channel's importance")
+    prune_widths: Literal["uniform", "sensitivity"] = Field(default="uniform", description=(
         "how the share is spread over the denoiser's levels; sensitivity: more where the output changes less"))
-    prune_blocks: Literal["none", "base", "small", "tiny"] = Field("none", description=(
+    prune_blocks: Literal["none", "base", "small", "tiny"] = Field(default="none", description=(
         "whole blocks to remove first, under BK-SDM's names"))
-    mask: Literal["none", "textbook", "2:4"] = Field("none", description=(
+    mask: Literal["none", "textbook", "2:4"] = Field(default="none", description=(
         "weights to set to zero without a change of shapes"))
-    recover: int = Field(0, ge=0, description=(
+    recover: int = Field(default=0, ge=0, description=(
         "optimizer steps of distillation from the original, for each network that was pruned"))
-    recover_batch: int = Field(TRAJECTORIES, ge=1, le=TRAJECTORIES, description=(
+    recover_batch: int = Field(default=TRAJECTORIES, ge=1, le=TRAJECTORIES, description=(
         "images that the original generates at a time during recovery; fewer take less memory, gradients are added up "
         f"to {TRAJECTORIES}"))
-    recover_prompts: tuple[str, ...] = Field((), description="file with the prompts of the recovery, one a line",
-                                             json_schema_extra={"default_text": "the model's own set"})
+    recover_prompts: tuple[str, ...] = Field(
+        default=(), description="file with the prompts of the recovery, one a line",
+        json_schema_extra={"default_text": "the model's own set"})
 
     @property
     def prunes(self) -> bool:

@@ -1,4 +1,4 @@
-"""What the user asks for: `BuildSpec`, validated with pydantic from options or a YAML file."""
+"""`BuildSpec`, what the user asks for, validated with pydantic from options or a YAML file."""
 
 from __future__ import annotations
 
@@ -41,61 +41,65 @@ class BuildSpec(PruningOptions):
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
-    model: str = Field(REFERENCE, description="folder in diffusers layout, or OWNER/NAME on the Hugging Face Hub",
-                       json_schema_extra={"default_text": "the model that ships with the package"})
-    variant: str = Field("", pattern=r"^[A-Za-z0-9_-]*$", description=(
+    model: str = Field(
+        default=REFERENCE, description="folder in diffusers layout, or OWNER/NAME on the Hugging Face Hub",
+        json_schema_extra={"default_text": "the model that ships with the package"})
+    variant: str = Field(default="", pattern=r"^[A-Za-z0-9_-]*$", description=(
         "variant of the weight files, such as fp16 for *.fp16.safetensors; a component without such files has its "
         "plain ones"), json_schema_extra={"default_text": "the plain files"})
-    revision: str = Field("", description="branch, tag or commit of a MODEL on the Hub",
+    revision: str = Field(default="", description="branch, tag or commit of a MODEL on the Hub",
                           json_schema_extra={"default_text": "main"})
-    target: Target = Field("onnxruntime", description=(
+    target: Target = Field(default="onnxruntime", description=(
         "runtime that the bundle is for; auto: onnxruntime or openvino, whichever is faster on this machine"))
-    precision: Precision = Field("fp32", description=(
+    precision: Precision = Field(default="fp32", description=(
         "number format of the networks; auto: the cheapest mixture within the accuracy budget"),
         json_schema_extra={"default_text": "fp16 for TensorRT, fp32 for others"})
     shapes: dict[str, ShapeRange] = Field(default_factory=dict, description=(
         "range of an axis, AXIS=MIN:OPT:MAX, several with commas: batch=1:2:8,height=256:512:768; batch counts "
         "images, height and width pixels, sequence tokens; for TensorRT, an axis that is given again starts the next "
         "optimization profile"), json_schema_extra={"default_text": "the model's own size and its family's ranges"})
-    lora: tuple[str, ...] = Field((), description="LoRA file, FILE or FILE:SCALE; may be given again")
-    lora_mode: Literal["merge", "swap"] = Field("merge", description=(
+    lora: tuple[str, ...] = Field(default=(), description="LoRA file, FILE or FILE:SCALE; may be given again")
+    lora_mode: Literal["merge", "swap"] = Field(default="merge", description=(
         "merge the LoRAs into the weights, or make them inputs that `generate --lora` can replace"))
-    embedding: tuple[str, ...] = Field((), description=(
+    embedding: tuple[str, ...] = Field(default=(), description=(
         "textual inversion file, FILE or FILE:TOKEN; may be given again"))
-    vae: str = Field("", description="folder of an autoencoder that replaces the model's own")
-    opset: int = Field(20, ge=20, le=24, description="ONNX opset of the exported graphs")
+    vae: str = Field(default="", description="folder of an autoencoder that replaces the model's own")
+    opset: int = Field(default=20, ge=20, le=24, description="ONNX opset of the exported graphs")
     # YAML reads a bare `no` as false: true and false are taken for "auto" and "no".
-    verify: Verify = Field("auto", description=(
+    verify: Verify = Field(default="auto", description=(
         "how much is compared with PyTorch; quick: 4 steps of one image, components: no images, no: nothing, and the "
         "bundle is marked as not verified, auto: full where that takes a minute or two, else quick"))
     budget: dict[str, float] = Field(default_factory=dict, description=(
         "another accuracy limit, NAME=NUMBER, several with commas; names: component_relative_l2, "
         "trajectory_relative_l2, image_psnr_db, image_ssim, retrieval_points"),
         json_schema_extra={"default_text": "the limits of the precision"})
-    prompts: tuple[str, ...] = Field((), description="file with the prompts of the image-level comparison, one a line",
-                                     json_schema_extra={"default_text": "the model's own set"})
-    keep: tuple[str, ...] = Field((), description=(
+    prompts: tuple[str, ...] = Field(
+        default=(), description="file with the prompts of the image-level comparison, one a line",
+        json_schema_extra={"default_text": "the model's own set"})
+    keep: tuple[str, ...] = Field(default=(), description=(
         "pattern of node names, weights or operator types that stay in float32; may be given again"))
-    quantization: Quantization = Field("hybrid", description="recipe of integer builds")
-    text_encoder_bits: Literal[8, 4] = Field(8, description=(
+    quantization: Quantization = Field(default="hybrid", description="recipe of integer builds")
+    text_encoder_bits: Literal[8, 4] = Field(default=8, description=(
         "bits of the text encoders' weights in integer builds; 4 has a scale for every 32 inputs"))
-    quantization_methods: tuple[QuantizationMethod, ...] = Field((), description=(
+    quantization_methods: tuple[QuantizationMethod, ...] = Field(default=(), description=(
         "change of the graph that keeps more accuracy in 8 bits; may be given again"))
-    smoothquant_alpha: float = Field(0.5, ge=0, le=1, description=(
+    smoothquant_alpha: float = Field(default=0.5, ge=0, le=1, description=(
         "how far the method smoothquant moves the range of activations into the weights, 0 being not at all"))
-    calibration_prompts: tuple[str, ...] = Field((), description=(
+    calibration_prompts: tuple[str, ...] = Field(default=(), description=(
         "file with the prompts whose images give the ranges of activations, one a line"),
         json_schema_extra={"default_text": "the model's own set"})
-    calibration_samples: int = Field(128, ge=1, description="denoiser calls that ranges are computed from")
-    device: Literal["cpu", "cuda", "tensorrt"] = Field("cpu", description=(
+    calibration_samples: int = Field(default=128, ge=1, description="denoiser calls that ranges are computed from")
+    device: Literal["cpu", "cuda", "tensorrt"] = Field(default="cpu", description=(
         "ONNX Runtime's provider that the bundle is for; GPUs compute in float16, a CPU stores in it"))
-    cpu: Literal["auto", "vnni", "avx2"] = Field("auto", description=(
+    cpu: Literal["auto", "vnni", "avx2"] = Field(default="auto", description=(
         "processor that an integer bundle is for; auto: this one, vnni: adds 8-bit products exactly, as every ARM "
         "does, avx2: needs weights of 7 bits"))
-    range_estimator: RangeEstimator = Field("mse", description="how the range of an activation follows from samples")
-    step_cache: bool = Field(False, description="add a second denoiser graph, for `generate --cache-interval`")
-    safety_checker: bool = Field(False, description="export the model's own safety checker, for `generate --safety`")
-    profiles: tuple[dict[str, ShapeRange], ...] = Field((), description=(
+    range_estimator: RangeEstimator = Field(
+        default="mse", description="how the range of an activation follows from samples")
+    step_cache: bool = Field(default=False, description="add a second denoiser graph, for `generate --cache-interval`")
+    safety_checker: bool = Field(
+        default=False, description="export the model's own safety checker, for `generate --safety`")
+    profiles: tuple[dict[str, ShapeRange], ...] = Field(default=(), description=(
         "optimization profiles of TensorRT, a mapping like `shapes` each"))
     engine: dict[str, Any] = Field(default_factory=dict, description=(
         "option of TensorRT's builder, NAME=VALUE, such as capabilities=SM86+SM89, static=true or "

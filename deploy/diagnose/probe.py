@@ -1,4 +1,4 @@
-"""Asking a pipeline's networks single questions: latents of an image, and noise as the U-Net sees it. No torch."""
+"""Asks a pipeline's networks single questions: the latents of an image, and the noise that the U-Net sees in them."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ class Probe:
         self._extra = self._over_grey() if inpaints(self._denoiser, self.roles) else None
 
     def _over_grey(self) -> Float32:
-        """What a U-Net for inpainting is told where everything is painted anew: (1, 1 + C, H/f, W/f) float32."""
+        """Mask and masked latents for a U-Net for inpainting to paint everything: (1, 1 + C, H/f, W/f) float32."""
         height, width = self.roles.codec.height, self.roles.codec.width
         grey = self.encode(np.zeros((1, 3, height, width), np.float32))
         return np.concatenate([np.ones_like(grey[:, :1]), grey], axis=1)
 
     def encode(self, pixels: Float32) -> Float32:
-        """Mean latents of images, scaled as the U-Net is given them.
+        """Mean latents of images, scaled as the U-Net takes them.
 
         Args:
             pixels: (B, 3, H, W) float32 in -1..1.
@@ -72,14 +72,14 @@ class Probe:
         return autoencoder.decode(self._sessions[self.roles.codec.decoder.component], latents, self.roles.codec)
 
     def conditions(self, prompts: Sequence[str]) -> Conditions:
-        """What the U-Net is told of prompts, one for each image."""
+        """The U-Net's conditions from prompts, one for each image."""
         wanted = resolve(self._sessions, self.roles, Request(prompts, seed=0), guided=False, strength=1.0)
         return self._conditioner.gather(self._sessions, PromptStyle(), wanted, SizeConditions())
 
     def predict(
         self, latents: Float32, prompts: Sequence[str], timestep: int, seed: int = 0
     ) -> tuple[Float32, Float32]:
-        """Noise added to latents at one timestep, and what the U-Net takes it for.
+        """Noise added to latents at one timestep, and the noise that the U-Net predicts.
 
         Args:
             latents: (B, C, H/f, W/f) float32 of unit variance.
@@ -103,6 +103,9 @@ class Probe:
         return noise, to_epsilon(self._schedule.prediction_type, output, sample, alpha, sigma)
 
     def signal(self, timestep: int) -> float:
-        """Share of the variance at a timestep that is the image's: the squared error of the best linear guess of the
-        noise, sigma x_t, where latents are white and of unit variance."""
+        """Share of the variance at a timestep that is the image's.
+
+        It is the squared error of the best linear guess of the noise, sigma x_t, where latents are white and of unit
+        variance.
+        """
         return float(self._schedule.levels(timestep)[0]) ** 2

@@ -1,4 +1,4 @@
-"""The source model seen as a bundle: its folder, with a manifest made from configs and headers. No torch."""
+"""Opens the source model as a bundle: its folder, with a manifest made from configs and headers. No torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import replace
 from importlib import util
 from pathlib import Path
 
-from deploy.core.pass_cache import Cache, default_root, versions_of
+from deploy.core.pass_cache import Cache, versions_of
 from deploy.core.spec import REFERENCE, BuildSpec
 from deploy.model.hub import cached_name
 from deploy.model.read_from import own_folder, source_folder
@@ -27,6 +27,7 @@ from runtimes.bundle.manifest import from_json as parsed
 from runtimes.bundle.roles import ModeFacts, Role, Roles
 from runtimes.codec.safety_checker import PREPROCESSOR_FILE, SAFETY_CHECKER
 from runtimes.errors import InputError
+from runtimes.system.cache_root import cache_home
 
 ORIGIN_FORMAT = "diffusers"
 # An autoencoder holds both halves; a parameter is counted for the component that uses it.
@@ -120,7 +121,7 @@ def as_loaded(source: PipelineSource) -> PipelineSource:
     key = {"kind": "as diffusers loads", "read": json.dumps(read, sort_keys=True),
            "libraries": versions_of(("diffusers", "transformers")),
            "asked": [sha256_of(file) for file in _askers()]}
-    cache = Cache(default_root())
+    cache = Cache(cache_home())
     if (found := cache.find_fact(key)) is None:
         from exporters.source import diffusers_pipeline
 

@@ -1,4 +1,4 @@
-"""What besides the networks makes two pipelines generate differently: scheduler, tokenizer, facts. By name."""
+"""Names what besides the networks makes two pipelines generate differently: scheduler, tokenizer, facts."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def schedule_error(reference: Mapping[str, Any], candidate: Mapping[str, Any]) -
 def _alphas(config: Mapping[str, Any]) -> np.ndarray[Any, Any]:
     try:
         scheduler: Any = from_config(config)
-    except InputError:  # a class that only other samplers stand in for: its noise schedule can be read all the same
+    except InputError:  # a class that we have no sampler for: its noise schedule can be read all the same
         scheduler = Settings.from_config(config)
     alphas: np.ndarray[Any, Any] = scheduler.alphas_cumprod
     return alphas

@@ -1,4 +1,4 @@
-"""How much is compared: everything where that takes a minute, less where it would take hours, and in words how much."""
+"""Chooses how much is compared: everything where that takes a minute, less where it would take hours."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def choose(asked: str, options: ParityOptions, components: Mapping[str, Componen
 
 def image_macs(options: ParityOptions, components: Mapping[str, Component], roles: Roles, latents: tuple[int, int],
                ) -> float:
-    """Estimated multiply-accumulates of image every prompt with every sampler under guidance, by both sides."""
+    """Estimated multiply-accumulates of generating every prompt with every sampler under guidance, by both sides."""
     def of(name: str, factor: float) -> float:
         return factor * components[name].parameters * latents[0] * latents[1] if name in components else 0.0
 

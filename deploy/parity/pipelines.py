@@ -1,4 +1,4 @@
-"""The candidate as a whole against the reference as a whole: trajectory, images, retrieval, and what is to blame."""
+"""Compares whole pipelines, candidate and reference: trajectories, images, retrieval, and what is to blame."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from runtimes.bundle.folder import Bundle
 from runtimes.errors import DeployError, UnavailableError
 from runtimes.pipeline.bundle_sessions import needed
 from runtimes.pipeline.loading import scheduler_config
+from runtimes.system.progress import listener
 
 
 @dataclass(frozen=True)
@@ -131,11 +132,12 @@ class _Check:
         try:
             drift: dict[str, tuple[float, ...]] = {}
             generated: list[Pair] = []
-            for scheduler in options.schedulers:
+            for number, scheduler in enumerate(options.schedulers, 1):
                 request = self._request(scheduler)
                 expected, found = self.reference.generate(request), self._generate(request)
                 drift[scheduler] = _worst_by_step(expected, found)
                 generated += pairs(request, expected, found)
+                listener().advanced(number, len(options.schedulers), "samplers compared")
             report = replace(report, drift=drift, pairs=tuple(generated))
             report = replace(report, retrieval=self._retrieval())
         except _CannotGenerate as failure:
@@ -155,7 +157,7 @@ class _Check:
                            images_at_once=8 if self.small else 1)
 
     def _generate(self, request: TrajectoryRequest, scheduler: Mapping[str, Any] | None = None) -> Trajectory:
-        """Generate with the candidate; what it refuses after the reference drew it is broken parity, not a crash."""
+        """Generate with the candidate; what it alone refuses is broken parity, not a crash."""
         try:
             pipeline = assemble_pipeline(self.pool.sessions, self.candidate, scheduler)
             return generate(pipeline, request)
@@ -215,7 +217,7 @@ class _Check:
 
 
 class _CannotGenerate(DeployError):
-    """The candidate refused what the reference drew."""
+    """The candidate refused what the reference generated."""
 
     def __init__(self, where: str, what: str) -> None:
         super().__init__(what, where=where)

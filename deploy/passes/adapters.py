@@ -1,4 +1,4 @@
-"""`adapters`: LoRA files merged into the weights or laid beside them, textual inversions added to text encoders."""
+"""`adapters`: merges LoRA files into the weights or lays them beside, and adds textual inversions to text encoders."""
 
 from __future__ import annotations
 

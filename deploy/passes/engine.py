@@ -1,4 +1,4 @@
-"""`engine`: each ONNX graph compiled to a TensorRT engine, for the GPU here or ahead of time for GPUs elsewhere."""
+"""`engine`: compiles each ONNX graph to a TensorRT engine, for the GPU here or ahead of time for GPUs elsewhere."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from deploy.core.layer_list import carry_layers
 from deploy.core.plan import Pass, Planned, Skip, Step, Unavailable, require_onnx
-from deploy.passes.quantize import carry_layers
 from runtimes.bundle.details import EngineDetails
 from runtimes.bundle.folder import Bundle, link_or_copy, records_below
 from runtimes.bundle.manifest import Component, Manifest, from_json, to_json
 from runtimes.bundle.tensors import Axis, ShapeRange
 from runtimes.errors import InputError
+from runtimes.system.cache_root import cache_home
 from runtimes.system.nvidia import gpu_or_none
 
 if TYPE_CHECKING:
@@ -119,11 +120,10 @@ def gpu_here() -> str:
 
 def timing_cache(options: EngineOptions, gpu: str) -> Path | None:
     """Where `tensorrt` keeps what it timed, per GPU; TensorRT-RTX times nothing at build time."""
-    from deploy.core.pass_cache import default_root
-
+    
     if options.builder != "tensorrt":
         return None
-    folder = default_root() / "tensorrt"
+    folder = cache_home() / "tensorrt"
     folder.mkdir(parents=True, exist_ok=True)
     return folder / f"timing-{''.join(c if c.isalnum() else '-' for c in gpu)}.cache"
 

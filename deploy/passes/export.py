@@ -1,4 +1,4 @@
-"""`export`: every component from PyTorch to ONNX, none of its weights in memory."""
+"""`export`: exports every component from PyTorch to ONNX, without its weights in memory."""
 
 from __future__ import annotations
 

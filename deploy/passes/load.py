@@ -1,4 +1,4 @@
-"""`load`: bring the source model into a bundle under canonical names, refusing anything broken at the door."""
+"""`load`: brings the source model into a bundle under canonical names, and refuses anything broken."""
 
 from __future__ import annotations
 

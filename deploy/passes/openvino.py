@@ -1,4 +1,4 @@
-"""`openvino`: each ONNX graph as OpenVINO's `.xml` and `.bin`."""
+"""`openvino`: converts each ONNX graph to OpenVINO's `.xml` and `.bin`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from importlib import util
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from deploy.core.layer_list import carry_layers
 from deploy.core.plan import Pass, Planned, Skip, Step, Unavailable, require_onnx
-from deploy.passes.quantize import carry_layers
 from runtimes.bundle.details import OpenVinoDetails
 from runtimes.bundle.folder import Bundle, link_or_copy, records_below
 from runtimes.bundle.manifest import Component, Manifest

@@ -1,4 +1,4 @@
-"""`optimize`: fold, fuse and clean the graphs for the target, keeping only what measures faster there."""
+"""`optimize`: folds, fuses and cleans the graphs for the target, by rewrites that were measured to be faster there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`precision`: 16 bits where they pay: computed in on GPUs; only stored in on CPUs, which lack the kernels."""
+"""`precision`: converts graphs to 16 bits: to compute in them on GPUs, only to store weights in them on CPUs."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
+from deploy.core.layer_list import carry_layers
 from deploy.core.plan import Pass, Planned, Skip, Step, require_onnx
-from deploy.passes.quantize import carry_layers
 from runtimes.bundle.details import Conversion, GraphDetails
 from runtimes.bundle.folder import Bundle, records_below
 from runtimes.bundle.manifest import Component, Manifest, from_json

@@ -1,15 +1,14 @@
-"""`prune`: the denoising network made smaller before export; it stays one that diffusers builds from its config."""
+"""`prune`: makes the denoiser smaller before export; it stays a network that diffusers builds from its config."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from importlib import util
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from deploy.core.plan import Pass, Planned, Skip, Step, Unavailable
-from deploy.core.spec import REFERENCE
-from deploy.reference_models import GUIDANCE_SCALE, subject_names
+from deploy.pruning.planning import WEIGHTS_FILE, generates_with, generation_config, teacher_of
 from runtimes.bundle.details import Pruning
 from runtimes.bundle.folder import Bundle, link_or_copy, records_below
 from runtimes.bundle.manifest import Component, Manifest, from_json
@@ -18,13 +17,6 @@ from runtimes.errors import InputError
 if TYPE_CHECKING:
     from deploy.core.spec import BuildSpec
 
-WEIGHTS_FILE = "model.safetensors"
-GUIDANCE = 7.5  # what images are generated with where the model does not say: diffusers' default
-
-
-def teacher_of(manifest: Manifest) -> str:
-    """What the original denoiser is called while a pruned one learns from it."""
-    return f"{manifest.pipeline.denoiser.component}_teacher"
 
 
 class Prune(Pass):
@@ -54,7 +46,7 @@ class Prune(Pass):
                   "blocks": spec.prune_blocks, "mask": spec.mask, **generation_config(before, spec)}
         generated = spec.prune and (spec.prune_method == "taylor" or spec.prune_widths == "sensitivity")
         components = {**before.components, name: replace(component, files={}, file=f"components/{name}/{WEIGHTS_FILE}")}
-        reads: dict[str, tuple[str, ...]] = {name: (name, *before.pipeline.encoders) if generated else (name,)}
+        reads: dict[str, tuple[str, ...]] = {name: generates_with(before) if generated else (name,)}
         if spec.recover:
             components[teacher] = replace(component, files={}, file=_moved(component, component.file, teacher))
             reads[teacher] = (name,)
@@ -83,15 +75,6 @@ class Prune(Pass):
 def _moved(component: Component, file: str, name: str) -> str:
     """Where a file of a component lies under another name of it."""
     return f"components/{name}/{PurePosixPath(file).relative_to(PurePosixPath(component.file).parent)}"
-
-
-def generation_config(before: Manifest, spec: BuildSpec) -> dict[str, Any]:
-    """What the original is asked to generate: the user's prompts, else the reference model's, else everyday ones."""
-    from deploy.parity.options import PROMPTS
-
-    is_reference = before.source.id == REFERENCE
-    prompts = spec.recover_prompts or (subject_names() if is_reference else PROMPTS)
-    return {"prompts": list(prompts), "guidance_scale": GUIDANCE_SCALE if is_reference else GUIDANCE}
 
 
 def _summary(spec: BuildSpec) -> str:

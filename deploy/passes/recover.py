@@ -1,4 +1,4 @@
-"""`recover`: what was pruned learns from the original again, which then leaves the bundle."""
+"""`recover`: retrains a pruned network to answer like the original, which then leaves the bundle."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from deploy.core.plan import Pass, Planned, Skip, Step
 from deploy.core.pruning_options import TRAJECTORIES
-from deploy.passes.prune import WEIGHTS_FILE, generation_config, teacher_of
+from deploy.pruning.planning import WEIGHTS_FILE, generation_config, teacher_of
 from runtimes.bundle.details import Recovery
 from runtimes.bundle.folder import Bundle, records_below
 from runtimes.bundle.manifest import Component, Manifest, from_json

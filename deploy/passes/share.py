@@ -6,8 +6,8 @@ from dataclasses import asdict, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from deploy.core.layer_list import carry_layers
 from deploy.core.plan import Pass, Planned, Skip, Step
-from deploy.passes.quantize import carry_layers
 from runtimes.bundle.details import SharedWeights
 from runtimes.bundle.folder import Bundle, link_or_copy, records_below
 from runtimes.bundle.manifest import Component, Manifest

@@ -1,6 +1,7 @@
-"""LoRA files that diffusers 0.42 with PEFT 0.21 reads otherwise than they are meant: which of its faults a file meets.
+"""Which LoRA files diffusers 0.42 with PEFT 0.21 reads wrongly, and by which of its faults.
 
-Ours is what the file says. A comparison with diffusers' loader has to know; docs/families.md lists them.
+We apply what the file says, so a comparison with diffusers' loader must expect a difference; docs/families.md lists
+them.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def differences(file: Path) -> tuple[str, ...]:
 
 
 def _mistaken(network: str, alphas: Mapping[str, float | None]) -> bool:
-    """Whether the alphas of a network differ where diffusers needs them alike. Without any, it takes the ranks."""
+    """Whether a network has several alphas where diffusers needs one. Without any, diffusers takes the ranks."""
     alike = len(set(alphas.values())) < 2
     projections = any(re.search(r"_to_(q|k|v|out_0)$", place) for place in alphas)
     return not alike and (network != UNET or projections or None in alphas.values())

@@ -1,4 +1,4 @@
-"""LoRAs in PyTorch networks: merged into the weights. What the files hold: `runtimes.adapters.lora_files`.
+"""Merges LoRAs into the weights of PyTorch networks. `runtimes.adapters.lora_files` reads the files.
 
 Imports torch; import it inside the function that needs it.
 """

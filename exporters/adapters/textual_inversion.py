@@ -60,7 +60,7 @@ def read_embedding(file: Path, token: str = "", widths: Mapping[str, int] | None
         file: safetensors.
         token: what prompts call it; by default the file's own name for it, else the file's name.
         widths: text encoder -> width of its embeddings. A file of one tensor is for the first of that width, as
-            diffusers loads it into the first unless another is given; None leaves that unchecked.
+            diffusers loads it into the first text encoder by default; None leaves the width unchecked.
 
     Raises:
         InputError: a pickle, a file with anything but vectors, or vectors of a width that the model does not have.

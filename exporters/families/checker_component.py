@@ -1,4 +1,4 @@
-"""The safety checker of a pipeline as one more component: inputs, outputs and axes. No weights."""
+"""Declares a pipeline's safety checker as one more component: inputs, outputs and axes, no weights."""
 
 from __future__ import annotations
 

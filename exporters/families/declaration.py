@@ -1,4 +1,4 @@
-"""What a family says about its pipelines: components, their inputs and outputs, ranges of axes. Data, no weights."""
+"""The types in which a family declares its pipelines: components, inputs and outputs, ranges of axes. No weights."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class ComponentSpec:
 
     @property
     def any_size(self) -> bool:
-        """Whether latent rows and columns need not be halved evenly: the U-Net is told the size to double to."""
+        """Whether latent rows and columns need not be halved evenly: the U-Net gets the size to double to."""
         return {"height", "width"} <= set(self.axes) and all(self.axes[n].multiple == 1 for n in ("height", "width"))
 
     def example_sizes(self) -> dict[str, int]:

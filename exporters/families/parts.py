@@ -1,4 +1,4 @@
-"""Parts that several families have: axes, text encoders, U-Nets, autoencoders. A family names those it consists of."""
+"""Parts that several families share: axes, text encoders, U-Nets, autoencoders. A family is put together from them."""
 
 from __future__ import annotations
 
@@ -75,8 +75,9 @@ def pipeline_axes(source: Source, vae: ComponentSource, shapes: Shapes, *, guide
 
 
 def row_multiple(source: Source, vae: ComponentSource, shapes: Shapes) -> int:
-    """What latent rows and columns are multiples of: as often as the U-Net halves them, or 1 where the model's own size
-    or one that is asked for is no such multiple.
+    """What latent rows and columns are multiples of: 2 to the number of times that the U-Net halves them.
+
+    1 where the model's own size, or one that is asked for, is no such multiple.
 
     UNet2DConditionModel then doubles to the size that it halved (`forward_upsample_size`), and its graph does so at
     every size; see `exporters.onnx.trace`.
@@ -176,7 +177,7 @@ def autoencoder(vae: ComponentSource, axes: PipelineAxes) -> dict[str, Component
 
 
 def check_class(source: Source, name: str, *classes: str) -> ComponentSource:
-    """One component, if it is of a class that the family runs.
+    """One component, whose class must be one that the family runs.
 
     Raises:
         InputError: of another class.

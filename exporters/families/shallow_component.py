@@ -1,4 +1,4 @@
-"""The second entry of a U-Net whose deep features are reused between steps: inputs, outputs and axes. No weights."""
+"""Declares the shallow part of a U-Net whose deep features are reused between steps: inputs, outputs, axes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from runtimes.bundle.tensors import TensorSpec
 from runtimes.errors import InputError
 
 DEEP = "deep_feature"
-# What UNet2DConditionModel.forward does between its inputs and its layers, and `source.shallow_unet` does not.
+# What UNet2DConditionModel.forward does before its layers, and `exporters.source.shallow_unet` does not.
 _NOT_SHALLOW = ("center_input_sample", "time_embedding_act_fn", "encoder_hid_dim_type", "addition_embed_type")
 
 

@@ -1,4 +1,6 @@
-"""`python -m exporters.measure.fusion_speed`: which rewrites pay on this CPU. Prints the table of optimize_graph.
+"""`python -m exporters.measure.fusion_speed` measures which graph rewrites pay on this CPU.
+
+It prints the table in `exporters.onnx.optimize_graph`.
 
 Time is the CPU time of the calling thread with one thread in the session, variants interleaved call by call, median of
 many: unlike wall time, it holds still while other programs run. What it cannot see is the cost of waking threads,

@@ -1,4 +1,4 @@
-"""An exported graph made faster for its target: folding for all, then the fusions that were measured to pay there.
+"""Optimizes an exported graph for its target: constant folding for all, then the fusions that were measured to pay.
 
 Imports onnx and onnxscript; import it inside the function that needs it.
 

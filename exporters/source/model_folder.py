@@ -1,4 +1,4 @@
-"""A diffusers pipeline folder, read without torch: configs parsed, weight files found and checked, nothing loaded."""
+"""Reads a diffusers pipeline folder without torch: configs parsed, weight files found and checked, nothing loaded."""
 
 from __future__ import annotations
 

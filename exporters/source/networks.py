@@ -1,4 +1,6 @@
-"""PyTorch modules of a component: strict loading of old and new file layouts. wrappers.py gives them named inputs.
+"""Loading a component as a PyTorch module: strictly, from the file layouts of old and new releases.
+
+`exporters.source.named_inputs` gives such a module the inputs and outputs of its graph.
 
 Imports torch; import it inside the function that needs it.
 """
@@ -117,7 +119,12 @@ def check_weights(folder: Path, library: str, class_name: str) -> None:
 
 
 def filled(module: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
-    """The module with these weights in place, not copied, in eval mode and without gradients."""
+    """The module with these weights in place, not copied, in eval mode and without gradients.
+
+    Args:
+        module: from `empty_module`.
+        weights: by the module's own names, each of the original shape; their dtype becomes the module's.
+    """
     module.load_state_dict(weights, strict=False, assign=True)
     tie: Any = getattr(module, "tie_weights", None)
     if tie is not None:

@@ -1,4 +1,4 @@
-"""LoRA files (Hu et al., arXiv 2106.09685) in the formats of diffusers, PEFT and kohya: what they add to which weight.
+"""Reads what LoRA files (Hu et al., arXiv 2106.09685) of diffusers, PEFT and kohya add to which weight.
 
     W' = W + scale * alpha / rank * up @ down
 """
@@ -109,7 +109,7 @@ class Factors:
     up: Array
 
     def delta(self, shape: tuple[int, ...], where: str) -> Array:
-        """up @ down in the shape of the weight, (out, in) or a convolution's (out, in, h, w).
+        """up @ down in the shape of the weight, (out, in) or a convolution's (out, in, height, width), float32.
 
         Raises:
             InputError: it does not fit, or is not finite.
@@ -128,7 +128,7 @@ def parse_lora(option: str) -> tuple[Path, float]:
     """Read `FILE[:SCALE]`.
 
     Raises:
-        InputError: a scale that is no finite number.
+        InputError: the scale is not a finite number.
     """
     name, colon, text = option.rpartition(":")
     if not colon or text.endswith(".safetensors"):
@@ -156,7 +156,8 @@ def read_factors(file: Path, network: str, scale: float, modules: Iterable[str],
 
     Raises:
         InputError: as `read_keys` and `read_config`; a key that fits nothing in the network; two keys for one thing;
-            half a pair or an alpha alone; a rank other than stated. The keys are named.
+            half a pair or an alpha alone; a rank other than stated; a text encoder's module that the metadata leaves
+            out. The keys are named.
     """
     modules = list(modules)
     header, metadata = read_header(file), read_metadata(file)
@@ -168,8 +169,11 @@ def read_factors(file: Path, network: str, scale: float, modules: Iterable[str],
             lacks = "lacks its other half" if len(missing) == 1 else "has no weights beside it"
             raise InputError(f"{first} {lacks}", where=str(file), fix="get the file again")
         down, up = (read_floats(file, header, keys[part]) for part in ("down", "up"))
+        if not config.names(name):
+            raise InputError(f"{keys['down']} is of a module that the metadata leaves out: diffusers would too",
+                             where=str(file), fix=f"take the key out, or name the module in {network}.target_modules")
         if min(down.ndim, up.ndim) < 2 or not down.size or not up.size:
-            raise InputError(f"{keys['down']} is {up.shape} x {down.shape}, which are no matrices", where=str(file),
+            raise InputError(f"{keys['down']} is {up.shape} x {down.shape}, which are not matrices", where=str(file),
                              fix="get the file again")
         own = scale * _module_scale(file, header, keys, name, len(down), config)
         found[name] = Factors(keys["down"], down, np.float32(own) * up.reshape(len(up), -1))

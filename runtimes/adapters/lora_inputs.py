@@ -1,6 +1,6 @@
-"""Networks that take their LoRAs as inputs: which inputs those are, and what they are fed from any LoRA files.
+"""Declares the inputs of a network that takes its LoRA as inputs, and computes their values from any LoRA files.
 
-Several LoRAs become one by standing side by side along the rank, and what a LoRA leaves alone gets zeros.
+Several LoRAs become one by concatenation along the rank; modules that a LoRA does not change get zeros.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def input_specs(targets: Mapping[str, Sequence[int]]) -> tuple[TensorSpec, ...]:
 
 
 def with_inputs(component: Component) -> Component:
-    """The component as its graph is: with the inputs that the pipeline knows nothing of."""
+    """The component as its graph is, with the LoRA's inputs, which the pipeline does not feed."""
     own = component.details.lora
     if own is None:
         return component
@@ -46,7 +46,7 @@ def with_inputs(component: Component) -> Component:
 
 
 def side_by_side(loras: Sequence[Mapping[str, Factors]]) -> dict[str, Factors]:
-    """Several LoRAs as one of their ranks together, by module."""
+    """Several LoRAs as one, whose rank is the sum of theirs, by module."""
     found: dict[str, Factors] = {}
     for module in sorted({module for lora in loras for module in lora}):
         parts = [lora[module] for lora in loras if module in lora]
@@ -57,7 +57,7 @@ def side_by_side(loras: Sequence[Mapping[str, Factors]]) -> dict[str, Factors]:
 
 
 def feeds_for(bundle: Bundle, name: str, options: Sequence[str] = ()) -> dict[str, Array]:
-    """What the inputs of one component are fed.
+    """The values of the LoRA inputs of one component.
 
     Args:
         bundle: built with `--lora-mode swap`.
@@ -65,10 +65,11 @@ def feeds_for(bundle: Bundle, name: str, options: Sequence[str] = ()) -> dict[st
         options: `FILE[:SCALE]` each, `none`, or nothing for the LoRA that the bundle was built with.
 
     Returns:
-        every input of `input_specs` by name, float32.
+        every input of `input_specs` by name, weights in float32: (in, rank) and (rank, out) of a matrix, (rank, in,
+        height, width) and (out, rank, 1, 1) of a convolution.
 
     Raises:
-        InputError: a file that is no LoRA, changes what this bundle takes no LoRA for, or does not fit.
+        InputError: a file is not a LoRA, does not fit, or changes a module that this bundle takes no LoRA for.
     """
     own = bundle.component(name).details.lora
     if own is None:

@@ -25,15 +25,15 @@ class PrunedChannels(Sparse):
 
     Attributes:
         method: what a channel's importance was: "taylor", "l1" or "l2".
-        before, kept: channels of each level, before and after.
+        before, remaining: channels of each level, before and after.
         removed: share of all channels, 0 to 1.
-        heads: attention heads that each level keeps.
+        heads: attention heads that remain in each level.
         sensitivity: for each level, relative L2 of the output at each width that was tried.
     """
 
     method: str
     before: tuple[int, ...]
-    kept: tuple[int, ...]
+    remaining: tuple[int, ...] = field(metadata={"key": "kept"})
     removed: float
     heads: tuple[int, ...] = ()
     sensitivity: tuple[Mapping[str, float], ...] = ()
@@ -163,13 +163,13 @@ class Quantization(Sparse):
 
 @dataclass(frozen=True, kw_only=True)
 class Conversion:
-    """How a graph came to 16 bits; fields of `exporters.precision.sixteen_bits.PrecisionReport`."""
+    """How a graph came to 16 bits: what `exporters.precision.sixteen_bits.PrecisionReport` says."""
 
     precision: str
     mode: str
     converted: Mapping[str, int]
-    kept_float32: Mapping[str, Mapping[str, int]]
-    kept_nodes: Mapping[str, tuple[str, ...]]
+    float32: Mapping[str, Mapping[str, int]] = field(metadata={"key": "kept_float32"})
+    float32_nodes: Mapping[str, tuple[str, ...]] = field(metadata={"key": "kept_nodes"})
     casts: int
     weight_bytes_before: int
     weight_bytes_after: int
@@ -264,7 +264,7 @@ class EngineDetails(GraphDetails):
         graph_sha256: of the ONNX file that was compiled; compiled_component_sha256 of it with its weights.
         executed, not_executed: whether parity was measured on the engine itself, and if not, why.
         quantizers: of an INT8 engine.
-        weights, graph: the ONNX file beside the engine, whose weights it reads when loaded or that was kept.
+        weights, graph: the ONNX file beside the engine, whose weights it reads when loaded or that is there to look at.
     """
 
     builder: str

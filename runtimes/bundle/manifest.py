@@ -1,4 +1,4 @@
-"""`manifest.json` as frozen dataclasses: parse with clear errors, write canonically, digest what *is*.
+"""`manifest.json` as frozen dataclasses: parsed with clear errors, written canonically, with a digest of what *is*.
 
 What was `measured` (seconds, memory, host, time, parity figures) is kept apart and left out of the digest:
 the same source, spec and tool versions give the same digest.

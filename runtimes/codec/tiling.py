@@ -50,20 +50,23 @@ class Tiling:
         return moved
 
     def cut(self, whole: Float32, unit: int = 1) -> Iterator[Float32]:
-        """The tiles of an array (B, C, rows * unit, columns * unit), each (B, C, tile rows * unit, columns * unit)."""
+        """The tiles, (B, C, h * unit, w * unit), of latents or pixels (B, C, rows * unit, columns * unit), float32.
+
+        h and w are rows and columns of a tile.
+        """
         height, width = (size * unit for size in self._tile)
         for y, x in self._places:
             yield whole[:, :, y * unit : y * unit + height, x * unit : x * unit + width]
 
     def stack(self, whole: Float32) -> Float32:
-        """The tiles as rows: (tiles * B, C, tile rows, tile columns), all of the first tile's images first."""
+        """The tiles of latents (B, C, rows, columns) as rows, (count * B, C, h, w) float32: the first tile's first."""
         return np.concatenate(list(self.cut(whole)))
 
     def join(self, tiles: Iterable[Float32], unit: int = 1) -> Float32:
         """Blend tiles into the whole, in the order of `cut`; one is held at a time.
 
         Args:
-            tiles: (B, C, tile rows * unit, tile columns * unit) float32 each.
+            tiles: (B, C, h * unit, w * unit) float32 each, latents or pixels.
             unit: array elements for each latent along height and width.
         """
         whole: Float32 | None = None

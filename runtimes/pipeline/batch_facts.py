@@ -8,15 +8,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
-
-from numpy.typing import NDArray
 
 from runtimes.backends.batching import row_range
-from runtimes.backends.session import Arrays, Session
+from runtimes.backends.session import Session, WrappedSession
 from runtimes.bundle.manifest import Manifest, digest_of
 from runtimes.bundle.tensors import ShapeRange
 from runtimes.system.compute_identity import runtime_identity
+from runtimes.system.device import CPU, Device
 
 LEAST_DB = 30.0  # below it, company decides what an image shows: ranges of dynamic INT8 over all rows of a call
 
@@ -49,7 +47,7 @@ class BatchFacts:
     deterministic: bool = False
 
     @classmethod
-    def of(cls, manifest: Manifest, device: str = "cpu", *, deterministic: bool = False) -> BatchFacts:
+    def of(cls, manifest: Manifest, device: Device = CPU, *, deterministic: bool = False) -> BatchFacts:
         """What the build measured and wrote into the manifest, as far as the same processor and libraries run it here.
 
         Args:
@@ -103,7 +101,7 @@ class _Fixed(Mapping[str, Session]):
         return len(self._sessions)
 
 
-class _FixedRows(Session):
+class _FixedRows(WrappedSession):
     """A session that says it takes one number of rows only: calls are cut and padded to it by `RowRunner`."""
 
     def __init__(self, inner: Session) -> None:
@@ -111,12 +109,5 @@ class _FixedRows(Session):
         assert isinstance(axis, str)
         known = component.axes[axis]
         rows = ShapeRange(known.range.opt, known.range.opt, known.range.opt)
-        super().__init__(inner.name, dataclasses.replace(
+        super().__init__(inner, dataclasses.replace(
             component, axes={**component.axes, axis: dataclasses.replace(known, range=rows)}))
-        self._inner = inner
-
-    def run(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
-        return self._inner.run(feeds)
-
-    def _run(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
-        return self._inner.run(feeds)

@@ -216,7 +216,8 @@ class Pipeline:
         run, total = begin_part(self._scheduler(request.scheduler, mode), request.steps, request.part,
                                 1.0 if request.image is None else strength, request.eta)
         stop = Stop(cancel or Event(), total)
-        sessions = WatchedSessions(self.sessions, stop.check, *_given(profile))
+        sessions = WatchedSessions(
+            self.sessions, None if cancel is None and request.tile is None else stop.check, *_given(profile))
         wanted = resolve(sessions, self.roles, request, guided=guidance.on, strength=strength)
         return Plan(request, wanted, run, total, guidance, self._images_at_once(wanted), stop, on_step, profile,
                     sessions)

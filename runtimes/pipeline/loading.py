@@ -14,17 +14,19 @@ from runtimes.pipeline.batch_facts import BatchFacts
 from runtimes.pipeline.bundle_sessions import BundleSessions, needed
 from runtimes.pipeline.diffusion import Pipeline
 from runtimes.pipeline.memory_budget import MemoryBudget
+from runtimes.system.device import Device
 from runtimes.text.clip_tokenizer import ClipTokenizer
 
 
-def load(bundle_dir: Path | str | Bundle, device: str = "cpu", threads: int = 0, check_hashes: bool = True, *,
+def load(bundle_dir: Path | str | Bundle, device: str | Device = "cpu", threads: int = 0, check_hashes: bool = True, *,
          hint: str = "latency", pin_threads: bool = False, memory_budget: int | None = None,
          lora: Sequence[str] = (), deterministic: bool = False) -> Pipeline:
     """Load a bundle.
 
     Args:
         bundle_dir: folder that `build` wrote, or an open bundle.
-        device: "cpu", or an accelerator that the bundle's backend knows ("cuda", "tensorrt", "tensorrt-rtx").
+        device: "cpu", or an accelerator that the bundle's backend knows, with its number where there are several:
+            "cuda", "cuda:1", "tensorrt:0", "gpu:1"; see `runtimes.system.device`.
         threads: CPU threads inside one operator; 0 uses every core.
         check_hashes: compare every file with its sha256 first, above 64 MB unless it is the file that an earlier load
             compared and nobody wrote to it since; otherwise only presence and size.
@@ -37,14 +39,14 @@ def load(bundle_dir: Path | str | Bundle, device: str = "cpu", threads: int = 0,
             to depend on the number of rows, or not measured, run with one number of rows, the rest being padding.
 
     Raises:
-        InputError: a LoRA that the bundle does not take.
+        InputError: a LoRA that the bundle does not take, or a device that is none of its backend's.
         BundleError: not a bundle, or one that is broken, changed or from another schema.
         UnavailableError: this machine lacks the backend, the device or the memory.
     """
     bundle = bundle_dir if isinstance(bundle_dir, Bundle) else Bundle.open(bundle_dir, check_hashes=check_hashes,
                                                                            trust_notes=True)
     check_options(bundle, lora)
-    options = SessionOptions(device, threads, hint, pin_threads, tuple(lora), keep_graphs=True)
+    options = SessionOptions(Device.parse(device), threads, hint, pin_threads, tuple(lora), keep_graphs=True)
     budget = None
     if memory_budget is not None:
         from runtimes.pipeline.memory_measurement import memory_model
@@ -56,7 +58,7 @@ def load(bundle_dir: Path | str | Bundle, device: str = "cpu", threads: int = 0,
         sessions[name]
     preprocessing = load_preprocessing(bundle) if roles.safety_checker else None
     return Pipeline(sessions, roles, scheduler_config(bundle), *load_tokenizers(bundle), preprocessing=preprocessing,
-                    memory=budget, batches=BatchFacts.of(bundle.manifest, device, deterministic=deterministic))
+                    memory=budget, batches=BatchFacts.of(bundle.manifest, options.device, deterministic=deterministic))
 
 
 def load_tokenizers(bundle: Bundle) -> list[ClipTokenizer]:

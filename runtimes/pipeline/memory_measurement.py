@@ -31,7 +31,8 @@ from runtimes.pipeline.bundle_sessions import BundleSessions, needed
 from runtimes.pipeline.memory_budget import DECODER, DENOISER, MemoryModel, fit
 from runtimes.system.cache_root import cache_home
 from runtimes.system.cache_store import use
-from runtimes.system.child_process import die_with_parent, last_words, run_child
+from runtimes.system.child_process import as_child, last_words, run_child
+from runtimes.system.device import Device
 from runtimes.system.process_memory import peak_rss_bytes, reset_peak
 
 VERSION = 2  # raised whenever the same key would mean other figures
@@ -47,7 +48,7 @@ def memory_model(bundle: Bundle, options: SessionOptions) -> MemoryModel:
         InputError: another device than the CPU, whose memory is not this process's.
         UnavailableError: the measurement failed.
     """
-    if options.device.lower() != "cpu":
+    if options.device.kind != "cpu":
         raise InputError(f"a memory budget counts this process's memory, not that of {options.device}",
                          where="memory budget", fix="leave it out; where memory runs out, batches become smaller")
     key = digest_of([VERSION, bundle.manifest.digest, asdict(options), os.cpu_count(), platform.platform()])
@@ -117,13 +118,11 @@ def _ladder(session: Session) -> list[tuple[int, int, int]]:
     return ladder
 
 
-def main() -> None:
+def main(request: Path) -> None:
     """Load the bundle of a request and write what its calls take."""
-    die_with_parent()
-    request = Path(sys.argv[1])
     options = read_object(request)
     bundle = Bundle.open(Path(options.pop("bundle")), check_hashes=False)
-    options |= {"lora": tuple(options["lora"]), "keep_graphs": True}
+    options |= {"device": Device(**options["device"]), "lora": tuple(options["lora"]), "keep_graphs": True}
     sessions = BundleSessions(bundle, SessionOptions(**options))
     loaded = {name: sessions[name] for name in needed(bundle.manifest.pipeline)}
     for module in ("PIL.Image", "runtimes.pipeline.diffusion"):  # what a process that generates has in memory besides
@@ -135,4 +134,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with as_child():
+        main(Path(sys.argv[1]))

@@ -8,7 +8,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from runtimes.backends.profile import Profile
-from runtimes.backends.session import Arrays, Session
+from runtimes.backends.session import Arrays, Session, WrappedSession
 from runtimes.errors import BundleError
 
 
@@ -44,16 +44,13 @@ class WatchedSessions(Mapping[str, Session]):
         return len(self._sessions)
 
 
-class _Stoppable(Session):
+class _Stoppable(WrappedSession):
     """A session that asks before every call: a step of a large image has hundreds of them."""
 
     def __init__(self, inner: Session, check: Callable[[], None]) -> None:
-        super().__init__(inner.name, inner.component)
-        self._inner, self._check = inner, check
-
-    def run(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
-        self._check()
-        return self._inner.run(feeds)
+        super().__init__(inner)
+        self._check = check
 
     def _run(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
-        return self._inner.run(feeds)
+        self._check()
+        return super()._run(feeds)

@@ -17,7 +17,6 @@ from deploy.building.builder import load_source
 from deploy.building.choose import plan_build
 from deploy.core.pass_cache import Cache
 from deploy.core.plan import Step
-from deploy.core.progress import Silent
 from deploy.core.spec import BuildSpec
 from deploy.model.source_bundle import open_origin
 from deploy.parity.reference.torch_sessions import reference_sessions
@@ -56,7 +55,7 @@ def loaded(model: Path, tmp_path: Path) -> Callable[..., Bundle]:
         work = tmp_path / f"work-{next(number)}"
         work.mkdir()
         spec = BuildSpec(model=str(model), **options)
-        return load_source(open_origin(spec), spec, Cache(tmp_path / "cache"), work, Silent())
+        return load_source(open_origin(spec), spec, Cache(tmp_path / "cache"), work)
 
     return get
 
@@ -218,7 +217,7 @@ def test_a_model_whose_tokenizer_knows_more_words_than_its_text_encoder_is_refus
     tokenizer.save_pretrained(tmp_path / "model" / "tokenizer")
     spec = BuildSpec(model=str(tmp_path / "model"))
     with pytest.raises(InputError, match=r"the token '<cat-toy>_1' has id .* the text encoder's table only"):
-        load_source(open_origin(spec), spec, Cache(tmp_path / "cache"), tmp_path, Silent())
+        load_source(open_origin(spec), spec, Cache(tmp_path / "cache"), tmp_path)
 
 
 def test_a_lora_for_another_architecture_is_refused_by_its_first_key(

@@ -17,7 +17,6 @@ from calibration.trajectory.recorder import Recording
 from deploy.building.builder import load_source
 from deploy.building.choose import run_build
 from deploy.core.pass_cache import Cache
-from deploy.core.progress import Silent
 from deploy.core.spec import BuildSpec
 from deploy.model.source_bundle import open_origin
 from deploy.parity.reference.torch_sessions import reference_sessions
@@ -49,7 +48,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
             theirs.save_pretrained(folder / "model")
             spec = BuildSpec(model=str(folder / "model"))
             (folder / "work").mkdir()
-            bundle = load_source(open_origin(spec), spec, Cache(folder / "cache"), folder / "work", Silent())
+            bundle = load_source(open_origin(spec), spec, Cache(folder / "cache"), folder / "work")
             made[name] = assemble_pipeline(reference_sessions(bundle), bundle), theirs
         return made[name]
 
@@ -116,7 +115,7 @@ def test_every_mode_is_generated_with_the_defaults_of_its_diffusers_class(
     assert_same(mine, other)
 
 
-def test_xl_from_an_image_is_told_the_crop_in_both_branches(pair: Callable[[str], Pair]) -> None:
+def test_xl_from_an_image_gets_the_crop_in_both_branches(pair: Callable[[str], Pair]) -> None:
     pipeline, reference = pair("xl")
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))
     mine = pipeline("a cat", seed=[5], steps=8, strength=0.9, image=image, output="numpy",
@@ -127,7 +126,7 @@ def test_xl_from_an_image_is_told_the_crop_in_both_branches(pair: Callable[[str]
     assert_same(mine, other)
 
 
-def test_xl_is_told_sizes_and_crops(pair: Callable[[str], Pair]) -> None:
+def test_xl_gets_sizes_and_crops(pair: Callable[[str], Pair]) -> None:
     mine, other = both(pair("xl"), ours={"sizes": SizeConditions(original=(64, 48), crop=(3, 5), target=(40, 24))},
                        theirs={"original_size": (64, 48), "crops_coords_top_left": (3, 5), "target_size": (40, 24)})
     assert_same(mine, other)

@@ -16,7 +16,6 @@ import runtimes
 from deploy.building.builder import load_source
 from deploy.building.choose import run_build
 from deploy.core.pass_cache import Cache
-from deploy.core.progress import Silent
 from deploy.core.spec import BuildSpec, make_spec
 from deploy.model.source_bundle import open_origin
 from deploy.parity.reference.torch_sessions import reference_sessions
@@ -92,7 +91,7 @@ def pytorch(model: Path, build_cache: Path, tmp_path_factory: pytest.TempPathFac
     def get(*loras: str) -> Pipeline:
         spec = make_spec({"model": str(model), "lora": loras})
         work = tmp_path_factory.mktemp("merged")
-        source = load_source(open_origin(spec), spec, Cache(build_cache), work, Silent())
+        source = load_source(open_origin(spec), spec, Cache(build_cache), work)
         return assemble_pipeline(reference_sessions(source), source)
 
     return get

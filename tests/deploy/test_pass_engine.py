@@ -11,6 +11,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+from calibration.targets import scheme_of
 from deploy.core.plan import Skip, Step, Unavailable, structure
 from deploy.core.spec import BuildSpec
 from deploy.parity.provable_graphs import computes_in_16_bits, provable
@@ -19,7 +20,6 @@ from deploy.passes.engine import Engine, choose_builder, component_profiles
 from deploy.passes.openvino import OpenVino
 from deploy.passes.optimize import Optimize
 from deploy.passes.precision import Precision, patterns_for
-from deploy.passes.quantize import scheme_of
 from exporters.precision.float32_nodes import names_in
 from runtimes.backends.onnxruntime_session import OrtSession, check_arithmetic
 from runtimes.backends.session import SessionOptions
@@ -65,7 +65,8 @@ def test_float16_is_computed_in_on_a_gpu_and_only_stored_for_a_cpu(bundle, devic
 def test_graphs_for_a_gpu_have_none_of_the_fusions_for_cpus_and_symmetric_integers(bundle):
     step = planned(bundle, Optimize(), spec("onnxruntime", "fp16", device="cuda"))
     assert step.config == {"target": "tensorrt"}
-    assert scheme_of(spec("onnxruntime", "int8", device="tensorrt").graph_target, "auto") == {"signed": True}
+    target = spec("onnxruntime", "int8", device="tensorrt").graph_target
+    assert scheme_of(target, sums_in_32_bits=False) == {"signed": True}
 
 
 @pytest.mark.parametrize(("options", "message"), [

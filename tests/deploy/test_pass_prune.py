@@ -16,8 +16,9 @@ from deploy.core.budgets import BUDGETS, PRUNED, Budget
 from deploy.core.plan import Skip, Step, Unavailable
 from deploy.core.spec import BuildSpec
 from deploy.passes.export import Export
-from deploy.passes.prune import Prune, teacher_of
+from deploy.passes.prune import Prune
 from deploy.passes.recover import Recover
+from deploy.pruning.planning import teacher_of
 from runtimes.bundle.folder import Bundle, records_below
 from runtimes.bundle.manifest import Component
 from runtimes.errors import InputError, ParityError
@@ -102,7 +103,7 @@ def test_importance_along_the_trajectory_and_sensitive_widths_need_only_prompts(
     component = prune_folder(spec, tmp_path / "pruned")["unet"]
     assert component.details.pruning is not None
     channels = component.details.pruning.channels
-    assert channels is not None and channels.method == "taylor" and sum(channels.kept) < sum(channels.before)
+    assert channels is not None and channels.method == "taylor" and sum(channels.remaining) < sum(channels.before)
     for errors, width in zip(channels.sensitivity, channels.before, strict=True):
         assert errors[str(width)] == 0 and all(e > 0 for w, e in errors.items() if w != str(width))
 

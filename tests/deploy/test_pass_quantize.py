@@ -17,7 +17,7 @@ from deploy.core.spec import BuildSpec, make_spec
 from deploy.model.source_bundle import open_origin
 from deploy.passes.precision import Precision
 from deploy.passes.quantize import Quantize
-from deploy.quantization.recipes import at_common_size
+from deploy.quantization.calibration_data import at_common_size
 from runtimes.bundle.folder import Bundle
 from runtimes.bundle.manifest import Manifest
 from runtimes.bundle.tensors import ShapeRange
@@ -158,7 +158,7 @@ def test_calibration_generates_at_the_size_that_the_shapes_call_most_common():
     assert (codec.height, codec.width) == (128, 96)
 
 
-def test_a_kept_layer_is_float_in_the_bundle_and_an_unknown_one_names_the_nearest(
+def test_an_exempt_layer_is_float_in_the_bundle_and_an_unknown_one_names_the_nearest(
     tiny_model: Path, build_cache: Path, tmp_path: Path
 ):
     options = {"model": str(tiny_model), "precision": "int8", "quantization": "weight-only", "verify": "no"}

@@ -12,7 +12,6 @@ import pytest
 from deploy.building.builder import _run_pass, workspace
 from deploy.core.pass_cache import Cache, key_of
 from deploy.core.plan import Pass, Skip, Step, load_passes, plan_all
-from deploy.core.progress import Silent
 from deploy.core.spec import BuildSpec
 from deploy.passes import PASSES
 from runtimes.bundle.details import Details
@@ -101,7 +100,7 @@ def bundle(tmp_path: Path) -> Bundle:
 def run(instance: Pass, bundle: Bundle, cache: Cache, folder: Path) -> tuple[Bundle, dict]:
     step = instance.plan(bundle.manifest, BuildSpec())
     assert isinstance(step, Step)
-    return _run_pass(instance, step, bundle, folder, cache, Silent())
+    return _run_pass(instance, step, bundle, folder, cache)
 
 
 def test_a_pass_is_run_once_and_then_taken_from_the_cache(bundle: Bundle, tmp_path: Path):
@@ -168,7 +167,7 @@ def test_what_a_read_component_is_counts_and_where_it_lies_does_not(bundle: Bund
 
 def test_calibration_recordings_know_the_facts(bundle: Bundle, monkeypatch, tmp_path: Path):
     """Two models of the same networks that scale latents differently are recorded apart."""
-    from deploy.quantization import recipes
+    from deploy.quantization.calibration_data import record_calibration
 
     seen: list[Any] = []
     monkeypatch.setattr("calibration.trajectory.recorder.record",
@@ -177,7 +176,7 @@ def test_calibration_recordings_know_the_facts(bundle: Bundle, monkeypatch, tmp_
     other = Bundle(bundle.path, dataclasses.replace(bundle.manifest, pipeline=roles_of(0.5)))
     monkeypatch.setattr("runtimes.pipeline.bundle_sessions.BundleSessions", lambda *_: {})
     for b in (bundle, other, bundle):
-        recipes.record_calibration(b, calibration)
+        record_calibration(b, calibration)
     assert seen[0] == seen[2] != seen[1]
 
 

@@ -113,7 +113,7 @@ def test_another_autoencoder_or_a_wrong_order_is_refused(source, change, words):
         PruneVae().plan(dataclasses.replace(source.manifest, components=components), BuildSpec(prune_vae=0.3))
 
 
-def test_a_model_that_cannot_generate_from_text_is_told_what_works(source):
+def test_a_model_that_cannot_generate_from_text_learns_what_works(source):
     components = {name: c for name, c in source.manifest.components.items() if name != "text_encoder"}
     silent = dataclasses.replace(source.manifest, components=components)
     with pytest.raises(InputError, match=r"no text_encoder to generate with.*--prune-method l2 and without --recover"):
@@ -219,7 +219,7 @@ def test_an_autoencoder_alone_is_built_narrower_and_recovered(tiny_model: Path, 
         assert component.details.recovery and component.details.recovery.steps == 3
         pruning = component.details.pruning
         assert pruning is not None and component.parameters < 0.8 * pruning.parameters_before
-        assert pruning.channels is not None and pruning.channels.kept == (8, 12, 12)
+        assert pruning.channels is not None and pruning.channels.remaining == (8, 12, 12)
     assert manifest.components["unet"].files == plain.components["unet"].files
     lost = {p["name"]: p["relative_l2"] for p in manifest.measured["passes"] if "relative_l2" in p}
     for half in HALVES:

@@ -82,8 +82,8 @@ def test_it_is_quantized_with_ranges_of_its_own_denoising(build: Build) -> None:
     bundle = build(precision="int8", calibration_samples=8, verify="components", budget=LENIENT)
     assert_proven(bundle.manifest, ["export", "optimize", "quantize"])
     recipes = {name: part.graph.quantization for name, part in bundle.manifest.components.items()}
-    assert recipes[renamed.READER] and recipes[renamed.READER].recipe == "weight-only", "a text encoder's"
-    denoiser = recipes[renamed.BACKBONE]
+    reader, denoiser = recipes[renamed.READER], recipes[renamed.BACKBONE]
+    assert reader and reader.recipe == "weight-only", "a text encoder's"
     assert denoiser and denoiser.recipe == "hybrid" and denoiser.layers["w8a8"] > 20 and denoiser.relief
 
 

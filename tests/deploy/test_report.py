@@ -149,9 +149,9 @@ def test_large_images_are_shown_smaller_and_the_page_stays_below_5_mb(bundle: Bu
 def test_operators_in_16_bits_are_counted_with_the_reasons_of_the_others(bundle: Bundle):
     unet = bundle.manifest.components["unet"]
     details = GraphDetails(conversion=Conversion(
-        precision="fp16", mode="compute", converted={"Conv": 56, "Gemm": 4}, kept_float32={
+        precision="fp16", mode="compute", converted={"Conv": 56, "Gemm": 4}, float32={
             "softmax": {"Softmax": 20}, "normalization": {"LayerNormalization": 30, "InstanceNormalization": 3}},
-        kept_nodes={}, casts=0, weight_bytes_before=4, weight_bytes_after=2))
+        float32_nodes={}, casts=0, weight_bytes_before=4, weight_bytes_after=2))
     manifest = dataclasses.replace(bundle.manifest, components={"unet": dataclasses.replace(unet, details=details)})
     assert conversions(manifest) == [
         {"name": "unet", "converted": 60, "kept": 53, "reasons": "normalization 33, softmax 20"}]

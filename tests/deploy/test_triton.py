@@ -157,7 +157,8 @@ def test_the_served_pipeline_generates_what_the_bundle_generates(bundle, served)
 
 def test_a_bundle_with_a_step_cache_is_served_every_step_whole(bundle, tmp_path, monkeypatch):
     parts = {**bundle.manifest.components, "unet_shallow": bundle.component("unet")}
-    roles = with_fact(bundle.manifest.pipeline, "denoiser.entries", {SHALLOW_ENTRY: Entry("unet_shallow", ())})
+    entries = {SHALLOW_ENTRY: Entry("unet_shallow", ())}
+    roles = with_fact(bundle.manifest.pipeline, "denoiser.entries", entries)
     cached = Bundle(bundle.path, dataclasses.replace(bundle.manifest, components=parts, pipeline=roles))
     names = export_triton(cached, tmp_path / "repo")
     assert "ldm_unet_shallow" not in names

@@ -14,7 +14,7 @@ from runtimes.errors import DeployError
 from tests.fuzz.case import Case
 from tests.fuzz.models import other_vae, root
 from tests.fuzz.theirs import SIZES, make_latents
-from tests.fuzz.trace import Recorded, Stopped, Trace
+from tests.fuzz.trace import Recorded, Stopped, Trace, record_codes
 from tests.fuzz.weight_files import OF_VARIANTS
 
 
@@ -29,13 +29,17 @@ def run(case: Case, folder: Path, files: Mapping[str, Path], pictures: Mapping[s
     try:
         pipeline = assemble(case, folder, files, work, trace, cache or root() / "cache")
         stage = "request"
-        trace.result = _call(pipeline, case, pictures)
+        with record_codes(trace):
+            trace.result = _call(pipeline, case, pictures)
         return trace
     except Exception as error:  # a crash is a finding, not the fuzzer's end
         deploy = isinstance(error, DeployError)
         code = int(getattr(error, "exit_code", 1)) if deploy else 1
-        return Stopped(stage, type(error).__name__, str(getattr(error, "what", error)),
-                       str(getattr(error, "where", "")), code, bool(trace.calls))
+        where = str(getattr(error, "where", ""))
+        if stage == "request" and case.request.scheduler is not None and where == "scheduler_config.json":
+            where = "scheduler"  # which the request names: nobody could know when the model was read
+        return Stopped(stage, type(error).__name__, str(getattr(error, "what", error)), where, code,
+                       bool(trace.calls))
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -68,14 +72,13 @@ def assemble(case: Case, folder: Path, files: Mapping[str, Path], work: Path, tr
     """The pipeline over PyTorch sessions, as parity's reference has it."""
     from deploy.building.builder import load_source
     from deploy.core.pass_cache import Cache
-    from deploy.core.progress import Silent
     from deploy.model.source_bundle import open_origin
     from deploy.parity.reference.torch_sessions import reference_sessions
     from deploy.parity.reference.trajectories import assemble_pipeline
 
     spec = make_spec(case, folder, files)
     spec = spec.model_copy(update={"shapes": _shapes(case, open_origin(spec).manifest.pipeline.codec.factor)})
-    bundle = load_source(open_origin(spec), spec, Cache(cache), work, Silent())
+    bundle = load_source(open_origin(spec), spec, Cache(cache), work)
     sessions = reference_sessions(bundle)
     recorded = {name: Recorded(session, bundle.component(name), trace) for name, session in sessions.items()}
     return assemble_pipeline(recorded, bundle)

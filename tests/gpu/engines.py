@@ -13,6 +13,7 @@ from exporters.tensorrt.engine_options import EngineOptions, make_profiles
 from runtimes.backends.onnxruntime_session import OrtSession
 from runtimes.backends.session import Session, SessionOptions
 from runtimes.backends.tensorrt.engine_session import TensorRtSession
+from runtimes.system.device import Device
 from tests.runtimes.engine_bundles import engine_details
 from tests.runtimes.fakes import AFFINE, affine_bundle, affine_model, write_bundle
 
@@ -29,9 +30,9 @@ def affine_session(folder: Path, builder: str) -> TensorRtSession:
     report = build_engine(graph, graph.with_name("engine.trt"), make_profiles(AFFINE.inputs, AFFINE.axes), options)
     part = dataclasses.replace(AFFINE, format="tensorrt", file="components/affine/engine.trt",
                                details=engine_details(**report.to_json(), gpu=""))
-    return TensorRtSession(write_bundle(folder, {"affine": part}), "affine", SessionOptions("cuda"))
+    return TensorRtSession(write_bundle(folder, {"affine": part}), "affine", SessionOptions(Device("cuda")))
 
 
 def ort_session(folder: Path, device: str) -> Session:
     """The graph on one of ONNX Runtime's providers."""
-    return OrtSession(affine_bundle(folder), "affine", SessionOptions(device))
+    return OrtSession(affine_bundle(folder), "affine", SessionOptions(Device(device)))

@@ -18,6 +18,7 @@ from runtimes.backends.session import SessionOptions
 from runtimes.bundle.folder import Bundle
 from runtimes.bundle.manifest import digest_of
 from runtimes.errors import ParityError
+from runtimes.system.device import Device
 from tests.exporters.pipelines import edit_json
 from tests.parity.pipelines import changed, double_one_weight, misbehaving
 
@@ -264,12 +265,12 @@ def test_a_missing_device_is_unverified(source, reference, options, monkeypatch)
     from runtimes.errors import UnavailableError
 
     def unavailable(bundle, name, session_options):
-        assert session_options.device == "cuda"
+        assert session_options.device == Device("cuda")
         raise UnavailableError("no NVIDIA driver", where=name)
 
     monkeypatch.setattr(components, "open_candidate", unavailable)
     monkeypatch.setattr(pipelines, "open_candidate", unavailable)
-    result = verify(reference, source, FP32, Effort("full", replace(options, session=SessionOptions("cuda"))))
+    result = verify(reference, source, FP32, Effort("full", replace(options, session=SessionOptions(Device("cuda")))))
     assert not result.ok and not result.broken
     assert result.unverified[0] == "text_encoder: text_encoder: no NVIDIA driver"
     assert len(result.unverified) == 5

@@ -13,9 +13,10 @@ from runtimes.backends.tensorrt import engine_session
 from runtimes.bundle.details import EngineDetails
 from runtimes.bundle.folder import Bundle
 from runtimes.bundle.manifest import from_json
+from runtimes.system.device import Device
 from tests.runtimes.fakes import AFFINE, affine_model, write_bundle
 
-OPTIONS = SessionOptions("cuda")
+OPTIONS = SessionOptions(Device("cuda"))
 PROFILES = [{"x": [[1, 4], [1, 4], [2, 4]]}, {"x": [[2, 4], [8, 4], [8, 4]]}]
 LIMITS = [(1, 2), (2, 8)]
 

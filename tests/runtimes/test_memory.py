@@ -16,6 +16,7 @@ from runtimes.pipeline.diffusion import Pipeline
 from runtimes.pipeline.memory_budget import MARGIN, MemoryBudget, MemoryModel, fit
 from runtimes.pipeline.memory_measurement import memory_model
 from runtimes.system.byte_sizes import parse_bytes
+from runtimes.system.device import Device
 from tests.conftest import ROOT
 from tests.runtimes.fakes import DDIM, FACTS, calls_of, fake_sessions, tokenize
 
@@ -91,7 +92,7 @@ def test_no_size_is_refused(text):
 
 def test_only_this_processs_memory_can_be_budgeted(reference_bundle):
     with pytest.raises(InputError, match="not that of cuda"):
-        memory_model(runtimes.Bundle.open(reference_bundle), SessionOptions("cuda"))
+        memory_model(runtimes.Bundle.open(reference_bundle), SessionOptions(Device("cuda")))
 
 
 def test_a_process_stays_below_its_budget_and_is_measured_once(reference_bundle, tmp_path, monkeypatch):

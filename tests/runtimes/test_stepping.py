@@ -267,7 +267,7 @@ def test_deterministic_calls_have_one_number_of_rows_unless_the_number_does_not_
 
 
 def rows_of(pipeline: Pipeline) -> list[int]:
-    return [len(call["sample"]) for call in pipeline.sessions["unet"]._inner.calls]  # type: ignore[attr-defined]
+    return [len(call["sample"]) for call in pipeline.sessions["unet"].inner.calls]  # type: ignore[attr-defined]
 
 
 def decoded_rows(pipeline: Pipeline) -> list[int]:

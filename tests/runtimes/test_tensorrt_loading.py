@@ -85,7 +85,7 @@ def rtx(engine: ICudaEngine | None, validity: tuple[EngineValidity, int] = (Engi
     return module(engine, version="1.7.1.116", validity=validity)
 
 
-def test_rtx_records_graphs_itself_and_its_kernels_are_kept_on_disk(cuda, monkeypatch, tmp_path):
+def test_rtx_records_graphs_itself_and_its_kernels_are_stored_on_disk(cuda, monkeypatch, tmp_path):
     engine = ICudaEngine(cuda, LIMITS)
     use(monkeypatch, rtx(engine))
     bundle = make_bundle(tmp_path / "b", **RTX)

@@ -152,7 +152,7 @@ def test_tensorrts_own_diagnosis_becomes_one_line(diagnostics, message):
         check_validity(False, diagnostics, "unet")
 
 
-def test_kernels_are_kept_per_engine_gpu_and_release(tmp_path):
+def test_kernels_are_stored_per_engine_gpu_and_release(tmp_path):
     files = {runtime_cache_file(tmp_path, part, gpu, version) for part in (PART, dataclasses.replace(
         PART, files={"a": _record("1")})) for gpu in ("A", "B") for version in ("1.7", "1.8")}
     assert len(files) == 8

@@ -1,4 +1,4 @@
-"""Which shapes are compared: per component the common one, the smallest, and one that nothing was traced at.
+"""Plans the shapes that are compared: per component the common one, the smallest, and one that nothing was traced at.
 
 Sizes are planned for the pipeline first (images, latent rows, latent columns), because the inputs of all components
 are recorded from the same run; each component then gets its own batch and sequence out of its own ranges.
@@ -61,7 +61,7 @@ def batch_range(component: Component) -> ShapeRange:
 
 
 def always(name: str, sizes: Mapping[str, int]) -> bool:
-    """Takes every component to run at every size."""
+    """Answers that every component runs at every size."""
     return True
 
 
@@ -209,7 +209,7 @@ def _possible_run(
     components: Mapping[str, Component], number: int, spatial: tuple[int, int], roles: Roles, small: bool,
     possible: Possible,
 ) -> Run | None:
-    """A run at these latents whose calls the source can make: those that are recorded and those that are compared."""
+    """A run at these latents, none of whose calls the source refuses: those that are recorded and those compared."""
     sizes = {}
     for name, component in components.items():
         wanted = _sizes(component, name, number, spatial, roles, small)

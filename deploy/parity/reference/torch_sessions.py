@@ -1,4 +1,4 @@
-"""The parity reference: components of a source bundle run by PyTorch in float32. The only torch file of `deploy`."""
+"""The parity reference: runs components of a source bundle by PyTorch in float32."""
 
 from __future__ import annotations
 
@@ -57,8 +57,6 @@ class TorchSession(Session):
             raise _translated(error, name) from error
 
     def _run(self, feeds: Arrays) -> dict[str, np.ndarray[Any, Any]]:
-        if self._module is None:
-            raise BundleError("the session was closed", where=self.name)
         tensors = [torch.from_numpy(np.ascontiguousarray(feeds[spec.name])) for spec in self.component.inputs]
         try:
             with torch.inference_mode():
@@ -68,12 +66,9 @@ class TorchSession(Session):
         pairs = zip(self.component.outputs, outputs, strict=True)
         return {spec.name: output.contiguous().numpy().copy() for spec, output in pairs}
 
-    def close(self) -> None:
-        """Free the weights; running it again is an error."""
-        if self._module is None:
-            return
+    def _close(self) -> None:
         alive = weakref.ref(self._module)
-        self._module = None
+        del self._module
         if alive() is not None:  # in a reference cycle; the next network needs its memory now
             gc.collect()
 
@@ -105,8 +100,9 @@ class SizeTrial:
         self._modules: dict[str, Any] = {}
 
     def possible(self, name: str, sizes: Mapping[str, int]) -> bool:
-        """Whether a component runs at these sizes; True where the device meta cannot tell, or it is no network of
-        images or latents.
+        """Whether a component runs at these sizes; True where the device meta cannot tell.
+
+        Only networks of images or latents are tried; others are taken to run at any size.
 
         Args:
             name: of the component.
@@ -149,7 +145,7 @@ def _unbounded(component: Component) -> Component:
 
 
 def _translated(error: BaseException, name: str) -> Exception:
-    """Out of memory as what it is; anything else is a shape that the network itself refuses."""
+    """Our error for one of PyTorch's: out of memory, else a shape that the network itself refuses."""
     text = str(error).partition("\n")[0]
     if isinstance(error, MemoryError) or "alloc" in text:
         return UnavailableError("not enough memory for the PyTorch reference", where=name,

@@ -1,4 +1,4 @@
-"""Loading with diffusers itself: the user's folder with adapters and autoencoder, as its documentation says.
+"""Loads the user's folder, with adapters and autoencoder, by diffusers itself, as its documentation says.
 
 Imports torch and diffusers; import it inside the function that needs it.
 """
@@ -39,7 +39,7 @@ class CannotLoadError(Exception):
 
 @contextmanager
 def upstream_errors() -> Iterator[None]:
-    """Whatever diffusers, transformers or PEFT raise as one kind of error; what they log and warn of is left out."""
+    """Turn whatever diffusers, transformers or PEFT raise into one kind of error; silence logs and warnings."""
     try:
         with quiet(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -166,8 +166,9 @@ def network_of(bundle: Bundle, name: str) -> Network:
 
 
 def small_encoder(encoder: Any) -> Any:
-    """A text encoder of one narrow layer with a real table of the same size: embeddings are loaded into its tokenizer
-    without the large network."""
+    """A text encoder of one narrow layer with a real table of the same size.
+
+    Embeddings can be loaded into its tokenizer without the large network."""
     config = encoder.config
     return transformers.CLIPTextModel(transformers.CLIPTextConfig(
         vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=1, num_hidden_layers=1,

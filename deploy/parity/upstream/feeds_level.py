@@ -1,4 +1,4 @@
-"""Level *feeds*: what diffusers' pipeline feeds its networks, ours feeds them too, in every mode, call by call.
+"""Level *feeds*: compares, in every mode and call by call, what diffusers' pipeline and ours feed their networks.
 
 Imports torch; import it inside the function that needs it.
 """
@@ -144,7 +144,7 @@ def compare_feeds(upstream: Upstream, source: Bundle, bundle: Bundle, networks: 
 
 
 def _has_moved(upstream: Upstream, bundle: Bundle) -> bool:
-    """Whether the model's own size is none that the bundle makes, which the build has said."""
+    """Whether the bundle cannot make the model's own size; the build has reported it."""
     model = as_loaded(source_of(upstream))
     own = family_of(model.pipeline_class).roles(model).codec
     axes = bundle.component(bundle.manifest.pipeline.denoiser.component).axes
@@ -185,7 +185,7 @@ class Theirs:
         self.parameters = frozenset(inspect.signature(self._pipe.__call__).parameters)
 
     def run(self, asked: Asked) -> Calls:
-        """What one request feeds.
+        """What one request feeds the networks.
 
         Raises:
             CannotLoadError: diffusers does not run it.
@@ -199,7 +199,7 @@ class Theirs:
 
 @contextmanager
 def _without_remarks() -> Iterator[None]:
-    """A prompt is too long on purpose; nobody has to be told."""
+    """Silence our warnings: a prompt is too long on purpose."""
     logger = logging.getLogger("runtimes")
     level = logger.level
     logger.setLevel(logging.ERROR)

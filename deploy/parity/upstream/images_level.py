@@ -1,4 +1,4 @@
-"""Level *images*: diffusers' whole pipeline against ours at float32, then against the compiled bundle's.
+"""Level *images*: compares images of diffusers' pipeline with ours at float32, then with the compiled bundle's.
 
 Imports torch; import it inside the function that needs it.
 """

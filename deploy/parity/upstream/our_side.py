@@ -1,4 +1,4 @@
-"""Our side of the *feeds* level: the bundle's own pipeline over a stand-in denoiser and recorded networks. No torch."""
+"""Our side of the *feeds* level: the bundle's pipeline over a stand-in denoiser and recorded networks. No torch."""
 
 from __future__ import annotations
 

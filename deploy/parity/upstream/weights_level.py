@@ -1,4 +1,4 @@
-"""Level *weights*: every tensor that diffusers and PEFT would run, adapters included, equals ours. One at a time.
+"""Level *weights*: compares every tensor that diffusers and PEFT would run, adapters included, with ours, one by one.
 
 diffusers loads each network by its own loader, memory-mapped; LoRAs are loaded by `load_lora_weights` on a pipeline
 without weights, so that PEFT says what it would add to which (`get_delta_weight`), and embeddings by
@@ -86,7 +86,7 @@ def _compare_network(report: WeightsReport, upstream: Upstream, source: Bundle, 
     part = part_of(source.component(name))
     try:
         dtype = _stored_dtype(upstream, part)
-        if part == SAFETY_CHECKER:  # pipelines have it judge images, which nothing here asks of them
+        if part == SAFETY_CHECKER:  # a part of the pipeline that judges images, which no request here has it do
             theirs = load_safety_checker(upstream, dtype)
         else:
             pipe = load_pipeline(upstream, "text", {}, read=[part], dtype=dtype)

@@ -1,4 +1,4 @@
-"""All prunings of one network in their order, and the pruned network on disk."""
+"""Applies all prunings of one network in their order, and writes the pruned network."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def _narrowed(network: Any, source: Bundle, name: str, config: Mapping[str, Any]
     from deploy.pruning.shrink.widths import Widths, config_of, levels_of, uniform_widths
 
     levels, ratio = levels_of(config_of(network), name), config["prune"]
-    widths = uniform_widths(levels, ratio, name)  # before any image is generated: it refuses what cannot be
+    widths = uniform_widths(levels, ratio, name)  # before any image is generated: it refuses impossible ratios
     feeds = {Role.DENOISER: example_feeds(source.component(name))}
     scorer = scorer_of(config["method"])
     by_generating = config["method"] == "taylor" or config["widths"] == "sensitivity"
@@ -90,8 +90,8 @@ def _narrowed(network: Any, source: Bundle, name: str, config: Mapping[str, Any]
         errors = scan(levels, error_of)
         widths = sensitive_widths(levels, ratio, errors)
         details["sensitivity"] = [{str(w): round(e, 5) for w, e in sorted(level.items())} for level in errors]
-    details |= {"before": [level.width for level in levels], "kept": list(widths.kept), "heads": list(widths.heads),
-                "removed": round(widths.removed, 4)}
+    details |= {"before": [level.width for level in levels], "kept": list(widths.remaining),
+                "heads": list(widths.heads), "removed": round(widths.removed, 4)}
     return prune_network(network, feeds, widths, scorer, name), details
 
 

@@ -1,4 +1,4 @@
-"""The original network as a teacher: loaded from a source bundle with everything that generating with it needs."""
+"""Loads the original network as a teacher, from a source bundle, with everything that generating with it needs."""
 
 from __future__ import annotations
 
@@ -86,7 +86,10 @@ def load_source_module(bundle: Bundle, component: Component) -> Any:
 
 
 def example_feeds(component: Component) -> list[Tensor]:
-    """The smallest inputs that a component promises to take, in order, float32 from 0 to 1 with a fixed seed."""
+    """The smallest inputs that a component promises to take, in order, with a fixed seed.
+
+    Each is float32, uniform from 0 to 1, with the shape of its TensorSpec.
+    """
     generator = torch.Generator().manual_seed(0)
     feeds = []
     for spec in component.inputs:

@@ -1,4 +1,4 @@
-"""What running an engine needs decided, without a GPU: which profile, where buffers lie, what is refused."""
+"""Decides, without a GPU, how an engine runs: which profile, where buffers lie, what is refused."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from runtimes.errors import BundleError, InputError, UnavailableError
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}  # builder -> module that runs its engines
 PACKAGES = {"tensorrt": "pip install 'ldm-deploy[tensorrt]'", "tensorrt-rtx": "pip install 'ldm-deploy[tensorrt-rtx]'"}
 ALIGNMENT = 256  # what cudaMalloc gives, and TensorRT asks for
-GRAPHS_KEPT = 8  # captured CUDA graphs per engine, each with an execution context of its own
+MOST_GRAPHS = 8  # captured CUDA graphs per engine, each with an execution context of its own
 # TensorRT's DataType -> how a TensorSpec says it.
 TYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT8": "int8", "INT32": "int32", "INT64": "int64",
          "BOOL": "bool", "UINT8": "uint8"}
