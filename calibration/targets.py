@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from runtimes.bundle.roles import Role
+
 INT4 = "weight-only-4"  # of text encoders, asked for by --text-encoder-bits
 SEARCHED = "auto"  # no recipe of its own: generated images decide layer by layer
 NEEDS_RANGES = ("hybrid", "static", SEARCHED)
@@ -38,17 +40,17 @@ def scheme_of(target: str, *, sums_in_32_bits: bool) -> dict[str, Any]:
     return {**scheme, "weight_limit": LIMIT_OF_16_BIT_SUMS} if target in CPU_TARGETS and not sums_in_32_bits else scheme
 
 
-def recipe_of(component: str, quantization: str, text_encoder_bits: int) -> str:
-    """The recipe of one component.
+def recipe_of(role: Role, quantization: str, text_encoder_bits: int) -> str:
+    """The recipe of a component of some role.
 
     The text encoder runs once for a prompt that the cache does not know: its time does not matter, its bytes do, and
     everything that is generated hangs on its output.
 
     Args:
-        component: its name.
+        role: of the component.
         quantization: the recipe of the others.
         text_encoder_bits: 8 or 4, of a text encoder's weights.
     """
-    if component.startswith("text_encoder"):
+    if role is Role.TEXT_ENCODER:
         return INT4 if text_encoder_bits == 4 else "weight-only"
     return quantization

@@ -17,7 +17,7 @@ from deploy.cli.derived_options import in_words
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = sorted(f"tests.peers.{file.stem}" for file in (ROOT / "tests" / "peers").glob("*.py")
                if '__name__ == "__main__"' in file.read_text(encoding="utf-8"))
-MEASURES = sorted(f"exporters.{file.stem}" for file in (ROOT / "exporters").glob("measure_*.py"))
+MEASURES = sorted(f"exporters.measure.{file.stem}" for file in (ROOT / "exporters" / "measure").glob("[a-z]*.py"))
 
 
 @pytest.mark.parametrize("module", [*PEERS, *MEASURES, "tests.deploy.seams"])

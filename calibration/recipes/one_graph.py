@@ -22,8 +22,9 @@ from calibration.targets import INT4, NEEDS_RANGES
 from calibration.trajectory.inner_tensors import compare, observe
 from calibration.trajectory.recorder import Recording
 from runtimes.bundle.manifest import digest_of
+from runtimes.bundle.roles import Role
 
-VAE = ("vae_encoder", "vae_decoder")
+AUTOENCODER = (Role.IMAGE_ENCODER, Role.IMAGE_DECODER)
 NOISE_CALLS = 6  # that say which layers add most of the error, and how much is left
 
 
@@ -71,7 +72,7 @@ class Quantized:
     relative_l2: float = 0.0
 
 
-def quantize_by_recipe(graph: Path, destination: Path, recipe: str, settings: Settings, name: str,
+def quantize_by_recipe(graph: Path, destination: Path, recipe: str, settings: Settings, name: str, role: Role,
                        recording: Recording | None) -> Quantized:
     """Quantize one component by its recipe, or by another where that does not fit: what and why is in the summary.
 
@@ -80,7 +81,7 @@ def quantize_by_recipe(graph: Path, destination: Path, recipe: str, settings: Se
         destination: the graph to write.
         recipe: of `calibration.graphs.layers.RECIPES`.
         settings: of the build.
-        name: of the component.
+        name, role: of the component.
         recording: of the whole pipeline; None where no recipe needs one.
     """
     if recipe not in NEEDS_RANGES:
@@ -89,7 +90,7 @@ def quantize_by_recipe(graph: Path, destination: Path, recipe: str, settings: Se
         return _stored_only(graph, destination, settings, name,
                             f"{recipe}: the pipeline does not call it while calibrating")
     found = quantize_graph(graph, destination, recipe, settings, name, recording)
-    if name in VAE and found.relative_l2 > settings.relative_l2 / 2:
+    if role in AUTOENCODER and found.relative_l2 > settings.relative_l2 / 2:
         # Its error goes into the image directly; half of the budget is left for the latents'.
         return _stored_only(graph, destination, settings, name,
                             f"{recipe}, whose relative L2 was {found.relative_l2:.2g}")

@@ -20,7 +20,6 @@ from runtimes.system.cache_store import use
 from runtimes.system.progress import listener
 
 VERSION = 2  # raised whenever equal keys would give other recordings
-DENOISER = "unet"
 Feeds = dict[str, np.ndarray[Any, Any]]
 Assemble = Callable[[Mapping[str, Session]], Pipeline]
 
@@ -123,18 +122,20 @@ def record(sessions: Mapping[str, Session], assemble: Assemble, episodes: tuple[
 def _play(taps: Mapping[str, _Tap], assemble: Assemble, episode: Episode, guidance_scale: float, steps: int,
           strength: float) -> None:
     pipeline = assemble(taps)
+    roles = pipeline.facts
+    denoiser = roles.denoiser.component
     for name, tap in taps.items():
-        tap.begin(episode.keep if name == DENOISER else None)
-    prompt, second_prompt = (episode.prompt, episode.second_prompt) if pipeline.facts.text_encoders else ("", "")
+        tap.begin(episode.keep if name == denoiser else None)
+    prompt, second_prompt = (episode.prompt, episode.second_prompt) if roles.encoders else ("", "")
     images = pipeline(prompt, steps=steps, guidance_scale=guidance_scale, seed=episode.seed)
-    if not episode.second_keep or "vae_encoder" not in taps:
+    if not episode.second_keep or roles.codec.encoder.component not in taps:
         return
-    taps[DENOISER].begin(episode.second_keep)
+    taps[denoiser].begin(episode.second_keep)
     how: dict[str, Any] = {"image": images[0], "strength": strength}
     if isinstance(episode, InpaintingEpisode):
         width, height = images[0].size
         how = {"image": images[0], "strength": episode.strength, "mask": paint_mask(
-            episode.mask, height, width, episode.painted, episode.seed, pipeline.facts.vae_scale_factor)}
+            episode.mask, height, width, episode.painted, episode.seed, roles.codec.factor)}
     pipeline(second_prompt, steps=steps, guidance_scale=guidance_scale, seed=episode.seed + 1, **how)
 
 

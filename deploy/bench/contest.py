@@ -109,9 +109,8 @@ class _Contest:
 
     def __init__(self, workers: Mapping[str, Worker], bundle: Bundle, options: BenchOptions, folder: Path) -> None:
         self.workers, self.options, self.folder = workers, options, folder
-        facts = bundle.manifest.pipeline
-        factor = facts.vae_scale_factor
-        self.shape = (facts.latent_channels, facts.height // factor, facts.width // factor)
+        codec = bundle.manifest.pipeline.codec
+        self.shape = (codec.latent_channels, codec.height // codec.factor, codec.width // codec.factor)
         self.seconds: dict[str, list[float]] = {}
 
     def run(self) -> list[dict[str, Any]]:
@@ -179,14 +178,15 @@ def _components(replies: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _share_of_limits(run: Mapping[str, Any], bundle: Bundle, limits: Mapping[str, float],
                      options: BenchOptions) -> dict[str, float]:
-    """How far the U-Net is from the machine's arithmetic, and its weights from the machine's memory."""
-    unet = bundle.component("unet")
+    """How far the denoiser is from the machine's arithmetic, and its weights from the machine's memory."""
+    name = bundle.manifest.pipeline.denoiser.component
+    network = bundle.component(name)
     rows = options.batches[0] * (2 if options.guidance_scale > 1 else 1)
-    calls = options.steps * -(-rows // unet.axes["batch"].range.max)
-    seconds = run["components"]["unet"]["seconds"]
-    result = {"weight_gigabytes_per_second": unet.bytes * calls / seconds / 1e9}
-    if (macs := unet.details.get("macs")) is not None:
-        flops = 2 * macs * rows / unet.axes["batch"].range.opt * options.steps
+    calls = options.steps * -(-rows // network.axes["batch"].range.max)
+    seconds = run["components"][name]["seconds"]
+    result = {"weight_gigabytes_per_second": network.bytes * calls / seconds / 1e9}
+    if (macs := network.graph.macs) is not None:
+        flops = 2 * macs * rows / network.axes["batch"].range.opt * options.steps
         result |= {"unet_gflops": flops / seconds / 1e9,
                    "share_of_gemm_peak": flops / seconds / 1e9 / limits["gemm_gflops"]}
     return result

@@ -13,7 +13,6 @@ from deploy.bench.presets import Measured, Setting
 from deploy.parity.options import gallery_for, options_for
 from runtimes.bundle.folder import Bundle
 from runtimes.pipeline.diffusion import Pipeline
-from runtimes.pipeline.guidance import SHALLOW
 from runtimes.pipeline.loading import load
 from runtimes.system.device import CPU, Device
 from runtimes.system.progress import listener
@@ -29,7 +28,7 @@ def candidates(bundle: Bundle) -> list[Setting]:
 
     Under limited guidance fewer steps are enough: what breaks first in a short run is what guidance overshoots.
     """
-    caches = (1, 2, 3) if SHALLOW in bundle.manifest.components else (1,)
+    caches = (1, 2, 3) if bundle.manifest.pipeline.denoiser.shallow else (1,)
     settings = [Setting(25, cache_interval=n) for n in caches]
     settings += [Setting(25, guidance_interval=LIMITED, cache_interval=caches[-1])]
     settings += [Setting(steps, "dpm++", cache_interval=n) for steps in (20, 12, 8) for n in caches[:2]]

@@ -130,8 +130,8 @@ def compare_request(request: Mapping[str, Any]) -> dict[str, Any]:
 
 def image_requests(effort: Effort, source: Bundle) -> tuple[Asked, ...]:
     """What the level *images* generates: text to image alone at a quick effort, every mode at a full one."""
-    options, facts = effort.options, source.manifest.pipeline
-    size = options.height or facts.height, options.width or facts.width
+    options, codec = effort.options, source.manifest.pipeline.codec
+    size = options.height or codec.height, options.width or codec.width
     prompts = options.prompts[:2]
     text = Asked("text", TEXT, prompts, steps=min(options.steps, IMAGE_STEPS), size=size)
     if effort.level != "full":

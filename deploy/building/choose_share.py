@@ -11,9 +11,9 @@ from deploy.building.builder import build_decided, workspace
 from deploy.core.call_times import seconds_in_turns, usual_feeds
 from deploy.core.pass_cache import Cache, versions_of
 from deploy.model.source_bundle import open_origin
-from deploy.pruning.planning import DENOISER
 from runtimes.backends.session import Session, SessionOptions
 from runtimes.bundle.folder import Bundle
+from runtimes.bundle.manifest import Component
 from runtimes.errors import ParityError, UnavailableError
 from runtimes.pipeline.bundle_sessions import open_session
 from runtimes.system.cache_root import cache_home
@@ -118,21 +118,25 @@ def _tried(spec: BuildSpec) -> list[Candidate]:
 
 
 def _seconds(built: Mapping[float, Bundle]) -> dict[float, float]:
-    """Median seconds of one call of each U-Net, in turns; nothing of engines, whose GPU is elsewhere."""
+    """Median seconds of one call of each denoiser, in turns; nothing of engines, whose GPU is elsewhere."""
     sessions: dict[str, Session] = {}
     try:
         for share, bundle in built.items():
-            sessions[str(share)] = open_session(bundle, DENOISER, SessionOptions())
+            sessions[str(share)] = open_session(bundle, bundle.manifest.pipeline.denoiser.component, SessionOptions())
     except UnavailableError:
         return {}
-    feeds = usual_feeds(next(iter(built.values())).component(DENOISER))
+    feeds = usual_feeds(_denoiser(next(iter(built.values()))))
     return {float(name): statistics.median(found)
             for name, found in seconds_in_turns(sessions, feeds, TIMED_CALLS).items()}
 
 
+def _denoiser(bundle: Bundle) -> Component:
+    return bundle.component(bundle.manifest.pipeline.denoiser.component)
+
+
 def _candidate(share: float, bundle: Bundle, seconds: float | None, figures: Mapping[str, Any] | None,
                broken: str) -> Candidate:
-    unet, images, found = bundle.component(DENOISER), (figures or {}).get("images") or {}, figures or {}
+    network, images, found = _denoiser(bundle), (figures or {}).get("images") or {}, figures or {}
     drift: Sequence[float | None] = (found.get("trajectory") or {}).get("relative_l2") or [None]
-    return Candidate(share, unet.bytes, unet.details["macs"], seconds, drift[-1], images.get("psnr_db"),
+    return Candidate(share, network.bytes, network.graph.macs or 0, seconds, drift[-1], images.get("psnr_db"),
                      images.get("ssim"), (found.get("retrieval") or {}).get("bundle"), broken)

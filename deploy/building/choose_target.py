@@ -66,14 +66,15 @@ def require_decided(spec: BuildSpec) -> None:
 
 
 def _measured(spec: BuildSpec, targets: list[str]) -> dict[str, float]:
-    """Median seconds of one U-Net call by target, the targets taking turns."""
+    """Median seconds of one call of the denoiser by target, the targets taking turns."""
     with workspace(cache_home()) as folder:
         sessions: dict[str, Session] = {}
         for target in targets:
             listener().working(f"target auto: building for {target}")
             with listening(Silent()):
                 made = build_decided(spec.model_copy(update={"target": target, "verify": "no"}), folder / target)
-            sessions[target] = open_session(made.bundle, "unet", SessionOptions())
+            denoiser = made.bundle.manifest.pipeline.denoiser.component
+            sessions[target] = open_session(made.bundle, denoiser, SessionOptions())
         listener().working("target auto: measuring")
-        found = seconds_in_turns(sessions, usual_feeds(made.bundle.component("unet")), CALLS, WARM_UP)
+        found = seconds_in_turns(sessions, usual_feeds(made.bundle.component(denoiser)), CALLS, WARM_UP)
         return {target: statistics.median(seconds) for target, seconds in found.items()}

@@ -24,8 +24,9 @@ from deploy.parity.upstream.levels import Level, merged
 from deploy.parity.upstream.levels import enforce as enforce_levels
 from deploy.parity.verdict import Verification, component_json, enforce
 from deploy.report.page import Image
+from runtimes.bundle.details import EngineDetails
 from runtimes.bundle.folder import Bundle
-from runtimes.bundle.manifest import digest_of, from_json, to_json
+from runtimes.bundle.manifest import Component, digest_of, from_json, to_json
 from runtimes.errors import ParityError
 from runtimes.system.compute_identity import runtime_identity
 from runtimes.system.progress import listener
@@ -126,9 +127,8 @@ class Gate:
                 if name in self._figures:
                     parity = component_json(self._figures[name], budget)
                     components[name] = replace(components[name], parity=parity)
-                if name in report.figures and components[name].details.get("executed") is False:
-                    details = {k: v for k, v in components[name].details.items() if k != "not_executed"}
-                    components[name] = replace(components[name], details={**details, "executed": True})
+                if name in report.figures:
+                    components[name] = _executed(components[name])
         bundle = replace(bundle, manifest=replace(bundle.manifest, components=components))
         if not self._unverified:
             self._executed = bundle
@@ -217,3 +217,10 @@ def compare_request(request: Mapping[str, Any]) -> Any:
     options: ParityOptions = from_json(ParityOptions, request["options"], "options")
     reference = Reference(from_request(request["source"]), cache=Path(request["cache"]))
     return to_json(check_components(reference, from_request(request["candidate"]), options, [request["name"]]))
+
+
+def _executed(component: Component) -> Component:
+    """The component, which has been run: of an engine that was built ahead of time that is news."""
+    if not isinstance(component.details, EngineDetails) or component.details.executed:
+        return component
+    return replace(component, details=replace(component.details, executed=True, not_executed=""))

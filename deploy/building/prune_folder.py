@@ -53,8 +53,8 @@ def prune_folder(spec: BuildSpec, output: Path, *, cache_root: Path | None = Non
         bundle, _ = run_passes(spec, origin, planned, cache, work)
         names = {name for entry in planned[1:] if isinstance(entry.planned, Step) for name in entry.planned.reads}
         changed = {name: bundle.component(name) for name in sorted(names & set(bundle.manifest.components))}
-        parts = {part: {name: c for name, c in changed.items() if c.details["source_component"] == part}
-                 for part in {c.details["source_component"] for c in changed.values()}}
+        parts = {part: {name: c for name, c in changed.items() if c.details.source_component == part}
+                 for part in {c.details.source_component for c in changed.values()}}
         with committed(output) as folder:
             for file in sorted(p for p in origin.path.rglob("*") if p.is_file()):
                 name = file.relative_to(origin.path)
@@ -78,6 +78,7 @@ def _write_part(bundle: Bundle, components: Mapping[str, Component], folder: Pat
         return
     from safetensors.torch import load_file, save_file
 
+    halves = {name: VAE_HALVES[bundle.manifest.pipeline.role(name)] for name in components}
     weights = {key: tensor for name, component in components.items()
-               for key, tensor in load_file(bundle.file(component.file)).items() if key.startswith(VAE_HALVES[name])}
+               for key, tensor in load_file(bundle.file(component.file)).items() if key.startswith(halves[name])}
     save_file(weights, folder / PRUNED_FILE, {"format": "pt"})

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from runtimes.bundle.details import EngineDetails
 from runtimes.bundle.folder import Bundle, committed, link_or_copy
 from runtimes.bundle.manifest import MANIFEST_FILE, Component, dumps
+from runtimes.bundle.roles import Role
 from runtimes.bundle.tensors import TensorSpec
 from runtimes.errors import InputError, UnavailableError
-from runtimes.pipeline.guidance import SHALLOW
 
 PIPELINE_TEMPLATE = Path(__file__).parents[1] / "templates" / "triton" / "model.py"
 MAP_FILE = "triton.json"  # component -> name of its model, read by the pipeline
@@ -68,7 +69,8 @@ def export_triton(bundle: Bundle, out: Path, options: TritonOptions | None = Non
     if options.instances < 1 or options.queue_microseconds < 0:
         raise InputError("instances must be at least 1 and the delay at least 0", where="export-triton")
     # The repository's pipeline computes every step whole.
-    components = {n: c for n, c in bundle.manifest.components.items() if n != SHALLOW}
+    role = bundle.manifest.pipeline.role
+    components = {n: c for n, c in bundle.manifest.components.items() if role(n) is not Role.SHALLOW}
     for name, component in components.items():
         check_servable(name, component)
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / MARKER).is_file())):
@@ -97,10 +99,10 @@ def check_servable(name: str, component: Component) -> None:
     if component.format not in BACKENDS:
         raise InputError(f"Triton has no backend for the format {component.format!r}", where=name,
                          fix=f"build for one of {', '.join(BACKENDS)}")
-    if component.format == "tensorrt" and component.details.get("builder") != "tensorrt":
+    if component.format == "tensorrt" and component.details_as(EngineDetails).builder != "tensorrt":
         raise InputError("Triton's TensorRT backend does not load engines of TensorRT for RTX", where=name,
                          fix="build for --target onnxruntime, or for --target tensorrt on the server's GPU")
-    if "lora" in component.details:
+    if component.details.lora:
         raise InputError("its LoRA is an input, which nothing there feeds", where=name,
                          fix="build with --lora-mode merge")
     for spec in (*component.inputs, *component.outputs):

@@ -21,7 +21,6 @@ from deploy.parity.verdict import Verification, verify
 from runtimes.bundle.folder import Bundle
 from runtimes.codec.safety_checker import SAFETY_CHECKER
 from runtimes.errors import InputError
-from runtimes.pipeline.guidance import SHALLOW
 from runtimes.system.cache_root import cache_home, rooted
 from runtimes.system.device import CPU, Device
 
@@ -54,7 +53,8 @@ def verify_bundle(path: Path, against: str | None = None, *, device: Device = CP
                      target=manifest.target, precision=manifest.precision,  # type: ignore[arg-type]
                      **{name: adapters[name] for name in LOCAL_FILES if name in adapters},
                      # What the bundle holds beyond the model's usual networks; the source must answer for it, too.
-                     step_cache=SHALLOW in manifest.components, safety_checker=SAFETY_CHECKER in manifest.components)
+                     step_cache=manifest.pipeline.denoiser.shallow is not None,
+                     safety_checker=SAFETY_CHECKER in manifest.components)
     origin = open_origin(spec)
     if against is None and origin.manifest.source.sha256 != manifest.source.sha256:
         raise InputError("the model has changed since the bundle was built", where=str(origin.path),

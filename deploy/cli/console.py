@@ -22,6 +22,7 @@ from deploy.core.layer_list import LAYERS_FILE
 from deploy.parity.upstream.levels import in_words
 from deploy.report.page import grouped
 from deploy.report.sections import pass_rows
+from runtimes.bundle.details import EngineDetails
 
 if TYPE_CHECKING:
     import numpy as np
@@ -113,14 +114,15 @@ def show_plan(planned: Sequence[PlannedPass], spec: BuildSpec, output: Path | No
 def show_pruned(components: Mapping[str, Component], folder: Path) -> None:
     """What `prune` made of each network, where they lie."""
     for name, component in components.items():
-        pruning = component.details["pruning"]
-        before, channels = pruning["parameters_before"], pruning.get("channels")
+        pruning, found = component.details.pruning, component.details.recovery
+        assert pruning is not None
+        before, channels = pruning.parameters_before, pruning.channels
         out.print(f"{name}: {component.parameters / 1e6:.1f} of {before / 1e6:.1f} million weights")
         if channels:
-            widths = (" ".join(map(str, channels[key])) for key in ("before", "kept"))
+            widths = (" ".join(map(str, level)) for level in (channels.before, channels.kept))
             out.print("channels per level: " + " -> ".join(widths))
-        if found := component.details.get("recovery"):
-            out.print(f"relative L2 of a call {found['relative_l2_before']:.3f} -> {found['relative_l2_after']:.3f}")
+        if found:
+            out.print(f"relative L2 of a call {found.relative_l2_before:.3f} -> {found.relative_l2_after:.3f}")
     out.print(f"written: {folder}")
 
 
@@ -143,11 +145,12 @@ def _sizes(manifest: Manifest) -> str:
     from runtimes.pipeline.aspect_ratios import BUCKETS, nearest_size, parse_aspect
     from runtimes.pipeline.request import pixel_limits
 
-    facts, parts = manifest.pipeline, {name: Listed(name, c) for name, c in manifest.components.items()}
-    height, width = (pixel_limits(facts, parts, name) for name in ("height", "width"))
+    roles, parts = manifest.pipeline, {name: Listed(name, c) for name, c in manifest.components.items()}
+    height, width = (pixel_limits(roles, parts, name) for name in ("height", "width"))
     sides = " and ".join(f"{name} {span.min} to {span.max} in steps of {multiple}"
                          for name, (span, multiple) in (("height", height), ("width", width)))
-    found = {name: nearest_size(parse_aspect(name), facts.height * facts.width, height, width) for name in BUCKETS}
+    pixels = roles.codec.height * roles.codec.width
+    found = {name: nearest_size(parse_aspect(name), pixels, height, width) for name in BUCKETS}
     return f"pixels: {sides}; --aspect {', '.join(f'{name} {w}x{h}' for name, (h, w) in found.items())}"
 
 
@@ -164,10 +167,10 @@ def show_bundle(bundle: Bundle) -> None:
         table.add_row(name, c.format, c.precision, f"{c.parameters / 1e6:.2f} M", megabytes(c.bytes), parity)
     out.print(table)
     for name, c in sorted(manifest.components.items()):
-        if "not_fp16" in c.details:
-            out.print(f"  {name} stays in {c.precision}: in float16, {c.details['not_fp16']}")
+        if c.graph.not_fp16:
+            out.print(f"  {name} stays in {c.precision}: in float16, {c.graph.not_fp16}")
     _show_engines(manifest)
-    if {"unet", "vae_decoder"} <= manifest.components.keys():
+    if {manifest.pipeline.denoiser.component, manifest.pipeline.codec.decoder.component} <= manifest.components.keys():
         out.print(_sizes(manifest))
     for name, c in sorted(manifest.components.items()):
         flow = f"{', '.join(_tensor(t) for t in c.inputs)} -> {', '.join(_tensor(t) for t in c.outputs)}"
@@ -213,11 +216,13 @@ def _show_candidates(tried: Sequence[Mapping[str, Any]]) -> None:
 
 def show_search(bundle: Bundle) -> None:
     """The Pareto front of `--precision auto`, and what its layers became."""
-    file = bundle.path / "components" / "unet" / LAYERS_FILE
+    denoiser = bundle.manifest.pipeline.denoiser.component
+    file = bundle.path / "components" / denoiser / LAYERS_FILE
     found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if "front" not in found:
         return
-    chosen = bundle.component("unet").details["quantization"]["chosen"]
+    summary = bundle.component(denoiser).graph.quantization
+    chosen = summary.chosen if summary else ""
     table = Table("trial", "U-Net", "time, x float32", "final latents L2", "worst PSNR", "SSIM", "retrieval", "budget",
                   title="Pareto front of the search")
     for trial in found["front"]:
@@ -240,19 +245,18 @@ def _show_engines(manifest: Manifest) -> None:
     """Builder and GPUs of the engines, once for all that share them, and that nothing here has executed them."""
     engines: dict[tuple[str, ...], list[str]] = {}
     for name, c in sorted(manifest.components.items()):
-        if c.format == "tensorrt":
-            d = c.details
-            where = ", ".join(d.get("compute_capabilities", ())) or d.get("gpu", "")
-            lines = [f"{d.get('builder', '')} {d.get('builder_version', '')} for {where}"]
-            lines += [f"without {gpu}: {why}" for gpu, why in d.get("refused_capabilities", {}).items()]
-            lines += [] if d.get("executed") else [f"engine not executed here: {d.get('not_executed', '')}"]
-            engines.setdefault(tuple(lines), []).append(name)
-        if (q := c.details.get("quantizers")) is not None:
-            placed = ", ".join(f"{count} of {op}" for op, count in q.get("inputs", {}).items())
-            broken = q.get("broken_attentions", ())
-            fused = Text(f"no fusion of {', '.join(broken)}", "red") if broken else "in none of them"
-            out.print(Text.assemble(f"  Q/DQ in {name}: inputs {placed}; {q.get('attentions', 0)} attention blocks, ",
-                                    fused))
+        if not isinstance(d := c.details, EngineDetails):
+            continue
+        where = ", ".join(d.compute_capabilities) or d.gpu
+        lines = [f"{d.builder} {d.builder_version} for {where}"]
+        lines += [f"without {gpu}: {why}" for gpu, why in d.refused_capabilities.items()]
+        lines += [] if d.executed else [f"engine not executed here: {d.not_executed}"]
+        engines.setdefault(tuple(lines), []).append(name)
+        if q := d.quantizers:
+            placed = ", ".join(f"{count} of {op}" for op, count in q.inputs.items())
+            fused = Text(f"no fusion of {', '.join(q.broken_attentions)}", "red") if q.broken_attentions else (
+                "in none of them")
+            out.print(Text.assemble(f"  Q/DQ in {name}: inputs {placed}; {q.attentions} attention blocks, ", fused))
     for (first, *more), names in engines.items():
         out.print(f"  engine {', '.join(names)}: {first}")
         for line in more:

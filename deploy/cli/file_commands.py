@@ -12,7 +12,7 @@ from deploy.cli.derived_options import described
 
 def convert(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help=".safetensors file with all networks")],
-    configs: Annotated[Path, described("diffusers folder of the same architecture, required; weights are not read")],
+    configs: Annotated[Path, described("diffusers folder of the same architecture, its weights not read, required")],
     output: Annotated[Path, described("folder to write, for `build`, required", "-o", "--output")],
 ) -> None:
     """Turn a single-file checkpoint (CompVis, A1111) into a diffusers folder. Nothing is downloaded."""

@@ -42,7 +42,7 @@ def key_of(instance: Pass, step: Step, name: str, source: Bundle) -> str:
         {
             **pipeline,
             "pass": [step.pass_name, step.version, to_json(step.config)],
-            "component": name,
+            "component": [name, source.manifest.pipeline.role(name)],
             "specs": to_json([planned.inputs, planned.outputs, planned.axes]),
             "reads": {read: _contents(source.component(read)) for read in step.reads[name]},
             "libraries": versions_of(instance.libraries),

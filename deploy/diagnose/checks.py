@@ -115,14 +115,14 @@ def check_vae(probe: Probe, generated: Samples, images: Float32 | None) -> Check
     pixels = images if images is not None else generated.plain_pixels.transpose(0, 3, 1, 2) * 2 - 1
     latents = probe.encode(np.ascontiguousarray(pixels, np.float32))
     figures: dict[str, Any] = {"pictures": "given" if given else "drawn", **moments(latents), "channel_std": [
-        round(float(s), 4) for s in latents.std(axis=(0, 2, 3))], "scaling_factor": probe.facts.scaling_factor}
+        round(float(s), 4) for s in latents.std(axis=(0, 2, 3))], "scaling_factor": probe.roles.codec.scaling_factor}
     seen = np.clip(pixels.transpose(0, 2, 3, 1) / 2 + 0.5, 0, 1)
     back = probe.decode(latents)
     figures["reconstruction_psnr_db"] = min(psnr_db(a, b) for a, b in zip(seen, back, strict=True))
     deviation, decibels = figures["std"], figures["reconstruction_psnr_db"]
     low, high = LIMITS.latent_std
     if not low <= deviation <= high:
-        fitting = probe.facts.scaling_factor / deviation
+        fitting = probe.roles.codec.scaling_factor / deviation
         return Check("vae", False, f"latents of images have a deviation of {deviation:.2f}, expected about 1 "
                      f"({low} to {high})", f"set scaling_factor in the model's vae/config.json: {fitting:.4g} would fit"
                      + ("" if given else "; give images of your own with --image to be sure"), figures)

@@ -38,18 +38,19 @@ class Probe:
         Raises:
             InputError: a U-Net that takes channels that are unknown.
         """
-        self.facts = bundle.manifest.pipeline
+        self.roles = roles = bundle.manifest.pipeline
         self._sessions = sessions
         self._tokenizers = load_tokenizers(bundle)
         self._cache = PromptCache(CACHE_BYTES)
         self._schedule = Ddim.from_config(scheduler_config(bundle))
         count = self._schedule.num_train_timesteps
         self.levels = tuple((2 * i + 1) * count // (2 * LEVELS) for i in range(LEVELS))
-        self._extra = self._over_grey() if inpaints(sessions["unet"], self.facts.latent_channels) else None
+        self._extra = self._over_grey() if inpaints(
+            sessions[roles.denoiser.component], roles.codec.latent_channels) else None
 
     def _over_grey(self) -> Float32:
         """Mask and masked latents for a U-Net for inpainting to paint everything: (1, 1 + C, H/f, W/f) float32."""
-        height, width = self.facts.height, self.facts.width
+        height, width = self.roles.codec.height, self.roles.codec.width
         grey = self.encode(np.zeros((1, 3, height, width), np.float32))
         return np.concatenate([np.ones_like(grey[:, :1]), grey], axis=1)
 
@@ -62,19 +63,19 @@ class Probe:
         Returns:
             (B, C, H/f, W/f) float32.
         """
-        mean, _ = autoencoder.encode(self._sessions["vae_encoder"], pixels)
-        return autoencoder.scaled(self.facts, mean)
+        mean, _ = autoencoder.encode(self._sessions[self.roles.codec.encoder.component], pixels)
+        return autoencoder.scaled(self.roles, mean)
 
     def decode(self, latents: Float32) -> Float32:
         """(B, C, H/f, W/f) float32 scaled latents to (B, H, W, 3) float32 pixels in 0..1."""
-        return autoencoder.decode(self._sessions["vae_decoder"], latents, self.facts)
+        return autoencoder.decode(self._sessions[self.roles.codec.decoder.component], latents, self.roles)
 
     def conditions(self, prompts: Sequence[str]) -> Conditions:
         """The U-Net's conditions from prompts, one for each image."""
         request = check_request(
-            self._sessions, self.facts, prompt=list(prompts), negative_prompt=None, images_per_prompt=1, guided=False,
+            self._sessions, self.roles, prompt=list(prompts), negative_prompt=None, images_per_prompt=1, guided=False,
             seed=0, height=None, width=None, image=None, mask=None, strength=1.0, latents=None, tile=None)
-        return gather(self._sessions, self.facts, self._tokenizers, self._cache, PromptStyle(), request,
+        return gather(self._sessions, self.roles, self._tokenizers, self._cache, PromptStyle(), request,
                       SizeConditions())
 
     def predict(
@@ -95,7 +96,8 @@ class Probe:
         noise = np.random.default_rng([seed, timestep]).standard_normal(latents.shape, np.float32)
         sample = np.float32(alpha) * latents + np.float32(sigma) * noise
         extra = None if self._extra is None else np.repeat(self._extra, len(sample), axis=0)
-        unet = GuidedUnet(self._sessions["unet"], self.conditions(prompts), Guidance(1.0), 1, extra=extra)
+        network = self._sessions[self.roles.denoiser.component]
+        unet = GuidedUnet(network, self.conditions(prompts), Guidance(1.0), 1, extra=extra)
         output = unet(sample, float(timestep), 0)
         return noise, to_epsilon(self._schedule.prediction_type, output, sample, alpha, sigma)
 

@@ -91,14 +91,15 @@ def diagnose_pipeline(target: str, options: DiagnoseOptions, grid: Path | None =
     """
     with opened(target, options.device) as (sessions, bundle):
         probe, pipeline = Probe(sessions, bundle), assemble_pipeline(sessions, bundle)
-        if "vae_encoder" not in bundle.manifest.components:
-            raise InputError("there is no vae_encoder, which every check begins with", where=target)
-        images = read_images(options.images, probe.facts.height, probe.facts.width)
+        codec = bundle.manifest.pipeline.codec
+        if codec.encoder.component not in bundle.manifest.components:
+            raise InputError(f"there is no {codec.encoder.component}, which every check begins with", where=target)
+        images = read_images(options.images, codec.height, codec.width)
         listener().working("generating")
         generated = generate(probe, pipeline, prompts_for(bundle), options)
         listener().working("asking the networks")
         checks = [check_vae(probe, generated, images), check_unconditional(probe, generated, images)]
-        if probe.facts.text_encoders:
+        if probe.roles.encoders:
             checks += [check_text(probe, generated), check_guidance(probe, generated)]
         if grid is not None:
             write_grid(probe, generated, grid)
@@ -107,7 +108,7 @@ def diagnose_pipeline(target: str, options: DiagnoseOptions, grid: Path | None =
 
 def prompts_for(bundle: Bundle) -> tuple[str, ...]:
     """What is generated: the reference model's own subjects, or everyday things; nothing of a model without prompts."""
-    if not bundle.manifest.pipeline.text_encoders:
+    if not bundle.manifest.pipeline.encoders:
         return ("",) * IMAGES
     if bundle.manifest.source.id == "reference":  # deploy.core.spec.REFERENCE, whose module needs pydantic
         from deploy.reference_models import demo_prompts

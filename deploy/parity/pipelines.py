@@ -190,11 +190,13 @@ class _Check:
             return report.culprit, ""
         drifted = bool(report.drift) and not report.trajectory[-1] <= self.budget.trajectory_relative_l2
         figures = self.components.figures if self.components is not None else {}
-        suspects = {n: f for n, f in figures.items() if n != "vae_encoder" and (n != "vae_decoder" or not drifted)}
-        if not drifted and "vae_decoder" in self.candidate.manifest.components:
-            return "vae_decoder", "the latents are within their budget, the images are not"
+        roles = self.candidate.manifest.pipeline
+        decoder, innocent = roles.codec.decoder.component, {roles.codec.encoder.component}
+        suspects = {n: f for n, f in figures.items() if n not in innocent | ({decoder} if drifted else set())}
+        if not drifted and decoder in self.candidate.manifest.components:
+            return decoder, "the latents are within their budget, the images are not"
         if not suspects:
-            return "unet", "the latents drift, and nothing but the networks differs"
+            return roles.denoiser.component, "the latents drift, and nothing but the networks differs"
         name = max(suspects, key=lambda n: suspects[n].severity)
         return name, f"its error of {suspects[name].relative_l2:.3g} a call is the largest, and the sampler adds it up"
 

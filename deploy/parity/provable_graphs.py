@@ -14,8 +14,8 @@ from runtimes.system.cache_store import scratch
 
 def computes_in_16_bits(component: Component) -> bool:
     """Whether ONNX Runtime's CPU provider hides this graph's rounding; see `exporters.precision.emulation`."""
-    conversion = component.details.get("conversion")
-    return component.format == "onnx" and isinstance(conversion, dict) and conversion.get("mode") == "compute"
+    conversion = component.graph.conversion
+    return component.format == "onnx" and conversion is not None and conversion.computes
 
 
 @contextmanager

@@ -12,8 +12,9 @@ from calibration.targets import BLOCKS, INT4, NEEDS_RANGES, SEARCHED, recipe_of,
 from deploy.core.doctor import sums_in_32_bits
 from deploy.core.layer_list import LAYERS_FILE
 from deploy.core.plan import Pass, Planned, Skip, Step
+from runtimes.bundle.details import GraphDetails, Quantization
 from runtimes.bundle.folder import Bundle, records_below
-from runtimes.bundle.manifest import Component, Manifest
+from runtimes.bundle.manifest import Component, Manifest, from_json
 from runtimes.errors import InputError
 
 if TYPE_CHECKING:
@@ -45,9 +46,11 @@ class Quantize(Pass):
         if spec.quantization == "dynamic" and spec.graph_target != "onnxruntime":
             raise InputError(f"{spec.graph_target} has no kernels for ranges found at run time", where="quantization",
                              fix="use hybrid or static")
-        recipes = {name: recipe_of(name, spec.quantization, spec.text_encoder_bits) for name in before.components}
-        if spec.precision == "auto" and "unet" in recipes:
-            recipes["unet"] = SEARCHED
+        denoiser = before.pipeline.denoiser.component
+        recipes = {name: recipe_of(before.pipeline.role(name), spec.quantization, spec.text_encoder_bits)
+                   for name in before.components}
+        if spec.precision == "auto" and denoiser in recipes:
+            recipes[denoiser] = SEARCHED
         config = _config(before, spec, recipes)
         every = tuple(before.components)
         reads = {name: every if recipes[name] in NEEDS_RANGES else (name,) for name in every}
@@ -74,10 +77,12 @@ class Quantize(Pass):
         if recording is not None and recipe == SEARCHED:
             found = search_denoiser(source, target, config, recording)
         else:
-            found = quantize_by_recipe(graphs[name], target, recipe, settings, name, recording)
+            role = source.manifest.pipeline.role(name)
+            found = quantize_by_recipe(graphs[name], target, recipe, settings, name, role, recording)
         (folder / LAYERS_FILE).write_text(json.dumps(found.layers, sort_keys=True), encoding="utf-8")
+        summary = from_json(Quantization, found.summary, name)
         return replace(planned, files=records_below(folder, out),
-                       details={**source.component(name).details, "quantization": found.summary})
+                       details=replace(source.component(name).details_as(GraphDetails), quantization=summary))
 
     def explain(self, step: Step, name: str, before: Bundle, after: Bundle) -> str:
         """The layers that add most of the error, by activations of the two graphs on recorded inputs."""

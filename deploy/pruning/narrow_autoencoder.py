@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deploy.core.pass_cache import pipeline_identity
-from deploy.pruning.planning import DENOISER, GENERATES_WITH
+from deploy.pruning.planning import generates_with
 from deploy.pruning.recovery.recover_network import train
 from deploy.pruning.recovery.training_loop import Schedule
 from deploy.pruning.shrink.importance import scorer_of
@@ -26,6 +26,7 @@ from deploy.pruning.shrink.widths import AUTOENCODER, config_of, levels_of, unif
 from deploy.pruning.teacher.original import Teacher, example_feeds, load_source_module
 from deploy.pruning.training_device import training_device
 from exporters.source.networks import torch_component
+from runtimes.bundle.details import PrunedChannels, Pruning, Recovery
 from runtimes.bundle.folder import Bundle, replacing
 from runtimes.bundle.manifest import digest_of, to_json
 from runtimes.codec.autoencoder import unscaled
@@ -112,7 +113,7 @@ class HalfDistillation:
         return torch.cat([chosen[::2], chosen[1::2].flip(3)])
 
 
-def prune_half(source: Bundle, name: str, config: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+def prune_half(source: Bundle, name: str, config: Mapping[str, Any]) -> tuple[Any, Pruning, Recovery | None]:
     """A narrower autoencoder of which one half was retrained.
 
     The halves are components of their own, each with a result of its own: of what is returned for one, the other half
@@ -121,11 +122,11 @@ def prune_half(source: Bundle, name: str, config: Mapping[str, Any]) -> tuple[An
     Args:
         source: a bundle in the format "safetensors" with the original autoencoder and, to generate with, U-Net and text
             encoder.
-        name: of the half: "vae_encoder" or "vae_decoder".
+        name: of the component that is the half.
         config: of pass `prune-vae`.
 
     Returns:
-        an AutoencoderKL, float32, and what became of the half, JSON-able.
+        an AutoencoderKL, float32, and what became of the half.
 
     Raises:
         InputError: a ratio that its norm groups do not allow (names the level and what works), or a U-Net that
@@ -139,16 +140,16 @@ def prune_half(source: Bundle, name: str, config: Mapping[str, Any]) -> tuple[An
     latents = own_latents(source, config, count) if count else torch.empty(0)
     if config["method"] == "taylor":
         accumulate_cycle_gradients(network, latents[:SCORED])
-    feeds = {half: example_feeds(source.component(half)) for half in HALVES[AUTOENCODER]}
+    roles = source.manifest.pipeline
+    feeds = {ENCODER: example_feeds(source.component(roles.codec.encoder.component)),
+             DECODER: example_feeds(source.component(roles.codec.decoder.component))}
     smaller = prune_network(network, feeds, widths, scorer_of(config["method"]), "vae")
     network.requires_grad_(False)
-    details: dict[str, Any] = {"pruning": {
-        "parameters_before": size_of(torch_component(name, network)),
-        "channels": {"method": config["method"], "before": [level.width for level in levels],
-                     "kept": list(widths.remaining), "removed": round(widths.removed, 4)}}}
-    if config["steps"]:
-        details["recovery"] = _recover(source, name, network, smaller, latents, config)
-    return smaller.to("cpu"), details
+    channels = PrunedChannels(method=config["method"], before=tuple(level.width for level in levels),
+                              kept=tuple(widths.remaining), removed=round(widths.removed, 4))
+    pruning = Pruning(parameters_before=size_of(torch_component(roles.role(name), network)), channels=channels)
+    recovery = _recover(source, name, network, smaller, latents, config) if config["steps"] else None
+    return smaller.to("cpu"), pruning, recovery
 
 
 def own_latents(source: Bundle, config: Mapping[str, Any], count: int) -> Tensor:
@@ -162,13 +163,14 @@ def own_latents(source: Bundle, config: Mapping[str, Any], count: int) -> Tensor
     Raises:
         InputError: a U-Net with other inputs than sample, timestep and text.
     """
-    generated_by = {name: source.component(name).sha256 for name in GENERATES_WITH}
+    roles = source.manifest.pipeline
+    generated_by = {name: source.component(name).sha256 for name in generates_with(source.manifest)}
     key = {"weights": generated_by, "pipeline": pipeline_identity(source.manifest), "prompts": config["prompts"],
            "guidance_scale": config["guidance_scale"], "count": count}
     file = cache_home() / "recover" / f"latents-{digest_of(to_json(key))}.safetensors"
     if not use(file):
         device = training_device()
-        teacher = Teacher.load(source, DENOISER, config["prompts"], config["guidance_scale"], device)
+        teacher = Teacher.load(source, roles.denoiser.component, config["prompts"], config["guidance_scale"], device)
         listener().finished(f"prune-vae: generating {count} images to learn from")
         generated = teacher.trajectories(min(count, GENERATED_AT_ONCE)).generate(count)
         with replacing(file) as partial:
@@ -196,21 +198,22 @@ def accumulate_cycle_gradients(network: Any, latents: Tensor) -> None:
 
 
 def _recover(source: Bundle, name: str, network: Any, smaller: Any, latents: Tensor,
-             config: Mapping[str, Any]) -> dict[str, Any]:
-    """Train one half of `smaller` in place; what the training did, JSON-able."""
-    device = training_device()
-    latents, student = latents.to(device), torch_component(name, smaller.to(device))
+             config: Mapping[str, Any]) -> Recovery:
+    """Train one half of `smaller` in place; what the training did."""
+    roles = source.manifest.pipeline
+    role, device = roles.role(name), training_device()
+    latents, student = latents.to(device), torch_component(role, smaller.to(device))
     decoder = torch_component(DECODER, network.to(device))
-    encoder = torch_component(ENCODER, network) if name == ENCODER else None
+    encoder = torch_component(ENCODER, network) if role is ENCODER else None
     recipe = HalfRecipe(config["steps"])
     task = HalfDistillation(student, decoder, encoder, latents[:LEARNED], recipe)
     inputs, wanted = _example(decoder, encoder, latents[LEARNED:])
     before = _relative_l2(student, inputs, wanted)
-    read = {part: source.component(part).sha256 for part in (name, *GENERATES_WITH)}
+    read = {part: source.component(part).sha256 for part in (name, *generates_with(source.manifest))}
     train(task, recipe, {"weights": read, "half": name, "config": to_json(config),
                          "pipeline": pipeline_identity(source.manifest)})
-    return {"steps": recipe.steps, "device": device, "relative_l2_before": round(before, 5),
-            "relative_l2_after": round(_relative_l2(student, inputs, wanted), 5)}
+    return Recovery(steps=recipe.steps, device=device, relative_l2_before=round(before, 5),
+                    relative_l2_after=round(_relative_l2(student, inputs, wanted), 5))
 
 
 @torch.no_grad()

@@ -5,18 +5,24 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from deploy.core.spec import REFERENCE
-from deploy.model.source_bundle import VAE_HALVES
 from deploy.reference_models import GUIDANCE_SCALE, subject_names
 from runtimes.bundle.manifest import Manifest
 
 if TYPE_CHECKING:
     from deploy.core.spec import BuildSpec
 
-DENOISER, TEACHER = "unet", "unet_teacher"
-HALVES = tuple(VAE_HALVES)
-GENERATES_WITH = (DENOISER, "text_encoder")
 WEIGHTS_FILE = "model.safetensors"
 GUIDANCE = 7.5  # what images are generated with where the model does not say: diffusers' default
+
+
+def teacher_of(manifest: Manifest) -> str:
+    """What the original denoiser is called while a pruned one learns from it."""
+    return f"{manifest.pipeline.denoiser.component}_teacher"
+
+
+def generates_with(manifest: Manifest) -> tuple[str, ...]:
+    """The networks that decide what the original generates: the denoiser, and whatever reads the prompt."""
+    return (manifest.pipeline.denoiser.component, *manifest.pipeline.encoders)
 
 
 def generation_config(before: Manifest, spec: BuildSpec) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from runtimes.bundle.folder import Bundle
-from runtimes.bundle.manifest import Manifest, PipelineFacts
+from runtimes.bundle.manifest import Manifest
+from runtimes.bundle.roles import Roles
 
 if TYPE_CHECKING:
     from calibration.trajectory.recorder import Recording
@@ -34,8 +35,9 @@ def takes_masks(manifest: Manifest) -> bool:
     from runtimes.backends.batching import Listed
     from runtimes.pipeline.initial_latents import inpaints
 
-    unet = manifest.components.get("unet")
-    return unet is not None and inpaints(Listed("unet", unet), manifest.pipeline.latent_channels)
+    name = manifest.pipeline.denoiser.component
+    denoiser = manifest.components.get(name)
+    return denoiser is not None and inpaints(Listed(name, denoiser), manifest.pipeline.codec.latent_channels)
 
 
 def default_prompts(source_id: str) -> tuple[str, ...]:
@@ -68,8 +70,7 @@ def record_calibration(source: Bundle, calibration: Mapping[str, Any]) -> Record
     steps, strength = calibration["steps"], calibration["strength"]
     episodes = plan_episodes(calibration["prompts"], calibration["samples"], steps=steps, strength=strength,
                              inpaints=calibration.get("inpaints", False))
-    facts = at_common_size(source.manifest)
-    manifest = replace(source.manifest, pipeline=facts)
+    manifest = replace(source.manifest, pipeline=at_common_size(source.manifest))
     source = replace(source, manifest=manifest)
     identity = {"components": {n: c.sha256 for n, c in sorted(manifest.components.items())},
                 **pipeline_identity(manifest)}
@@ -78,10 +79,11 @@ def record_calibration(source: Bundle, calibration: Mapping[str, Any]) -> Record
                   guidance_scale=calibration["guidance_scale"], steps=steps, strength=strength)
 
 
-def at_common_size(manifest: Manifest) -> PipelineFacts:
-    """The pipeline's facts with the image size that is the `opt` of the U-Net's axes, where those are dynamic."""
-    facts, unet = manifest.pipeline, manifest.components.get("unet")
-    if unet is None or not {"height", "width"} <= unet.axes.keys():
-        return facts
-    height, width = (facts.vae_scale_factor * unet.axes[name].range.opt for name in ("height", "width"))
-    return replace(facts, height=height, width=width)
+def at_common_size(manifest: Manifest) -> Roles:
+    """The roles with the image size that is the `opt` of the denoiser's axes, where those are dynamic."""
+    roles = manifest.pipeline
+    denoiser = manifest.components.get(roles.denoiser.component)
+    if denoiser is None or not {"height", "width"} <= denoiser.axes.keys():
+        return roles
+    height, width = (roles.codec.factor * denoiser.axes[name].range.opt for name in ("height", "width"))
+    return roles.sized(height, width)

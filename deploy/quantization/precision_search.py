@@ -25,14 +25,13 @@ from runtimes.backends.session import SessionOptions
 from runtimes.bundle.folder import Bundle, link_or_copy, records_below, sha256_of
 from runtimes.bundle.manifest import to_json
 from runtimes.errors import ParityError, UnavailableError
-from runtimes.pipeline.bundle_sessions import BundleSessions, needed, open_session
+from runtimes.pipeline.bundle_sessions import BundleSessions, open_session
 from runtimes.system.cache_root import cache_home
 from runtimes.system.compute_identity import runtime_identity
 from runtimes.system.device import CPU
 from runtimes.system.progress import listener
 
 TIMED_CALLS = 9
-DENOISER = "unet"
 ANYTHING = Budget(1e9, 1e9, 0.0, 0.0, 100.0)  # nothing is to blame while searching: the caller judges
 VERSION = 3  # of what a trial generates and counts
 
@@ -79,6 +78,7 @@ class Trials:
 
     def __init__(self, source: Bundle, low: Mapping[str, Path], budget: Budget, prompts: tuple[str, ...]) -> None:
         self._source, self._low, self._budget = source, low, budget
+        self._denoiser = source.manifest.pipeline.denoiser.component
         self._options = options_for(source.manifest.source.id, prompts)
         self._gallery = gallery_for(source.manifest.source.id)
         self._reference = Reference(source, opener=lambda bundle, _: BundleSessions(bundle, SessionOptions()))
@@ -88,19 +88,19 @@ class Trials:
                           "options": to_json(self._options), "runtime": runtime_identity(CPU, "onnx")}
         self.done: list[Trial] = []
 
-    def generate(self, name: str, unet: Path) -> Trial:
+    def generate(self, name: str, graph: Path) -> Trial:
         """Generate everything that the gate will generate, and compare."""
         listener().working(f"quantize: trying {name}")
-        key = {**self._identity, "unet": {part.name: sha256_of(part) for part in parts_of(unet)}}
+        key = {**self._identity, "denoiser": {part.name: sha256_of(part) for part in parts_of(graph)}}
         if (known := self._cache.find_fact(key)) is None:
-            known = asdict(self._generated(name, unet))
+            known = asdict(self._generated(name, graph))
             self._cache.store_fact(key, known)
         self.done.append(trial := Trial(**{**known, "name": name}))
         listener().finished(f"quantize: {trial}, {'within' if trial.holds else 'outside'} the budget")
         return trial
 
-    def _generated(self, name: str, unet: Path) -> Trial:
-        with candidate_bundle(self._source, {**self._low, "unet": unet}) as bundle:
+    def _generated(self, name: str, graph: Path) -> Trial:
+        with candidate_bundle(self._source, {**self._low, self._denoiser: graph}) as bundle:
             report = check_pipeline(self._reference, bundle, ANYTHING, self._options, gallery=self._gallery)
             took = self._time_ratio(bundle)
         if report.unverified:
@@ -110,16 +110,16 @@ class Trials:
         worst = {"trajectory_relative_l2": 1e9, "image_psnr_db": 0.0, "image_ssim": 0.0}  # of one that fails
         figures = worst | {c.metric: c.measured for c in comparisons if math.isfinite(c.measured)}
         retrieval = None if report.retrieval is None else report.retrieval[1]
-        size = sum(part.stat().st_size for part in parts_of(unet))
+        size = sum(part.stat().st_size for part in parts_of(graph))
         return Trial(name, size, figures["trajectory_relative_l2"], figures["image_psnr_db"],
                      figures["image_ssim"], retrieval, all(comparisons), took)
 
     def _time_ratio(self, bundle: Bundle) -> float | None:
         if bundle.manifest.target != "onnxruntime":
             return None
-        sessions = {name: open_session(b, "unet", SessionOptions()) for name, b in (("trial", bundle),
-                                                                                   ("float32", self._source))}
-        seconds = seconds_in_turns(sessions, usual_feeds(self._source.component("unet")), TIMED_CALLS)
+        sessions = {name: open_session(b, self._denoiser, SessionOptions())
+                    for name, b in (("trial", bundle), ("float32", self._source))}
+        seconds = seconds_in_turns(sessions, usual_feeds(self._source.component(self._denoiser)), TIMED_CALLS)
         return round(quotient(seconds["trial"], seconds["float32"]), 3)
 
     def front(self) -> list[dict[str, Any]]:
@@ -213,7 +213,8 @@ def search_denoiser(source: Bundle, destination: Path, config: Mapping[str, Any]
     """
     settings, goal = Settings.from_config(config), config["search"]
     with tempfile.TemporaryDirectory(prefix="ldm-search-") as scratch:
-        candidates = Candidates(source.file(source.component(DENOISER).file), settings, DENOISER, recording,
+        denoiser = source.manifest.pipeline.denoiser.component
+        candidates = Candidates(source.file(source.component(denoiser).file), settings, denoiser, recording,
                                 Path(scratch))
         low = _quantize_others(source, Path(scratch), config["recipes"], settings, recording)
         trials = Trials(source, low, Budget(**goal["budget"]), tuple(goal["prompts"]))
@@ -234,11 +235,11 @@ def search_denoiser(source: Bundle, destination: Path, config: Mapping[str, Any]
 def _quantize_others(source: Bundle, folder: Path, recipes: Mapping[str, str], settings: Settings,
                      recording: Recording) -> dict[str, Path]:
     """Whatever else generates, quantized by its recipe, component -> graph."""
-    low = {}
-    for name in needed(source.manifest.pipeline):
-        if name != DENOISER:
+    low, roles = {}, source.manifest.pipeline
+    for name in roles.generates_with:
+        if name != roles.denoiser.component:
             low[name] = folder / name / "model.onnx"
             low[name].parent.mkdir()
             quantize_by_recipe(source.file(source.component(name).file), low[name], recipes[name], settings, name,
-                               recording)
+                               roles.role(name), recording)
     return low

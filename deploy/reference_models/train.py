@@ -239,7 +239,7 @@ def train_diffusion(stage: Stage, subjects: list[Subject], vae: Any, folder: Pat
     moments = cache_latents(vae, subjects, folder / "latents.pt")
     scale = 1 / float(moments[:, 0].std())
     vae.register_to_config(scaling_factor=scale)
-    trainer = Trainer(stage, nn.ModuleDict({"unet": unet, "text_encoder": text_encoder}), folder, seed, bfloat16)
+    trainer = Trainer(stage, nn.ModuleDict({"denoiser": unet, "text": text_encoder}), folder, seed, bfloat16)
     texts = [form.format(n) for form in CAPTION_FORMS for n in names] + [""]
     encoded = tokenizer(texts, padding="max_length", truncation=True, max_length=POSITIONS, return_tensors="pt")
     tokens = encoded.input_ids

@@ -148,7 +148,7 @@ def layer_maps(section: Section) -> list[dict[str, Any]]:
     """For each quantized component: its layers with their precision, the costliest of them, and how ranges move."""
     found = []
     for name, component in sorted(section.manifest.components.items()):
-        summary = component.details.get("quantization")
+        summary = component.graph.quantization
         if summary is None:
             continue
         file = section.path / "components" / name / LAYERS_FILE
@@ -156,7 +156,7 @@ def layer_maps(section: Section) -> list[dict[str, Any]]:
         precisions = content.get("precision_map", {})
         errors = content.get("errors", {})
         found.append({
-            "name": name, "recipe": summary.get("recipe", ""), "counts": summary.get("layers", {}),
+            "name": name, "recipe": summary.recipe, "counts": summary.layers,
             "layers": [{"name": layer, "precision": precision, "tip": _layer_tip(layer, precision, errors.get(layer))}
                        for layer, precision in precisions.items()],
             "costly": _costly(errors, precisions), "ranges": range_chart(content.get("drift", {})),
@@ -171,11 +171,11 @@ def conversions(manifest: Manifest) -> list[dict[str, Any]]:
     """
     rows = []
     for name, component in sorted(manifest.components.items()):
-        found = component.details.get("conversion", {})
-        if not found.get("converted"):
+        found = component.graph.conversion
+        if found is None or not found.converted:
             continue
-        left = {reason: sum(types.values()) for reason, types in found.get("kept_float32", {}).items()}
-        rows.append({"name": name, "converted": sum(found["converted"].values()), "kept": sum(left.values()),
+        left = {reason: sum(types.values()) for reason, types in found.kept_float32.items()}
+        rows.append({"name": name, "converted": sum(found.converted.values()), "kept": sum(left.values()),
                      "reasons": ", ".join(f"{reason} {count}" for reason, count in sorted(left.items()))})
     return rows
 

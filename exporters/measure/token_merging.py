@@ -93,7 +93,7 @@ def time_ratio(tokens: int, width: int) -> float:
 def main() -> None:
     """Print both for the reference model."""
     argparse.ArgumentParser(prog="python -m exporters.measure.token_merging", description=__doc__).parse_args()
-    folder = Path(__file__).parents[2] / "deploy" / "reference_models" / "weights" / "unet"
+    folder = Path(__file__).parents[2] / "deploy/reference_models/weights/unet"
     for side in (8, 32):
         sys.stdout.write(f"{side}x{side} latents: self-attention {share_of_self_attention(folder, side):.1%} of the "
                          "operations\n")

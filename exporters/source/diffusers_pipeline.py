@@ -21,7 +21,7 @@ from exporters.quiet import one_line, quiet
 from exporters.source.config_keys import check_network, check_pipeline
 from exporters.source.model_folder import MODEL_INDEX, ComponentSource, Source, read_json
 from exporters.source.networks import empty_network
-from runtimes.bundle.manifest import ModeFacts
+from runtimes.bundle.roles import ModeFacts
 from runtimes.errors import InputError
 from runtimes.schedulers import DEFAULTED
 

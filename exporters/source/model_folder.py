@@ -10,7 +10,7 @@ from typing import Any
 
 from exporters.source.weight_files import find_weights
 from runtimes.bundle.folder import link_or_copy
-from runtimes.bundle.manifest import ModeFacts
+from runtimes.bundle.roles import ModeFacts
 from runtimes.bundle.safetensors_reader import read_header
 from runtimes.errors import InputError
 

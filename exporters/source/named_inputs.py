@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from exporters.source.shallow_unet import CachingUNet, ShallowUNet
+from runtimes.bundle.roles import Role
 
 
 class TextEncoder(nn.Module):
@@ -135,11 +136,14 @@ class VqDecoder(VaeDecoder):
         super().__init__(model)
         self.codebook, self.spatial = model.quantize.embedding, model.config.norm_type == "spatial"
 
-    def forward(self, latent_sample: Tensor) -> tuple[Tensor]:
-        """The image, not clipped. |z - e|^2 = z^2 + e^2 - 2 e z, of which z^2 is the same for every entry."""
+    def nearest(self, latent_sample: Tensor) -> Tensor:
+        """(B, H, W) int64, the entry of each latent. |z - e|^2 = z^2 + e^2 - 2 e z; z^2 is the same for every entry."""
         latents, codes = latent_sample.permute(0, 2, 3, 1), self.codebook.weight
-        nearest = torch.argmin((codes * codes).sum(1) - 2 * latents @ codes.T, dim=-1)
-        quantized = self.codebook(nearest).permute(0, 3, 1, 2)
+        return torch.argmin((codes * codes).sum(1) - 2 * latents @ codes.T, dim=-1)
+
+    def forward(self, latent_sample: Tensor) -> tuple[Tensor]:
+        """The image, not clipped."""
+        quantized = self.codebook(self.nearest(latent_sample)).permute(0, 3, 1, 2)
         hidden = self.post_quant_conv(quantized)
         return (self.decoder(hidden, quantized) if self.spatial else self.decoder(hidden),)
 
@@ -171,12 +175,11 @@ class SafetyChecker(nn.Module):
                 embeds @ normalize(model.concept_embeds).T - model.concept_embeds_weights)
 
 
-WRAPPERS: dict[str, Callable[[Any, tuple[str, ...]], nn.Module]] = {
-    "text_encoder": TextEncoder,
-    "text_encoder_2": TextEncoder,
-    "unet": unet,
-    "unet_shallow": lambda model, outputs: ShallowUNet(model),
-    "vae_encoder": VaeEncoder,
-    "vae_decoder": decoder,
-    "safety_checker": SafetyChecker,
+WRAPPERS: dict[Role, Callable[[Any, tuple[str, ...]], nn.Module]] = {
+    Role.TEXT_ENCODER: TextEncoder,
+    Role.DENOISER: unet,
+    Role.SHALLOW: lambda model, outputs: ShallowUNet(model),
+    Role.IMAGE_ENCODER: VaeEncoder,
+    Role.IMAGE_DECODER: decoder,
+    Role.SAFETY_CHECKER: SafetyChecker,
 }

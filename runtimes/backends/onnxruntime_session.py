@@ -25,13 +25,6 @@ from runtimes.system.cache_root import cache_home
 from runtimes.system.cache_store import use
 from runtimes.system.device import Device
 
-# Component.details[OPTIMIZATION_KEY]: what ORT may still do to a graph that was optimized offline.
-OPTIMIZATION_KEY = "ort_graph_optimization"
-OPTIMIZATION = {
-    "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
-    "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
-    "disabled": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
-}
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 # device -> the provider, and what runs the nodes that it does not take; ORT adds the CPU by itself.
 PROVIDER_LISTS = {"cpu": ("cpu",), "cuda": ("cuda",), "tensorrt": ("tensorrt", "cuda")}
@@ -189,12 +182,8 @@ def session_options(component: Component, options: SessionOptions) -> ort.Sessio
     Raises:
         BundleError: the manifest states an optimization level that does not exist.
     """
-    level = component.details.get(OPTIMIZATION_KEY, "all")
-    if level not in OPTIMIZATION:
-        raise BundleError(f"{OPTIMIZATION_KEY} is {level!r}, expected one of {', '.join(OPTIMIZATION)}",
-                          where=component.file)
     result = ort.SessionOptions()
-    result.graph_optimization_level = OPTIMIZATION[level]
+    result.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     result.intra_op_num_threads = options.threads
     if options.pin_threads and options.device.kind == "cpu":
         threads = result.intra_op_num_threads = options.threads or os.cpu_count() or 1
@@ -253,8 +242,8 @@ def check_arithmetic(component: Component, device: str, where: str) -> None:
     Raises:
         InputError: says how to build one that computes in what it says.
     """
-    conversion = component.details.get("conversion")
-    made_for_gpus = isinstance(conversion, dict) and conversion.get("mode") == "compute"
+    conversion = component.graph.conversion
+    made_for_gpus = conversion is not None and conversion.computes
     if device != "cpu" and component.precision != "fp32" and not made_for_gpus:
         raise InputError(f"its {component.precision} is in a form for CPUs, which a GPU would compute in float32",
                          where=f"{where}, device {device}", fix=f"build with --device {device}, or with fp32")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping
 
-from runtimes.adapters.lora_inputs import DETAILS
 from runtimes.adapters.lora_session import LoraSession
 from runtimes.backends.session import Session, SessionOptions
 from runtimes.bundle.folder import Bundle
@@ -26,7 +25,7 @@ def open_session(bundle: Bundle, name: str, options: SessionOptions) -> Session:
         InputError: an option that the backend does not take, or a LoRA that does not fit.
         UnavailableError: the runtime or the device is missing on this machine.
     """
-    opener = LoraSession if DETAILS in bundle.component(name).details else Session.open
+    opener = LoraSession if bundle.component(name).details.lora else Session.open
     return opener(bundle, name, options)
 
 

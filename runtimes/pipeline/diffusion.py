@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from runtimes.backends.profile import Profile
 from runtimes.backends.session import Session
-from runtimes.bundle.manifest import DEFAULT_STEPS, ModeFacts, PipelineFacts
+from runtimes.bundle.manifest import DEFAULT_STEPS, PipelineFacts
+from runtimes.bundle.roles import ModeFacts
 from runtimes.codec import autoencoder
 from runtimes.codec.pixels import ImageLike, to_pil
 from runtimes.codec.preview import Colours, fit

@@ -24,6 +24,7 @@ from deploy.parity.reference.trajectories import assemble_pipeline
 from deploy.passes.adapters import parse_embedding
 from exporters.source.networks import load_module
 from runtimes.adapters.lora_files import parse_lora
+from runtimes.bundle.details import SourceDetails
 from runtimes.bundle.folder import Bundle
 from runtimes.errors import InputError
 from tests.deploy.conftest import Cli, assert_refused
@@ -61,7 +62,8 @@ def loaded(model: Path, tmp_path: Path) -> Callable[..., Bundle]:
 
 def module(bundle: Bundle, name: str) -> torch.nn.Module:
     component = bundle.component(name)
-    return load_module(bundle.file(component.file).parent, component.details["library"], component.class_name)
+    library = component.details_as(SourceDetails).library
+    return load_module(bundle.file(component.file).parent, library, component.class_name)
 
 
 def matrices(network: torch.nn.Module, place: str, rank: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

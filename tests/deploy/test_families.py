@@ -290,10 +290,10 @@ def test_int8_of_a_unet_for_inpainting_is_calibrated_under_masks(tmp_path: Path,
                                  verify="components")).manifest
     quantized = next(p for p in manifest.passes if p.name == "quantize")
     assert quantized.config["calibration"]["inpaints"] is True
-    summary = manifest.components["unet"].details["quantization"]
-    assert summary["layers"]["w8a8"] > 0
+    summary = manifest.components["unet"].graph.quantization
+    assert summary is not None and summary.layers["w8a8"] > 0
     assert manifest.parity is not None and not manifest.parity["broken"]
-    recorded = Recording(build_cache / "calibration" / summary["recording"], 3, summary["recording"])
+    recorded = Recording(build_cache / "calibration" / summary.recording, 3, summary.recording)
     fed = np.concatenate([call["sample"] for call in recorded.calls("unet")])
     assert len(fed) == 2 * 24
     masks, masked = fed[:, 4], fed[:, 5:]

@@ -113,7 +113,8 @@ def test_its_parity_is_with_the_merged_network_and_the_manifest_says_swap(swappa
     assert {"unet", "text_encoder"} <= set(parity["components"])
     record = next(p for p in manifest.passes if p.name == "adapters").config
     assert record["lora_mode"] == "swap" and record["lora"][0]["scale"] == 0.8
-    assert set(manifest.components["unet"].details["lora"]["targets"]) == set(PLACES["unet"])
+    inputs = manifest.components["unet"].details.lora
+    assert inputs is not None and set(inputs.targets) == set(PLACES["unet"])
     assert "lora/unet.safetensors" in manifest.files
     assert [spec.name for spec in manifest.components["unet"].inputs] == ["sample", "timestep", "encoder_hidden_states"]
 
@@ -171,7 +172,8 @@ def test_generate_takes_files_and_says_what_does_not_fit(
                "unet.mid_block.resnets.0.conv1.lora_B.weight": torch.ones(32, 1, 1, 1)}, tmp_path / "new.safetensors")
     refused = cli("generate", swappable.path, "a cat", "--lora", tmp_path / "new.safetensors")
     assert_refused(refused, "unet.mid_block.resnets.0.conv1.lora_A.weight fits nothing")
-    components = {n: replace(c, details={}) for n, c in swappable.manifest.components.items()}
+    components = {n: replace(c, details=replace(c.details, lora=None))
+                  for n, c in swappable.manifest.components.items()}
     other = replace(swappable, manifest=replace(swappable.manifest, components=components))
     with pytest.raises(InputError, match="not built with --lora-mode swap"):
         runtimes.load(other, lora=(lora(0),))

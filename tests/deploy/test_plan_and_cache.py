@@ -14,10 +14,14 @@ from deploy.core.pass_cache import Cache, key_of
 from deploy.core.plan import Pass, Skip, Step, load_passes, plan_all
 from deploy.core.spec import BuildSpec
 from deploy.passes import PASSES
+from runtimes.bundle.details import Details
 from runtimes.bundle.folder import Bundle, records_below, write_manifest
-from runtimes.bundle.manifest import SCHEMA, Component, FileRecord, Manifest, PipelineFacts, Source, digest_of
+from runtimes.bundle.manifest import SCHEMA, Component, FileRecord, Manifest, Source, digest_of
+from runtimes.bundle.roles import Roles
 from runtimes.bundle.tensors import Axis, ShapeRange
 from runtimes.errors import DeployError, InputError
+from tests.runtimes.roles import stable_diffusion as sd_roles
+from tests.runtimes.roles import with_fact
 
 
 class Shout(Pass):
@@ -68,6 +72,11 @@ class Killed(Shout):
         return component
 
 
+def roles_of(scaling_factor: float) -> Roles:
+    """Of a pipeline whose networks are files of text: none of them has the inputs of a role."""
+    return with_fact(sd_roles(4, 8, scaling_factor, 64, 64, 16), "denoiser.component", "elsewhere")
+
+
 def make_bundle(folder: Path, **texts: str) -> Bundle:
     components = {}
     for name, text in texts.items():
@@ -76,7 +85,7 @@ def make_bundle(folder: Path, **texts: str) -> Bundle:
         file.write_text(text)
         components[name] = Component("text", f"components/{name}/model.txt", records_below(file.parent, folder), (), (),
                                      {}, "Text", "fp32", len(text))
-    manifest = Manifest(SCHEMA, "text", Source("text", {}), "onnxruntime", "fp32", PipelineFacts(4, 8, 1.0, 64, 64, 16),
+    manifest = Manifest(SCHEMA, "text", Source("text", {}), "onnxruntime", "fp32", roles_of(1.0),
                         components, (), {}, {}, {}, verified=False)
     write_manifest(folder, manifest)
     return Bundle(folder, manifest)
@@ -129,7 +138,7 @@ class Trajectory(Shout):
 @pytest.mark.parametrize("change", [
     {"files": {"scheduler/scheduler_config.json": FileRecord(2, "b")}},
     {"files": {"tokenizer/tokenizer.json": FileRecord(2, "b")}},
-    {"pipeline": PipelineFacts(4, 8, 0.5, 64, 64, 16)},
+    {"pipeline": roles_of(0.5)},
 ], ids=["scheduler", "tokenizer", "facts"])
 def test_a_pass_that_reads_the_sampling_loop_has_its_own_key_for_each_and_others_do_not(bundle: Bundle, change: Any):
     other = Bundle(bundle.path, dataclasses.replace(bundle.manifest, **change))
@@ -144,8 +153,8 @@ def test_the_passes_that_generate_or_calibrate_say_that_they_read_the_sampling_l
     assert reading == {"adapters", "prune-vae", "prune", "recover", "quantize", "precision", "engine"}
 
 
-@pytest.mark.parametrize("change", [{"class_name": "Other"}, {"details": {"library": "x"}}, {"precision": "fp16"},
-                                    {"axes": {"batch": Axis("images", ShapeRange(1, 2, 3))}}])
+@pytest.mark.parametrize("change", [{"class_name": "Other"}, {"details": Details(source_component="x")},
+                                    {"precision": "fp16"}, {"axes": {"batch": Axis("images", ShapeRange(1, 2, 3))}}])
 def test_what_a_read_component_is_counts_and_where_it_lies_does_not(bundle: Bundle, change: Any):
     step = Shout().plan(bundle.manifest, BuildSpec())
     parts = {**bundle.manifest.components, "unet": dataclasses.replace(bundle.component("unet"), **change)}
@@ -164,7 +173,7 @@ def test_calibration_recordings_know_the_facts(bundle: Bundle, monkeypatch, tmp_
     monkeypatch.setattr("calibration.trajectory.recorder.record",
                         lambda *_, source, **__: seen.append(digest_of(source)))
     calibration = {"steps": 20, "strength": 0.6, "prompts": ["a cat"], "samples": 8, "guidance_scale": 5.0}
-    other = Bundle(bundle.path, dataclasses.replace(bundle.manifest, pipeline=PipelineFacts(4, 8, 0.5, 64, 64, 16)))
+    other = Bundle(bundle.path, dataclasses.replace(bundle.manifest, pipeline=roles_of(0.5)))
     monkeypatch.setattr("runtimes.pipeline.bundle_sessions.BundleSessions", lambda *_: {})
     for b in (bundle, other, bundle):
         record_calibration(b, calibration)

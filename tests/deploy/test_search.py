@@ -21,6 +21,7 @@ from runtimes.bundle.folder import Bundle
 from runtimes.errors import ParityError
 from runtimes.system.cache_root import rooted
 from tests.runtimes.fakes import AFFINE, affine_bundle
+from tests.runtimes.roles import stable_diffusion
 
 
 class FakeTrials(Trials):
@@ -104,8 +105,9 @@ def test_the_front_of_a_bundle_is_shown(tmp_path: Path, capsys, timed: dict[str,
     file.parent.mkdir(parents=True)
     found = {"front": [trial], "precision_map": {"conv": "int8"}, "errors": {"conv": {"int8": 0.5}}}
     file.write_text(json.dumps(found))
-    bundle: Any = SimpleNamespace(path=tmp_path, component=lambda name: SimpleNamespace(
-        details={"quantization": {"chosen": "hybrid"}}))
+    manifest = SimpleNamespace(pipeline=stable_diffusion(4, 8, 0.18215, 64, 64, 77))
+    bundle: Any = SimpleNamespace(path=tmp_path, manifest=manifest, component=lambda name: SimpleNamespace(
+        graph=SimpleNamespace(quantization=SimpleNamespace(chosen="hybrid"))))
     console.show_search(bundle)
     shown = capsys.readouterr().out
     assert "hybrid (chosen)" in shown and ("0.72" in shown) == bool(timed)

@@ -29,6 +29,7 @@ from runtimes.bundle.folder import Bundle
 from runtimes.bundle.tensors import Axis, ShapeRange
 from runtimes.errors import InputError, UnavailableError
 from runtimes.text.clip_tokenizer import prepare_tokenizer
+from tests.runtimes.engine_bundles import engine_details
 from tests.runtimes.fakes import write_pipeline_bundle
 from tests.runtimes.vocabulary import make_vocabulary
 
@@ -193,7 +194,8 @@ def test_writing_again_replaces_only_what_we_wrote(bundle, tmp_path):
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"format": "safetensors"}, "no backend for the format 'safetensors'"),
-    ({"format": "tensorrt", "details": {"builder": "tensorrt-rtx"}}, "does not load engines of TensorRT for RTX"),
+    ({"format": "tensorrt", "details": engine_details(builder="tensorrt-rtx")},
+     "does not load engines of TensorRT for RTX"),
     ({"axes": {"batch": Axis("images", ShapeRange(2, 2, 4))}}, "takes 2 rows or more, and Triton sends single ones"),
 ])
 def test_what_triton_cannot_serve_is_refused(bundle, tmp_path, changes, message):
@@ -203,7 +205,7 @@ def test_what_triton_cannot_serve_is_refused(bundle, tmp_path, changes, message)
 
 
 def test_engines_of_tensorrt_are_plans_on_a_gpu(bundle):
-    part = dataclasses.replace(bundle.component("unet"), format="tensorrt", details={"builder": "tensorrt"})
+    part = dataclasses.replace(bundle.component("unet"), format="tensorrt", details=engine_details())
     text = component_config("u", part, TritonOptions())
     assert 'backend: "tensorrt"' in text and '"model.plan"' in text and "KIND_GPU" in text
 

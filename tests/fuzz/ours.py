@@ -14,7 +14,7 @@ from runtimes.errors import DeployError
 from tests.fuzz.case import Case
 from tests.fuzz.models import other_vae, root
 from tests.fuzz.theirs import SIZES, make_latents
-from tests.fuzz.trace import Recorded, Stopped, Trace
+from tests.fuzz.trace import Recorded, Stopped, Trace, record_codes
 from tests.fuzz.weight_files import OF_VARIANTS
 
 
@@ -29,13 +29,17 @@ def run(case: Case, folder: Path, files: Mapping[str, Path], pictures: Mapping[s
     try:
         pipeline = assemble(case, folder, files, work, trace, cache or root() / "cache")
         stage = "request"
-        trace.result = _call(pipeline, case, pictures)
+        with record_codes(trace):
+            trace.result = _call(pipeline, case, pictures)
         return trace
     except Exception as error:  # a crash is a finding, not the fuzzer's end
         deploy = isinstance(error, DeployError)
         code = int(getattr(error, "exit_code", 1)) if deploy else 1
-        return Stopped(stage, type(error).__name__, str(getattr(error, "what", error)),
-                       str(getattr(error, "where", "")), code, bool(trace.calls))
+        where = str(getattr(error, "where", ""))
+        if stage == "request" and case.request.scheduler is not None and where == "scheduler_config.json":
+            where = "scheduler"  # which the request names: nobody could know when the model was read
+        return Stopped(stage, type(error).__name__, str(getattr(error, "what", error)), where, code,
+                       bool(trace.calls))
     finally:
         shutil.rmtree(work, ignore_errors=True)
 

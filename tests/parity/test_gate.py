@@ -185,7 +185,7 @@ def test_another_tokenizer_is_named(source, reference, options, copied):
 
 
 def test_another_scaling_factor_is_named(source, reference, options, copied):
-    candidate = changed(source, copied, scaling_factor=0.5)
+    candidate = changed(source, copied, roles={"codec.scaling_factor": 0.5})
     with pytest.raises(ParityError, match=r"scaling_factor: 0\.18215 -> 0\.5"):
         enforce(check_pipeline(reference, candidate, FP32, options), FP32, "package")
 

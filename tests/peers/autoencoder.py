@@ -76,7 +76,7 @@ def graph(bundle: Bundle) -> Path:
 
 def macs(bundle: Bundle) -> int:
     """Multiply-accumulates of the decoder at the smallest size, counted by the export."""
-    return int(bundle.component(DECODER).details["macs"])
+    return bundle.component(DECODER).graph.macs or 0
 
 
 if __name__ == "__main__":

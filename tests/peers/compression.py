@@ -166,7 +166,7 @@ def pruned(ratio: float, *, recovered: bool = False, **more: Any) -> Make:
             folder = context.file(row, runtime).parent / "bundle"
             component = (bundle := run_build(spec, folder).bundle).component("unet")
             made[runtime] = bundle.file(component.file)
-            context.macs_shares[row] = component.details["macs"] / context.bundle.component("unet").details["macs"]
+            context.macs_shares[row] = (component.graph.macs or 0) / (context.bundle.component("unet").graph.macs or 1)
         return made
 
     return make

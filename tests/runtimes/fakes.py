@@ -14,13 +14,14 @@ from onnx import TensorProto, helper, numpy_helper
 
 from runtimes.backends.session import Session
 from runtimes.bundle.folder import Bundle, records_below, write_manifest
-from runtimes.bundle.manifest import SCHEMA, Component, Manifest, PipelineFacts, Source
+from runtimes.bundle.manifest import SCHEMA, Component, Manifest, Source
+from runtimes.bundle.roles import Roles
 from runtimes.bundle.tensors import Axis, ShapeRange, TensorSpec
 from runtimes.pipeline.diffusion import Pipeline
+from tests.runtimes.roles import stable_diffusion
 
 CHANNELS, FACTOR, TOKENS, WIDTH = 2, 4, 5, 3
-FACTS = PipelineFacts(latent_channels=CHANNELS, vae_scale_factor=FACTOR, scaling_factor=0.5, height=32, width=32,
-                      tokens=TOKENS)
+FACTS = stable_diffusion(CHANNELS, FACTOR, 0.5, 32, 32, TOKENS)
 DDIM = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
         "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
 
@@ -144,7 +145,7 @@ AFFINE = component((TensorSpec("x", "float32", ("batch", 4)),), (TensorSpec("y",
                    {"batch": Axis("rows", ShapeRange(1, 2, 8))}, file="components/affine/model.onnx")
 
 
-def write_bundle(folder: Path, parts: Mapping[str, Component], facts: PipelineFacts = FACTS) -> Bundle:
+def write_bundle(folder: Path, parts: Mapping[str, Component], roles: Roles = FACTS) -> Bundle:
     """Finish a folder whose components' files lie in components/NAME, as the build does."""
     extra = {**records_below(folder / "tokenizer", folder), **records_below(folder / "scheduler", folder)}
     listed = {}
@@ -152,7 +153,7 @@ def write_bundle(folder: Path, parts: Mapping[str, Component], facts: PipelineFa
         records = records_below(folder / "components" / name, folder)
         listed[name] = dataclasses.replace(part, files=records, parity={})
     manifest = Manifest(schema=SCHEMA, family="stable-diffusion", source=Source("fake", {}), target="onnxruntime",
-                        precision="fp32", pipeline=facts, components=listed, passes=(), files=extra, tools={}, spec={},
+                        precision="fp32", pipeline=roles, components=listed, passes=(), files=extra, tools={}, spec={},
                         verified=False, parity={})
     write_manifest(folder, manifest)
     return Bundle.open(folder)

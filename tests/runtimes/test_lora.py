@@ -16,7 +16,7 @@ from peft.utils.other import get_pattern_key
 from safetensors.numpy import save_file
 
 from runtimes.adapters.lora_config import LoraConfig, read_config
-from runtimes.adapters.lora_files import components_of, read_factors
+from runtimes.adapters.lora_files import networks_of, read_factors
 from runtimes.adapters.lora_names import from_original, name_of, spellings
 from runtimes.bundle.safetensors_reader import read_floats, read_header, read_number
 from runtimes.errors import InputError
@@ -79,7 +79,7 @@ def test_a_key_without_a_place_is_refused_by_name_and_kind(
 ) -> None:
     file = lora(tmp_path, PAIR | extra)
     with pytest.raises(InputError, match=words):
-        for component in components_of(file):
+        for component in networks_of(file):
             read(file, component)
 
 

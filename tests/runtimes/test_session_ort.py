@@ -16,6 +16,7 @@ from onnx import TensorProto, helper
 from runtimes.backends import onnxruntime_session
 from runtimes.backends.onnxruntime_session import OrtSession, profile_shapes, provider_options, session_options
 from runtimes.backends.session import Session, SessionOptions
+from runtimes.bundle.details import Conversion, GraphDetails, SourceDetails
 from runtimes.bundle.folder import Bundle
 from runtimes.bundle.tensors import Axis, ShapeRange, TensorSpec
 from runtimes.errors import BundleError, DeployError, InputError, UnavailableError
@@ -157,19 +158,24 @@ def test_outputs_lie_on_the_gpu_that_was_asked_for(tmp_path, monkeypatch):
     assert allocated == [([2, 3], np.float32, "cuda", 2)]
 
 
+def conversion(mode: str) -> Conversion:
+    return Conversion(precision="fp16", mode=mode, converted={}, kept_float32={}, kept_nodes={}, casts=0,
+                      weight_bytes_before=8, weight_bytes_after=4)
+
+
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "int8", "int4"])
 def test_what_a_gpu_would_compute_in_float32_is_refused_with_the_build_that_does_not(tmp_path, monkeypatch, precision):
     """Our own: storage graphs widen every weight by a Cast, which ORT folds into float32 weights when it loads them;
     issue 10743: "TRT EP only supports quantization format with symmetric activation and weight".
     """
-    stored = {"conversion": {"mode": "storage"}} if precision in ("fp16", "bf16") else {}
-    for details in (stored, {}):
+    stored = GraphDetails(conversion=conversion("storage") if precision in ("fp16", "bf16") else None)
+    for details in (stored, GraphDetails()):
         part = dataclasses.replace(AFFINE, precision=precision, details=details)
         for device in ("cuda", "tensorrt"):
             with pytest.raises(InputError, match=f"{precision} is in a form for CPUs.*build with --device {device}"):
                 onnxruntime_session.check_arithmetic(part, device, "unet")
         onnxruntime_session.check_arithmetic(part, "cpu", "unet")
-    computing = dataclasses.replace(AFFINE, precision=precision, details={"conversion": {"mode": "compute"}})
+    computing = dataclasses.replace(AFFINE, precision=precision, details=GraphDetails(conversion=conversion("compute")))
     onnxruntime_session.check_arithmetic(computing, "cuda", "unet")
 
 
@@ -254,20 +260,10 @@ def test_external_data_is_read_through_the_links_of_the_hubs_cache(tmp_path):
     np.testing.assert_allclose(Session.open(linked, "affine", CPU).run({"x": X})["y"], Y, rtol=1e-6)
 
 
-@pytest.mark.parametrize(("details", "level"), [
-    ({}, ort.GraphOptimizationLevel.ORT_ENABLE_ALL),
-    ({"ort_graph_optimization": "all"}, ort.GraphOptimizationLevel.ORT_ENABLE_ALL),
-    ({"ort_graph_optimization": "basic"}, ort.GraphOptimizationLevel.ORT_ENABLE_BASIC),
-    ({"ort_graph_optimization": "disabled"}, ort.GraphOptimizationLevel.ORT_DISABLE_ALL),
-])
-def test_the_manifest_says_how_much_is_left_to_optimize(details, level):
-    options = session_options(dataclasses.replace(AFFINE, details=details), SessionOptions(threads=3))
-    assert options.graph_optimization_level == level and options.intra_op_num_threads == 3
-
-
-def test_an_unknown_optimization_level_is_refused():
-    with pytest.raises(BundleError, match="ort_graph_optimization is 'max'"):
-        session_options(dataclasses.replace(AFFINE, details={"ort_graph_optimization": "max"}), CPU)
+def test_onnxruntime_optimizes_all_it_can_with_as_many_threads_as_asked():
+    options = session_options(AFFINE, SessionOptions(threads=3))
+    assert options.graph_optimization_level == ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    assert options.intra_op_num_threads == 3
 
 
 def test_bound_outputs_reuse_a_threads_buffer_and_stay_the_callers(tmp_path):
@@ -340,7 +336,7 @@ def test_a_closed_session_says_so_and_has_let_go_of_its_graph(session):
 
 
 def test_a_format_without_runtime_is_named(tmp_path):
-    part = dataclasses.replace(AFFINE, format="safetensors")
+    part = dataclasses.replace(AFFINE, format="safetensors", details=SourceDetails(library="diffusers"))
     with pytest.raises(BundleError, match="no runtime runs the format 'safetensors'"):
         Session.open(affine_bundle(tmp_path / "b", part=part), "affine", CPU)
 

@@ -19,16 +19,15 @@ from deploy.parity.reference.trajectories import Trajectory, TrajectoryRequest, 
 from runtimes.backends.session import Session
 from runtimes.bundle.folder import Bundle
 from runtimes.bundle.manifest import Component, to_json
+from runtimes.bundle.roles import Role
 from runtimes.codec.autoencoder import to_uint8
 from runtimes.codec.pixels import to_pil
 from runtimes.codec.safety_checker import CLIP_INPUT, SAFETY_CHECKER
 from runtimes.errors import InputError
 from runtimes.pipeline.bundle_sessions import BundleSessions
-from runtimes.pipeline.guidance import SHALLOW
 from runtimes.pipeline.loading import load_preprocessing
 
 VERSION = 2  # raised whenever the same key would mean other arrays
-DECODER, ENCODER = "vae_decoder", "vae_encoder"
 
 Opener = Callable[[Bundle, int], Mapping[str, Session]]
 
@@ -147,7 +146,7 @@ class Reference:
         try:
             for index, run in enumerate(runs):
                 pipeline = assemble_pipeline(recorders, self.bundle)  # a new one: a cache would hide repeated prompts
-                interval = 2 if SHALLOW in sessions else 1  # so that both of the U-Net's entries are called
+                interval = 2 if self.bundle.manifest.pipeline.denoiser.shallow else 1  # so that both entries are called
                 request = _recording_request(run, options)
                 request = replace(request, cache_interval=interval, steps=max(request.steps, interval))
                 generated = generate(pipeline, request)
@@ -161,10 +160,12 @@ class Reference:
 
     def _fed(self, name: str, recorders: Mapping[str, Recorder], images: np.ndarray[Any, Any]) -> list[Feeds]:
         """A component's calls; of those that text to image never calls, what they would be fed with its images."""
+        roles = self.bundle.manifest.pipeline
         if name == SAFETY_CHECKER:
             return [{CLIP_INPUT: load_preprocessing(self.bundle)(to_pil(to_uint8(images)))}]
-        if name == ENCODER and not recorders[name].calls and DECODER in recorders:
-            return _images(recorders[name].component, recorders[DECODER])
+        decoder = recorders.get(roles.codec.decoder.component)
+        if roles.role(name) is Role.IMAGE_ENCODER and not recorders[name].calls and decoder is not None:
+            return _images(recorders[name].component, decoder)
         return recorders[name].calls
 
 

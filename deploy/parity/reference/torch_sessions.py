@@ -17,6 +17,7 @@ from exporters.adapters.lora_merging import merge
 from exporters.source.networks import empty_module, load_module, torch_component
 from runtimes.adapters.lora_inputs import own_file
 from runtimes.backends.session import Arrays, Session
+from runtimes.bundle.details import SourceDetails
 from runtimes.bundle.folder import Bundle
 from runtimes.bundle.manifest import Component
 from runtimes.errors import BundleError, DeployError, UnavailableError
@@ -42,16 +43,16 @@ class TorchSession(Session):
     def __init__(self, bundle: Bundle, name: str) -> None:
         component = bundle.component(name)
         super().__init__(name, _unbounded(component))
-        library = component.details.get("library")
-        if component.format != SOURCE_FORMAT or not isinstance(library, str):
+        details = component.details
+        if component.format != SOURCE_FORMAT or not isinstance(details, SourceDetails):
             raise BundleError(f"{component.format!r} is not a format that PyTorch runs", where=f"{bundle.path}: {name}",
                               fix="give the source model, a diffusers folder")
         folder = bundle.file(component.file).parent
         try:
-            network = load_module(folder, library, component.class_name, check=False)  # the pass `load` did
-            if "lora" in component.details:  # an input of the graphs; here it is merged
-                merge(network, name, bundle.file(own_file(name)), 1.0)
-            self._module: Any = torch_component(name, network, [output.name for output in component.outputs])
+            network = load_module(folder, details.library, component.class_name, check=False)  # the pass `load` did
+            if details.lora:  # an input of the graphs; here it is merged
+                merge(network, bundle.manifest.pipeline.adapter(name), bundle.file(own_file(name)), 1.0)
+            self._module: Any = torch_component(bundle.manifest.pipeline.role(name), network, component.gives)
         except (MemoryError, RuntimeError) as error:
             raise _translated(error, name) from error
 
@@ -119,10 +120,10 @@ class SizeTrial:
 
     def _empty(self, name: str, component: Component) -> Any:
         try:
-            network, _ = empty_module(self._bundle.file(component.file).parent, str(component.details.get("library")),
-                                      component.class_name)
-            outputs = [output.name for output in component.outputs]
-            return torch_component(name, network.to("meta"), outputs).requires_grad_(False)
+            network, _ = empty_module(self._bundle.file(component.file).parent,
+                                      component.details_as(SourceDetails).library, component.class_name)
+            role = self._bundle.manifest.pipeline.role(name)
+            return torch_component(role, network.to("meta"), component.gives).requires_grad_(False)
         except (KeyError, NotImplementedError, DeployError):
             return None  # loading it says what is wrong
 

@@ -98,7 +98,7 @@ def _generate_batch(pipeline: Pipeline, request: TrajectoryRequest) -> Trajector
     def keep(step: Step) -> None:
         latents.append(step.latents.copy())
 
-    prompts = request.prompts if pipeline.facts.text_encoders else [""] * len(request.prompts)
+    prompts = request.prompts if pipeline.facts.encoders else [""] * len(request.prompts)
     images = pipeline(
         prompts, steps=request.steps, guidance_scale=request.guidance_scale, seed=request.seed,
         height=request.height, width=request.width, scheduler=request.scheduler, cache_interval=request.cache_interval,

@@ -24,8 +24,8 @@ from runtimes.system.progress import listener
 JUDGED, JUDGED_SEED = 8, 7
 
 
-def recover_unet(source: Bundle, name: str, teacher_name: str, config: Mapping[str, Any],
-                 ) -> tuple[Any, dict[str, Any]]:
+def recover_denoiser(source: Bundle, name: str, teacher_name: str, config: Mapping[str, Any],
+                     ) -> tuple[Any, dict[str, Any]]:
     """Let a pruned denoising network learn from the one it was cut from.
 
     Args:
@@ -47,7 +47,7 @@ def recover_unet(source: Bundle, name: str, teacher_name: str, config: Mapping[s
     before = relative_error(student, batches)
     batch = config.get("batch", TRAJECTORIES)
     recipe = Recipe(config["steps"], accumulate=math.ceil(TRAJECTORIES / batch))
-    weights = {n: source.component(n).sha256 for n in (name, teacher_name, "text_encoder")}
+    weights = {n: source.component(n).sha256 for n in (name, teacher_name, *source.manifest.pipeline.encoders)}
     task = Distillation(student, teacher.observed, teacher.trajectories(batch, recipe.seed), recipe,
                         teacher.guidance_scale)
     key = {"weights": weights, "config": to_json(config), "pipeline": pipeline_identity(source.manifest)}

@@ -15,12 +15,13 @@ from deploy.pruning.shrink.zeroed_weights import mask_textbook, mask_two_of_four
 from deploy.pruning.teacher.denoising_runs import Batch
 from deploy.pruning.teacher.original import Teacher, example_feeds, load_source_module
 from runtimes.bundle.folder import Bundle
+from runtimes.bundle.roles import Role
 
 SCAN_BATCHES, SCAN_SIZE = 16, 8
 STORED = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def prune_unet(source: Bundle, name: str, config: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+def prune_denoiser(source: Bundle, name: str, config: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Remove blocks, then channels, then single weights of a denoising network.
 
     Args:
@@ -72,7 +73,7 @@ def _narrowed(network: Any, source: Bundle, name: str, config: Mapping[str, Any]
 
     levels, ratio = levels_of(config_of(network), name), config["prune"]
     widths = uniform_widths(levels, ratio, name)  # before any image is generated: it refuses impossible ratios
-    feeds = {name: example_feeds(source.component(name))}
+    feeds = {Role.DENOISER: example_feeds(source.component(name))}
     scorer = scorer_of(config["method"])
     by_generating = config["method"] == "taylor" or config["widths"] == "sensitivity"
     teacher = Teacher.load(source, name, config["prompts"], config["guidance_scale"]) if by_generating else None

@@ -11,23 +11,24 @@ import torch
 from torch import Tensor, nn
 
 from deploy.pruning.shrink.groups import ChannelGroup, Graph
-from deploy.pruning.shrink.widths import UNET, Widths, config_of, pruned_config
+from deploy.pruning.shrink.widths import AUTOENCODER, UNET, Widths, config_of, pruned_config
 from exporters.source.networks import torch_component
+from runtimes.bundle.roles import Role
 from runtimes.errors import DeployError
 
 Scorer = Callable[[Any], Tensor]
 RANK_TOLERANCE = 1e-3
-HALVES = {"AutoencoderKL": ("vae_encoder", "vae_decoder"), UNET: ("unet",)}
+HALVES = {AUTOENCODER: (Role.IMAGE_ENCODER, Role.IMAGE_DECODER), UNET: (Role.DENOISER,)}
 
 
-def prune_network(network: Any, feeds: Mapping[str, Sequence[Tensor]], widths: Widths, scorer: Scorer,
+def prune_network(network: Any, feeds: Mapping[Role, Sequence[Tensor]], widths: Widths, scorer: Scorer,
                   where: str) -> Any:
     """A copy of a network with the least important channels of every level removed for real.
 
     Args:
         network: UNet2DConditionModel or AutoencoderKL, float32; left as it is. The scorer may read its gradients.
-        feeds: component of `HALVES` -> example inputs in the order of its wrapper, any values, whose shapes and dtypes
-            it takes.
+        feeds: role of `HALVES` -> example inputs in the order of its wrapper, any values, whose shapes and dtypes it
+            takes.
         widths: the shape to reach.
         scorer: a group of torch-pruning -> importance of each of its channels, (N,) float32.
         where: names the network in messages.
@@ -43,9 +44,9 @@ def prune_network(network: Any, feeds: Mapping[str, Sequence[Tensor]], widths: W
     for parameter, copied in zip(network.parameters(), smaller.parameters(), strict=True):
         copied.requires_grad_(True)
         copied.grad = parameter.grad
-    for name in HALVES[config["_class_name"]]:
-        component = torch_component(name, smaller)
-        graph = Graph(component, feeds[name], widths, config["norm_num_groups"], where)
+    for role in HALVES[config["_class_name"]]:
+        component = torch_component(role, smaller)
+        graph = Graph(component, feeds[role], widths, config["norm_num_groups"], where)
         removed = {}
         for entry in graph.groups:
             removed[entry.layer] = removed_channels(entry, scorer(entry.group), graph)

@@ -29,11 +29,11 @@ from runtimes.backends.tensorrt.engine_plan import (
     check_validity,
     check_version,
     choose_profile,
-    known,
     plan_buffers,
     profiles_of,
     runtime_cache_file,
 )
+from runtimes.bundle.details import EngineDetails
 from runtimes.bundle.folder import Bundle
 from runtimes.bundle.manifest import Component
 from runtimes.errors import BundleError, DeployError, InputError, UnavailableError
@@ -72,7 +72,7 @@ class TensorRtSession(Session):
         check_device(builder, options.device, name)
         trt = load_module(builder, name)
         check_version(component, trt.__version__, name)
-        weights = component.details.get("weights")
+        weights = component.details_as(EngineDetails).weights
         self._lock = threading.Lock()
         self._loaded: _Loaded | None = _Loaded(name, component, builder, trt, file,
                                                bundle.file(weights) if weights else None, options.device.index)
@@ -144,8 +144,8 @@ class _Loaded:
 
     def _load(self, file: Path, weights: Path | None) -> Any:
         """Deserialize from mapped memory, fill in the weights of a stripped engine, and compare with the manifest."""
-        details = self._component.details
-        if known(details, "version_compatible"):
+        options = self._component.details_as(EngineDetails).options
+        if options.version_compatible:
             self._runtime.engine_host_code_allowed = True  # such plans hold the lean runtime, which is code
         with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
             self._check_validity(content)
@@ -156,13 +156,13 @@ class _Loaded:
                 raise error
             raise UnavailableError(f"TensorRT does not load the engine: {error.what}", where=self._name,
                                    fix="build the bundle on this machine")
-        if weights is not None and known(details, "stripped"):
+        if weights is not None and options.stripped:
             refitter = self._trt.Refitter(engine, self._logger)
             parser = self._trt.OnnxParserRefitter(refitter, self._logger)
             if not (parser.refit_from_file(str(weights)) and refitter.refit_cuda_engine()):
                 raise BundleError(f"the weights of {weights.name} do not fit the engine", where=self._name,
                                   fix="build the bundle again")
-        if known(details, "weight_streaming"):
+        if options.weight_streaming:
             # The binding drops the setter's answer: what was not taken shows when it is read back.
             engine.weight_streaming_budget_v2 = budget = engine.get_weight_streaming_automatic_budget()
             if engine.weight_streaming_budget_v2 != budget:
@@ -202,7 +202,7 @@ class _Loaded:
         plan = plan_buffers(self._component, self._name)
         if builder == "tensorrt":
             strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
-            streamed = STREAMED if known(self._component.details, "weight_streaming") else ""
+            streamed = STREAMED if self._component.details_as(EngineDetails).options.weight_streaming else ""
             return Contexts(self._component, self._device, self._errors, plan,
                             lambda: self._engine.create_execution_context(strategy),
                             most_memory=int(self._engine.device_memory_size_v2), not_recorded=streamed)
