@@ -1,4 +1,4 @@
-"""One graph by one recipe: what is computed in integers, what is only stored in them, and what that loses."""
+"""Quantizes one graph by one recipe: computes in integers, only stores in them, and measures what that loses."""
 
 from __future__ import annotations
 
