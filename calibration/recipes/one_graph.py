@@ -1,4 +1,4 @@
-"""Quantizes one graph by one recipe: computes in integers, only stores in them, and measures what that loses."""
+"""Quantizes one graph by one recipe, to compute in integers or only to store weights in them, and measures the loss."""
 
 from __future__ import annotations
 
