@@ -1,4 +1,4 @@
-"""What each target's kernels take, and which recipe each component gets: known before a graph is opened."""
+"""Tables of what each target's kernels take, and which recipe each component gets, before a graph is opened."""
 
 from __future__ import annotations
 

@@ -42,13 +42,13 @@ MOST_FUNCTION_LINES = (30, 60)
 # Of a function that is no command; `Pipeline.__call__` and its check still take a request apart.
 MOST_ARGUMENTS = 26
 # Lines that call a network by diffusers' name instead of by its role: this falls to 0 and never rises.
-UNET_LITERALS = 60
+UNET_LITERALS = 12
 # Longer than allowed, to be cut: this list only shrinks.
-LONG_FUNCTIONS = {"runtimes.pipeline.diffusion.__call__", "deploy.cli.commands.build", "deploy.cli.commands.generate"}
+LONG_FUNCTIONS = {"runtimes.pipeline.diffusion.__call__", "deploy.cli.commands.generate"}
 # Functions of arrays that are still undocumented: this falls to 0 and never rises.
 UNDOCUMENTED = 12
 # Words that DESIGN.md replaced and that are still there: this falls to 0 and never rises.
-BANNED_WORDS = 33
+BANNED_WORDS = 28
 
 
 def python_files(*folders: str) -> list[Path]:

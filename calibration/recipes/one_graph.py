@@ -1,4 +1,4 @@
-"""One graph by one recipe: what is computed in integers, what is only stored in them, and what that loses."""
+"""Quantizes one graph by one recipe, to compute in integers or only to store weights in them, and measures the loss."""
 
 from __future__ import annotations
 

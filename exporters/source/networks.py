@@ -1,4 +1,4 @@
-"""Loading a component as a PyTorch module: strictly, from the file layouts of old and new releases.
+"""Loads a component as a PyTorch module, strictly, from the file layouts of old and new releases.
 
 `exporters.source.named_inputs` gives such a module the inputs and outputs of its graph.
 

@@ -1,4 +1,4 @@
-"""ONNX Runtime: one component as an `InferenceSession`. Its exceptions are translated here and nowhere else."""
+"""The session that runs a component by ONNX Runtime, whose exceptions are translated here and nowhere else."""
 
 from __future__ import annotations
 

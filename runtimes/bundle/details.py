@@ -1,4 +1,4 @@
-"""What is known of a component beyond its inputs and outputs: one dataclass a format, `DETAILS_OF`.
+"""Details of a component beyond its inputs and outputs, one dataclass for each format: `DETAILS_OF`.
 
 Each also holds the history of the network: how it was pruned, quantized, converted. A key of the JSON that is none of
 these fields is refused when the bundle is opened.

@@ -1,4 +1,4 @@
-"""The command that builds an older bundle again, from what its manifest says; whatever that is, nothing raises."""
+"""Finds the command that builds a bundle of an older schema again, from whatever its manifest says; nothing raises."""
 
 from __future__ import annotations
 

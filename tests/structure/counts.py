@@ -66,7 +66,7 @@ def _literals(root: Path) -> Iterator[tuple[str, str]]:
     lines = unet_literals(root)
     places = array_docstrings(root)
     said = sum(not place.missing for place in places)
-    yield 'lines with a literal "unet" outside families and sources', f"{len(lines)} in {_modules(lines)} modules"
+    yield 'lines with a literal "unet" that is not another\'s word', f"{len(lines)} in {_modules(lines)} modules"
     yield "array docstrings with shape, dtype and unit", f"{said} of {len(places)} ({100 * said / len(places):.0f} %)"
     yield "words that the field does not use", str(len(banned_words(root)))
 

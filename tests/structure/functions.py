@@ -10,8 +10,14 @@ from pathlib import Path
 
 from tests.structure.arrows import ROOT, modules
 
-# Where a diffusers pipeline's own names are read and turned into roles.
-NAMES_ITS_NETWORKS = ("exporters.families", "exporters.source")
+# Where a diffusers pipeline's own names are read and turned into roles, and where "unet" is another's word.
+NAMES_NETWORKS = (
+    "exporters.families", "exporters.source",
+    "runtimes.adapters.lora_files",  # keys of LoRA files
+    "deploy.bench.contest", "deploy.cli.bench_table",  # `unet_gflops` of `bench --json`
+    "exporters.measure.fusion_speed",  # an option of onnxruntime.transformers
+    "exporters.measure.token_merging",  # the folder of the reference model's network
+)
 _UNET = re.compile(r"\bunet(_\w+)?\b")
 AnyFunction = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -71,7 +77,7 @@ def unet_literals(root: Path = ROOT) -> list[str]:
     """`module:line` of each line with the name "unet" in a string, docstrings apart, where roles are to be asked."""
     found = set()
     for module, file in modules(root).items():
-        if not module.startswith(NAMES_ITS_NETWORKS):
+        if not module.startswith(NAMES_NETWORKS):
             tree = ast.parse(file.read_text(encoding="utf-8"))
             found |= {(module, line) for line in _lines_naming(tree, _UNET)}
     return [f"{module}:{line}" for module, line in sorted(found)]

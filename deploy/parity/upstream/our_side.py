@@ -29,7 +29,7 @@ class StandInSession(Session):
 
 
 def upstream_names(component: Component, feeds: Mapping[str, _Array]) -> dict[str, _Array]:
-    """What a network of the source is fed, by the names that diffusers has for its inputs."""
+    """Feeds of a network, shape and dtype as its TensorSpecs say, by the names diffusers has for them."""
     theirs = dict(zip((spec.name for spec in component.inputs), component.takes, strict=True))
     return {theirs[name]: array for name, array in feeds.items()}
 

@@ -1,4 +1,4 @@
-"""TensorRT and TensorRT for RTX: one engine, checked against the manifest before it runs. Decisions: engine_plan."""
+"""The session that runs an engine of TensorRT or TensorRT for RTX, checked against the manifest before it runs."""
 
 from __future__ import annotations
 
