@@ -36,7 +36,7 @@ Arrays = Mapping[str, NDArray[Any]]
 MEASURED_ROLES = (Role.TEXT_ENCODER, Role.DENOISER, Role.SHALLOW, Role.IMAGE_ENCODER, Role.IMAGE_DECODER)
 VERSION = 1  # raised whenever the same key would mean other figures
 MEASURED_FILE = "measured.json"
-TOKENS = 256  # ids below this are in every vocabulary
+IN_EVERY_VOCABULARY = 2  # token numbers below this
 ENOUGH_SECONDS = 20.0  # of a component at the sizes that it is mostly called with; else at its smallest
 
 
@@ -132,7 +132,7 @@ def _feeds(session: Session, sizes: Mapping[str, int], rows: int) -> dict[str, N
 
     def one(name: str, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
         if not dtype.startswith("float"):
-            return random.integers(1, TOKENS, shape).astype(DTYPES[dtype])
+            return random.integers(0, IN_EVERY_VOCABULARY, shape).astype(DTYPES[dtype])
         values = random.standard_normal(shape) if len(shape) > 1 else np.linspace(999, 1, max(shape[0], 1))
         return values.astype(DTYPES[dtype])
 
