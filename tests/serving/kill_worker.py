@@ -55,4 +55,5 @@ def main(state: Path, ledger: Path, seed: int, point: str = "", count: int = 0) 
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:5], *map(int, sys.argv[5:6]))
+    point, count = (sys.argv[4], int(sys.argv[5])) if len(sys.argv) > 4 else ("", 0)
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), point, count)

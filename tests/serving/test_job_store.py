@@ -202,7 +202,8 @@ def check_against_ledger(state: Path, ledger: Path) -> None:
             assert job.status in ENDED
             if job.status == COMPLETED:
                 (image,) = job.images
-                assert store.image_file(image.sha256).read_bytes() == image_of(job.request)
+                file = store.image_file(image.sha256)
+                assert file is not None and file.read_bytes() == image_of(job.request)
         assert not list((state / "images").glob("*.partial"))
 
 
@@ -231,7 +232,7 @@ def test_kill_9_ten_times_at_each_point_and_a_hundred_at_random_moments(tmp_path
             check_against_ledger(state, ledger)
     for number in range(100):
         with start(state, ledger, str(1000 + number)) as process:
-            process.stdout.readline()
+            assert process.stdout is not None and process.stdout.readline()
             time.sleep(0.001 * (number * 37 % 250))
             process.kill()
         check_against_ledger(state, ledger)
