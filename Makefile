@@ -8,11 +8,11 @@ PEERS := latency compression
 # Processes of `make test`, of about 3 GB each: tracing a network for export keeps one core busy, never two.
 WORKERS := 2
 
-# Overridable on the command line: the interpreter to make .venv with, and more arguments for pip, such as
-#     make setup PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
-# which on Linux takes PyTorch's CPU build in place of PyPI's CUDA build (several GB).
-PYTHON   ?=
-PIP_ARGS ?=
+# Overridable on the command line: the interpreter to make .venv with, more arguments for pip, and the index of
+# PyTorch's CPU builds, which Linux without an NVIDIA GPU takes torch from (empty: never); see .ci/install_torch.py.
+PYTHON      ?=
+PIP_ARGS    ?=
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -60,6 +60,7 @@ clean: ## remove what was built, and the caches; .venv stays
 # Touched last, so that an interrupted installation is taken up again. Nothing runs while both files are older.
 $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing into $(VENV): some minutes the first time"
+	@PYTHONPATH=. $(BIN)/python .ci/install_torch.py '$(TORCH_INDEX)' $(PIP_ARGS)
 	@$(BIN)/python -m pip install -qq $(PIP_ARGS) --constraint constraints.txt --editable '.[build,openvino,prune,tensorrt-rtx,dev]'
 	@touch $@
 

@@ -1,1 +1,4 @@
-"""Calibration of quantized graphs: what is recorded along the denoising trajectory. Imports runtimes only."""
+"""Quantization's arithmetic: inputs recorded along denoising trajectories, ranges, integers, and where they are placed.
+
+Imports runtimes only.
+"""

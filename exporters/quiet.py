@@ -1,4 +1,4 @@
-"""Keep the chatter of torch, diffusers, transformers and onnx off the terminal; warnings not listed here pass."""
+"""Keeps messages of torch, diffusers, transformers and onnx off the terminal; warnings not listed here pass."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _HARMLESS = (
 def quiet() -> Iterator[None]:
     """Silence loggers and known warnings for the duration; errors are raised as usual.
 
-    The streams themselves are left alone: a progress display in another thread keeps sampling.
+    The streams themselves are left alone: a progress display in another thread goes on.
     """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     loggers = [logging.getLogger(name) for name in _LOGGERS]

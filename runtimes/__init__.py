@@ -15,20 +15,22 @@ if TYPE_CHECKING:
     from runtimes.backends.profile import Profile
     from runtimes.bundle.folder import Bundle
     from runtimes.errors import BundleError, CancelledError, DeployError, InputError, ParityError, UnavailableError
-    from runtimes.pipeline.conditioner import SizeConditions
-    from runtimes.pipeline.denoising import Step
     from runtimes.pipeline.diffusion import Pipeline
+    from runtimes.pipeline.job import Step
     from runtimes.pipeline.loading import load
+    from runtimes.pipeline.request import Request
+    from runtimes.pipeline.request_fields import SizeConditions
 
 __all__ = ["Bundle", "BundleError", "CancelledError", "DeployError", "InputError", "ParityError", "Pipeline", "Profile",
-           "SizeConditions", "Step", "UnavailableError", "load"]
+           "Request", "SizeConditions", "Step", "UnavailableError", "load"]
 
 _MODULES = {
     "Bundle": "bundle.folder",
     "Pipeline": "pipeline.diffusion",
     "Profile": "backends.profile",
-    "SizeConditions": "pipeline.conditioner",
-    "Step": "pipeline.denoising",
+    "Request": "pipeline.request",
+    "SizeConditions": "pipeline.request_fields",
+    "Step": "pipeline.job",
     "load": "pipeline.loading",
 }
 

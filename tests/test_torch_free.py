@@ -53,7 +53,7 @@ for module in pkgutil.walk_packages(runtimes.__path__, "runtimes."):
     try:
         importlib.import_module(module.name)
     except ModuleNotFoundError as missing:
-        if not (module.name.startswith("runtimes.session_") and missing.name.partition(".")[0] in BACKENDS):
+        if not (module.name.startswith("runtimes.backends.") and missing.name.partition(".")[0] in BACKENDS):
             raise
     print(module.name)
 """

@@ -1,4 +1,4 @@
-"""In which order layers give precision back for accuracy, how many must, and at which of them an error begins."""
+"""Decides which layers return to a higher precision for accuracy, and finds the layers at which an error begins."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from calibration.trajectory.inner_tensors import Calls, Feeds, beside, plain_ses
 
 # An activation that goes back to float32 costs no bytes but time: all of them cost as much as this share of the bytes.
 ACTIVATION_COST = 0.25
-# Relief gives back at most so much: `work`, and `growth`.
+# Limits of what `relieve` may give back: `work`, and `growth`.
 MOST_WORK, MOST_BYTES = 0.35, 0.02
 RELIEVED = 0.5  # share of the error that may be left
 
 
 @dataclass(frozen=True)
 class Promotion:
-    """One layer's way back to a higher precision.
+    """One step of a layer back to a higher precision.
 
     Attributes:
         node: of the layer.
@@ -116,15 +116,15 @@ class Relief:
 
 def relieve(graph: Path, start: Mapping[str, str], ranges: Mapping[str, Range], scheme: Scheme, calls: Calls, *,
             share: float = RELIEVED, threads: int = 0) -> Relief:
-    """Take the layers that add most of the output's error out of the integers, as few as leave `share` of it.
+    """Give higher precision to the layers that add most of the output's error, to as few as leave `share` of it.
 
-    Which go first is predicted (`noise.predict_noise`, one graph), how many must is measured by halving: about
+    Which go first is predicted (`predict_noise`, one graph), how many must is measured by halving: about
     log2(layers) + 2 graphs, each run on the calls. What is left where the limits bind is more than `share`.
 
     Args:
         graph: float32.
         start: precision of every layer.
-        ranges: of `quantize.tensors_to_observe`.
+        ranges: of `tensors_to_observe`.
         scheme: integers of the target.
         calls: recorded inputs, few.
     """
@@ -188,7 +188,7 @@ class Origin:
 
     @property
     def added(self) -> float:
-        """What the layer itself adds, in squares."""
+        """The squared relative error that the layer itself adds."""
         return float(np.sqrt(max(self.after**2 - self.before**2, 0.0)))
 
     def __str__(self) -> str:

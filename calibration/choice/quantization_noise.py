@@ -1,4 +1,4 @@
-"""What the integers of each layer would add to the output, predicted from the float32 graph and few recorded calls.
+"""Predicts the error that each layer's integers would add to the output, from the float32 graph and few recorded calls.
 
 Measuring a layer alone needs a graph and a run for each; a large U-Net has hundreds. Here one graph computes every
 layer once more from rounded inputs and weights and gives the energy of the difference. How much of it arrives at the
@@ -54,8 +54,8 @@ def predict_noise(graph: Path, assignment: Mapping[str, str], ranges: Mapping[st
 
     Args:
         graph: float32.
-        assignment: precision of every layer; it and what is stored in 8 bits alone are looked at.
-        ranges: of `quantize.tensors_to_observe`.
+        assignment: precision of every layer; the cost of this one and of storage in 8 bits alone are predicted.
+        ranges: of `tensors_to_observe`.
         scheme: integers of the target.
         calls: recorded inputs, few.
         stored: where the weights' integers are, or will be for those who try assignments next.

@@ -1,4 +1,4 @@
-"""The layers of an ONNX graph that have weights worth few bits, and which of them each recipe quantizes how."""
+"""Finds the layers of an ONNX graph whose weights are worth quantizing, and assigns each recipe's precision to them."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import difflib
 import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import onnx_ir as ir
 
+from calibration.targets import INT4
 from runtimes.errors import InputError
 
 FLOAT, WEIGHT, STATIC, DYNAMIC, BLOCKS = "float", "w8", "w8a8", "w8a8-dynamic", "w4"
-INT4 = "weight-only-4"  # of text encoders, asked for by --text-encoder-bits
 RECIPES = ("hybrid", "static", "dynamic", "weight-only", INT4)
 EMBEDDING = "Gather"
 EMBEDDING_ABOVE = 1 << 18  # weights of a table of words; one of positions is a thousandth of the bytes
@@ -105,8 +106,8 @@ def assign(layers: Sequence[Layer], recipe: str, keep: Sequence[str] = ()) -> di
     """
     if recipe not in RECIPES:
         raise InputError(f"unknown quantization {recipe!r}", where="quantization", fix=f"one of {', '.join(RECIPES)}")
-    kept = set(matching(layers, keep))
-    return {layer.node: FLOAT if layer.node in kept else _own(layer, recipe) for layer in layers}
+    exempt = set(matching(layers, keep))
+    return {layer.node: FLOAT if layer.node in exempt else _own(layer, recipe) for layer in layers}
 
 
 def _own(layer: Layer, recipe: str) -> str:
@@ -134,6 +135,12 @@ def matching(layers: Sequence[Layer], patterns: Sequence[str]) -> list[str]:
 def names_of(layer: Layer) -> tuple[str, str, str]:
     """What a pattern may name a layer by."""
     return layer.node, layer.weight, layer.op_type
+
+
+def quantizable(graph: Path) -> list[str]:
+    """Everything in a graph that a pattern of `keep` may name."""
+    model = ir.load(graph)
+    return [text for layer in (*find_layers(model), *find_embeddings(model)) for text in names_of(layer)]
 
 
 def check_patterns(patterns: Sequence[str], names: Mapping[str, Sequence[str]]) -> None:

@@ -1,4 +1,4 @@
-"""Q/DQ placement: a float32 ONNX graph to one with 8-bit weights and, where a layer is assigned so, activations.
+"""Places Q/DQ nodes: turns a float32 ONNX graph into one with 8-bit weights and, where assigned so, 8-bit activations.
 
 Weights in 4 bits are placed by `calibration.graphs.text_encoder_int4`.
 
@@ -89,7 +89,7 @@ def quantize(source: Path, destination: Path, assignment: Mapping[str, str], ran
 
 def rewrite(model: ir.Model, assignment: Mapping[str, str], ranges: Mapping[str, Range], scheme: Scheme,
             stored: Integers | None = None) -> dict[str, int]:
-    """Place Q/DQ in a model; gives precision -> number of weights.
+    """Place Q/DQ in a model; returns precision -> number of weights.
 
     With `stored`, the integers are read from there and what is written must lie in its folder.
     """
@@ -313,13 +313,19 @@ class Writer:
         return node
 
     def constant(self, name: str, array: NDArray[Any]) -> ir.Value:
-        """An initializer; the one of this name where there is one already."""
+        """An initializer with the shape and dtype of `array`, weights or scales; one of this name is used again."""
         if name not in self._model.graph.initializers:
             self.register(name, ir.tensor(array, name=name), ir.Shape(list(array.shape)))
         return self._model.graph.initializers[name]
 
     def register(self, name: str, tensor: ir.TensorProtocol, shape: ir.Shape) -> None:
-        """Add an initializer; its tensor may be computed when it is written."""
+        """Add an initializer of `shape` and the tensor's dtype, weights; it may be computed when it is written.
+
+        Args:
+            name: of the initializer.
+            tensor: of that shape; read when the graph is written.
+            shape: equals the shape of `tensor`.
+        """
         value = ir.Value(name=name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
         self._model.graph.register_initializer(value)
 

@@ -1,6 +1,6 @@
-"""Text encoders in few bits: products in 4-bit blocks, embeddings as 8-bit rows, in the form that the runtime reads.
+"""Stores text encoders in few bits: products in 4-bit blocks, embeddings as 8-bit rows, in the form a runtime reads.
 
-What the integers are is `calibration.integers.int4_blocks`.
+`calibration.integers.int4_blocks` computes the integers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Changes of a float32 graph that keep what it computes and make it lose less in 8 bits; and one after rounding.
+"""Changes of a float32 graph that leave its result as it is and make it lose less in 8 bits; one follows rounding.
 
     split-skips       convolutions over a concatenation become one per part: each part gets a range of its own
     smoothquant       magnitude moves from the activations behind a LayerNormalization into the weights
@@ -29,7 +29,13 @@ Array = NDArray[np.float32]
 
 @dataclass
 class Channels:
-    """Per-channel statistics of one tensor: largest magnitude and mean, (C,) each, and the number of channels."""
+    """Statistics of one activation tensor for each of its C channels.
+
+    Attributes:
+        amax: (C,) float32 largest magnitude.
+        total: (C,) float64 sum of the values.
+        count: how many values of a channel were summed.
+    """
 
     amax: Array
     total: NDArray[np.float64]
@@ -37,7 +43,7 @@ class Channels:
 
     @property
     def mean(self) -> Array:
-        """(C,) mean over everything but the channels."""
+        """(C,) float32 mean activation of each channel."""
         found: Array = (self.total / max(self.count, 1)).astype(np.float32)
         return found
 
@@ -146,7 +152,7 @@ def smooth(model: ir.Model, amax: Mapping[str, Array], alpha: float = ALPHA) -> 
 
     Args:
         model: changed in place.
-        amax: output of each normalization in `smoothable` -> (C,) largest magnitude seen.
+        amax: output of each normalization in `smoothable` -> (C,) float32, largest magnitude seen.
         alpha: 0 leaves the difficulty in the activations, 1 moves all of it into the weights.
 
     Returns:
@@ -172,7 +178,7 @@ def smooth(model: ir.Model, amax: Mapping[str, Array], alpha: float = ALPHA) -> 
 
 
 def channel_means(graph: Path, assignment: Mapping[str, str], calls: Calls) -> dict[str, Array]:
-    """Mean of each input channel of the convolutions that will be rounded, for `quantize.correct_biases`."""
+    """Input of each convolution that will be rounded -> (C,) float32 mean activation, for `correct_biases`."""
     sources = [layer.source for layer in find_layers(ir.load(graph))
                if layer.op_type == "Conv" and assignment[layer.node] != FLOAT]
     found = channels_of(graph, dict.fromkeys(sources, 1), calls)

@@ -1,4 +1,7 @@
-"""Weights that lie beside a graph: onnx_ir refuses files with several hard links, which bundles are made of."""
+"""Reads weights that lie in a file beside a graph.
+
+onnx_ir refuses files with several hard links, which bundles are made of.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from numpy.typing import NDArray
 
 
 def array_of(tensor: ir.TensorProtocol) -> NDArray[Any]:
-    """Values of a tensor; those in a file are mapped, not read."""
+    """The weights of a tensor, of its shape and dtype; those in a file are mapped, not read."""
     if not isinstance(tensor, ir.ExternalTensor) or not tensor.size:
         return tensor.numpy()
     return np.memmap(tensor.path, tensor.dtype.numpy(), "r", tensor.offset or 0, tuple(tensor.shape.numpy()))

@@ -1,7 +1,7 @@
-"""Weights as symmetric 4-bit integers with a scale for each group of inputs: the arithmetic and the packing.
+"""Arithmetic and packing of weights as symmetric 4-bit integers with a scale for each group of inputs.
 
 The layout of GPTQ and AWQ (arXiv 2210.17323, 2306.00978) without zero points.
-Where the nodes go is `calibration.graphs.text_encoder_int4`.
+`calibration.graphs.text_encoder_int4` places the nodes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def group_scales(weight: NDArray[np.float32], *, positive: bool = False) -> NDAr
     which is the best one for these integers; of all ratios the least sum of squares wins.
 
     Args:
-        weight: (outputs, inputs); the last group of a row may be shorter.
+        weight: (outputs, inputs) float32; the last group of a row may be shorter.
         positive: never give a negative scale, for runtimes that refuse it.
 
     Returns:
@@ -53,7 +53,12 @@ def to_int4(weight: NDArray[np.float32], scales: NDArray[np.float32]) -> NDArray
 
 
 def from_int4(integers: NDArray[np.int8], scales: NDArray[np.float32]) -> NDArray[np.float32]:
-    """What a runtime computes with: (outputs, inputs) float32."""
+    """The weights that a runtime computes with, (outputs, inputs) float32.
+
+    Args:
+        integers: (outputs, inputs) int8, -8 to 7.
+        scales: (outputs, groups) float32, as of `group_scales`.
+    """
     values: NDArray[np.float32] = integers * np.repeat(scales, GROUP, axis=1)[:, :integers.shape[1]]
     return values
 
@@ -62,17 +67,17 @@ def pack_nbits(integers: NDArray[np.int8]) -> NDArray[np.uint8]:
     """As `com.microsoft.MatMulNBits` reads them: q + 8, the first of two in the low bits, short groups padded with 8.
 
     Args:
-        integers: (outputs, inputs) in [-8, 7].
+        integers: (outputs, inputs) int8 weights, -8 to 7.
 
     Returns:
-        (outputs, groups, GROUP / 2) uint8.
+        (outputs, groups, GROUP / 2) uint8, two weights in each byte.
     """
     nibbles = (grouped(integers) - LOWEST).astype(np.uint8)
     return nibbles[..., ::2] | np.left_shift(nibbles[..., 1::2], np.uint8(4))
 
 
 def grouped(weight: NDArray[T]) -> NDArray[T]:
-    """(outputs, inputs) -> (outputs, groups, GROUP), zeros behind a row whose length is no multiple."""
+    """Weights (outputs, inputs) -> (outputs, groups, GROUP) of the same dtype, the last group filled up with zeros."""
     short = -weight.shape[1] % GROUP
     padded = np.pad(weight, ((0, 0), (0, short))) if short else weight
     return padded.reshape(len(weight), -1, GROUP)

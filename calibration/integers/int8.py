@@ -1,4 +1,7 @@
-"""Weights as symmetric 8-bit integers with a scale for each output channel (Krishnamoorthi, arXiv 1806.08342)."""
+"""Arithmetic of weights as symmetric 8-bit integers with a scale for each output channel.
+
+Krishnamoorthi, Quantizing deep convolutional networks for efficient inference, arXiv 1806.08342.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +18,27 @@ STORED_LIMIT = 127  # of weights that are only stored as integers: nothing sums 
 
 
 def weight_scale(weight: NDArray[Any], axis: int, limit: int) -> NDArray[np.float32]:
-    """Scale of each output channel: its largest magnitude is the integer `limit`."""
+    """Scale of each output channel, (channels,) float32: the channel's largest magnitude is the integer `limit`.
+
+    Args:
+        weight: of any shape and floating-point dtype.
+        axis: of the output channels.
+        limit: largest integer, 127 or less.
+    """
     others = tuple(a for a in range(weight.ndim) if a != axis)
     scale: NDArray[np.float32] = np.maximum(np.abs(weight).max(axis=others) / limit, 1e-10).astype(np.float32)
     return scale
 
 
 def to_integers(weight: NDArray[Any], scale: NDArray[np.float32], axis: int, limit: int) -> NDArray[np.int8]:
-    """The weight's integers; times `scale` along `axis` they are the weight again, rounded."""
+    """The weight's integers, int8 in its shape, -limit to limit; times `scale` along `axis` they are the weight.
+
+    Args:
+        weight: of any shape and floating-point dtype.
+        scale: (channels,) float32.
+        axis: of the output channels.
+        limit: largest integer.
+    """
     shape = [-1 if a == axis else 1 for a in range(weight.ndim)]
     integers: NDArray[np.int8] = np.clip(np.round(weight / scale.reshape(shape)), -limit, limit).astype(np.int8)
     return integers
@@ -30,7 +46,14 @@ def to_integers(weight: NDArray[Any], scale: NDArray[np.float32], axis: int, lim
 
 def lazy_integers(weight: ir.TensorProtocol, scale: NDArray[np.float32], axis: int, limit: int, name: str,
                   ) -> ir.TensorProtocol:
-    """The integers of a weight, converted when they are written."""
+    """The integers of a weight as `to_integers` has them, int8 in its shape, converted when they are written.
+
+    Args:
+        weight: of any shape and floating-point dtype.
+        scale: (channels,) float32.
+        axis, limit: as of `to_integers`.
+        name: of the result.
+    """
     def convert() -> ir.TensorProtocol:
         return ir.Tensor(to_integers(array_of(weight), scale, axis, limit), name=name)
 
@@ -50,7 +73,13 @@ class Integers:
 
     def of(self, weight: ir.TensorProtocol, axis: int, limit: int, name: str,
            ) -> tuple[ir.TensorProtocol, NDArray[np.float32]]:
-        """Integers and (channels,) scales of a weight; `name` tells weights and limits apart."""
+        """Integers, int8 in the weight's shape, and (channels,) float32 scales.
+
+        Args:
+            weight: of any shape and floating-point dtype.
+            axis, limit: as of `to_integers`.
+            name: identifies the weight and the limit.
+        """
         if name not in self._found:
             values = array_of(weight)
             scale = weight_scale(values, axis, limit)

@@ -1,4 +1,4 @@
-"""From what was observed to the range an 8-bit integer covers: four estimators, the integer types, drift over time."""
+"""Chooses from observed values the range that an 8-bit integer covers: four estimators, integer types, drift."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ Array = NDArray[np.float64]
 
 @dataclass
 class Observed:
-    """Statistics of one tensor, all calls together.
+    """Statistics of one activation tensor over all calls.
 
     Attributes:
         low, high: smallest and largest value.
         by_stratum: stratum of the timestep -> (low, high).
-        counts: (BINS,) histogram over [low, high]; empty until the second pass.
+        counts: (BINS,) float64 histogram over [low, high]; empty until the second pass.
     """
 
     low: float = np.inf
@@ -34,7 +34,7 @@ class Observed:
     counts: Array = field(default_factory=lambda: np.zeros(0))
 
     def extend(self, values: NDArray[Any], stratum: int | None) -> None:
-        """First pass: widen the range."""
+        """First pass: widen the range by activations of any shape and dtype, of a stratum of the schedule if known."""
         low, high = float(values.min()), float(values.max())
         self.low, self.high = min(self.low, low), max(self.high, high)
         if stratum is not None:
@@ -42,7 +42,7 @@ class Observed:
             self.by_stratum[stratum] = min(before[0], low), max(before[1], high)
 
     def count(self, values: NDArray[Any]) -> None:
-        """Second pass: fill the histogram."""
+        """Second pass: add activations of any shape and dtype to the histogram."""
         if not self.counts.size:
             self.counts = np.zeros(BINS)
         if self.high > self.low:
@@ -51,7 +51,7 @@ class Observed:
 
     @property
     def centres(self) -> Array:
-        """(BINS,) value in the middle of each bin."""
+        """(BINS,) float64 activation in the middle of each bin."""
         width = (self.high - self.low) / BINS
         middle: Array = self.low + width * (np.arange(BINS, dtype=np.float64) + 0.5)
         return middle
@@ -86,7 +86,15 @@ class Scheme:
         return np.float32(scale), int(np.clip(round(-low / scale), 0, 255))
 
     def rounded(self, values: Array, low: Array, high: Array) -> Array:
-        """Values as the integers of each range see them: (R, N) for (R,) ranges."""
+        """Activations rounded to the integers of each of R ranges and back.
+
+        Args:
+            values: (N,) float64 activations.
+            low, high: (R,) float64, ends of the ranges.
+
+        Returns:
+            (R, N) float64.
+        """
         low, high = np.minimum(low, 0.0)[:, None], np.maximum(high, 0.0)[:, None]
         if self.signed:
             scale = np.maximum(np.maximum(-low, high), 1e-8) / 127
@@ -100,12 +108,12 @@ Range = tuple[float, float]
 
 
 def minmax(seen: Observed, scheme: Scheme) -> Range:
-    """Everything that was seen."""
+    """The range of everything that was observed."""
     return seen.low, seen.high
 
 
 def percentile(seen: Observed, scheme: Scheme) -> Range:
-    """All but the outermost 0.01 % at each end."""
+    """The range of all but the outermost 0.01 % at each end."""
     cumulated = np.cumsum(seen.counts) / max(seen.counts.sum(), 1)
     tail = 1 - PERCENTILE / 100
     first, last = np.searchsorted(cumulated, [tail, 1 - tail])
@@ -128,7 +136,7 @@ def mse(seen: Observed, scheme: Scheme) -> Range:
 
 
 def entropy(seen: Observed, scheme: Scheme) -> Range:
-    """Least Kullback-Leibler divergence between the clipped and the quantized histogram of magnitudes.
+    """The range of least Kullback-Leibler divergence between the clipped and the quantized histogram of magnitudes.
 
     Migacz, "8-bit inference with TensorRT", GTC 2017. An end that lies nearer to zero than the threshold stays.
     """

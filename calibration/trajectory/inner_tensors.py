@@ -1,4 +1,4 @@
-"""Runs a graph on recorded inputs with its inner tensors as outputs: their statistics, and errors against another."""
+"""Runs a graph on recorded inputs with inner tensors as outputs: for statistics, and for errors between graphs."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def compare(reference: Path, candidate: Path, calls: Calls, threads: int = 0) ->
 
 
 def relative_l2(expected: np.ndarray[Any, Any], found: np.ndarray[Any, Any]) -> float:
-    """||found - expected|| / ||expected||, infinite where it is not a number."""
+    """Error ||found - expected|| / ||expected|| of two arrays of the same shape, any dtype; infinite for NaN."""
     norm = float(np.linalg.norm(expected.astype(np.float64)))
     error = float(np.linalg.norm(found.astype(np.float64) - expected))
     ratio = error / norm if norm else (0.0 if error == 0 else np.inf)

@@ -1,4 +1,4 @@
-"""Masks as people who inpaint paint them, of any share of an image. Which ones calibration uses is planned elsewhere.
+"""Inpainting masks like those that people paint, of any share of an image. `prompts` plans which of them are used.
 
 Free-form strokes, rectangles and outpainting are what inpainting is trained and measured under (Yu et al., arXiv
 1806.03589; Suvorov et al., LaMa, arXiv 2109.07161; Lugmayr et al., RePaint, arXiv 2201.09865, for half images).
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 Bools = NDArray[np.bool_]
 Float64 = NDArray[np.float64]
-Draw = Callable[[np.random.Generator, int, int, float, int], Bools]
+PaintOne = Callable[[np.random.Generator, int, int, float, int], Bools]
 _BENDS = 5  # of a stroke
 _LONG = 0.35  # a stroke's segment, relative to the side of a square of the painted area
 _MOST_STRETCHED = 2.0  # a rectangle's sides, relative to those of the image's shape
@@ -28,11 +28,11 @@ def paint_mask(kind: str, height: int, width: int, painted: float, seed: int, gr
         height, width: pixels.
         painted: share of the image that is painted anew, above 0; at 1, all of it whatever the kind.
         seed: of the mask's place and shape; equal seeds give equal masks.
-        grain: pixels per latent. What is painted is never so small that it would miss every latent, and what is kept
-            never so small unless a brush left it.
+        grain: pixels per latent. What is painted is never so small that it would miss every latent, nor is what stays,
+            unless a brush left it.
 
     Returns:
-        (height, width) uint8, 255 where the image is painted anew and 0 where it is kept.
+        (height, width) uint8, 255 where the image is painted anew and 0 where it stays.
     """
     if painted >= 1:
         return np.full((height, width), 255, np.uint8)
@@ -41,7 +41,7 @@ def paint_mask(kind: str, height: int, width: int, painted: float, seed: int, gr
 
 
 def _rectangle(random: np.random.Generator, height: int, width: int, painted: float, grain: int) -> Bools:
-    """Something boxed in."""
+    """A rectangle inside the image."""
     stretch = _MOST_STRETCHED ** random.uniform(-1, 1)
     tall = float(np.clip(np.sqrt(painted) * stretch, painted, 1))
     rows, columns = max(round(tall * height), grain), max(round(painted / tall * width), grain)
@@ -96,5 +96,5 @@ def _distance(rows: Float64, columns: Float64, a: Float64, b: Float64) -> Float6
     return distance
 
 
-KINDS: dict[str, Draw] = {
+KINDS: dict[str, PaintOne] = {
     "rectangle": _rectangle, "strokes": _strokes, "half-plane": _half_plane, "outpainting": _outpainting}

@@ -1,4 +1,4 @@
-"""Which moments of which trajectories calibration records: prompts from a file, strata of prompts, timesteps, masks."""
+"""Plans which calls of which trajectories calibration records: prompts of a file, timesteps and masks."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ class InpaintingEpisode(Episode):
     A type of its own, so that the episodes of other U-Nets, and what is recorded of them, keep their identity.
 
     Attributes:
-        strength: of the second trajectory; 1 starts from noise alone, as diffusers does unless it is told otherwise.
-        mask: kind of the mask, one of `masks.KINDS`.
+        strength: of the second trajectory; 1 starts from noise alone, as diffusers does by default.
+        mask: kind of the mask, one of `inpainting_masks.KINDS`.
         painted: share of the image under it; 1 is all.
     """
 

@@ -1,4 +1,4 @@
-"""Calibration data: inputs of every component taken from running pipelines, in shards on disk. One shard in memory."""
+"""Records calibration data: inputs of every component of running pipelines, in shards on disk, one in memory."""
 
 from __future__ import annotations
 
@@ -12,25 +12,24 @@ import numpy as np
 
 from calibration.trajectory.inpainting_masks import paint_mask
 from calibration.trajectory.prompts import CALLS_PER_EPISODE, STEPS, STRENGTH, Episode, InpaintingEpisode
-from runtimes.backends.session import Arrays, Session
+from runtimes.backends.session import Arrays, Session, WrappedSession
 from runtimes.bundle.folder import replacing, translated_disk_errors
 from runtimes.bundle.manifest import digest_of
 from runtimes.pipeline.diffusion import Pipeline
 from runtimes.system.cache_store import use
+from runtimes.system.progress import listener
 
 VERSION = 2  # raised whenever equal keys would give other recordings
-DENOISER = "unet"
 Feeds = dict[str, np.ndarray[Any, Any]]
 Assemble = Callable[[Mapping[str, Session]], Pipeline]
 
 
-class _Tap(Session):
+class _Tap(WrappedSession):
     """Passes calls through and keeps the inputs of those that are wanted."""
 
     def __init__(self, inner: Session) -> None:
-        super().__init__(inner.name, inner.component)
-        self._inner = inner
-        self.kept: list[Feeds] = []
+        super().__init__(inner)
+        self.recorded: list[Feeds] = []
         self.wanted: frozenset[int] | None = None
         self._count = 0
 
@@ -40,9 +39,9 @@ class _Tap(Session):
 
     def _run(self, feeds: Arrays) -> Feeds:
         if self.wanted is None or self._count in self.wanted:
-            self.kept.append({name: array.copy() for name, array in feeds.items()})
+            self.recorded.append({name: array.copy() for name, array in feeds.items()})
         self._count += 1
-        return self._inner.run(feeds)
+        return super()._run(feeds)
 
 
 @dataclass(frozen=True)
@@ -60,13 +59,16 @@ class Recording:
     identity: str
 
     def calls(self, component: str) -> Iterator[Feeds]:
-        """Recorded calls of one component in the order they were made, one shard in memory at a time."""
+        """Recorded calls of one component in the order they were made, one shard in memory at a time.
+
+        Each is input -> array with shape and dtype as the component's TensorSpec says, batch first.
+        """
         for number in range(self.shards):
             with np.load(_shard(self.folder, number), allow_pickle=False) as archive:
                 yield from _unpack(archive, component)
 
     def spread(self, component: str, count: int) -> list[Feeds]:
-        """At most `count` calls, evenly spaced and from every part of the schedule.
+        """At most `count` of `calls`, shapes and dtypes as TensorSpecs say, from every part of the schedule.
 
         A plain stride would meet the same place in each episode, and so one part of the schedule alone.
         """
@@ -77,8 +79,7 @@ class Recording:
 
 
 def record(sessions: Mapping[str, Session], assemble: Assemble, episodes: tuple[Episode, ...], root: Path, *,
-           source: Any, guidance_scale: float, steps: int = STEPS, strength: float = STRENGTH,
-           tell: Callable[[int, int], None] = lambda done, of: None) -> Recording:
+           source: Any, guidance_scale: float, steps: int = STEPS, strength: float = STRENGTH) -> Recording:
     """Run the pipeline and keep what its networks are fed; what was recorded before, also by a killed run, is kept.
 
     The U-Net's calls hold both guidance branches (rows: unconditional, then conditional). Text encoder and decoder are
@@ -90,11 +91,10 @@ def record(sessions: Mapping[str, Session], assemble: Assemble, episodes: tuple[
         sessions: networks by name; they are wrapped, not changed.
         assemble: makes a pipeline over sessions. Called once an episode: an old one's prompt cache would hide calls.
         episodes: from `plan_episodes`.
-        root: recordings are kept below it, one folder for each identity.
+        root: folder of all recordings, one folder in it for each identity.
         source: JSON value that identifies the networks, tokenizer and scheduler.
         guidance_scale: of classifier-free guidance.
         steps, strength: as given to `plan_episodes`.
-        tell: told after each episode how many of how many are on disk.
 
     Raises:
         UnavailableError: the disk is full.
@@ -105,34 +105,37 @@ def record(sessions: Mapping[str, Session], assemble: Assemble, episodes: tuple[
     folder = root / identity
     recording = Recording(folder, len(episodes), identity)
     taps = {name: _Tap(session) for name, session in sessions.items()}
+    listener().working("recording what the networks are fed, to calibrate with")
     with translated_disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         use(folder)
         for number, episode in enumerate(episodes):
             if not _intact(_shard(folder, number)):
                 for tap in taps.values():
-                    tap.kept = []
+                    tap.recorded = []
                 _play(taps, assemble, episode, guidance_scale, steps, strength)
-                _write(_shard(folder, number), _pack({name: tap.kept for name, tap in taps.items()}))
-            tell(number + 1, len(episodes))
+                _write(_shard(folder, number), _pack({name: tap.recorded for name, tap in taps.items()}))
+            listener().advanced(number + 1, len(episodes), "episodes recorded")
     return recording
 
 
 def _play(taps: Mapping[str, _Tap], assemble: Assemble, episode: Episode, guidance_scale: float, steps: int,
           strength: float) -> None:
     pipeline = assemble(taps)
+    roles = pipeline.roles
+    denoiser = roles.denoiser.component
     for name, tap in taps.items():
-        tap.begin(episode.keep if name == DENOISER else None)
-    prompt, second_prompt = (episode.prompt, episode.second_prompt) if pipeline.facts.text_encoders else ("", "")
+        tap.begin(episode.keep if name == denoiser else None)
+    prompt, second_prompt = (episode.prompt, episode.second_prompt) if roles.encoders else ("", "")
     images = pipeline(prompt, steps=steps, guidance_scale=guidance_scale, seed=episode.seed)
-    if not episode.second_keep or "vae_encoder" not in taps:
+    if not episode.second_keep or roles.codec.encoder.component not in taps:
         return
-    taps[DENOISER].begin(episode.second_keep)
+    taps[denoiser].begin(episode.second_keep)
     how: dict[str, Any] = {"image": images[0], "strength": strength}
     if isinstance(episode, InpaintingEpisode):
         width, height = images[0].size
         how = {"image": images[0], "strength": episode.strength, "mask": paint_mask(
-            episode.mask, height, width, episode.painted, episode.seed, pipeline.facts.vae_scale_factor)}
+            episode.mask, height, width, episode.painted, episode.seed, roles.codec.factor)}
     pipeline(second_prompt, steps=steps, guidance_scale=guidance_scale, seed=episode.seed + 1, **how)
 
 
@@ -141,8 +144,8 @@ def _shard(folder: Path, number: int) -> Path:
 
 
 def _pack(calls: Mapping[str, list[Feeds]]) -> Feeds:
-    return {f"{component}/{number}/{name}": array for component, kept in calls.items()
-            for number, feeds in enumerate(kept) for name, array in feeds.items()}
+    return {f"{component}/{number}/{name}": array for component, recorded in calls.items()
+            for number, feeds in enumerate(recorded) for name, array in feeds.items()}
 
 
 def _unpack(archive: Mapping[str, Any], component: str) -> Iterator[Feeds]:

@@ -1,4 +1,4 @@
-"""Contestant "a bundle": sampled through `runtimes`, without torch. A process of its own."""
+"""Process of the contestant "a bundle": generates through `runtimes`, without torch."""
 
 from __future__ import annotations
 

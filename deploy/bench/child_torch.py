@@ -1,4 +1,4 @@
-"""Contestants "torch" and "torch.compile": the source folder through diffusers' own pipeline, float32, in a process."""
+"""Process of the contestants "torch" and "torch.compile": the source folder through diffusers' pipeline, float32."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 
 from deploy.bench.messages import repeated, serve
+from exporters.families import ComponentSpec, family_of
+from exporters.families.open_source import open_source
+from runtimes.bundle.roles import Role, Roles
 
 
 def prepare() -> dict[str, Any]:
@@ -21,12 +24,15 @@ def prepare() -> dict[str, Any]:
     torch.set_num_threads(int(threads))
     pipeline = DiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
+    specs, roles = declared(model)
+    part = specs[roles.denoiser.component].source_component
     if kind == "compile":
-        pipeline.unet = torch.compile(pipeline.unet)
-    spent = {"text_encoder": 0.0, "unet": 0.0, "vae_decoder": 0.0}
-    for name, owner, attribute in (("text_encoder", pipeline.text_encoder, "forward"),
-                                   ("unet", pipeline.unet, "forward"), ("vae_decoder", pipeline.vae, "decode")):
-        setattr(owner, attribute, _timed(getattr(owner, attribute), name, spent))
+        setattr(pipeline, part, torch.compile(getattr(pipeline, part)))
+    spent = dict.fromkeys(roles.generates_with, 0.0)
+    for name in spent:
+        owner = getattr(pipeline, specs[name].source_component)
+        method = "decode" if roles.role(name) is Role.IMAGE_DECODER else "forward"
+        setattr(owner, method, _timed(getattr(owner, method), name, spent))
 
     def generate(prompts: list[str], latents: str, steps: int, guidance: float, save: str) -> dict[str, Any]:
         noise = torch.from_numpy(np.load(latents))
@@ -39,15 +45,22 @@ def prepare() -> dict[str, Any]:
                                                 "components": dict(spent)}}
 
     def component(name: str, feeds: str, times: int) -> dict[str, Any]:
-        assert name == "unet"
+        assert roles.role(name) is Role.DENOISER
         arrays = {key: torch.from_numpy(array) for key, array in dict(np.load(feeds)).items()}
-        arrays["timestep"] = arrays["timestep"][0].long()  # as the pipeline passes it
+        sample, context = arrays[roles.denoiser.sample], arrays[roles.conditioner.context]
+        timestep = arrays[roles.denoiser.timestep][0].long()  # as the pipeline passes it
+        network = getattr(pipeline, part)
         with torch.no_grad():  # the same guard as in the pipeline, or a compiled network would be compiled again
-            return repeated(lambda: pipeline.unet(
-                arrays["sample"], arrays["timestep"], encoder_hidden_states=arrays["encoder_hidden_states"],
-                return_dict=False), times)
+            return repeated(lambda: network(sample, timestep, encoder_hidden_states=context, return_dict=False), times)
 
     return {"generate": generate, "component": component}
+
+
+def declared(model: str) -> tuple[dict[str, ComponentSpec], Roles]:
+    """What the bundles of a model call its networks."""
+    source = open_source(model)
+    family = family_of(source.pipeline_class)
+    return family.components(source, {}), family.roles(source)
 
 
 def _timed(call: Callable[..., Any], name: str, spent: dict[str, float]) -> Callable[..., Any]:

@@ -1,6 +1,6 @@
-"""`bench`: bundles, and PyTorch beside them, generating in turns (A B A B ...), each in a process that idles meanwhile.
+"""Runs `bench`: bundles, and PyTorch beside them, generate in turns (A B A B ...), each in a process of its own.
 
-A machine that slows down slows all of them: what is reported as a ratio is the median of quotients within a round.
+A machine that slows down slows all of them, so a reported ratio is the median of the quotients within rounds.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from deploy.core.doctor import machine
 from deploy.parity.metrics import psnr_db
 from runtimes.bundle.folder import Bundle
 from runtimes.errors import InputError, UnavailableError
+from runtimes.system.device import CPU, Device
+from runtimes.system.progress import listener
 
 KINDS = {"torch": "eager", "torch.compile": "compile"}
 SETTLE_SECONDS = 0.25  # thread pools spin for a while after a run, and would take the next one's cores
@@ -48,7 +50,7 @@ class BenchOptions:
     guidance_scale: float = 7.5
     batches: tuple[int, ...] = (1,)
     threads: int = 0
-    device: str = "cpu"
+    device: Device = CPU
 
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.against) - set(KINDS)):
@@ -57,13 +59,12 @@ class BenchOptions:
             raise InputError("rounds, steps and batches are at least 1", where="bench")
 
 
-def run_bench(bundles: Sequence[Path], options: BenchOptions, say: Callable[[str], None]) -> dict[str, Any]:
+def run_bench(bundles: Sequence[Path], options: BenchOptions) -> dict[str, Any]:
     """Measure.
 
     Args:
         bundles: folders; the first is what the ratios are against.
         options: how.
-        say: told what is being done.
 
     Returns:
         the object of `bench --json`.
@@ -80,16 +81,16 @@ def run_bench(bundles: Sequence[Path], options: BenchOptions, say: Callable[[str
     commands |= {kind: _torch_command(opened[0], threads, KINDS[kind]) for kind in options.against}
     report: dict[str, Any] = {
         "machine": machine(), "settings": {"rounds": options.rounds, "steps": options.steps, "threads": threads,
-                                           "guidance_scale": options.guidance_scale, "device": options.device},
+                                           "guidance_scale": options.guidance_scale, "device": str(options.device)},
         "load_before": os.getloadavg()[0]}
-    say("measuring what this machine can do")
+    listener().working("measuring what this machine can do")
     report["limits"] = {"gemm_gflops": gemm_flops() / 1e9, "copy_gigabytes_per_second": bandwidth() / 1e9}
     workers: dict[str, Worker] = {}
     with tempfile.TemporaryDirectory(prefix="ldm-bench-") as folder:
-        contest = _Contest(workers, opened[0], options, Path(folder), say)
+        contest = _Contest(workers, opened[0], options, Path(folder))
         try:
             for name, command in commands.items():
-                say(f"starting {name}")
+                listener().working(f"starting {name}")
                 workers[name] = Worker(name, command, threads)
             report["runs"] = contest.run()
             report["ratios"] = contest.ratios(names[0])
@@ -106,12 +107,10 @@ def run_bench(bundles: Sequence[Path], options: BenchOptions, say: Callable[[str
 class _Contest:
     """The workers taking turns; holds what the parts of one measurement share."""
 
-    def __init__(self, workers: Mapping[str, Worker], bundle: Bundle, options: BenchOptions, folder: Path,
-                 say: Callable[[str], None]) -> None:
-        self.workers, self.options, self.folder, self.say = workers, options, folder, say
-        facts = bundle.manifest.pipeline
-        factor = facts.vae_scale_factor
-        self.shape = (facts.latent_channels, facts.height // factor, facts.width // factor)
+    def __init__(self, workers: Mapping[str, Worker], bundle: Bundle, options: BenchOptions, folder: Path) -> None:
+        self.workers, self.options, self.folder = workers, options, folder
+        codec = bundle.manifest.pipeline.codec
+        self.shape = (codec.latent_channels, codec.height // codec.factor, codec.width // codec.factor)
         self.seconds: dict[str, list[float]] = {}
 
     def run(self) -> list[dict[str, Any]]:
@@ -128,8 +127,8 @@ class _Contest:
             standard = images.get("torch", next(iter(images.values())))
             for name, image in images.items():
                 decibels[name].append(psnr_db(standard, image, 255.0) if image.shape == standard.shape else 0.0)
-            self.say(f"round {number} of {self.options.rounds}: "
-                     + ", ".join(f"{name} {r[-1]['seconds']:.3f} s" for name, r in replies.items()))
+            listener().finished(f"round {number} of {self.options.rounds}: "
+                                + ", ".join(f"{name} {r[-1]['seconds']:.3f} s" for name, r in replies.items()))
         self.seconds = {name: [reply["seconds"] for reply in r] for name, r in replies.items()}
         return [{"name": name, "seconds": spread(self.seconds[name]),
                  "components": _components(r), "peak_rss_bytes": r[-1]["peak_rss_bytes"],
@@ -179,14 +178,15 @@ def _components(replies: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _share_of_limits(run: Mapping[str, Any], bundle: Bundle, limits: Mapping[str, float],
                      options: BenchOptions) -> dict[str, float]:
-    """How far the U-Net is from the machine's arithmetic, and its weights from the machine's memory."""
-    unet = bundle.component("unet")
+    """How far the denoiser is from the machine's arithmetic, and its weights from the machine's memory."""
+    name = bundle.manifest.pipeline.denoiser.component
+    network = bundle.component(name)
     rows = options.batches[0] * (2 if options.guidance_scale > 1 else 1)
-    calls = options.steps * -(-rows // unet.axes["batch"].range.max)
-    seconds = run["components"]["unet"]["seconds"]
-    result = {"weight_gigabytes_per_second": unet.bytes * calls / seconds / 1e9}
-    if (macs := unet.details.get("macs")) is not None:
-        flops = 2 * macs * rows / unet.axes["batch"].range.opt * options.steps
+    calls = options.steps * -(-rows // network.axes["batch"].range.max)
+    seconds = run["components"][name]["seconds"]
+    result = {"weight_gigabytes_per_second": network.bytes * calls / seconds / 1e9}
+    if (macs := network.graph.macs) is not None:
+        flops = 2 * macs * rows / network.axes["batch"].range.opt * options.steps
         result |= {"unet_gflops": flops / seconds / 1e9,
                    "share_of_gemm_peak": flops / seconds / 1e9 / limits["gemm_gflops"]}
     return result
@@ -198,8 +198,9 @@ def _names(paths: Sequence[Path]) -> list[str]:
     return names if len(set(names)) == len(names) else [str(path) for path in paths]
 
 
-def _bundle_command(bundle: Bundle, threads: int, device: str) -> list[str]:
-    return [sys.executable, "-m", "deploy.bench.child_bundle", str(bundle.path.resolve()), str(threads), device]
+def _bundle_command(bundle: Bundle, threads: int, device: Device) -> list[str]:
+    return [sys.executable, "-m", "deploy.bench.child_bundle", str(bundle.path.resolve()), str(threads),
+            str(device)]
 
 
 def _torch_command(bundle: Bundle, threads: int, kind: str) -> list[str]:

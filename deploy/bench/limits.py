@@ -1,4 +1,4 @@
-"""What this machine can do at best: arithmetic of a large matrix product, and bytes moved from and to memory."""
+"""Measures what this machine can do at best: arithmetic of a large matrix product, and bytes moved in memory."""
 
 from __future__ import annotations
 

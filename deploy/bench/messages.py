@@ -1,4 +1,4 @@
-"""A worker's side of the conversation: one JSON line in, one out. Standard library alone: any environment runs it.
+"""The worker's side of `bench`'s messages, one JSON line in, one out, with the standard library alone.
 
     {"do": "generate", ...}  ->  {"seconds": 0.8, ...}  or  {"error": "..."}
 """

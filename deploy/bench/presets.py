@@ -1,4 +1,4 @@
-"""Quality presets: which settings of the sampling loop are worth their time, from what was measured of one bundle here.
+"""Chooses quality presets: settings of the sampling loop that are worth their time, as measured of one bundle here.
 
 Measuring is `deploy.bench.tradeoffs`; this reads what it left, needs the base dependencies only and runs no network.
 """
@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from deploy.core.pass_cache import default_root
 from runtimes.bundle.folder import replacing
 from runtimes.errors import InputError, UnavailableError
+from runtimes.system.cache_root import cache_home
 
 QUALITIES = ("draft", "balanced", "high")
 DRAFT_POINTS = 2.0  # of retrieval that a draft may lose
@@ -113,22 +113,22 @@ def summary(measured: Sequence[Measured]) -> dict[str, Any]:
             "presets": {quality: asdict(preset(quality, measured)) for quality in QUALITIES}}
 
 
-def save(digest: str, measured: Sequence[Measured], root: Path | None = None) -> Path:
+def save(digest: str, measured: Sequence[Measured]) -> Path:
     """Keep what was measured of a bundle on this machine; the bundle itself stays as it was built."""
-    file = _file(digest, root)
+    file = _file(digest)
     with replacing(file) as partial:
         partial.write_text(json.dumps([asdict(m) for m in measured], indent=2) + "\n", encoding="utf-8")
     return file
 
 
-def load(digest: str, root: Path | None = None) -> list[Measured]:
+def load(digest: str) -> list[Measured]:
     """What was measured of a bundle on this machine.
 
     Raises:
         UnavailableError: nothing was, or the file is damaged.
     """
     try:
-        entries = json.loads(_file(digest, root).read_text(encoding="utf-8"))
+        entries = json.loads(_file(digest).read_text(encoding="utf-8"))
         found = []
         for entry in entries:
             setting = entry.pop("setting")
@@ -142,5 +142,5 @@ def load(digest: str, root: Path | None = None) -> list[Measured]:
     return found
 
 
-def _file(digest: str, root: Path | None) -> Path:
-    return (root or default_root()) / "tradeoffs" / f"{digest}.json"
+def _file(digest: str) -> Path:
+    return cache_home() / "tradeoffs" / f"{digest}.json"

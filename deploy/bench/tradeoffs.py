@@ -1,10 +1,10 @@
-"""`tradeoffs`: time and accuracy of the sampling loop's settings, measured on one bundle for its presets."""
+"""Runs `tradeoffs`: measures time and accuracy of the sampling loop's settings on one bundle, for its presets."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,9 @@ from deploy.bench.presets import Measured, Setting
 from deploy.parity.options import gallery_for, options_for
 from runtimes.bundle.folder import Bundle
 from runtimes.pipeline.diffusion import Pipeline
-from runtimes.pipeline.guidance import SHALLOW
 from runtimes.pipeline.loading import load
+from runtimes.system.device import CPU, Device
+from runtimes.system.progress import listener
 
 LONG_STEPS = 50
 TIMED_ROUNDS = 5
@@ -27,7 +28,7 @@ def candidates(bundle: Bundle) -> list[Setting]:
 
     Under limited guidance fewer steps are enough: what breaks first in a short run is what guidance overshoots.
     """
-    caches = (1, 2, 3) if SHALLOW in bundle.manifest.components else (1,)
+    caches = (1, 2, 3) if bundle.manifest.pipeline.denoiser.shallow else (1,)
     settings = [Setting(25, cache_interval=n) for n in caches]
     settings += [Setting(25, guidance_interval=LIMITED, cache_interval=caches[-1])]
     settings += [Setting(steps, "dpm++", cache_interval=n) for steps in (20, 12, 8) for n in caches[:2]]
@@ -36,8 +37,7 @@ def candidates(bundle: Bundle) -> list[Setting]:
 
 
 def measure(
-    bundle: Bundle, *, images: int = 100, device: str = "cpu", threads: int = 0,
-    progress: Callable[[str], None] = lambda text: None,
+    bundle: Bundle, *, images: int = 100, device: Device = CPU, threads: int = 0,
 ) -> list[Measured]:
     """Generate the same prompts from the same noise with every setting, then time one image in interleaved rounds.
 
@@ -45,28 +45,27 @@ def measure(
         bundle: any bundle.
         images: how many are generated with each setting, of subjects spread over the gallery where there is one.
         device, threads: as for `runtimes.load`.
-        progress: told what is generated.
     """
     pipeline = load(bundle, device=device, threads=threads)
     settings = candidates(bundle)
     gallery = gallery_for(bundle.manifest.source.id)
     known = options_for(bundle.manifest.source.id, ()).prompts if gallery is None else gallery.names
     prompts = [known[round(i * len(known) / images) % len(known)] for i in range(images)]
-    reference = _generate(pipeline, prompts, Setting(LONG_STEPS), progress)
+    reference = _generate(pipeline, prompts, Setting(LONG_STEPS))
     accuracy = []
     for setting in settings:
-        generated = _generate(pipeline, prompts, setting, progress)
+        generated = _generate(pipeline, prompts, setting)
         psnr = float(np.mean([_psnr(a, b) for a, b in zip(reference, generated, strict=True)]))
         accuracy.append((psnr, None if gallery is None else gallery.score(generated, prompts)))
-    progress("timing")
+    listener().working("timing")
     milliseconds = _timed(pipeline, prompts[0], settings)
     return [Measured(s, ms, psnr, found)
             for s, ms, (psnr, found) in zip(settings, milliseconds, accuracy, strict=True)]
 
 
-def _generate(pipeline: Pipeline, prompts: Sequence[str], setting: Setting, progress: Callable[[str], None]) -> Float32:
+def _generate(pipeline: Pipeline, prompts: Sequence[str], setting: Setting) -> Float32:
     """(N, H, W, 3) float32 in 0..1, image i from seed i."""
-    progress(f"generating with {setting}")
+    listener().working(f"generating with {setting}")
     parts = [pipeline(prompts[i : i + 8], seed=i, output="numpy", **setting.options())
              for i in range(0, len(prompts), 8)]
     return np.concatenate(parts)

@@ -1,4 +1,4 @@
-"""The caller's side of the conversation with a worker process (`protocol`): start it, ask it, let it end."""
+"""The caller's side of `bench`'s messages: starts a worker process, asks it, lets it end. See `messages`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import deploy
-from deploy.core.pass_cache import default_root
 from runtimes.errors import UnavailableError
+from runtimes.system.cache_root import cache_home
 
 
 class WorkerError(UnavailableError):
-    """A worker died, hung, or said no."""
+    """A worker died, hung, or answered with an error."""
 
 
 class Worker:
@@ -32,7 +32,7 @@ class Worker:
         self.name = name
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8")
         env = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1",
-               "TORCHINDUCTOR_CACHE_DIR": str(default_root() / "inductor"), "TOKENIZERS_PARALLELISM": "false"}
+               "TORCHINDUCTOR_CACHE_DIR": str(cache_home() / "inductor"), "TOKENIZERS_PARALLELISM": "false"}
         began = time.perf_counter()
         # From the folder that holds this package, so that a checkout measures itself.
         self._process = subprocess.Popen(command, cwd=Path(deploy.__file__).parents[1], env=env, text=True, bufsize=1,

@@ -1,4 +1,4 @@
-"""A build or a bundle against diffusers' own pipeline: what is compared when, in which process, and what is remembered.
+"""Compares a build or a bundle with diffusers' own pipeline: decides when, in which process, and caches the result.
 
 `deploy.parity.upstream` does the comparing. Weights and feeds are compared in every build that compares anything, of
 any size; images where the model is small enough for the effort that was chosen.
@@ -130,8 +130,8 @@ def compare_request(request: Mapping[str, Any]) -> dict[str, Any]:
 
 def image_requests(effort: Effort, source: Bundle) -> tuple[Asked, ...]:
     """What the level *images* generates: text to image alone at a quick effort, every mode at a full one."""
-    options, facts = effort.options, source.manifest.pipeline
-    size = options.height or facts.height, options.width or facts.width
+    options, codec = effort.options, source.manifest.pipeline.codec
+    size = options.height or codec.height, options.width or codec.width
     prompts = options.prompts[:2]
     text = Asked("text", TEXT, prompts, steps=min(options.steps, IMAGE_STEPS), size=size)
     if effort.level != "full":

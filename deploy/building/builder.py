@@ -1,4 +1,4 @@
-"""`build`: lay out the passes, run or reuse each component, gate the result, commit one folder."""
+"""Runs a build: lays out the passes, runs or reuses each component, gates the result, commits one folder."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from deploy.building.batch_invariance import measure_batches
 from deploy.building.gate import Gate
 from deploy.core.isolation import is_large, run_isolated
 from deploy.core.observers import measured
-from deploy.core.pass_cache import Cache, assemble, default_root, key_of, rooted, versions_of
+from deploy.core.pass_cache import Cache, assemble, key_of, versions_of
 from deploy.core.plan import Pass, PlannedPass, Step, Unavailable, load_passes, plan_all, structure
-from deploy.core.progress import Listener, Silent, listening
 from deploy.core.spec import LOCAL_FILES, BuildSpec
 from deploy.model.source_bundle import open_origin
 from deploy.passes import PASSES
@@ -31,7 +31,9 @@ from runtimes.bundle.folder import (
 )
 from runtimes.bundle.manifest import Component, Manifest, digest_of, to_json
 from runtimes.errors import BundleError, DeployError, ParityError
+from runtimes.system.cache_root import cache_home, rooted
 from runtimes.system.cache_store import WORK, asked_limit_bytes, keep_within_limit, scratch
+from runtimes.system.progress import listener
 
 
 @dataclass(frozen=True)
@@ -47,12 +49,11 @@ def default_output(spec: BuildSpec, origin: Bundle) -> Path:
     return Path("build") / f"{Path(origin.manifest.source.id).name}-{spec.target}-{spec.precision}"
 
 
-def build_decided(spec: BuildSpec, output: Path | None = None, *, progress: Listener | None = None,
-                  cache_root: Path | None = None, found: Mapping[str, Any] | None = None) -> Outcome:
+def build_decided(spec: BuildSpec, output: Path | None = None, *, found: Mapping[str, Any] | None = None) -> Outcome:
     """Build a bundle of a spec that leaves nothing to choose; `deploy.building.choose.run_build` makes it one.
 
     Args:
-        spec, output, progress, cache_root: as of `run_build`.
+        spec, output: as of `run_build`.
         found: what choosing the spec measured, for the manifest's `measured`.
 
     Raises:
@@ -60,8 +61,7 @@ def build_decided(spec: BuildSpec, output: Path | None = None, *, progress: List
         ParityError: a pass broke the accuracy budget; the message names pass, component and shape.
         UnavailableError: this machine lacks something.
     """
-    listener = progress or Silent()
-    listener.working("reading the model")
+    listener().working("reading the model")
     origin = open_origin(spec)
     target = output or default_output(spec, origin)
     check_output(target)
@@ -72,15 +72,19 @@ def build_decided(spec: BuildSpec, output: Path | None = None, *, progress: List
     key = build_key(spec, origin, planned)
     if (done := find_finished(target, key)) is not None:
         return Outcome(done, up_to_date=True)
-    cache = Cache(cache_root or default_root())
-    with translated_disk_errors(cache.root), rooted(cache.root), listening(listener):
+    cache = Cache(cache_home())
+    with translated_disk_errors(cache.root), rooted(cache.root):
         cache.drop_leftovers()
         with workspace(cache.root) as work:
-            result, gate = run_passes(spec, origin, planned, cache, work, listener)
-            parity = gate.check_pipeline(listener)
+            result, gate = run_passes(spec, origin, planned, cache, work)
+            parity = gate.check_pipeline()
             manifest = replace(result.manifest, parity=parity, tools=tool_versions([p.instance for p in planned]),
                                measured={**result.manifest.measured, **(found or {})})
-            bundle = _commit(spec, replace(result, manifest=manifest), gate, key, target, listener)
+            if spec.verify != "no":
+                listener().working("comparing rows alone and in company")
+                rows = measure_batches(replace(result, manifest=manifest), cache)
+                manifest = replace(manifest, measured={**manifest.measured, "batch": rows})
+            bundle = _commit(spec, replace(result, manifest=manifest), gate, key, target)
     return Outcome(bundle, up_to_date=False)
 
 
@@ -122,7 +126,7 @@ def workspace(root: Path) -> Iterator[Path]:
 
 
 def run_passes(spec: BuildSpec, origin: Bundle, planned: list[PlannedPass], cache: Cache, work: Path,
-               listener: Listener) -> tuple[Bundle, Gate]:
+               ) -> tuple[Bundle, Gate]:
     """Run what was planned, each pass gated; gives the last bundle, which lies in `work`.
 
     Raises:
@@ -138,7 +142,7 @@ def run_passes(spec: BuildSpec, origin: Bundle, planned: list[PlannedPass], cach
             continue
         before = bundle
         folder = work / f"{number:02d}-{step.pass_name}"
-        bundle, cost = _run_pass(entry.instance, step, before, folder, cache, listener)
+        bundle, cost = _run_pass(entry.instance, step, before, folder, cache)
         costs.append(cost)
         measurements = {**origin.manifest.measured, "passes": list(costs)}
         bundle = replace(bundle, manifest=replace(bundle.manifest, measured=measurements))
@@ -147,7 +151,7 @@ def run_passes(spec: BuildSpec, origin: Bundle, planned: list[PlannedPass], cach
             if gate.may_wait and _is_rewritten(done, planned[number + 1 :]):
                 waiting.append(done)
             else:
-                bundle = _compare(gate, done, waiting, listener)
+                bundle = _compare(gate, done, waiting)
                 waiting = []
                 cost["relative_l2"] = {name: parity["relative_l2"] for name in step.reads
                                        if (parity := bundle.component(name).parity) is not None}
@@ -156,8 +160,8 @@ def run_passes(spec: BuildSpec, origin: Bundle, planned: list[PlannedPass], cach
         elif entry.instance.defines_source:
             gate.start(bundle)
             if number == of_source[-1]:
-                gate.check_source(step.pass_name, listener)
-        listener.finished(f"{step.pass_name}: {step.summary} ({cost['seconds']:.1f} s"
+                gate.check_source(step.pass_name)
+        listener().finished(f"{step.pass_name}: {step.summary} ({cost['seconds']:.1f} s"
                           f"{', from the cache' if cost['reused'] == len(step.reads) else ''})")
     return bundle, gate
 
@@ -182,18 +186,18 @@ def _is_rewritten(done: _Done, later: list[PlannedPass]) -> bool:
         step.after.components[name].format == done.after.component(name).format for name in done.step.reads)
 
 
-def _compare(gate: Gate, done: _Done, waiting: list[_Done], listener: Listener) -> Bundle:
+def _compare(gate: Gate, done: _Done, waiting: list[_Done]) -> Bundle:
     """The result of a pass with its figures; a broken budget is blamed on the first of the passes that breaks it.
 
     Raises:
         ParityError: naming the pass.
     """
     try:
-        return gate.after_pass(done.step.pass_name, done.step.reads, done.after, listener,
+        return gate.after_pass(done.step.pass_name, done.step.reads, done.after,
                                changes_network=done.instance.changes_network)
     except ParityError as error:
         for earlier in waiting:
-            _compare(gate, earlier, [], listener)
+            _compare(gate, earlier, [])
         _add_explanation(error, done.instance, done.step, done.before, done.after)
         raise
 
@@ -205,7 +209,7 @@ def _add_explanation(error: ParityError, instance: Pass, step: Step, before: Bun
         error.what = f"{error.what}; {why}"
 
 
-def load_source(origin: Bundle, spec: BuildSpec, cache: Cache, work: Path, listener: Listener) -> Bundle:
+def load_source(origin: Bundle, spec: BuildSpec, cache: Cache, work: Path) -> Bundle:
     """The source model as the bundle that parity is measured against: loaded, with its adapters.
 
     Raises:
@@ -216,19 +220,19 @@ def load_source(origin: Bundle, spec: BuildSpec, cache: Cache, work: Path, liste
     for entry in plan_all(passes, origin.manifest, spec):
         if isinstance(entry.planned, Step):
             folder = work / f"source-{entry.planned.pass_name}"
-            bundle = _run_pass(entry.instance, entry.planned, bundle, folder, cache, listener)[0]
+            bundle = _run_pass(entry.instance, entry.planned, bundle, folder, cache)[0]
     return bundle
 
 
 def _run_pass(instance: Pass, step: Step, before: Bundle, folder: Path, cache: Cache,
-              listener: Listener) -> tuple[Bundle, dict[str, Any]]:
+              ) -> tuple[Bundle, dict[str, Any]]:
     """Run or reuse each component of one pass and lay the resulting bundle out as links."""
     folder.mkdir()
     seconds, peak, reused = 0.0, 0, 0
     parts: dict[str, tuple[Component, Path]] = {}
     costs: dict[str, dict[str, Any]] = {}
     for name in step.reads:
-        listener.working(f"{step.pass_name}: {name}")
+        listener().working(f"{step.pass_name}: {name}")
         key = key_of(instance, step, name, before)
         with measured() as spent:
             found = cache.find(key)
@@ -299,11 +303,11 @@ def _check_prediction(step: Step, manifest: Manifest) -> None:
                               where=f"pass {step.pass_name}, {name}", fix="this is a bug of ldm-deploy: report it")
 
 
-def _commit(spec: BuildSpec, result: Bundle, gate: Gate, key: str, target: Path, listener: Listener) -> Bundle:
+def _commit(spec: BuildSpec, result: Bundle, gate: Gate, key: str, target: Path) -> Bundle:
     """Write the final folder: links to the components, tokenizers, scheduler, report, manifest."""
     from deploy.report.page import write_report
 
-    listener.working("writing the bundle")
+    listener().working("writing the bundle")
     manifest = result.manifest
     measurements = {
         **manifest.measured,

@@ -1,22 +1,23 @@
-"""`--prune 0.5,0.3,0.15`: the largest of several shares of channels whose build keeps the accuracy budget."""
+"""Chooses among `--prune 0.5,0.3,0.15`: the largest share of channels whose build stays within the accuracy budget."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deploy.building.builder import build_decided, workspace
 from deploy.core.call_times import seconds_in_turns, usual_feeds
-from deploy.core.pass_cache import Cache, default_root, versions_of
-from deploy.core.progress import Listener
+from deploy.core.pass_cache import Cache, versions_of
 from deploy.model.source_bundle import open_origin
-from deploy.passes.prune import NAME as DENOISER
-from runtimes.backends.session import Session, SessionOptions, open_session
+from runtimes.backends.session import Session, SessionOptions
 from runtimes.bundle.folder import Bundle
+from runtimes.bundle.manifest import Component
 from runtimes.errors import ParityError, UnavailableError
+from runtimes.pipeline.bundle_sessions import open_session
+from runtimes.system.cache_root import cache_home
+from runtimes.system.progress import Silent, listener, listening
 
 if TYPE_CHECKING:
     from deploy.core.spec import BuildSpec
@@ -54,7 +55,7 @@ class Candidate:
         return f"{self.prune:.0%}: {', '.join(figures)}"
 
 
-def decide(spec: BuildSpec, cache_root: Path | None, listener: Listener) -> tuple[BuildSpec, list[Candidate]]:
+def decide(spec: BuildSpec) -> tuple[BuildSpec, list[Candidate]]:
     """The spec with one share of channels; one without candidates is left alone.
 
     From the largest down each is built and compared like any build, with the recovery that the spec asks for; the first
@@ -69,12 +70,12 @@ def decide(spec: BuildSpec, cache_root: Path | None, listener: Listener) -> tupl
     """
     if not spec.prune_candidates:
         return spec, []
-    cache = Cache(cache_root or default_root())
+    cache = Cache(cache_home())
     key = {"kind": "prune candidates", "source": open_origin(spec).manifest.digest, "spec": spec.resolved(),
            "libraries": versions_of(("onnxruntime", "openvino", "torch", "torch-pruning", "diffusers"))}
     known = cache.find_fact(key)
     if known is None:
-        tried = _tried(spec, cache_root, listener)
+        tried = _tried(spec)
         cache.store_fact(key, {"tried": [asdict(candidate) for candidate in tried]})
     else:
         tried = [Candidate(**entry) for entry in known["tried"]]
@@ -82,7 +83,7 @@ def decide(spec: BuildSpec, cache_root: Path | None, listener: Listener) -> tupl
         best = max(tried, key=lambda c: (c.retrieval or 0, c.psnr_db or 0))
         raise ParityError(f"no share of channels keeps the budget; the best found is {best}; of it {best.broken}",
                           where="--prune", fix="loosen the budget, or recover for more steps")
-    listener.finished(f"prune: {tried[-1]} is the most that keeps the budget")
+    listener().finished(f"prune: {tried[-1]} is the most that keeps the budget")
     return spec_of(spec, tried[-1].prune), tried
 
 
@@ -92,23 +93,24 @@ def spec_of(spec: BuildSpec, share: float) -> BuildSpec:
     return chosen if chosen.prunes else chosen.model_copy(update={"recover": 0, "recover_prompts": ()})
 
 
-def _tried(spec: BuildSpec, cache_root: Path | None, listener: Listener) -> list[Candidate]:
+def _tried(spec: BuildSpec) -> list[Candidate]:
     built: dict[float, Bundle] = {}
     broken: dict[float, str] = {}
     figures: dict[float, Mapping[str, Any] | None] = {}
-    with workspace(cache_root or default_root()) as folder:
+    with workspace(cache_home()) as folder:
         for share in (*sorted(spec.prune_candidates, reverse=True), 0.0):
             candidate, place = spec_of(spec, share), folder / f"prune-{share}"
-            listener.working(f"prune: trying {share:.0%}")
+            listener().working(f"prune: trying {share:.0%}")
             try:
-                built[share] = build_decided(candidate, place, progress=listener, cache_root=cache_root).bundle
+                built[share] = build_decided(candidate, place).bundle
                 broken[share], figures[share] = "", built[share].manifest.parity
             except ParityError as error:
                 broken[share], figures[share] = error.what, error.figures
                 # All of it comes from the cache: this asks how large and fast what was refused is.
                 unproven = candidate.model_copy(update={"verify": "no"})
-                built[share] = build_decided(unproven, place, cache_root=cache_root).bundle
-                listener.finished(f"prune: {share:.0%} does not keep the budget: {error.what}")
+                with listening(Silent()):
+                    built[share] = build_decided(unproven, place).bundle
+                listener().finished(f"prune: {share:.0%} does not keep the budget: {error.what}")
             if not broken[share]:
                 break
         seconds = _seconds(built)
@@ -116,21 +118,25 @@ def _tried(spec: BuildSpec, cache_root: Path | None, listener: Listener) -> list
 
 
 def _seconds(built: Mapping[float, Bundle]) -> dict[float, float]:
-    """Median seconds of one call of each U-Net, in turns; nothing of engines, whose GPU is elsewhere."""
+    """Median seconds of one call of each denoiser, in turns; nothing of engines, whose GPU is elsewhere."""
     sessions: dict[str, Session] = {}
     try:
         for share, bundle in built.items():
-            sessions[str(share)] = open_session(bundle, DENOISER, SessionOptions())
+            sessions[str(share)] = open_session(bundle, bundle.manifest.pipeline.denoiser.component, SessionOptions())
     except UnavailableError:
         return {}
-    feeds = usual_feeds(next(iter(built.values())).component(DENOISER))
+    feeds = usual_feeds(_denoiser(next(iter(built.values()))))
     return {float(name): statistics.median(found)
             for name, found in seconds_in_turns(sessions, feeds, TIMED_CALLS).items()}
 
 
+def _denoiser(bundle: Bundle) -> Component:
+    return bundle.component(bundle.manifest.pipeline.denoiser.component)
+
+
 def _candidate(share: float, bundle: Bundle, seconds: float | None, figures: Mapping[str, Any] | None,
                broken: str) -> Candidate:
-    unet, images, found = bundle.component(DENOISER), (figures or {}).get("images") or {}, figures or {}
+    network, images, found = _denoiser(bundle), (figures or {}).get("images") or {}, figures or {}
     drift: Sequence[float | None] = (found.get("trajectory") or {}).get("relative_l2") or [None]
-    return Candidate(share, unet.bytes, unet.details["macs"], seconds, drift[-1], images.get("psnr_db"),
+    return Candidate(share, network.bytes, network.graph.macs or 0, seconds, drift[-1], images.get("psnr_db"),
                      images.get("ssim"), (found.get("retrieval") or {}).get("bundle"), broken)

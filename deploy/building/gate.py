@@ -1,4 +1,4 @@
-"""The parity gate around passes: what is compared when, with which prompts. `deploy.parity` does the comparing."""
+"""The parity gate around passes: decides what is compared when, with which prompts; `deploy.parity` compares."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from deploy.core.budgets import PRUNED, budget_for
 from deploy.core.isolation import ABOVE_BYTES, call_isolated, from_request, to_request
 from deploy.core.observers import measured
 from deploy.core.pass_cache import Cache, versions_of
-from deploy.core.progress import Listener
 from deploy.core.spec import BuildSpec
 from deploy.parity.components import ComponentReport, Figures, check_components
 from deploy.parity.effort import Effort, choose
@@ -25,10 +24,12 @@ from deploy.parity.upstream.levels import Level, merged
 from deploy.parity.upstream.levels import enforce as enforce_levels
 from deploy.parity.verdict import Verification, component_json, enforce
 from deploy.report.page import Image
+from runtimes.bundle.details import EngineDetails
 from runtimes.bundle.folder import Bundle
-from runtimes.bundle.manifest import digest_of, from_json, to_json
+from runtimes.bundle.manifest import Component, digest_of, from_json, to_json
 from runtimes.errors import ParityError
 from runtimes.system.compute_identity import runtime_identity
+from runtimes.system.progress import listener
 
 
 class Gate:
@@ -67,19 +68,18 @@ class Gate:
                               source.manifest.components, source.manifest.pipeline)
         self._diffusers = AgainstDiffusers(upstream_of(self._spec), source, self._cache)
 
-    def check_source(self, pass_name: str, listener: Listener) -> None:
+    def check_source(self, pass_name: str) -> None:
         """Compare the finished source with what diffusers makes of the same files, before anything is made from it.
 
         Args:
             pass_name: the last pass that changed the source.
-            listener: told what happens.
 
         Raises:
             ParityError: naming the level, what differs, both values and the likely cause.
         """
         if self._diffusers is None:
             return
-        listener.working("comparing weights and feeds with diffusers")
+        listener().working("comparing weights and feeds with diffusers")
         with self._timed():
             self._levels = self._diffusers.source_levels()
         self.peak_rss_bytes = max(self.peak_rss_bytes, self._diffusers.peak_rss_bytes)
@@ -97,7 +97,7 @@ class Gate:
         self._network = Reference(bundle, cache=self._cache.root)
         self._figures = {}
 
-    def after_pass(self, pass_name: str, written: Iterable[str], bundle: Bundle, listener: Listener, *,
+    def after_pass(self, pass_name: str, written: Iterable[str], bundle: Bundle, *,
                    changes_network: bool = False) -> Bundle:
         """Compare the components that a pass wrote; gives the bundle back with their figures in its manifest.
 
@@ -105,7 +105,6 @@ class Gate:
             pass_name: in messages.
             written: names of the components.
             bundle: what the pass left.
-            listener: told what happens.
             changes_network: whether the pass meant to leave another network.
 
         Raises:
@@ -118,7 +117,7 @@ class Gate:
         budget = self._budget_of_change if changes_network else self._budget
         with self._timed():
             for name in written:
-                listener.working(f"{pass_name}: comparing {name} with PyTorch")
+                listener().working(f"{pass_name}: comparing {name} with PyTorch")
                 report = self._check(self._network, bundle, name)
                 enforce(report, budget, pass_name)
                 self._unverified.update(report.unverified)
@@ -128,15 +127,14 @@ class Gate:
                 if name in self._figures:
                     parity = component_json(self._figures[name], budget)
                     components[name] = replace(components[name], parity=parity)
-                if name in report.figures and components[name].details.get("executed") is False:
-                    details = {k: v for k, v in components[name].details.items() if k != "not_executed"}
-                    components[name] = replace(components[name], details={**details, "executed": True})
+                if name in report.figures:
+                    components[name] = _executed(components[name])
         bundle = replace(bundle, manifest=replace(bundle.manifest, components=components))
         if not self._unverified:
             self._executed = bundle
         return bundle
 
-    def check_pipeline(self, listener: Listener) -> Mapping[str, Any] | None:
+    def check_pipeline(self) -> Mapping[str, Any] | None:
         """Compare whole images of the last bundle that runs here; the result is the manifest's parity.
 
         Raises:
@@ -149,11 +147,11 @@ class Gate:
         with self._timed(), provable(self._executed, self._executed.manifest.components,
                                      self._cache.root / "work") as bundle:
             if self._effort.level != "components":
-                listener.working("comparing images with PyTorch's")
+                listener().working("comparing images with PyTorch's")
                 report = check_pipeline(self._reference, bundle, self._budget, self._effort.options,
                                         components=components, gallery=gallery_for(self._source_id))
                 self._enforce(Verification(components, report, self._budget, self._effort, self._levels))
-            listener.working("comparing images with diffusers'")
+            listener().working("comparing images with diffusers'")
             if (feeds := self._diffusers.feeds_of(bundle)) is not None:
                 self._levels = merged(self._levels, "feeds", feeds)
             images = self._diffusers.images(bundle, self._effort, self._budget.image_psnr_db)
@@ -219,3 +217,10 @@ def compare_request(request: Mapping[str, Any]) -> Any:
     options: ParityOptions = from_json(ParityOptions, request["options"], "options")
     reference = Reference(from_request(request["source"]), cache=Path(request["cache"]))
     return to_json(check_components(reference, from_request(request["candidate"]), options, [request["name"]]))
+
+
+def _executed(component: Component) -> Component:
+    """The component, which has been run: of an engine that was built ahead of time that is news."""
+    if not isinstance(component.details, EngineDetails) or component.details.executed:
+        return component
+    return replace(component, details=replace(component.details, executed=True, not_executed=""))

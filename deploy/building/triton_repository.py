@@ -1,4 +1,4 @@
-"""A bundle as a model repository for NVIDIA Triton Inference Server: a model per component, and the pipeline over them.
+"""Writes a bundle as a model repository for NVIDIA Triton Inference Server: a model per component, and the pipeline.
 
 The components run in Triton's own backends, with its batching and its instances; the pipeline is a model of the Python
 backend that calls them and needs numpy, Pillow, tokenizers and our `runtimes`, not torch.
@@ -6,6 +6,7 @@ backend that calls them and needs numpy, Pillow, tokenizers and our `runtimes`, 
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import shutil
@@ -14,11 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from runtimes.bundle.details import EngineDetails
 from runtimes.bundle.folder import Bundle, committed, link_or_copy
 from runtimes.bundle.manifest import MANIFEST_FILE, Component, dumps
+from runtimes.bundle.roles import Role
 from runtimes.bundle.tensors import TensorSpec
 from runtimes.errors import InputError, UnavailableError
-from runtimes.pipeline.guidance import SHALLOW
+from runtimes.pipeline.request import Request
 
 PIPELINE_TEMPLATE = Path(__file__).parents[1] / "templates" / "triton" / "model.py"
 MAP_FILE = "triton.json"  # component -> name of its model, read by the pipeline
@@ -68,7 +71,8 @@ def export_triton(bundle: Bundle, out: Path, options: TritonOptions | None = Non
     if options.instances < 1 or options.queue_microseconds < 0:
         raise InputError("instances must be at least 1 and the delay at least 0", where="export-triton")
     # The repository's pipeline computes every step whole.
-    components = {n: c for n, c in bundle.manifest.components.items() if n != SHALLOW}
+    role = bundle.manifest.pipeline.role
+    components = {n: c for n, c in bundle.manifest.components.items() if role(n) is not Role.SHALLOW}
     for name, component in components.items():
         check_servable(name, component)
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / MARKER).is_file())):
@@ -97,10 +101,10 @@ def check_servable(name: str, component: Component) -> None:
     if component.format not in BACKENDS:
         raise InputError(f"Triton has no backend for the format {component.format!r}", where=name,
                          fix=f"build for one of {', '.join(BACKENDS)}")
-    if component.format == "tensorrt" and component.details.get("builder") != "tensorrt":
+    if component.format == "tensorrt" and component.details_as(EngineDetails).builder != "tensorrt":
         raise InputError("Triton's TensorRT backend does not load engines of TensorRT for RTX", where=name,
                          fix="build for --target onnxruntime, or for --target tensorrt on the server's GPU")
-    if "lora" in component.details:
+    if component.details.lora:
         raise InputError("its LoRA is an input, which nothing there feeds", where=name,
                          fix="build with --lora-mode merge")
     for spec in (*component.inputs, *component.outputs):
@@ -135,16 +139,21 @@ def _tensor(kind: str, spec: TensorSpec) -> str:
     return f'{kind} [ {{ name: "{spec.name}" data_type: {DATA_TYPES[spec.dtype]} {shape} }} ]'
 
 
-_OPTIONAL = (("negative_prompt", "TYPE_STRING"), ("steps", "TYPE_INT32"), ("guidance_scale", "TYPE_FP32"),
-             ("seed", "TYPE_INT64"), ("height", "TYPE_INT32"), ("width", "TYPE_INT32"), ("scheduler", "TYPE_STRING"))
+def request_inputs() -> dict[str, str]:
+    """The pipeline's inputs, one for each field of a request that a tensor can hold: name -> line of config.pbtxt."""
+    inputs = {}
+    for declared in dataclasses.fields(Request):
+        if (tensor := declared.metadata["kind"].tensor) is not None:
+            dims = ", ".join(map(str, tensor[1]))
+            optional = "" if declared.name == "prompt" else " optional: true"
+            text = f'name: "{declared.name}" data_type: {tensor[0]} dims: [ {dims} ]{optional}'
+            inputs[declared.name] = f"input [ {{ {text} }} ]"
+    return inputs
 
 
 def pipeline_config(options: TritonOptions) -> str:
-    """config.pbtxt of the pipeline: prompts in, (images, height, width, 3) bytes out."""
-    lines = [f'name: "{options.pipeline}"', 'backend: "python"', "max_batch_size: 0",
-             'input [ { name: "prompt" data_type: TYPE_STRING dims: [ -1 ] } ]']
-    lines += [f'input [ {{ name: "{name}" data_type: {kind} dims: [ 1 ] optional: true }} ]'
-              for name, kind in _OPTIONAL]
+    """config.pbtxt of the pipeline: the fields of a request in, (images, height, width, 3) bytes out."""
+    lines = [f'name: "{options.pipeline}"', 'backend: "python"', "max_batch_size: 0", *request_inputs().values()]
     lines += ['output [ { name: "images" data_type: TYPE_UINT8 dims: [ -1, -1, -1, 3 ] } ]',
               # Requests wait for the networks, not for Python: more of them in flight fill the networks' batches.
               f"instance_group [ {{ count: {max(2, options.instances)} kind: KIND_CPU }} ]"]

@@ -1,4 +1,4 @@
-"""`verify`: prove a finished bundle again, on any machine that has the source model."""
+"""Runs `verify`: proves a finished bundle again, on any machine that has the source model."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from pathlib import Path
 from deploy.building.against_diffusers import AgainstDiffusers, upstream_of
 from deploy.building.builder import load_source, workspace
 from deploy.core.budgets import PRUNED, budget_for
-from deploy.core.pass_cache import Cache, default_root
-from deploy.core.progress import Silent
+from deploy.core.pass_cache import Cache
 from deploy.core.spec import LOCAL_FILES, REFERENCE, BuildSpec
 from deploy.model.hub import is_name
 from deploy.model.read_from import model_folder
@@ -22,12 +21,13 @@ from deploy.parity.verdict import Verification, verify
 from runtimes.bundle.folder import Bundle
 from runtimes.codec.safety_checker import SAFETY_CHECKER
 from runtimes.errors import InputError
-from runtimes.pipeline.guidance import SHALLOW
+from runtimes.system.cache_root import cache_home, rooted
+from runtimes.system.device import CPU, Device
 
 __all__ = ["Verification", "verify_bundle"]
 
 
-def verify_bundle(path: Path, against: str | None = None, *, device: str = "cpu", effort: str = "auto",
+def verify_bundle(path: Path, against: str | None = None, *, device: Device = CPU, effort: str = "auto",
                   cache_root: Path | None = None) -> Verification:
     """Compare a bundle with its source at component, trajectory and image level.
 
@@ -36,7 +36,7 @@ def verify_bundle(path: Path, against: str | None = None, *, device: str = "cpu"
         against: the source model; by default the one the bundle says it was built from.
         device: where the bundle runs.
         effort: how much is compared, of `deploy.parity.effort.LEVELS` all but "no".
-        cache_root: keeps the reference's answers; default `~/.cache/ldm-deploy`.
+        cache_root: keeps the reference's answers; default `runtimes.system.cache_root.cache_home()`.
 
     Raises:
         BundleError: the bundle is broken.
@@ -53,14 +53,15 @@ def verify_bundle(path: Path, against: str | None = None, *, device: str = "cpu"
                      target=manifest.target, precision=manifest.precision,  # type: ignore[arg-type]
                      **{name: adapters[name] for name in LOCAL_FILES if name in adapters},
                      # What the bundle holds beyond the model's usual networks; the source must answer for it, too.
-                     step_cache=SHALLOW in manifest.components, safety_checker=SAFETY_CHECKER in manifest.components)
+                     step_cache=manifest.pipeline.denoiser.shallow is not None,
+                     safety_checker=SAFETY_CHECKER in manifest.components)
     origin = open_origin(spec)
     if against is None and origin.manifest.source.sha256 != manifest.source.sha256:
         raise InputError("the model has changed since the bundle was built", where=str(origin.path),
                          fix="give the model it was built from, or any other on purpose, with --against")
-    cache = Cache(cache_root or default_root())
-    with workspace(cache.root) as work:
-        source = load_source(origin, spec, cache, work, Silent())
+    cache = Cache(cache_root or cache_home())
+    with rooted(cache.root), workspace(cache.root) as work:
+        source = load_source(origin, spec, cache, work)
         reference = Reference(source, cache=cache.root)
         prompts = tuple(manifest.spec.get("prompts", ()))
         pruned = not {"prune", "prune-vae"}.isdisjoint(record.name for record in manifest.passes)

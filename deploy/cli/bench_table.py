@@ -1,4 +1,4 @@
-"""What `bench` found, as tables."""
+"""Prints what `bench` measured, as tables."""
 
 from __future__ import annotations
 

@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from deploy.cli import progress_display
+from deploy.core.layer_list import LAYERS_FILE
 from deploy.parity.upstream.levels import in_words
 from deploy.report.page import grouped
 from deploy.report.sections import pass_rows
+from runtimes.bundle.details import EngineDetails
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,7 +37,8 @@ if TYPE_CHECKING:
     from runtimes.bundle.folder import Bundle
     from runtimes.bundle.manifest import Component, Manifest
     from runtimes.errors import DeployError
-    from runtimes.pipeline.denoising import Step
+    from runtimes.pipeline.job import Step
+    from runtimes.system.progress import Listener
 
 out = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
@@ -55,34 +60,16 @@ def say(text: str) -> None:
     err.print(Text(text, "dim"))
 
 
+def shown_progress() -> AbstractContextManager[Listener]:
+    """Within the block, what library code reports is shown on standard error."""
+    return progress_display.shown_progress(err)
+
+
 def show_error(error: DeployError) -> None:
     """One line: what, where, and what to do."""
     place = f"{error.where}: " if error.where else ""
     err.print(Text.assemble(("error:", "bold red"), f" {place}{error.what}",
                             (f" — {error.fix}" if error.fix else "", "dim")))
-
-
-class BuildProgress:
-    """Passes and components as they run. Implements `deploy.core.progress.Listener`."""
-
-    def __enter__(self) -> BuildProgress:
-        self._bars = Progress(SpinnerColumn(), TextColumn("{task.description}", markup=False),
-                              BarColumn(20), TimeElapsedColumn(),
-                              console=err, transient=True, disable=not err.is_terminal)
-        self._bars.start()
-        self._task = self._bars.add_task("planning", total=None)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bars.stop()
-
-    def working(self, text: str) -> None:
-        """Say what is being done now."""
-        self._bars.update(self._task, description=text)
-
-    def finished(self, text: str) -> None:
-        """Say what is done."""
-        err.print(text)
 
 
 class StepProgress:
@@ -127,14 +114,15 @@ def show_plan(planned: Sequence[PlannedPass], spec: BuildSpec, output: Path | No
 def show_pruned(components: Mapping[str, Component], folder: Path) -> None:
     """What `prune` made of each network, where they lie."""
     for name, component in components.items():
-        pruning = component.details["pruning"]
-        before, channels = pruning["parameters_before"], pruning.get("channels")
+        pruning, found = component.details.pruning, component.details.recovery
+        assert pruning is not None
+        before, channels = pruning.parameters_before, pruning.channels
         out.print(f"{name}: {component.parameters / 1e6:.1f} of {before / 1e6:.1f} million weights")
         if channels:
-            widths = (" ".join(map(str, channels[key])) for key in ("before", "kept"))
+            widths = (" ".join(map(str, level)) for level in (channels.before, channels.remaining))
             out.print("channels per level: " + " -> ".join(widths))
-        if found := component.details.get("recovery"):
-            out.print(f"relative L2 of a call {found['relative_l2_before']:.3f} -> {found['relative_l2_after']:.3f}")
+        if found:
+            out.print(f"relative L2 of a call {found.relative_l2_before:.3f} -> {found.relative_l2_after:.3f}")
     out.print(f"written: {folder}")
 
 
@@ -155,13 +143,14 @@ def _sizes(manifest: Manifest) -> str:
     """The sides that a bundle makes, and the size of each usual aspect ratio."""
     from runtimes.backends.batching import Listed
     from runtimes.pipeline.aspect_ratios import BUCKETS, nearest_size, parse_aspect
-    from runtimes.pipeline.request import pixel_limits
+    from runtimes.pipeline.resolved import pixel_limits
 
-    facts, parts = manifest.pipeline, {name: Listed(name, c) for name, c in manifest.components.items()}
-    height, width = (pixel_limits(facts, parts, name) for name in ("height", "width"))
+    roles, parts = manifest.pipeline, {name: Listed(name, c) for name, c in manifest.components.items()}
+    height, width = (pixel_limits(roles, parts, name) for name in ("height", "width"))
     sides = " and ".join(f"{name} {span.min} to {span.max} in steps of {multiple}"
                          for name, (span, multiple) in (("height", height), ("width", width)))
-    found = {name: nearest_size(parse_aspect(name), facts.height * facts.width, height, width) for name in BUCKETS}
+    pixels = roles.codec.height * roles.codec.width
+    found = {name: nearest_size(parse_aspect(name), pixels, height, width) for name in BUCKETS}
     return f"pixels: {sides}; --aspect {', '.join(f'{name} {w}x{h}' for name, (h, w) in found.items())}"
 
 
@@ -178,10 +167,10 @@ def show_bundle(bundle: Bundle) -> None:
         table.add_row(name, c.format, c.precision, f"{c.parameters / 1e6:.2f} M", megabytes(c.bytes), parity)
     out.print(table)
     for name, c in sorted(manifest.components.items()):
-        if "not_fp16" in c.details:
-            out.print(f"  {name} stays in {c.precision}: in float16, {c.details['not_fp16']}")
+        if c.graph.not_fp16:
+            out.print(f"  {name} stays in {c.precision}: in float16, {c.graph.not_fp16}")
     _show_engines(manifest)
-    if {"unet", "vae_decoder"} <= manifest.components.keys():
+    if {manifest.pipeline.denoiser.component, manifest.pipeline.codec.decoder.component} <= manifest.components.keys():
         out.print(_sizes(manifest))
     for name, c in sorted(manifest.components.items()):
         flow = f"{', '.join(_tensor(t) for t in c.inputs)} -> {', '.join(_tensor(t) for t in c.outputs)}"
@@ -221,17 +210,19 @@ def _show_candidates(tried: Sequence[Mapping[str, Any]]) -> None:
                       _figure(one["seconds"] and one["seconds"] * 1e3, ".1f"),
                       _figure(one["trajectory_relative_l2"], ".3f"), _figure(one["psnr_db"], ".1f"),
                       _figure(one["retrieval"], ".1%"),
-                      one["broken"] or ("kept" if one["psnr_db"] is not None else "not verified"))
+                      one["broken"] or ("met" if one["psnr_db"] is not None else "not verified"))
     out.print(table)
 
 
 def show_search(bundle: Bundle) -> None:
     """The Pareto front of `--precision auto`, and what its layers became."""
-    file = bundle.path / "components" / "unet" / "quantization.json"
+    denoiser = bundle.manifest.pipeline.denoiser.component
+    file = bundle.path / "components" / denoiser / LAYERS_FILE
     found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if "front" not in found:
         return
-    chosen = bundle.component("unet").details["quantization"]["chosen"]
+    summary = bundle.component(denoiser).graph.quantization
+    chosen = summary.chosen if summary else ""
     table = Table("trial", "U-Net", "time, x float32", "final latents L2", "worst PSNR", "SSIM", "retrieval", "budget",
                   title="Pareto front of the search")
     for trial in found["front"]:
@@ -239,7 +230,7 @@ def show_search(bundle: Bundle) -> None:
         table.add_row(name, megabytes(trial["bytes"]), _figure(trial.get("time_ratio"), ".2f"),
                       _figure(trial["trajectory_relative_l2"], ".3f"), _figure(trial["psnr_db"], ".1f"),
                       _figure(trial["ssim"], ".3f"), _figure(trial["retrieval"], ".1%"),
-                      "kept" if trial["holds"] else "broken")
+                      "met" if trial["holds"] else "broken")
     out.print(table)
     layers: dict[str, list[str]] = {}
     for node, precision in found["precision_map"].items():
@@ -254,19 +245,18 @@ def _show_engines(manifest: Manifest) -> None:
     """Builder and GPUs of the engines, once for all that share them, and that nothing here has executed them."""
     engines: dict[tuple[str, ...], list[str]] = {}
     for name, c in sorted(manifest.components.items()):
-        if c.format == "tensorrt":
-            d = c.details
-            where = ", ".join(d.get("compute_capabilities", ())) or d.get("gpu", "")
-            lines = [f"{d.get('builder', '')} {d.get('builder_version', '')} for {where}"]
-            lines += [f"without {gpu}: {why}" for gpu, why in d.get("refused_capabilities", {}).items()]
-            lines += [] if d.get("executed") else [f"engine not executed here: {d.get('not_executed', '')}"]
-            engines.setdefault(tuple(lines), []).append(name)
-        if (q := c.details.get("quantizers")) is not None:
-            placed = ", ".join(f"{count} of {op}" for op, count in q.get("inputs", {}).items())
-            broken = q.get("broken_attentions", ())
-            fused = Text(f"no fusion of {', '.join(broken)}", "red") if broken else "in none of them"
-            out.print(Text.assemble(f"  Q/DQ in {name}: inputs {placed}; {q.get('attentions', 0)} attention blocks, ",
-                                    fused))
+        if not isinstance(d := c.details, EngineDetails):
+            continue
+        where = ", ".join(d.compute_capabilities) or d.gpu
+        lines = [f"{d.builder} {d.builder_version} for {where}"]
+        lines += [f"without {gpu}: {why}" for gpu, why in d.refused_capabilities.items()]
+        lines += [] if d.executed else [f"engine not executed here: {d.not_executed}"]
+        engines.setdefault(tuple(lines), []).append(name)
+        if q := d.quantizers:
+            placed = ", ".join(f"{count} of {op}" for op, count in q.inputs.items())
+            fused = Text(f"no fusion of {', '.join(q.broken_attentions)}", "red") if q.broken_attentions else (
+                "in none of them")
+            out.print(Text.assemble(f"  Q/DQ in {name}: inputs {placed}; {q.attentions} attention blocks, ", fused))
     for (first, *more), names in engines.items():
         out.print(f"  engine {', '.join(names)}: {first}")
         for line in more:
@@ -382,7 +372,7 @@ def show_tradeoffs(measured: Sequence[Measured], file: Path) -> None:
                       str(m.setting.cache_interval), f"{m.milliseconds:.1f}", f"{slowest / m.milliseconds:.2f}",
                       f"{m.psnr_db:.1f}", _figure(m.retrieval, ".1%"), ", ".join(["*"] * (m in best) + chosen))
     out.print(table)
-    out.print(f"kept in {file} for generate --quality and --budget-ms")
+    out.print(f"saved in {file} for generate --quality and --budget-ms")
 
 
 def _figure(value: float | None, form: str) -> str:

@@ -7,24 +7,28 @@ from typing import Annotated
 
 import typer
 
+from deploy.cli.derived_options import described
+
 
 def convert(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help=".safetensors file with all networks")],
-    configs: Annotated[Path, typer.Option(help="diffusers folder of the same architecture; weights are not needed")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="folder to write, for `build`")],
+    configs: Annotated[Path, described("diffusers folder of the same architecture, its weights not read, required")],
+    output: Annotated[Path, described("folder to write, for `build`, required", "-o", "--output")],
 ) -> None:
     """Turn a single-file checkpoint (CompVis, A1111) into a diffusers folder. Nothing is downloaded."""
     from deploy.cli import console
     from exporters.source.single_file import convert_single_file
 
-    console.say(f"wrote {convert_single_file(checkpoint, configs, output, console.say)}")
+    with console.shown_progress():
+        written = convert_single_file(checkpoint, configs, output)
+    console.say(f"wrote {written}")
 
 
 def export_triton(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="folder that `build` wrote")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="folder of the model repository")],
-    instances: Annotated[int, typer.Option(min=1, help="copies of each model that serve at once")] = 1,
-    gpu: Annotated[bool, typer.Option("--gpu", help="place the models on GPUs")] = False,
+    output: Annotated[Path, described("folder of the model repository, required", "-o", "--output")],
+    instances: Annotated[int, described("copies of each model that serve at the same time", default=1, least=1)] = 1,
+    gpu: Annotated[bool, described("place the models on GPUs", "--gpu", default=False)] = False,
 ) -> None:
     """Write a model repository for the Triton Inference Server."""
     from deploy.building import triton_repository as repository

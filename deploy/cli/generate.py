@@ -1,188 +1,214 @@
-"""`generate`: from command-line values to image files. Needs the base dependencies only."""
+"""`generate`: from command-line values to image files. Needs the base dependencies only.
+
+What is asked of a pipeline is `runtimes.Request`, whose fields are options here; `Run` is for the command alone.
+"""
+# ruff: noqa: RUF009 - `option` is dataclasses.field with metadata
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deploy.bench import presets
 from deploy.bench.presets import Setting
 from deploy.cli import console
+from deploy.cli.derived_options import Option, from_dataclass
 from deploy.core.image_files import save_array, save_images, save_preview
 from runtimes.bundle.folder import check_file
 from runtimes.bundle.manifest import DEFAULT_STEPS
 from runtimes.codec.safety_checker import SAFETY_CHECKER
 from runtimes.errors import InputError
-from runtimes.pipeline.aspect_ratios import parse_aspect
+from runtimes.pipeline.noise import resolve_seeds
+from runtimes.pipeline.request import Request
 from runtimes.system.byte_sizes import parse_bytes
+from runtimes.system.device import Device
 from runtimes.system.process_memory import peak_rss_bytes
 
 if TYPE_CHECKING:
-    import numpy as np
     from PIL.Image import Image
 
     from runtimes.bundle.folder import Bundle
-    from runtimes.pipeline.denoising import Step
     from runtimes.pipeline.diffusion import Pipeline
+    from runtimes.pipeline.job import Step
 
 SAFETY = ("off", "report", "replace")
 
 
+def option(value: Any, help: str, /, **said: Any) -> Any:
+    """A field of `Run`; `said` are attributes of its `Option`."""
+    return field(default=value, metadata={"help": help, **said})
+
+
 @dataclass(frozen=True)
-class GenerateRequest:
-    """The options of `generate`, unchecked."""
+class Run:
+    """The options of `generate` that ask nothing of the pipeline.
 
-    bundle: Path
-    prompts: tuple[str, ...]
-    prompts_file: Path | None
-    negative: str | None
-    image: Path | None
-    mask: Path | None
-    strength: float | None
-    steps: int | None
-    quality: str
-    budget_ms: float | None
-    guidance_scale: float | None
-    guidance_rescale: float
-    guidance_interval: str
-    part: str
-    weighting: bool
-    long_prompts: bool
-    cache_interval: int | None
-    aspect: str
-    memory_budget: str
-    tile: int | None
-    seed: int
-    count: int
-    scheduler: str | None
-    height: int | None
-    width: int | None
-    latents: Path | None
-    save_latents: Path | None
-    safety: str
-    grid: int
-    preview: Path | None
-    metadata: bool
-    device: str
-    threads: int
-    hint: str
-    pin_threads: bool
-    check: bool
-    lora: tuple[str, ...]
-    output: Path
+    Raises:
+        InputError: none of the choices, or below the least.
+    """
+
+    bundle: Path = field(metadata={"help": "folder that `build` wrote", "argument": "BUNDLE", "required": True})
+    prompts: Path | None = option(None, "file with one prompt a line, in place of PROMPT")
+    quality: str = option("", "steps, scheduler and caching as `tradeoffs` measured of the bundle; options that are "
+                          "given win", choices=presets.QUALITIES, default="none")
+    budget_ms: float | None = option(None, "milliseconds for an image: the most accurate setting that `tradeoffs` "
+                                     "measured within them", above=0)
+    save_latents: Path | None = option(None, ".npy file to write: the latents of the last step")
+    safety: str = option("off", "run the bundle's safety checker, and report what it flags or replace it by black",
+                         choices=SAFETY)
+    grid: int = option(0, "columns of one sheet with all images; 0 writes a file for each", least=0)
+    preview: Path | None = option(None, "PNG file, rewritten after each step: what will come of it")
+    metadata: bool = option(True, "write prompt, seed and the bundle's hash into the PNG file",
+                            flags=("--metadata/--no-metadata",))
+    lora: tuple[str, ...] = option((), "LoRA in place of the bundle's, FILE or FILE:SCALE, of a bundle built with "
+                                   "--lora-mode swap; may be given again")
+    device: str = option("cpu", "where the bundle runs: cpu, cuda, tensorrt or tensorrt-rtx; with OpenVINO cpu, gpu, "
+                         "npu or auto")
+    threads: int = option(0, "CPU threads, 0 being one for each core", least=0)
+    hint: str = option("latency", "how OpenVINO shares the cores: each call has all of them, or calls run side by side",
+                       choices=("latency", "throughput"))
+    pin_threads: bool = option(False, "bind each CPU thread to one core")
+    memory_budget: str = option("", "memory of this process, as 2GB: as many images share a call as fit",
+                                default="no limit")
+    check: bool = option(False, "hash large files again, though nobody wrote to them since they were hashed last")
+    output: Path = option(Path("out.png"), "PNG file to write; several images get numbered names",
+                          flags=("-o", "--output"))
+
+    def __post_init__(self) -> None:
+        """Refuse what is no choice or out of range."""
+        for declared in dataclasses.fields(self):
+            value, said = getattr(self, declared.name), declared.metadata
+            name = f"--{declared.name.replace('_', '-')}"
+            if value and "choices" in said and value not in said["choices"]:
+                raise InputError(f"unknown {value!r}", where=name, fix=f"one of {', '.join(said['choices'])}")
+            if value is not None and "least" in said and value < said["least"]:
+                raise InputError(f"{value} is less than {said['least']}", where=name)
 
 
-def prompts_of(request: GenerateRequest, *, wanted: bool = True) -> list[str]:
+def generate_options() -> list[Option]:
+    """The bundle, the fields of a request, and what concerns the command alone."""
+    bundle, *others = from_dataclass(Run)
+    return [bundle, *request_options(), *others]
+
+
+def request_options() -> list[Option]:
+    """An option for each field of a request but those that say why they have none."""
+    options = []
+    for declared in dataclasses.fields(Request):
+        said = declared.metadata
+        if "no_option" not in said:
+            word: Any = said["kind"].word
+            limits = {name: said[name] for name in ("flags", "choices", "least", "above", "most", "argument")
+                      if name in said}
+            options.append(Option(declared.name, list[word] if said["kind"].several else word, said["help"],
+                                  said.get("default", declared.default), **limits))
+    return options
+
+
+def generate(given: dict[str, Any]) -> None:
+    """Generate images with a bundle. Needs no PyTorch."""
+    own = {declared.name for declared in dataclasses.fields(Run)}
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    generate_files(Run(**{name: value for name, value in given.items() if name in own}),
+                   {name: value for name, value in given.items() if name not in own})
+
+
+def request_of(run: Run, asked: Mapping[str, Any], bundle: Bundle) -> tuple[Request, dict[str, Any]]:
+    """What is asked of the pipeline, and the fields that are not left to their defaults.
+
+    Args:
+        run: says where prompts and presets are.
+        asked: fields of the request that are given; several values in a tuple.
+        bundle: that the presets were measured of.
+
+    Raises:
+        InputError: no prompt or two sources of them, or a field that cannot be used.
+    """
+    fields = {**chosen_setting(run, bundle.manifest.digest).options(),
+              **{declared.name: declared.metadata["command_line"] for declared in dataclasses.fields(Request)
+                 if "command_line" in declared.metadata},
+              **{name: value[0] if isinstance(value, tuple) and len(value) == 1 else value
+                 for name, value in asked.items()}}
+    fields["prompt"] = prompts_of(run, asked.get("prompt", ()), wanted=bool(bundle.manifest.pipeline.encoders))
+    return Request(**fields), fields
+
+
+def prompts_of(run: Run, given: tuple[str, ...], *, wanted: bool = True) -> tuple[str, ...]:
     """Prompts from the arguments or the file, one a line; empty lines are left out.
 
     Args:
-        request: the options.
+        run: the options.
+        given: the arguments.
         wanted: whether the model reads prompts; one that does not generates one image for no prompt.
 
     Raises:
         InputError: both or neither given, an unreadable file, or nothing in it.
     """
-    if request.prompts_file is None:
-        if not request.prompts and not wanted:
-            return [""]
-        if not request.prompts:
+    if run.prompts is None:
+        if not given and wanted:
             raise InputError("no prompt", where="generate", fix='give one: generate BUNDLE "a red apple"')
-        return list(request.prompts)
-    if request.prompts:
+        return given or ("",)
+    if given:
         raise InputError("both a prompt and --prompts are given", where="generate", fix="give one of them")
     from calibration.trajectory.prompts import read_prompts
 
-    return list(read_prompts(request.prompts_file))
+    return tuple(read_prompts(run.prompts))
 
 
-def read_latents(file: Path) -> np.ndarray[Any, Any]:
-    """Initial latents from a .npy file; pickled arrays are refused.
+def generate_files(run: Run, asked: Mapping[str, Any]) -> list[Path]:
+    """Generate and write; returns the files written.
 
-    Raises:
-        InputError: unreadable or not a plain array.
+    Args:
+        run: what concerns the command.
+        asked: fields of the request that are given; several values in a tuple.
     """
-    import numpy as np
-
-    try:
-        array = np.load(file, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"not a plain .npy array: {error}", where=str(file)) from error
-    if not isinstance(array, np.ndarray):
-        raise InputError("expected a .npy file with one array", where=str(file))
-    return array
-
-
-def read_interval(text: str, option: str) -> tuple[float, float]:
-    """Read `first:last`.
-
-    Raises:
-        InputError: not two numbers.
-    """
-    try:
-        first, last = (float(part) for part in text.split(":"))
-    except ValueError:
-        raise InputError(f"{text!r} is not first:last", where=option, fix="write 0.1:0.7") from None
-    return first, last
-
-
-def generate_files(request: GenerateRequest) -> list[Path]:
-    """Generate and write; returns the files written."""
     import runtimes
 
-    if request.safety not in SAFETY:
-        raise InputError(f"unknown {request.safety!r}", where="--safety", fix=f"one of {', '.join(SAFETY)}")
-    for option, file in {"-o": request.output, "--preview": request.preview,
-                         "--save-latents": request.save_latents}.items():
-        check_file(file, option)
+    for name, file in {"-o": run.output, "--preview": run.preview, "--save-latents": run.save_latents}.items():
+        check_file(file, name)
     began = time.perf_counter()
-    bundle = runtimes.Bundle.open(request.bundle, trust_notes=not request.check)
-    check_session(request, bundle)
-    if request.safety != "off":
+    bundle = runtimes.Bundle.open(run.bundle, trust_notes=not run.check)
+    check_session(run, bundle)
+    if run.safety != "off":
         bundle.component(SAFETY_CHECKER)  # refused before any work if it has none
-    prompts = prompts_of(request, wanted=bool(bundle.manifest.pipeline.text_encoders))
-    budget = parse_bytes(request.memory_budget, "--memory-budget") if request.memory_budget else None
-    pipeline = runtimes.load(bundle, device=request.device, threads=request.threads, hint=request.hint,
-                             pin_threads=request.pin_threads, memory_budget=budget,
-                             lora=request.lora)
-    height, width = size_of(request, pipeline)
+    request, fields = request_of(run, asked, bundle)
+    budget = parse_bytes(run.memory_budget, "--memory-budget") if run.memory_budget else None
+    pipeline = runtimes.load(bundle, device=run.device, threads=run.threads, hint=run.hint, pin_threads=run.pin_threads,
+                             memory_budget=budget, lora=run.lora)
     loaded = time.perf_counter()
-    wanted = [p for p in prompts for _ in range(request.count)]
-    seeds = list(range(request.seed, request.seed + len(wanted)))
-    options = {**chosen_setting(request, bundle.manifest.digest).options(), **given_options(request)}
-    with console.StepProgress(options["steps"]) as progress:
+    with console.StepProgress(request.steps) as progress:
         def on_step(step: Step) -> None:
             progress.on_step(step)
-            if request.preview is not None:
-                save_preview(pipeline.preview(step.estimate), bundle.manifest.pipeline.vae_scale_factor,
-                             request.preview)
+            if run.preview is not None:
+                save_preview(pipeline.preview(step.estimate), bundle.manifest.pipeline.codec.factor, run.preview)
 
-        result = pipeline(wanted, negative_prompt=request.negative, seed=seeds, height=height, width=width,
-                          on_step=on_step, **options)
-    if request.safety != "off":
-        result = checked(pipeline, result, replace=request.safety == "replace")
-    if request.save_latents is not None:
-        save_array(progress.latents, request.save_latents)
-    texts = descriptions(request, options, bundle.manifest.digest, wanted, seeds) if request.metadata else []
-    files = save_images(result, request.output, request.grid, texts)
+        result = pipeline(request, on_step=on_step)
+    if run.safety != "off":
+        result = checked(pipeline, result, replace=run.safety == "replace")
+    if run.save_latents is not None:
+        save_array(progress.latents, run.save_latents)
+    texts = descriptions(run, request, fields, bundle.manifest.digest) if run.metadata else []
+    files = save_images(result, run.output, run.grid, texts)
     generated = time.perf_counter()
     console.show_generated(files, count=len(result), load_seconds=loaded - began, generate_seconds=generated - loaded,
                            peak_rss_bytes=peak_rss_bytes())
     return files
 
 
-def check_session(request: GenerateRequest, bundle: Bundle) -> None:
+def check_session(run: Run, bundle: Bundle) -> None:
     """Refuse what the bundle's backend would not look at.
 
     Raises:
         InputError: an option of another backend.
     """
     formats = {component.format for component in bundle.manifest.components.values()}
-    if request.hint != "latency" and "openvino" not in formats:
-        raise InputError(f"only OpenVINO takes the hint {request.hint!r}", where="--hint", fix="leave it out")
-    if request.pin_threads and (request.device.lower() != "cpu" or "tensorrt" in formats):
+    if run.hint != "latency" and "openvino" not in formats:
+        raise InputError(f"only OpenVINO takes the hint {run.hint!r}", where="--hint", fix="leave it out")
+    if run.pin_threads and (Device.parse(run.device).kind != "cpu" or "tensorrt" in formats):
         raise InputError("threads are pinned on a CPU only", where="--pin-threads", fix="leave it out")
 
 
@@ -202,60 +228,29 @@ def checked(pipeline: Pipeline, images: list[Image], *, replace: bool) -> list[I
             for image, flag in zip(images, flagged, strict=True)]
 
 
-def size_of(request: GenerateRequest, pipeline: Pipeline) -> tuple[int | None, int | None]:
-    """Height and width as given, or as --aspect stands for them.
-
-    Raises:
-        InputError: both are given, or it is no aspect ratio.
-    """
-    if not request.aspect:
-        return request.height, request.width
-    if request.height is not None or request.width is not None:
-        raise InputError("both --aspect and --height or --width are given", where="generate", fix="give one of them")
-    return pipeline.size_of(parse_aspect(request.aspect))
-
-
-def chosen_setting(request: GenerateRequest, digest: str) -> Setting:
+def chosen_setting(run: Run, digest: str) -> Setting:
     """What --quality or --budget-ms stand for, else the defaults.
 
     Raises:
         InputError: both are given, or nothing is fast enough.
         UnavailableError: the bundle was not measured on this machine.
     """
-    if request.quality and request.budget_ms is not None:
+    if run.quality and run.budget_ms is not None:
         raise InputError("both --quality and --budget-ms are given", where="generate", fix="give one of them")
-    if request.quality:
-        return presets.preset(request.quality, presets.load(digest)).setting
-    if request.budget_ms is not None:
-        return presets.within(request.budget_ms, presets.load(digest)).setting
+    if run.quality:
+        return presets.preset(run.quality, presets.load(digest)).setting
+    if run.budget_ms is not None:
+        return presets.within(run.budget_ms, presets.load(digest)).setting
     return Setting(DEFAULT_STEPS)
 
 
-def given_options(request: GenerateRequest) -> dict[str, Any]:
-    """The pipeline's options that are given, without those that a preset or its own defaults stand in for."""
-    options: dict[str, Any] = {
-        "guidance_rescale": request.guidance_rescale, "part": read_interval(request.part, "--part"),
-        "weighting": request.weighting, "long_prompts": request.long_prompts, "mask": request.mask,
-        "tile": request.tile, "image": request.image, "strength": request.strength,
-    }
-    if request.strength is not None and request.image is None:
-        raise InputError("a strength without an image", where="--strength", fix="give --image, or leave it out")
-    if request.guidance_interval:
-        options["guidance_interval"] = read_interval(request.guidance_interval, "--guidance-interval")
-    if request.latents is not None:
-        options["latents"] = read_latents(request.latents)
-    for name in ("steps", "scheduler", "guidance_scale", "cache_interval"):
-        if (value := getattr(request, name)) is not None:
-            options[name] = value
-    return options
-
-
-def descriptions(
-    request: GenerateRequest, options: Mapping[str, Any], digest: str, prompts: list[str], seeds: list[int]
-) -> list[dict[str, str]]:
+def descriptions(run: Run, request: Request, fields: Mapping[str, Any], digest: str) -> list[dict[str, str]]:
     """What each image's PNG says about how it was made; what is not said was left to its default."""
-    common = {"negative_prompt": request.negative or "", "bundle": digest, "software": "ldm-deploy",
-              "lora": ", ".join(Path(option).name for option in request.lora)}
-    common |= {name: str(options[name] or "") for name in ("steps", "scheduler", "guidance_scale") if name in options}
-    return [{"prompt": prompt, "seed": str(seed), **{k: v for k, v in common.items() if v}}
-            for prompt, seed in zip(prompts, seeds, strict=True)]
+    common = {"bundle": digest, "software": "ldm-deploy", "lora": ", ".join(Path(option).name for option in run.lora)}
+    common |= {name: str(fields[name] or "") for name in ("steps", "scheduler", "guidance_scale") if name in fields}
+    each = [(prompt, negative) for prompt, negative in zip(request.prompts, request.negative_prompts, strict=True)
+            for _ in range(request.images_per_prompt)]
+    seeds = resolve_seeds(request.seed, request.count)
+    return [{"prompt": prompt, "seed": str(seed),
+             **{key: value for key, value in {"negative_prompt": negative, **common}.items() if value}}
+            for (prompt, negative), seed in zip(each, seeds, strict=True)]

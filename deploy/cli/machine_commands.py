@@ -6,12 +6,13 @@ from typing import Annotated
 
 import typer
 
+from deploy.cli.derived_options import described
 from runtimes.system import cache_store
 from runtimes.system.byte_sizes import parse_bytes
 from runtimes.system.cache_root import cache_home
 
 app = typer.Typer(invoke_without_command=True, help="Show, trim or clear everything that is cached on this machine.")
-Json = Annotated[bool, typer.Option("--json", help="print one JSON object instead of text")]
+Json = Annotated[bool, described("print one JSON object instead of text", "--json", default=False)]
 
 
 @app.callback()
@@ -33,8 +34,8 @@ def show(json: Json = False) -> None:
 
 @app.command()
 def trim(
-    limit: Annotated[str, typer.Option(help="as 10GB; default: $LDM_DEPLOY_CACHE_LIMIT, else half of the free disk, "
-                                            "at most 50GB")] = "",
+    limit: Annotated[str, described("bytes that may stay, such as 10GB or 0", default=(
+        "$LDM_DEPLOY_CACHE_LIMIT, else half of the free disk and at most 50GB"))] = "",
     json: Json = False,
 ) -> None:
     """Remove what was used least recently, until the rest is within the limit."""

@@ -1,4 +1,4 @@
-"""How much accuracy each precision may lose: one frozen table, which a build spec may tighten or loosen."""
+"""The accuracy that each precision may lose: one frozen table, which a build spec may tighten or loosen."""
 
 from __future__ import annotations
 

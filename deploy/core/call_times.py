@@ -1,4 +1,4 @@
-"""How long one call of a network takes on this machine: sessions take turns, so that other work meets all of them."""
+"""Measures how long one call of a network takes; sessions take turns, so that other work slows all of them alike."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SETTLE_SECONDS = 0.02  # the threads of the session before spin for a while afte
 
 
 def usual_feeds(component: Component) -> Feeds:
-    """Inputs of the most common size that a component promises to take."""
+    """Inputs of the most common size that a component promises to take, with shape and dtype as its TensorSpecs say."""
     return example_feeds(component.inputs, {axis: a.range.opt for axis, a in component.axes.items()})
 
 
@@ -28,7 +28,7 @@ def seconds_in_turns(sessions: Mapping[str, Session], feeds: Feeds, calls: int, 
 
     Args:
         sessions: by name.
-        feeds: of every call.
+        feeds: of every call, with shape and dtype as the TensorSpecs say.
         calls: that count, of each. warm_up: calls of each before them.
     """
     seconds: dict[str, list[float]] = {name: [] for name in sessions}

@@ -1,4 +1,4 @@
-"""`doctor`: what this machine can build and run, and what is missing for the rest. Imports nothing heavy itself."""
+"""Runs `doctor`: reports what this machine can build and run, and what is missing for the rest."""
 
 from __future__ import annotations
 

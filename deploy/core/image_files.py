@@ -1,4 +1,4 @@
-"""Images and arrays written as files: whole or not at all, several as one sheet or as numbered files."""
+"""Writes images and arrays as files, whole or not at all: several images as one sheet or as numbered files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def save_preview(images: np.ndarray[Any, Any], factor: int, file: Path) -> None:
-    """Write (B, h, w, 3) uint8 side by side as one PNG, `factor` times larger."""
+    """Write pixels (B, h, w, 3) uint8 side by side as one PNG, `factor` times larger."""
     from PIL import Image as PillowImage
 
     enlarged = [PillowImage.fromarray(p).resize((p.shape[1] * factor, p.shape[0] * factor)) for p in images]
@@ -23,7 +23,7 @@ def save_preview(images: np.ndarray[Any, Any], factor: int, file: Path) -> None:
 
 
 def save_array(array: np.ndarray[Any, Any], file: Path) -> None:
-    """Write .npy through a temporary sibling."""
+    """Write an array of any shape and dtype, latents or pixels, as .npy through a temporary sibling."""
     import numpy as np
 
     with replacing(file) as partial, partial.open("wb") as stream:

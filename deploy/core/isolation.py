@@ -1,4 +1,4 @@
-"""Work on a large component in a process of its own: its memory is given back, and its death is one clear error.
+"""Runs work on a large component in a process of its own: its memory is given back, and its death is one clear error.
 
 The request and the answer are JSON. Small components run in the process that asks: a new one costs seconds of imports.
 """
@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deploy.core.pass_cache import default_root, rooted
 from deploy.core.plan import Pass, Step
 from runtimes import errors
 from runtimes.bundle.folder import Bundle, translated_disk_errors
 from runtimes.bundle.manifest import Component, Manifest, from_json, to_json
 from runtimes.errors import DeployError, UnavailableError
-from runtimes.system.child_process import die_with_parent, last_words, run_child
+from runtimes.system.cache_root import cache_home, rooted
+from runtimes.system.child_process import as_child, last_words, run_child
 from runtimes.system.process_memory import children_peak_rss_bytes, peak_rss_bytes
 
 ABOVE_BYTES = 256 << 20
@@ -83,7 +83,7 @@ def call_isolated(function: str, request: Mapping[str, Any], where: str) -> tupl
         UnavailableError: the process was killed by a signal; says which, and what helps.
         DeployError: what the function itself raised, or a process that ended without an answer.
     """
-    request = {"function": function, "request": request, "cache": str(default_root().absolute())}
+    request = {"function": function, "request": request, "cache": str(cache_home().absolute())}
     with tempfile.TemporaryDirectory(prefix="ldm-deploy-") as temporary:
         folder = Path(temporary)
         (folder / REQUEST).write_text(json.dumps(request), encoding="utf-8")
@@ -135,27 +135,27 @@ def _answer(content: Mapping[str, Any]) -> dict[str, Any]:
         with rooted(cache), translated_disk_errors(cache):
             result = _named(content["function"])(content["request"])
     except DeployError as error:
-        return {"error": _told(type(error).__name__, error.what, error.where, error.fix)}
+        return {"error": _error(type(error).__name__, error.what, error.where, error.fix)}
     except MemoryError:
-        return {"error": _told("UnavailableError", "memory ran out", "", "close other programs, give smaller --shapes, "
-                               "or build on a machine with more memory")}
+        return {"error": _error("UnavailableError", "memory ran out", "", "close other programs, give smaller "
+                                "--shapes, or build on a machine with more memory")}
     except Exception as error:
         traceback.print_exc()
-        return {"error": _told("DeployError", f"{type(error).__name__}: {str(error).partition(chr(10))[0]:.300}", "",
+        return {"error": _error("DeployError", f"{type(error).__name__}: {str(error).partition(chr(10))[0]:.300}", "",
                                "")}
     return {"result": result, "peak_rss_bytes": max(peak_rss_bytes(), children_peak_rss_bytes())}
 
 
-def _told(kind: str, what: str, where: str, fix: str) -> dict[str, str]:
+def _error(kind: str, what: str, where: str, fix: str) -> dict[str, str]:
     return {"kind": kind, "what": what, "where": where, "fix": fix}
 
 
 def _main(folder: Path) -> None:
-    die_with_parent()
-    request = json.loads((folder / REQUEST).read_text(encoding="utf-8"))
-    partial = folder / f"{ANSWER}.partial"
-    partial.write_text(json.dumps(_answer(request)), encoding="utf-8")
-    partial.rename(folder / ANSWER)
+    with as_child():
+        request = json.loads((folder / REQUEST).read_text(encoding="utf-8"))
+        partial = folder / f"{ANSWER}.partial"
+        partial.write_text(json.dumps(_answer(request)), encoding="utf-8")
+        partial.rename(folder / ANSWER)
 
 
 if __name__ == "__main__":

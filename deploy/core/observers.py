@@ -1,4 +1,4 @@
-"""What is measured around a pass without the pass knowing: seconds, peak memory, bytes in and out."""
+"""Measures a pass from outside: seconds, peak memory, bytes in and out."""
 
 from __future__ import annotations
 

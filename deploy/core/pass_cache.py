@@ -1,4 +1,4 @@
-"""Results of passes, kept by content: the same inputs, config and library versions are never computed twice.
+"""Caches the results of passes by content: the same inputs, config and library versions are never computed twice.
 
 Layout: `<root>/passes/<key>/` holds component.json and the component's files at their paths within a bundle;
 `<root>/facts/<key>.json` holds small measured facts such as parity figures. Time, host and paths never enter a key.
@@ -17,12 +17,9 @@ from deploy.core.plan import Pass, Step
 from runtimes.bundle.folder import Bundle, link_or_copy, replacing, sha256_of
 from runtimes.bundle.manifest import Component, Manifest, digest_of, from_json, to_json
 from runtimes.errors import BundleError
-from runtimes.system.cache_root import cache_home, rooted
 from runtimes.system.cache_store import WORK, scratch, sweep, use
 
-__all__ = ["Cache", "assemble", "default_root", "key_of", "rooted", "versions_of"]
 COMPONENT_FILE = "component.json"
-default_root = cache_home  # by the name that it had when there were several
 
 
 def versions_of(libraries: tuple[str, ...]) -> dict[str, str]:
@@ -45,7 +42,7 @@ def key_of(instance: Pass, step: Step, name: str, source: Bundle) -> str:
         {
             **pipeline,
             "pass": [step.pass_name, step.version, to_json(step.config)],
-            "component": name,
+            "component": [name, source.manifest.pipeline.role(name)],
             "specs": to_json([planned.inputs, planned.outputs, planned.axes]),
             "reads": {read: _contents(source.component(read)) for read in step.reads[name]},
             "libraries": versions_of(instance.libraries),

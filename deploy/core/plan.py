@@ -1,4 +1,4 @@
-"""Planning: manifest to manifest, without opening a weight. What a pass is, and how a chain of them is laid out."""
+"""Defines what a pass is, and plans a chain of them: manifest to manifest, without opening a weight."""
 
 from __future__ import annotations
 
@@ -165,10 +165,7 @@ def require_onnx(before: Manifest, pass_name: str, fix: str) -> None:
             raise InputError(f"{name} is {component.format}, expected onnx", where=f"pass {pass_name}", fix=fix)
 
 
-PLANNED_PRECISION = "planned_precision"  # in the details of a component that had to stay in a higher one
-
-
 def structure(manifest: Manifest) -> dict[str, Any]:
     """The part of a manifest that a plan predicts: formats, precisions, inputs, outputs and axes of the components."""
-    return {name: (c.format, c.details.get(PLANNED_PRECISION, c.precision), c.inputs, c.outputs, dict(c.axes))
+    return {name: (c.format, c.graph.planned_precision or c.precision, c.inputs, c.outputs, dict(c.axes))
             for name, c in manifest.components.items()}

@@ -1,8 +1,7 @@
-"""The part of a build spec that asks for smaller networks: `--prune`, `--prune-vae`, `--recover`, refinements."""
+"""The options of a build spec for smaller networks: `--prune`, `--prune-vae`, `--recover` and refinements."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
@@ -13,36 +12,34 @@ TRAJECTORIES = 32  # of the teacher that one step of a recovery learns from
 
 
 class PruningOptions(BaseModel):
-    """What is taken out of the denoising network and the autoencoder, and how they learn to do without.
+    """What is removed from the denoiser and the autoencoder, and how they recover (`deploy.pruning`).
 
-    Attributes:
-        prune: share of its channels to remove, 0 to 1 (`deploy.pruning.shrink.widths`).
-        prune_candidates: several shares, of which the largest that keeps the budget is taken, or none at all
-            (`deploy.building.choose_share`).
-        prune_vae: share of the autoencoder's channels to remove, of encoder and decoder alike, 0 to 1
-            (`deploy.pruning.narrow_autoencoder`).
-        prune_method: what a channel's importance is (`deploy.pruning.shrink.importance`).
-        prune_widths: every level loses the same share, or each as much as the output bears
-            (`deploy.pruning.shrink.width_sensitivity`).
-        prune_blocks: whole blocks to remove first, named as BK-SDM does (`deploy.pruning.shrink.whole_blocks`).
-        mask: weights to set to zero without changing a shape (`deploy.pruning.shrink.zeroed_weights`).
-        recover: optimizer steps of distillation from the original, for each network that was pruned
-            (`deploy.pruning.recovery.training_loop`).
-        recover_batch: images that the teacher generates at a time; with fewer than 32, which take less memory, the
-            gradients of several batches make one step of 32.
-        recover_prompts: what it is distilled on; the model's own set when empty.
+    Descriptions, defaults and ranges are the help texts of the options of the same names.
     """
 
-    prune: float = Field(default=0.0, ge=0, lt=1)
-    prune_candidates: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = ()
-    prune_vae: float = Field(default=0.0, ge=0, lt=1)
-    prune_method: Literal["taylor", "l1", "l2"] = "taylor"
-    prune_widths: Literal["uniform", "sensitivity"] = "uniform"
-    prune_blocks: Literal["none", "base", "small", "tiny"] = "none"
-    mask: Literal["none", "textbook", "2:4"] = "none"
-    recover: int = Field(default=0, ge=0)
-    recover_batch: int = Field(default=TRAJECTORIES, ge=1, le=TRAJECTORIES)
-    recover_prompts: tuple[str, ...] = ()
+    prune: float = Field(default=0.0, ge=0, lt=1, description=(
+        "share of the denoiser's channels to remove; of several with commas, 0.5,0.3, the largest within the accuracy "
+        "budget, or none"))
+    prune_candidates: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(default=(), description=(
+        "several shares, of which the largest within the accuracy budget is taken"))
+    prune_vae: float = Field(default=0.0, ge=0, lt=1, description=(
+        "share of the autoencoder's channels to remove, of encoder and decoder alike"))
+    prune_method: Literal["taylor", "l1", "l2"] = Field(
+        default="taylor", description="measure of a channel's importance")
+    prune_widths: Literal["uniform", "sensitivity"] = Field(default="uniform", description=(
+        "how the share is spread over the denoiser's levels; sensitivity: more where the output changes less"))
+    prune_blocks: Literal["none", "base", "small", "tiny"] = Field(default="none", description=(
+        "whole blocks to remove first, under BK-SDM's names"))
+    mask: Literal["none", "textbook", "2:4"] = Field(default="none", description=(
+        "weights to set to zero without a change of shapes"))
+    recover: int = Field(default=0, ge=0, description=(
+        "optimizer steps of distillation from the original, for each network that was pruned"))
+    recover_batch: int = Field(default=TRAJECTORIES, ge=1, le=TRAJECTORIES, description=(
+        "images that the original generates at a time during recovery; fewer take less memory, gradients are added up "
+        f"to {TRAJECTORIES}"))
+    recover_prompts: tuple[str, ...] = Field(
+        default=(), description="file with the prompts of the recovery, one a line",
+        json_schema_extra={"default_text": "the model's own set"})
 
     @property
     def prunes(self) -> bool:
@@ -80,20 +77,6 @@ def parse_shares(text: str) -> dict[str, Any]:
         return {}
     shares = tuple(_share(part.strip()) for part in text.split(","))
     return {"prune": shares[0]} if len(shares) == 1 else {"prune_candidates": shares}
-
-
-def given_options(prune: str, vae: float, method: str, widths: str, blocks: str, mask: str, recover: int,
-                  prompts: Path | None) -> dict[str, Any]:
-    """What was given on the command line of the options that shrink networks, as fields of `PruningOptions`.
-
-    Raises:
-        InputError: shares that are not numbers, or a file of prompts that cannot be read.
-    """
-    from calibration.trajectory.prompts import read_prompts
-
-    given = {"prune_vae": vae, "prune_method": method, "prune_widths": widths, "prune_blocks": blocks, "mask": mask,
-             "recover": recover, "recover_prompts": read_prompts(prompts) if prompts else (), **parse_shares(prune)}
-    return {name: value for name, value in given.items() if value}
 
 
 def _share(text: str) -> float:

@@ -1,4 +1,4 @@
-"""What the user asks for: `BuildSpec`, validated with pydantic from options or a YAML file."""
+"""`BuildSpec`, what the user asks for, validated with pydantic from options or a YAML file."""
 
 from __future__ import annotations
 
@@ -35,74 +35,76 @@ RangeEstimator = Literal["minmax", "percentile", "mse", "entropy"]
 class BuildSpec(PruningOptions):
     """A whole build. Every field has the default that `build` without options uses.
 
-    Attributes:
-        model: folder in diffusers layout, "owner/name" of a model on the Hugging Face Hub, or "reference" for the model
-            that ships with the package.
-        variant: of the weight files, such as "fp16"; a component without files of it has its plain ones.
-        revision: of a model on the Hub: a branch, a tag or a commit.
-        target: what the bundle runs on; "auto" is the CPU runtime that measures faster here (build.choose_target).
-        precision: by default what the target is made for: float16 for TensorRT, float32 elsewhere.
-        shapes: axis -> min:opt:max; batch in images, height and width in pixels, sequence in tokens.
-        lora: LoRA files, FILE or FILE:SCALE, merged into the weights in this order.
-        lora_mode: "swap" leaves the weights alone and makes the LoRAs inputs of the graphs, so that `generate --lora`
-            can put others of the same modules in their place.
-        embedding: textual inversion files, FILE or FILE:TOKEN.
-        vae: folder of an autoencoder that takes the place of the model's own.
-        opset: ONNX opset of the exported graphs.
-        verify: how much the parity gate compares (deploy.parity.effort); after "no" the bundle is marked as not
-            verified. YAML reads a bare `no` as false, so true and false are taken for "auto" and "no".
-        budget: overrides of the precision's accuracy budget, by name.
-        prompts: what the image-level comparison generates; the model's own set when empty.
-        keep: patterns of node names or op types that stay in float32 when precision is lowered.
-        quantization: recipe of int8 builds (calibration.graphs.layers.assign).
-        text_encoder_bits: of the weights of text encoders in int8 builds; 4 comes with a scale for every 32 inputs.
-        quantization_methods: what is done to lose less in 8 bits (calibration.graphs.transforms).
-        smoothquant_alpha: of the method smoothquant: 0 leaves the difficulty in the activations, 1 in the weights.
-        calibration_prompts: what is generated to find the ranges of activations; the model's own set when empty.
-        calibration_samples: U-Net calls that are recorded.
-        device: of onnxruntime: what the bundle will run on. For a GPU, graphs have TensorRT's form: float16 computes in
-            float16 instead of being stored alone, and INT8 is symmetric.
-        cpu: that an INT8 bundle for a CPU is made for. "vnni" adds up 8-bit products exactly, as every ARM does; "avx2"
-            needs weights of 7 bits where activations are integers, too; "auto" is this machine.
-        range_estimator: how a range follows from what was seen (calibration.integers.ranges).
-        step_cache: give the U-Net a second entry, which reuses its deep features (exporters.source.shallow_unet).
-        safety_checker: export the model's own safety checker too (exporters.families.checker_component).
-        profiles: of TensorRT: optimization profiles, each axis -> min:opt:max within `shapes`; one over all of them
-            when empty.
-        engine: of TensorRT: options of the builder (tensorrt.engine_options.EngineOptions; `static`; `keep_graph`
-            leaves the ONNX graph that was compiled beside the engine).
+    A field is an option of `build` and a key of its YAML files: its description, default and range are the option's
+    help text (`deploy.cli.build_commands`). What a default of none stands for is `default_text`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
-    model: str = REFERENCE
-    variant: str = Field(default="", pattern=r"^[A-Za-z0-9_-]*$")
-    revision: str = ""
-    target: Target = "onnxruntime"
-    precision: Precision = "fp32"
-    shapes: dict[str, ShapeRange] = Field(default_factory=dict)
-    lora: tuple[str, ...] = ()
-    lora_mode: Literal["merge", "swap"] = "merge"
-    embedding: tuple[str, ...] = ()
-    vae: str = ""
-    opset: int = Field(default=20, ge=20, le=24)
-    verify: Verify = "auto"
-    budget: dict[str, float] = Field(default_factory=dict)
-    prompts: tuple[str, ...] = ()
-    keep: tuple[str, ...] = ()
-    quantization: Quantization = "hybrid"
-    text_encoder_bits: Literal[8, 4] = 8
-    quantization_methods: tuple[QuantizationMethod, ...] = ()
-    smoothquant_alpha: float = Field(default=0.5, ge=0, le=1)
-    calibration_prompts: tuple[str, ...] = ()
-    calibration_samples: int = Field(default=128, ge=1)
-    device: Literal["cpu", "cuda", "tensorrt"] = "cpu"
-    cpu: Literal["auto", "vnni", "avx2"] = "auto"
-    range_estimator: RangeEstimator = "mse"
-    step_cache: bool = False
-    safety_checker: bool = False
-    profiles: tuple[dict[str, ShapeRange], ...] = ()
-    engine: dict[str, Any] = Field(default_factory=dict)
+    model: str = Field(
+        default=REFERENCE, description="folder in diffusers layout, or OWNER/NAME on the Hugging Face Hub",
+        json_schema_extra={"default_text": "the model that ships with the package"})
+    variant: str = Field(default="", pattern=r"^[A-Za-z0-9_-]*$", description=(
+        "variant of the weight files, such as fp16 for *.fp16.safetensors; a component without such files has its "
+        "plain ones"), json_schema_extra={"default_text": "the plain files"})
+    revision: str = Field(default="", description="branch, tag or commit of a MODEL on the Hub",
+                          json_schema_extra={"default_text": "main"})
+    target: Target = Field(default="onnxruntime", description=(
+        "runtime that the bundle is for; auto: onnxruntime or openvino, whichever is faster on this machine"))
+    precision: Precision = Field(default="fp32", description=(
+        "number format of the networks; auto: the cheapest mixture within the accuracy budget"),
+        json_schema_extra={"default_text": "fp16 for TensorRT, fp32 for others"})
+    shapes: dict[str, ShapeRange] = Field(default_factory=dict, description=(
+        "range of an axis, AXIS=MIN:OPT:MAX, several with commas: batch=1:2:8,height=256:512:768; batch counts "
+        "images, height and width pixels, sequence tokens; for TensorRT, an axis that is given again starts the next "
+        "optimization profile"), json_schema_extra={"default_text": "the model's own size and its family's ranges"})
+    lora: tuple[str, ...] = Field(default=(), description="LoRA file, FILE or FILE:SCALE; may be given again")
+    lora_mode: Literal["merge", "swap"] = Field(default="merge", description=(
+        "merge the LoRAs into the weights, or make them inputs that `generate --lora` can replace"))
+    embedding: tuple[str, ...] = Field(default=(), description=(
+        "textual inversion file, FILE or FILE:TOKEN; may be given again"))
+    vae: str = Field(default="", description="folder of an autoencoder that replaces the model's own")
+    opset: int = Field(default=20, ge=20, le=24, description="ONNX opset of the exported graphs")
+    # YAML reads a bare `no` as false: true and false are taken for "auto" and "no".
+    verify: Verify = Field(default="auto", description=(
+        "how much is compared with PyTorch; quick: 4 steps of one image, components: no images, no: nothing, and the "
+        "bundle is marked as not verified, auto: full where that takes a minute or two, else quick"))
+    budget: dict[str, float] = Field(default_factory=dict, description=(
+        "another accuracy limit, NAME=NUMBER, several with commas; names: component_relative_l2, "
+        "trajectory_relative_l2, image_psnr_db, image_ssim, retrieval_points"),
+        json_schema_extra={"default_text": "the limits of the precision"})
+    prompts: tuple[str, ...] = Field(
+        default=(), description="file with the prompts of the image-level comparison, one a line",
+        json_schema_extra={"default_text": "the model's own set"})
+    keep: tuple[str, ...] = Field(default=(), description=(
+        "pattern of node names, weights or operator types that stay in float32; may be given again"))
+    quantization: Quantization = Field(default="hybrid", description="recipe of integer builds")
+    text_encoder_bits: Literal[8, 4] = Field(default=8, description=(
+        "bits of the text encoders' weights in integer builds; 4 has a scale for every 32 inputs"))
+    quantization_methods: tuple[QuantizationMethod, ...] = Field(default=(), description=(
+        "change of the graph that keeps more accuracy in 8 bits; may be given again"))
+    smoothquant_alpha: float = Field(default=0.5, ge=0, le=1, description=(
+        "how far the method smoothquant moves the range of activations into the weights, 0 being not at all"))
+    calibration_prompts: tuple[str, ...] = Field(default=(), description=(
+        "file with the prompts whose images give the ranges of activations, one a line"),
+        json_schema_extra={"default_text": "the model's own set"})
+    calibration_samples: int = Field(default=128, ge=1, description="denoiser calls that ranges are computed from")
+    device: Literal["cpu", "cuda", "tensorrt"] = Field(default="cpu", description=(
+        "ONNX Runtime's provider that the bundle is for; GPUs compute in float16, a CPU stores in it"))
+    cpu: Literal["auto", "vnni", "avx2"] = Field(default="auto", description=(
+        "processor that an integer bundle is for; auto: this one, vnni: adds 8-bit products exactly, as every ARM "
+        "does, avx2: needs weights of 7 bits"))
+    range_estimator: RangeEstimator = Field(
+        default="mse", description="how the range of an activation follows from samples")
+    step_cache: bool = Field(default=False, description="add a second denoiser graph, for `generate --cache-interval`")
+    safety_checker: bool = Field(
+        default=False, description="export the model's own safety checker, for `generate --safety`")
+    profiles: tuple[dict[str, ShapeRange], ...] = Field(default=(), description=(
+        "optimization profiles of TensorRT, a mapping like `shapes` each"))
+    engine: dict[str, Any] = Field(default_factory=dict, description=(
+        "option of TensorRT's builder, NAME=VALUE, such as capabilities=SM86+SM89, static=true or "
+        "optimization_level=5; may be given again; docs/tensorrt.md lists them"),
+        json_schema_extra={"default_text": "the builder's own"})
 
     @model_validator(mode="before")
     @classmethod
@@ -248,8 +250,8 @@ def parse_range(name: str, value: Any) -> ShapeRange:
 
 
 def parse_shapes(options: Sequence[str]) -> list[dict[str, ShapeRange]]:
-    """Read `batch=1:2:8,height=...` options, each possibly holding several axes; one that comes again begins the next
-    optimization profile.
+    """Read `batch=1:2:8,height=...` options, each possibly holding several axes; an axis that is given again starts the
+    next optimization profile.
 
     Raises:
         InputError: a part without `=`, or not a range.
@@ -272,6 +274,16 @@ def covering(profiles: Sequence[Mapping[str, ShapeRange]]) -> dict[str, ShapeRan
         ranges = [profile[name] for profile in profiles if name in profile]
         shapes[name] = ShapeRange(min(r.min for r in ranges), ranges[0].opt, max(r.max for r in ranges))
     return shapes
+
+
+def read_shapes(options: Sequence[str]) -> dict[str, Any]:
+    """`--shapes` as fields of `BuildSpec`: the ranges, and the profiles where there are several.
+
+    Raises:
+        InputError: as `parse_shapes`.
+    """
+    profiles = parse_shapes(options)
+    return {"shapes": covering(profiles)} | ({"profiles": profiles} if len(profiles) > 1 else {})
 
 
 def parse_engine(options: Sequence[str]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ Float32 = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Limits:
-    """What a sound model keeps, with room: it is a doctor's rule of thumb, not an accuracy budget.
+    """The limits that a sound model stays within: rules of thumb with room to spare, not an accuracy budget.
 
     Attributes:
         latent_std: least and greatest deviation of scaled latents; a scaling factor makes them 1 on its data set.
@@ -107,7 +107,7 @@ def check_vae(probe: Probe, generated: Samples, images: Float32 | None) -> Check
 
     Args:
         probe: of the pipeline.
-        generated: stands in for images that were not given. What a decoder drew is natural to its encoder, so that a
+        generated: stands in for images that were not given. What a decoder generated is natural to its encoder, so a
             wrong factor shows in them too: they come back at another scale than they left.
         images: (B, 3, H, W) float32 in -1..1.
     """
@@ -115,14 +115,14 @@ def check_vae(probe: Probe, generated: Samples, images: Float32 | None) -> Check
     pixels = images if images is not None else generated.plain_pixels.transpose(0, 3, 1, 2) * 2 - 1
     latents = probe.encode(np.ascontiguousarray(pixels, np.float32))
     figures: dict[str, Any] = {"pictures": "given" if given else "drawn", **moments(latents), "channel_std": [
-        round(float(s), 4) for s in latents.std(axis=(0, 2, 3))], "scaling_factor": probe.facts.scaling_factor}
+        round(float(s), 4) for s in latents.std(axis=(0, 2, 3))], "scaling_factor": probe.roles.codec.scaling_factor}
     seen = np.clip(pixels.transpose(0, 2, 3, 1) / 2 + 0.5, 0, 1)
     back = probe.decode(latents)
     figures["reconstruction_psnr_db"] = min(psnr_db(a, b) for a, b in zip(seen, back, strict=True))
     deviation, decibels = figures["std"], figures["reconstruction_psnr_db"]
     low, high = LIMITS.latent_std
     if not low <= deviation <= high:
-        fitting = probe.facts.scaling_factor / deviation
+        fitting = probe.roles.codec.scaling_factor / deviation
         return Check("vae", False, f"latents of images have a deviation of {deviation:.2f}, expected about 1 "
                      f"({low} to {high})", f"set scaling_factor in the model's vae/config.json: {fitting:.4g} would fit"
                      + ("" if given else "; give images of your own with --image to be sure"), figures)
@@ -135,7 +135,7 @@ def check_vae(probe: Probe, generated: Samples, images: Float32 | None) -> Check
 
 
 def check_unconditional(probe: Probe, generated: Samples, images: Float32 | None) -> Check:
-    """Does the U-Net, told nothing, know noise from image, and does its sampler end at latents of an image?
+    """Does the U-Net know noise from image without a prompt, and does its sampler end at latents of an image?
 
     Noise is added to the latents of `images`, (B, 3, H, W) float32 in -1..1, or to the generated ones.
     """
@@ -166,7 +166,7 @@ def check_text(probe: Probe, generated: Samples) -> Check:
     2303.16203, eq. 6, over the prompts generated.
     """
     blank = ("",) * len(generated.prompts)
-    response = {t: relative_l2(*(probe.predict(generated.latents, told, t)[1] for told in (blank, generated.prompts)))
+    response = {t: relative_l2(*(probe.predict(generated.latents, texts, t)[1] for texts in (blank, generated.prompts)))
                 for t in probe.levels}
     strongest, found = max(response.values()), prompts_found(probe, generated.latents, generated.prompts)
     figures = {"response": {str(t): r for t, r in response.items()}, "strongest_response": strongest,
@@ -207,7 +207,7 @@ def check_guidance(probe: Probe, generated: Samples) -> Check:
 
 
 def moments(latents: Float32) -> dict[str, float]:
-    """Mean, standard deviation and kurtosis (3 for a normal distribution).
+    """Mean, standard deviation and kurtosis (3 for a normal distribution) of latents of any shape, float32.
 
     Raises:
         ParityError: they are not finite.
@@ -221,13 +221,16 @@ def moments(latents: Float32) -> dict[str, float]:
 
 
 def noise_error(probe: Probe, latents: Float32, prompts: tuple[str, ...], timestep: int) -> float:
-    """Mean squared error of the predicted noise; 1 is a prediction of nothing."""
+    """Mean squared error of the noise predicted in latents (B, C, H/f, W/f) float32; 1 is a prediction of nothing."""
     noise, predicted = probe.predict(latents, prompts, timestep)
     return float(np.mean((predicted - noise).astype(np.float64) ** 2))
 
 
 def explained(probe: Probe, latents: Float32, prompts: tuple[str, ...]) -> NDArray[np.float64]:
-    """Error of predicted noise for each image (rows) under each prompt, at the middle of the schedule: (B, B)."""
+    """Squared error of predicted noise for each image (rows) under each prompt, at the middle of the schedule.
+
+    Latents (B, C, H/f, W/f) float32 -> (B, prompts) float64.
+    """
     table = np.zeros((len(latents), len(prompts)))
     for timestep in probe.levels[len(probe.levels) // 2 - 1 : len(probe.levels) // 2 + 1]:
         for column, prompt in enumerate(prompts):
@@ -237,18 +240,21 @@ def explained(probe: Probe, latents: Float32, prompts: tuple[str, ...]) -> NDArr
 
 
 def prompts_found(probe: Probe, latents: Float32, prompts: tuple[str, ...]) -> float:
-    """Share of images whose own prompt explains them best."""
+    """Share of images, by latents (B, C, H/f, W/f) float32, whose own prompt explains them best."""
     table = explained(probe, latents, prompts)
     return float(np.mean([all(row[i] < v for j, v in enumerate(row) if j != i) for i, row in enumerate(table)]))
 
 
 def evidence(probe: Probe, latents: Float32, generated: Samples) -> float:
-    """By how much other prompts explain images worse than their own."""
+    """How much larger the squared error of noise predicted in latents is under other prompts than under their own.
+
+    Latents are (B, C, H/f, W/f) float32.
+    """
     table = explained(probe, latents, generated.prompts)
     own = np.eye(len(table), dtype=bool)
     return float(table[~own].mean() - table[own].mean())
 
 
 def clipped(pixels: Float32) -> float:
-    """Share of pixel values that are black or white, 0 to 1."""
+    """Share of pixel values, any shape, float32 in 0..1, that are black or white: 0 to 1."""
     return float(np.mean((pixels <= 0) | (pixels >= 1)))

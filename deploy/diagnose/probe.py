@@ -1,4 +1,4 @@
-"""Asking a pipeline's networks single questions: latents of an image, and noise as the U-Net sees it. No torch."""
+"""Asks a pipeline's networks single questions: the latents of an image, and the noise that the U-Net sees in them."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from runtimes.backends.batching import run_rows
 from runtimes.backends.session import Session
 from runtimes.bundle.folder import Bundle
 from runtimes.codec import autoencoder
-from runtimes.pipeline.conditioner import Conditions, SizeConditions, gather
-from runtimes.pipeline.guidance import Guidance, GuidedUnet
+from runtimes.pipeline.conditioner import Conditioner, Conditions
 from runtimes.pipeline.initial_latents import inpaints
 from runtimes.pipeline.loading import load_tokenizers, scheduler_config
-from runtimes.pipeline.request import check_request
+from runtimes.pipeline.request import Request
+from runtimes.pipeline.request_fields import SizeConditions
+from runtimes.pipeline.resolved import resolve
 from runtimes.schedulers.methods.ddim import Ddim
 from runtimes.schedulers.prediction import to_epsilon
 from runtimes.text.prompt_cache import PromptCache
@@ -38,23 +40,22 @@ class Probe:
         Raises:
             InputError: a U-Net that takes channels that are unknown.
         """
-        self.facts = bundle.manifest.pipeline
-        self._sessions = sessions
-        self._tokenizers = load_tokenizers(bundle)
-        self._cache = PromptCache(CACHE_BYTES)
+        self.roles = bundle.manifest.pipeline
+        self._sessions, self._denoiser = sessions, sessions[self.roles.denoiser.component]
+        self._conditioner = Conditioner(self.roles, load_tokenizers(bundle), PromptCache(CACHE_BYTES))
         self._schedule = Ddim.from_config(scheduler_config(bundle))
         count = self._schedule.num_train_timesteps
         self.levels = tuple((2 * i + 1) * count // (2 * LEVELS) for i in range(LEVELS))
-        self._extra = self._over_grey() if inpaints(sessions["unet"], self.facts.latent_channels) else None
+        self._extra = self._over_grey() if inpaints(self._denoiser, self.roles) else None
 
     def _over_grey(self) -> Float32:
-        """What a U-Net for inpainting is told where everything is painted anew: (1, 1 + C, H/f, W/f) float32."""
-        height, width = self.facts.height, self.facts.width
+        """Mask and masked latents for a U-Net for inpainting to paint everything: (1, 1 + C, H/f, W/f) float32."""
+        height, width = self.roles.codec.height, self.roles.codec.width
         grey = self.encode(np.zeros((1, 3, height, width), np.float32))
         return np.concatenate([np.ones_like(grey[:, :1]), grey], axis=1)
 
     def encode(self, pixels: Float32) -> Float32:
-        """Mean latents of images, scaled as the U-Net is given them.
+        """Mean latents of images, scaled as the U-Net takes them.
 
         Args:
             pixels: (B, 3, H, W) float32 in -1..1.
@@ -62,25 +63,23 @@ class Probe:
         Returns:
             (B, C, H/f, W/f) float32.
         """
-        mean, _ = autoencoder.encode(self._sessions["vae_encoder"], pixels)
-        return autoencoder.scaled(self.facts, mean)
+        codec = self.roles.codec
+        mean, _ = autoencoder.encode(self._sessions[codec.encoder.component], pixels, codec)
+        return autoencoder.scaled(codec, mean)
 
     def decode(self, latents: Float32) -> Float32:
         """(B, C, H/f, W/f) float32 scaled latents to (B, H, W, 3) float32 pixels in 0..1."""
-        return autoencoder.decode(self._sessions["vae_decoder"], latents, self.facts)
+        return autoencoder.decode(self._sessions[self.roles.codec.decoder.component], latents, self.roles.codec)
 
     def conditions(self, prompts: Sequence[str]) -> Conditions:
-        """What the U-Net is told of prompts, one for each image."""
-        request = check_request(
-            self._sessions, self.facts, prompt=list(prompts), negative_prompt=None, images_per_prompt=1, guided=False,
-            seed=0, height=None, width=None, image=None, mask=None, strength=1.0, latents=None, tile=None)
-        return gather(self._sessions, self.facts, self._tokenizers, self._cache, PromptStyle(), request,
-                      SizeConditions())
+        """The U-Net's conditions from prompts, one for each image."""
+        wanted = resolve(self._sessions, self.roles, Request(prompts, seed=0), guided=False, strength=1.0)
+        return self._conditioner.gather(self._sessions, PromptStyle(), wanted, SizeConditions())
 
     def predict(
         self, latents: Float32, prompts: Sequence[str], timestep: int, seed: int = 0
     ) -> tuple[Float32, Float32]:
-        """Noise added to latents at one timestep, and what the U-Net takes it for.
+        """Noise added to latents at one timestep, and the noise that the U-Net predicts.
 
         Args:
             latents: (B, C, H/f, W/f) float32 of unit variance.
@@ -94,12 +93,19 @@ class Probe:
         alpha, sigma = self._schedule.levels(timestep)
         noise = np.random.default_rng([seed, timestep]).standard_normal(latents.shape, np.float32)
         sample = np.float32(alpha) * latents + np.float32(sigma) * noise
-        extra = None if self._extra is None else np.repeat(self._extra, len(sample), axis=0)
-        unet = GuidedUnet(self._sessions["unet"], self.conditions(prompts), Guidance(1.0), 1, extra=extra)
-        output = unet(sample, float(timestep), 0)
+        given, role = self.conditions(prompts), self.roles.denoiser
+        extra = [] if self._extra is None else [np.repeat(self._extra, len(sample), axis=0)]
+        feeds = {role.sample: np.concatenate([sample, *extra], axis=1),
+                 role.timestep: np.full(len(sample), timestep, np.float32), **given.added}
+        if self.roles.conditioner.context:
+            feeds[self.roles.conditioner.context] = np.stack(given.cond)
+        output = run_rows(self._denoiser, feeds, role.output).astype(np.float32)
         return noise, to_epsilon(self._schedule.prediction_type, output, sample, alpha, sigma)
 
     def signal(self, timestep: int) -> float:
-        """Share of the variance at a timestep that is the image's: the squared error of the best linear guess of the
-        noise, sigma x_t, where latents are white and of unit variance."""
+        """Share of the variance at a timestep that is the image's.
+
+        It is the squared error of the best linear guess of the noise, sigma x_t, where latents are white and of unit
+        variance.
+        """
         return float(self._schedule.levels(timestep)[0]) ** 2

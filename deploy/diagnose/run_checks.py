@@ -1,4 +1,4 @@
-"""`diagnose`: where a pipeline goes wrong, by four checks in the order in which its parts depend on each other."""
+"""Runs `diagnose`: four checks that find where a pipeline goes wrong, in the order in which its parts depend."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ from runtimes.codec.autoencoder import to_uint8
 from runtimes.codec.pixels import open_image, to_pil, to_pixels
 from runtimes.errors import InputError
 from runtimes.pipeline.diffusion import Pipeline, Step
+from runtimes.system.cache_root import cache_home
+from runtimes.system.device import CPU, Device
+from runtimes.system.progress import listener
 
 Float32 = NDArray[np.float32]
 IMAGES = 4
@@ -40,11 +43,11 @@ class DiagnoseOptions:
     images: tuple[Path, ...] = ()
     steps: int = 20
     guidance_scale: float = 5.0
-    device: str = "cpu"
+    device: Device = CPU
 
 
 @contextmanager
-def opened(target: str, device: str) -> Iterator[tuple[Mapping[str, Session], Bundle]]:
+def opened(target: str, device: Device) -> Iterator[tuple[Mapping[str, Session], Bundle]]:
     """The networks of a bundle, by its runtime alone, or of a model, by PyTorch.
 
     Raises:
@@ -57,48 +60,46 @@ def opened(target: str, device: str) -> Iterator[tuple[Mapping[str, Session], Bu
         bundle = Bundle.open(target)
         yield BundleSessions(bundle, SessionOptions(device)), bundle
         return
-    if device.lower() != "cpu":
+    if device.kind != "cpu":
         raise InputError("a model is diagnosed in PyTorch on the CPU", where="--device",
                          fix="leave it out, or build a bundle and diagnose that")
     from deploy.building.builder import load_source, workspace
-    from deploy.core.pass_cache import Cache, default_root
-    from deploy.core.progress import Silent
+    from deploy.core.pass_cache import Cache
     from deploy.core.spec import BuildSpec
     from deploy.model.source_bundle import open_origin
 
-    spec, root = BuildSpec(model=target), default_root()
+    spec, root = BuildSpec(model=target), cache_home()
     origin = open_origin(spec)
     with workspace(root) as work:
-        source = load_source(origin, spec, Cache(root), work, Silent())
+        source = load_source(origin, spec, Cache(root), work)
         from deploy.parity.reference.torch_sessions import reference_sessions
 
         yield reference_sessions(source), source
 
 
-def diagnose_pipeline(target: str, options: DiagnoseOptions, grid: Path | None = None,
-                      say: Callable[[str], None] = lambda text: None) -> Diagnosis:
+def diagnose_pipeline(target: str, options: DiagnoseOptions, grid: Path | None = None) -> Diagnosis:
     """Look at a bundle or a model.
 
     Args:
         target: folder of a bundle, or a model as `build` takes it.
         options: how.
         grid: PNG file: a row for each prompt, columns along the denoising.
-        say: told what is being done.
 
     Raises:
         InputError: it is neither, or an image cannot be read.
-        ParityError: its numbers are not finite: where is said.
+        ParityError: its numbers are not finite; the error says where.
     """
     with opened(target, options.device) as (sessions, bundle):
         probe, pipeline = Probe(sessions, bundle), assemble_pipeline(sessions, bundle)
-        if "vae_encoder" not in bundle.manifest.components:
-            raise InputError("there is no vae_encoder, which every check begins with", where=target)
-        images = read_images(options.images, probe.facts.height, probe.facts.width)
-        say("generating")
+        codec = bundle.manifest.pipeline.codec
+        if codec.encoder.component not in bundle.manifest.components:
+            raise InputError(f"there is no {codec.encoder.component}, which every check begins with", where=target)
+        images = read_images(options.images, codec.height, codec.width)
+        listener().working("generating")
         generated = generate(probe, pipeline, prompts_for(bundle), options)
-        say("asking the networks")
+        listener().working("asking the networks")
         checks = [check_vae(probe, generated, images), check_unconditional(probe, generated, images)]
-        if probe.facts.text_encoders:
+        if probe.roles.encoders:
             checks += [check_text(probe, generated), check_guidance(probe, generated)]
         if grid is not None:
             write_grid(probe, generated, grid)
@@ -107,7 +108,7 @@ def diagnose_pipeline(target: str, options: DiagnoseOptions, grid: Path | None =
 
 def prompts_for(bundle: Bundle) -> tuple[str, ...]:
     """What is generated: the reference model's own subjects, or everyday things; nothing of a model without prompts."""
-    if not bundle.manifest.pipeline.text_encoders:
+    if not bundle.manifest.pipeline.encoders:
         return ("",) * IMAGES
     if bundle.manifest.source.id == "reference":  # deploy.core.spec.REFERENCE, whose module needs pydantic
         from deploy.reference_models import demo_prompts
@@ -117,14 +118,14 @@ def prompts_for(bundle: Bundle) -> tuple[str, ...]:
 
 
 def read_images(files: Sequence[Path], height: int, width: int) -> Float32 | None:
-    """(B, 3, H, W) float32 in -1..1, or None without files."""
+    """Pixels of the files, (B, 3, H, W) float32 in -1..1, or None without files."""
     if not files:
         return None
     return np.stack([to_pixels(open_image(file, str(file)), height, width) for file in files])
 
 
 def generate(probe: Probe, pipeline: Pipeline, prompts: tuple[str, ...], options: DiagnoseOptions) -> Samples:
-    """Generate with guidance, without, and without a prompt."""
+    """Generate the prompts with guidance and without, and as many images without a prompt."""
     estimates: list[Float32] = []
     wanted = {round(i * (options.steps - 1) / (GRID_COLUMNS - 1)) for i in range(GRID_COLUMNS)}
 
@@ -143,7 +144,7 @@ def generate(probe: Probe, pipeline: Pipeline, prompts: tuple[str, ...], options
 
 
 def write_grid(probe: Probe, generated: Samples, file: Path) -> None:
-    """A row for each prompt; in each column what the image will be, as far as the latents of that step tell."""
+    """Write a row for each prompt; each column shows the image that the latents of one step predict."""
     from deploy.core.image_files import save_images
 
     columns = [to_pil(to_uint8(probe.decode(latents))) for latents in generated.estimates]

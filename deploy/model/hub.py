@@ -1,4 +1,4 @@
-"""A model on the Hugging Face Hub -> its snapshot in the Hub's cache: safetensors, configs, tokenizers, no pickle."""
+"""Downloads a model from the Hugging Face Hub into the Hub's cache: safetensors, configs, tokenizers, no pickle."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from deploy.core.progress import listener
 from exporters.source.model_folder import MODEL_INDEX
 from runtimes.bundle.folder import translated_disk_errors
 from runtimes.codec.safety_checker import PREPROCESSOR_FILE, SAFETY_CHECKER
 from runtimes.errors import DeployError, InputError, UnavailableError
+from runtimes.system.progress import listener
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _TEXTS = (".json", ".txt", ".model")

@@ -1,4 +1,4 @@
-"""The folder that a build reads: the model's own, or a view of it in which another autoencoder stands for its own."""
+"""Finds the folder that a build reads: the model's own, or a view of it with another autoencoder."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from deploy.core.pass_cache import default_root
 from deploy.core.spec import REFERENCE, BuildSpec
 from deploy.model import hub
 from deploy.reference_models import WEIGHTS
@@ -15,6 +14,7 @@ from exporters.source.model_folder import MODEL_INDEX, read_json
 from runtimes.bundle.folder import translated_disk_errors
 from runtimes.bundle.manifest import digest_of
 from runtimes.errors import InputError
+from runtimes.system.cache_root import cache_home
 from runtimes.system.cache_store import use
 
 _VAE_NAMES = ("vae", "vqvae")
@@ -84,7 +84,7 @@ def with_vae(model: Path, vae: Path) -> Path:
     if name is None:
         raise InputError("the model has no autoencoder to replace", where=str(model), fix="leave --vae out")
     index[name] = ["diffusers", kind]
-    view = default_root() / "views" / digest_of([str(model.resolve()), str(vae.resolve()), index])
+    view = cache_home() / "views" / digest_of([str(model.resolve()), str(vae.resolve()), index])
     with translated_disk_errors(view):
         view.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=view.parent))

@@ -1,4 +1,4 @@
-"""The source model seen as a bundle: its folder, with a manifest made from configs and headers. No torch."""
+"""Opens the source model as a bundle: its folder, with a manifest made from configs and headers. No torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import replace
 from importlib import util
 from pathlib import Path
 
-from deploy.core.pass_cache import Cache, default_root, versions_of
+from deploy.core.pass_cache import Cache, versions_of
 from deploy.core.spec import REFERENCE, BuildSpec
 from deploy.model.hub import cached_name
 from deploy.model.read_from import own_folder, source_folder
@@ -20,16 +20,19 @@ from exporters.families.shallow_component import shallow_weights, with_step_cach
 from exporters.source.model_folder import MODEL_INDEX, ComponentSource, read_json
 from exporters.source.model_folder import Source as PipelineSource
 from runtimes import schedulers
+from runtimes.bundle.details import SourceDetails
 from runtimes.bundle.folder import Bundle, record_of, records_below, sha256_of
-from runtimes.bundle.manifest import SCHEMA, Component, FileRecord, Manifest, ModeFacts, PipelineFacts, Source, to_json
+from runtimes.bundle.manifest import SCHEMA, Component, FileRecord, Manifest, Source, to_json
 from runtimes.bundle.manifest import from_json as parsed
+from runtimes.bundle.roles import ModeFacts, Role, Roles
 from runtimes.codec.safety_checker import PREPROCESSOR_FILE, SAFETY_CHECKER
 from runtimes.errors import InputError
-from runtimes.pipeline.guidance import SHALLOW
+from runtimes.system.cache_root import cache_home
 
 ORIGIN_FORMAT = "diffusers"
 # An autoencoder holds both halves; a parameter is counted for the component that uses it.
-VAE_HALVES = {"vae_encoder": ("encoder.", "quant_conv."), "vae_decoder": ("decoder.", "post_quant_conv.", "quantize.")}
+VAE_HALVES = {Role.IMAGE_ENCODER: ("encoder.", "quant_conv."),
+              Role.IMAGE_DECODER: ("decoder.", "post_quant_conv.", "quantize.")}
 PRECISIONS = {"F32": "fp32", "F16": "fp16", "BF16": "bf16", "F64": "fp64"}
 
 
@@ -42,16 +45,19 @@ def open_origin(spec: BuildSpec) -> Bundle:
     folder = source_folder(spec)
     source = as_loaded(open_source(folder, spec.variant))
     check_schedulers(source)
-    specs = family_of(source.pipeline_class).components(source, spec.shapes)
+    family = family_of(source.pipeline_class)
+    specs, roles = family.components(source, spec.shapes), family.roles(source)
+    denoiser = specs[roles.denoiser.component]
     if spec.step_cache:
-        unet = source.components["unet"]
-        specs = with_step_cache(specs, unet.config, str(unet.folder))
+        network = source.components[denoiser.source_component]
+        specs, roles = with_step_cache(specs, roles, network.config, str(network.folder))
     if spec.safety_checker:
         source = source.with_component(SAFETY_CHECKER)
-        specs = with_safety_checker(specs, source)
+        specs = with_safety_checker(specs, roles.codec.decoder.component, source)
+        roles = replace(roles, safety_checker=SAFETY_CHECKER)
     hashes = {name: record_of(file) for name, file in source.weight_files().items()}
     known = {file: hashes[name] for name, file in source.weight_files().items()}
-    components = {name: _component(source.components[s.source_component], s, folder, known)
+    components = {name: _component(source.components[s.source_component], s, roles.role(name), folder, known)
                   for name, s in specs.items()}
     files = {}
     for tokenizer in source.tokenizers.values():
@@ -59,15 +65,15 @@ def open_origin(spec: BuildSpec) -> Bundle:
     files.update(records_below(folder / "scheduler", folder))
     if spec.safety_checker:
         files[PREPROCESSOR_FILE] = record_of(folder / PREPROCESSOR_FILE)
-    facts, notes = _own_size(family_of(source.pipeline_class).facts(source), specs["unet"])
+    roles, notes = _own_size(roles, denoiser)
     notes = [*source.notes, *notes]
     manifest = Manifest(
         schema=SCHEMA,
-        family=family_of(source.pipeline_class).name,
+        family=family.name,
         source=_named(spec, {name: record.sha256 for name, record in hashes.items()}),
         target=spec.target,
         precision=spec.precision,
-        pipeline=facts,
+        pipeline=roles,
         components=dict(sorted(components.items())),
         passes=(),
         files=files,
@@ -88,18 +94,18 @@ def _named(spec: BuildSpec, hashes: Mapping[str, str]) -> Source:
     return Source(name or folder.name, hashes, commit)
 
 
-def _own_size(facts: PipelineFacts, unet: ComponentSpec) -> tuple[PipelineFacts, list[str]]:
-    """The facts, with a default size that the bundle can make: the model's own, or what --shapes prefer."""
-    sizes = {}
+def _own_size(roles: Roles, denoiser: ComponentSpec) -> tuple[Roles, list[str]]:
+    """The roles, with a default size that the bundle can make: the model's own, or what --shapes prefer."""
+    codec, sizes = roles.codec, {}
     for name in ("height", "width"):
-        axis, rows = unet.axes[name], getattr(facts, name) // facts.vae_scale_factor
+        axis, rows = denoiser.axes[name], getattr(codec, name) // codec.factor
         fits = rows in axis.range and rows % axis.multiple == 0
-        sizes[name] = (rows if fits else axis.range.opt) * facts.vae_scale_factor
-    if sizes == {"height": facts.height, "width": facts.width}:
-        return facts, []
+        sizes[name] = (rows if fits else axis.range.opt) * codec.factor
+    if sizes == {"height": codec.height, "width": codec.width}:
+        return roles, []
     note = (f"without a size it makes {sizes['height']} x {sizes['width']} pixels: --shapes leave out the model's own "
-            f"{facts.height} x {facts.width}")
-    return replace(facts, height=sizes["height"], width=sizes["width"]), [note]
+            f"{codec.height} x {codec.width}")
+    return roles.sized(sizes["height"], sizes["width"]), [note]
 
 
 def as_loaded(source: PipelineSource) -> PipelineSource:
@@ -115,7 +121,7 @@ def as_loaded(source: PipelineSource) -> PipelineSource:
     key = {"kind": "as diffusers loads", "read": json.dumps(read, sort_keys=True),
            "libraries": versions_of(("diffusers", "transformers")),
            "asked": [sha256_of(file) for file in _askers()]}
-    cache = Cache(default_root())
+    cache = Cache(cache_home())
     if (found := cache.find_fact(key)) is None:
         from exporters.source import diffusers_pipeline
 
@@ -155,12 +161,12 @@ def check_schedulers(source: PipelineSource) -> None:
             raise
 
 
-def _component(source: ComponentSource, spec: ComponentSpec, folder: Path,
+def _component(source: ComponentSource, spec: ComponentSpec, role: Role, folder: Path,
                known: Mapping[Path, FileRecord]) -> Component:
     names = [source.folder / "config.json", *([source.index] if source.index else []), *source.weights]
     files = {p.relative_to(folder).as_posix(): known.get(p) or record_of(p) for p in names}
     headers = source.headers()
-    own = shallow_weights(source.config) if spec.name == SHALLOW else VAE_HALVES.get(spec.name, ("",))
+    own = shallow_weights(source.config) if role is Role.SHALLOW else VAE_HALVES.get(role, ("",))
     sizes = {key: (kind, math.prod(shape)) for key, (kind, shape) in headers.items() if key.startswith(own)}
     stored = max(sizes.values(), key=lambda entry: entry[1], default=("F32", 0))[0]
     return Component(
@@ -173,5 +179,6 @@ def _component(source: ComponentSource, spec: ComponentSpec, folder: Path,
         class_name=source.class_name,
         precision=PRECISIONS.get(stored, stored.lower()),
         parameters=sum(count for _, count in sizes.values()),
-        details={"library": source.library, "source_component": spec.source_component},
+        details=SourceDetails(library=source.library, source_component=spec.source_component, takes=spec.takes,
+                              gives=spec.gives),
     )

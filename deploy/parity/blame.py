@@ -1,15 +1,15 @@
-"""What besides the networks makes two pipelines generate differently: scheduler, tokenizer, facts. By name."""
+"""Names what besides the networks makes two pipelines generate differently: scheduler, tokenizer, facts."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from deploy.parity.metrics import relative_l2
 from runtimes.bundle.folder import Bundle
+from runtimes.bundle.manifest import to_json
 from runtimes.errors import InputError
 from runtimes.pipeline.loading import load_tokenizers
 from runtimes.schedulers import from_config
@@ -33,16 +33,27 @@ def schedule_error(reference: Mapping[str, Any], candidate: Mapping[str, Any]) -
 def _alphas(config: Mapping[str, Any]) -> np.ndarray[Any, Any]:
     try:
         scheduler: Any = from_config(config)
-    except InputError:  # a class that only other samplers stand in for: its noise schedule can be read all the same
+    except InputError:  # a class that we have no sampler for: its noise schedule can be read all the same
         scheduler = Settings.from_config(config)
     alphas: np.ndarray[Any, Any] = scheduler.alphas_cumprod
     return alphas
 
 
 def different_facts(reference: Bundle, candidate: Bundle) -> list[str]:
-    """Facts of the pipelines that differ, as `name: value -> value`."""
-    before, after = (dataclasses.asdict(b.manifest.pipeline) for b in (reference, candidate))
-    return [f"{name}: {value!r} -> {after[name]!r}" for name, value in before.items() if after[name] != value]
+    """Facts of the pipelines' roles that differ, as `codec.scaling_factor: value -> value`."""
+    before, after = (dict(_leaves(to_json(b.manifest.pipeline), "")) for b in (reference, candidate))
+    return [f"{name}: {before.get(name)!r} -> {after.get(name)!r}" for name in {**before, **after}
+            if before.get(name) != after.get(name)]
+
+
+def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Every value of nested JSON with the path to it."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    if items is None:
+        yield path, value
+        return
+    for key, part in items:
+        yield from _leaves(part, f"{path}.{key}" if path else str(key))
 
 
 def different_tokens(reference: Bundle, candidate: Bundle, prompts: Sequence[str]) -> list[str]:
@@ -51,7 +62,8 @@ def different_tokens(reference: Bundle, candidate: Bundle, prompts: Sequence[str
     Raises:
         BundleError: a tokenizer cannot be read.
     """
-    if reference.manifest.pipeline.tokens != candidate.manifest.pipeline.tokens:
+    lengths = [[reader.tokens for reader in b.manifest.pipeline.conditioner.encoders] for b in (reference, candidate)]
+    if lengths[0] != lengths[1]:
         return list(prompts)
     texts, pairs = [*prompts, ""], zip(load_tokenizers(reference), load_tokenizers(candidate), strict=True)
     ids = [(one(texts), other(texts)) for one, other in pairs]

@@ -1,4 +1,4 @@
-"""Component level: every network of the candidate on the reference's own inputs, one network in memory at a time."""
+"""Compares component by component: every network of the candidate on the reference's inputs, one in memory."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from deploy.parity.options import ParityOptions
 from deploy.parity.reference.answers import Reference
 from deploy.parity.reference.planned_shapes import plan_runs
 from deploy.parity.reference.sample_feeds import Feeds, NoRealInputsError, Sample, cast
-from deploy.parity.reference.session_pool import close
-from runtimes.backends.session import FORMATS, Session, SessionOptions, open_session
+from runtimes.backends.session import FORMATS, Session, SessionOptions
 from runtimes.bundle.folder import Bundle
 from runtimes.bundle.manifest import Component
 from runtimes.errors import DeployError, UnavailableError
+from runtimes.pipeline.bundle_sessions import open_session
+from runtimes.system.progress import listener
 
 SOURCE_FORMAT = "safetensors"
 
@@ -99,7 +100,7 @@ def check_components(
             try:
                 figures[name] = _compare(session, samples)
             finally:
-                close(session)
+                session.close()
                 del session  # before the next network is loaded
         except UnavailableError as error:
             unverified[name] = str(error)
@@ -137,7 +138,8 @@ def _compare(session: Session, samples: Sequence[Sequence[Sample]]) -> Figures:
     refused: list[tuple[_Unusable, Sample]] = []
     worked: list[Sample] = []
     shapes = tuple(at_shape[0].shape_of(component) for at_shape in samples)
-    for sample in (sample for at_shape in samples for sample in at_shape):
+    every = [sample for at_shape in samples for sample in at_shape]
+    for number, sample in enumerate(every, 1):
         try:
             outputs = _outputs(session, sample)
         except _Unusable as error:
@@ -145,6 +147,7 @@ def _compare(session: Session, samples: Sequence[Sequence[Sample]]) -> Figures:
             continue
         worked.append(sample)
         shape = sample.shape_of(component)
+        listener().advanced(number, len(every), "calls compared")
         errors += [(tensor_errors(expected, outputs[n]), n, shape) for n, expected in sample.outputs.items()]
     if refused:
         problem, sample = refused[0]

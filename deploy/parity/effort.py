@@ -1,4 +1,4 @@
-"""How much is compared: everything where that takes a minute, less where it would take hours, and in words how much."""
+"""Chooses how much is compared: everything where that takes a minute, less where it would take hours."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 
 from deploy.parity.options import ParityOptions
 from deploy.parity.reference.planned_shapes import halved_sizes
-from runtimes.bundle.manifest import Component, PipelineFacts
+from runtimes.bundle.manifest import Component
+from runtimes.bundle.roles import Roles
 
 # "auto" is one of the next two; "components" generates no images; "no" compares nothing.
 LEVELS = ("auto", "full", "quick", "components", "no")
@@ -55,17 +56,17 @@ class Effort:
             "width": o.width}
 
 
-def choose(asked: str, options: ParityOptions, components: Mapping[str, Component], facts: PipelineFacts) -> Effort:
+def choose(asked: str, options: ParityOptions, components: Mapping[str, Component], roles: Roles) -> Effort:
     """The effort that was asked for; for "auto", everything if its estimated cost is below `LIMIT_MACS`, else "quick".
 
     Args:
         asked: one of `LEVELS` but "no".
         options: of a full comparison.
         components: of the source; their ranges say how small an image may be.
-        facts: of the pipeline.
+        roles: of the pipeline.
     """
-    sizes = halved_sizes(components, facts)
-    whole = image_macs(options, components, sizes[0])
+    sizes = halved_sizes(components, roles)
+    whole = image_macs(options, components, roles, sizes[0])
     large = whole > LIMIT_MACS
     level = asked if asked != "auto" else "quick" if large else "full"
     if level == "full":
@@ -77,16 +78,17 @@ def choose(asked: str, options: ParityOptions, components: Mapping[str, Componen
         return Effort(level, options, why)
     quick = replace(options, prompts=options.prompts[:1], schedulers=options.schedulers[:1], steps=QUICK_STEPS,
                     retrieval_prompts=())
-    rows, columns = next((s for s in sizes if image_macs(quick, components, s) <= LIMIT_MACS), sizes[-1])
-    factor = facts.vae_scale_factor
+    rows, columns = next((s for s in sizes if image_macs(quick, components, roles, s) <= LIMIT_MACS), sizes[-1])
+    factor = roles.codec.factor
     return Effort(level, replace(quick, height=rows * factor, width=columns * factor), why)
 
 
-def image_macs(options: ParityOptions, components: Mapping[str, Component], latents: tuple[int, int]) -> float:
-    """Estimated multiply-accumulates of image every prompt with every sampler under guidance, by both sides."""
+def image_macs(options: ParityOptions, components: Mapping[str, Component], roles: Roles, latents: tuple[int, int],
+               ) -> float:
+    """Estimated multiply-accumulates of generating every prompt with every sampler under guidance, by both sides."""
     def of(name: str, factor: float) -> float:
         return factor * components[name].parameters * latents[0] * latents[1] if name in components else 0.0
 
     generated = len(options.prompts) * len(options.schedulers)
-    once = 2 * options.steps * of("unet", DENOISER_MACS) + of("vae_decoder", DECODER_MACS)
-    return 2 * generated * once
+    steps, image = of(roles.denoiser.component, DENOISER_MACS), of(roles.codec.decoder.component, DECODER_MACS)
+    return 2 * generated * (2 * options.steps * steps + image)

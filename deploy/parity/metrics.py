@@ -1,4 +1,4 @@
-"""Distances between what the reference computed and what the candidate computed. NumPy only; a NaN never passes.
+"""Measures distances between what the reference and the candidate computed. NumPy only; a NaN never passes.
 
 Everything is accumulated in float64. Reference and candidate have the same shape; their dtypes may differ.
 """
@@ -80,7 +80,7 @@ class TensorErrors:
 
 
 def tensor_errors(reference: Array, candidate: Array) -> TensorErrors:
-    """Compare two tensors of any, equal shape and any real dtypes.
+    """Errors of the candidate, any values of any shape and real dtype; the reference has the same shape.
 
     Raises:
         InputError: the shapes differ.
@@ -100,7 +100,9 @@ def tensor_errors(reference: Array, candidate: Array) -> TensorErrors:
 
 
 def compare_tensors(reference: Array, candidate: Array, tolerance: float) -> Comparison:
-    """Compare two tensors by relative L2; max_abs, cosine and the non-finite count come along in `numbers`.
+    """Compare two tensors by relative L2 error: any values of the same shape, any real dtypes.
+
+    `numbers` holds max_abs, cosine and the non-finite count.
 
     Raises:
         InputError: the shapes differ.
@@ -110,7 +112,10 @@ def compare_tensors(reference: Array, candidate: Array, tolerance: float) -> Com
 
 
 def relative_l2(reference: Array, candidate: Array) -> float:
-    """||candidate - reference|| / ||reference|| over all elements, as in `TensorErrors`."""
+    """Error ||candidate - reference|| / ||reference|| over all elements of two arrays of the same shape, any dtypes.
+
+    See `TensorErrors`.
+    """
     return tensor_errors(reference, candidate).relative_l2
 
 
@@ -125,7 +130,7 @@ def psnr_db(reference: Array, candidate: Array, peak: float = 1.0) -> float:
     """Peak signal-to-noise ratio, 10 log10(peak² / MSE), in decibels, capped at `MAX_PSNR_DB`.
 
     Args:
-        reference: (..., H, W, C) float, pixels in [0, peak].
+        reference: (..., H, W, C) of any real dtype, pixels in [0, peak].
         candidate: same shape.
         peak: largest possible pixel.
 
@@ -148,7 +153,7 @@ def ssim(reference: Array, candidate: Array, peak: float = 1.0) -> float:
     use_sample_covariance=False`.
 
     Args:
-        reference: (H, W, C) float, pixels in [0, peak], H and W at least 11.
+        reference: (H, W, C) of any real dtype, pixels in [0, peak], H and W at least 11.
         candidate: same shape.
         peak: largest possible pixel.
 

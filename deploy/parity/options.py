@@ -1,4 +1,4 @@
-"""What a comparison generates and how: prompts, samplers, steps, sizes. Every default in one frozen object."""
+"""The options of a comparison, with their defaults: prompts, samplers, steps, sizes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from deploy.core.spec import REFERENCE
 from deploy.reference_models import GALLERY_COLUMNS, GALLERY_FILE, GALLERY_TILE, demo_prompts, subject_names
 from deploy.reference_models.retrieval import Gallery
 from runtimes.backends.session import SessionOptions
+from runtimes.system.device import CPU, Device
 
 # Things that any text-to-image model knows; a build of the reference model passes the model's own subjects.
 PROMPTS = (
@@ -53,7 +54,7 @@ class ParityOptions:
     keep_bytes: int = 1 << 30
 
 
-def options_for(source_id: str, prompts: tuple[str, ...], device: str = "cpu") -> ParityOptions:
+def options_for(source_id: str, prompts: tuple[str, ...], device: Device = CPU) -> ParityOptions:
     """What is generated: the user's prompts, else the reference model's own subjects, else everyday ones."""
     session = SessionOptions(device)
     if source_id != REFERENCE:

@@ -1,4 +1,4 @@
-"""The candidate as a whole against the reference as a whole: trajectory, images, retrieval, and what is to blame."""
+"""Compares whole pipelines, candidate and reference: trajectories, images, retrieval, and what is to blame."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from runtimes.bundle.folder import Bundle
 from runtimes.errors import DeployError, UnavailableError
 from runtimes.pipeline.bundle_sessions import needed
 from runtimes.pipeline.loading import scheduler_config
+from runtimes.system.progress import listener
 
 
 @dataclass(frozen=True)
@@ -131,11 +132,12 @@ class _Check:
         try:
             drift: dict[str, tuple[float, ...]] = {}
             generated: list[Pair] = []
-            for scheduler in options.schedulers:
+            for number, scheduler in enumerate(options.schedulers, 1):
                 request = self._request(scheduler)
                 expected, found = self.reference.generate(request), self._generate(request)
                 drift[scheduler] = _worst_by_step(expected, found)
                 generated += pairs(request, expected, found)
+                listener().advanced(number, len(options.schedulers), "samplers compared")
             report = replace(report, drift=drift, pairs=tuple(generated))
             report = replace(report, retrieval=self._retrieval())
         except _CannotGenerate as failure:
@@ -155,7 +157,7 @@ class _Check:
                            images_at_once=8 if self.small else 1)
 
     def _generate(self, request: TrajectoryRequest, scheduler: Mapping[str, Any] | None = None) -> Trajectory:
-        """Generate with the candidate; what it refuses after the reference drew it is broken parity, not a crash."""
+        """Generate with the candidate; what it alone refuses is broken parity, not a crash."""
         try:
             pipeline = assemble_pipeline(self.pool.sessions, self.candidate, scheduler)
             return generate(pipeline, request)
@@ -188,11 +190,13 @@ class _Check:
             return report.culprit, ""
         drifted = bool(report.drift) and not report.trajectory[-1] <= self.budget.trajectory_relative_l2
         figures = self.components.figures if self.components is not None else {}
-        suspects = {n: f for n, f in figures.items() if n != "vae_encoder" and (n != "vae_decoder" or not drifted)}
-        if not drifted and "vae_decoder" in self.candidate.manifest.components:
-            return "vae_decoder", "the latents are within their budget, the images are not"
+        roles = self.candidate.manifest.pipeline
+        decoder, innocent = roles.codec.decoder.component, {roles.codec.encoder.component}
+        suspects = {n: f for n, f in figures.items() if n not in innocent | ({decoder} if drifted else set())}
+        if not drifted and decoder in self.candidate.manifest.components:
+            return decoder, "the latents are within their budget, the images are not"
         if not suspects:
-            return "unet", "the latents drift, and nothing but the networks differs"
+            return roles.denoiser.component, "the latents drift, and nothing but the networks differs"
         name = max(suspects, key=lambda n: suspects[n].severity)
         return name, f"its error of {suspects[name].relative_l2:.3g} a call is the largest, and the sampler adds it up"
 
@@ -213,7 +217,7 @@ class _Check:
 
 
 class _CannotGenerate(DeployError):
-    """The candidate refused what the reference drew."""
+    """The candidate refused what the reference generated."""
 
     def __init__(self, where: str, what: str) -> None:
         super().__init__(what, where=where)

@@ -1,4 +1,4 @@
-"""Stand-ins for graphs whose arithmetic this machine would hide: parity of 16-bit graphs is proven on them."""
+"""Replaces 16-bit graphs, whose rounding this CPU would hide, by emulations on which their parity is proven."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from runtimes.system.cache_store import scratch
 
 
 def computes_in_16_bits(component: Component) -> bool:
-    """Whether ONNX Runtime's CPU provider would hide this graph's rounding and overflow (onnx_precision_emulate)."""
-    conversion = component.details.get("conversion")
-    return component.format == "onnx" and isinstance(conversion, dict) and conversion.get("mode") == "compute"
+    """Whether ONNX Runtime's CPU provider hides this graph's rounding; see `exporters.precision.emulation`."""
+    conversion = component.graph.conversion
+    return component.format == "onnx" and conversion is not None and conversion.computes
 
 
 @contextmanager

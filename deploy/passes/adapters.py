@@ -1,20 +1,20 @@
-"""`adapters`: LoRA files merged into the weights or laid beside them, textual inversions added to text encoders."""
+"""`adapters`: merges LoRA files into the weights or lays them beside, and adds textual inversions to text encoders."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from deploy.core.plan import Pass, Planned, Skip, Step
 from runtimes.adapters.lora_files import Factors, read_factors
-from runtimes.adapters.lora_inputs import DETAILS, own_file, side_by_side
+from runtimes.adapters.lora_inputs import own_file, side_by_side
+from runtimes.bundle.details import LoraInputs, SourceDetails
 from runtimes.bundle.folder import Bundle, link_or_copy, record_of, records_below
 from runtimes.bundle.manifest import Component, FileRecord, Manifest
 from runtimes.errors import InputError
-from runtimes.pipeline.guidance import SHALLOW
 
 if TYPE_CHECKING:
     from deploy.core.spec import BuildSpec
@@ -38,8 +38,8 @@ class Adapters(Pass):
         if not spec.lora and not spec.embedding:
             return Skip("no adapters")
         from exporters.adapters.lora_differences import differences
-        from exporters.adapters.textual_inversion import read_embedding
-        from runtimes.adapters.lora_files import components_of, parse_lora
+        from exporters.adapters.textual_inversion import encoder_widths, read_embedding
+        from runtimes.adapters.lora_files import networks_of, parse_lora
 
         for name, component in before.components.items():
             if component.format != "safetensors":
@@ -51,7 +51,7 @@ class Adapters(Pass):
         grown: dict[str, int] = {}
         for option in spec.lora:
             file, scale = parse_lora(option)
-            touched = components_of(file)
+            touched = networks_of(file)
             _refuse_absent(touched, before, file)
             changed |= dict.fromkeys(_with_entries(touched, before))
             record = record_of(file)
@@ -60,11 +60,12 @@ class Adapters(Pass):
                                    "components": list(touched), "differs_from_diffusers": list(differences(file))})
         for option in spec.embedding:
             file, token = parse_embedding(option)
-            embedding = read_embedding(file, token, _widths(before))
+            embedding = read_embedding(file, token, encoder_widths(before))
             _refuse_absent(tuple(embedding.keys), before, file)
-            changed |= dict.fromkeys(embedding.keys)
-            for name, width in embedding.widths.items():
-                grown[name] = grown.get(name, 0) + embedding.vectors[name] * width
+            changed |= dict.fromkeys(map(before.pipeline.adapted, embedding.keys))
+            for encoder, width in embedding.widths.items():
+                name = before.pipeline.adapted(encoder)
+                grown[name] = grown.get(name, 0) + embedding.vectors[encoder] * width
             record = record_of(file)
             files[record.sha256] = str(file)
             config["embedding"].append({"file": file.name, "sha256": record.sha256, "token": embedding.token,
@@ -90,29 +91,30 @@ class Adapters(Pass):
 
         before, planned = source.component(name), step.after.components[name]
         folder, target = source.file(before.file).parent, out / "components" / _folder(before)
-        network = "unet" if name == SHALLOW else name
-        module = load_module(folder, before.details["library"], before.class_name)
+        details, roles = before.details_as(SourceDetails), source.manifest.pipeline
+        network, reader = roles.adapter(name), roles.text_encoder(name)
+        module = load_module(folder, details.library, before.class_name)
         target.mkdir(parents=True)
-        details = dict(before.details)
         if step.config["lora_mode"] == SWAP:
             levels, shapes = levels_of(module), matrices_of(module)
-            factors = _factors(step, name, shapes, levels)
+            factors = _factors(step, network, shapes, levels)
             for place, found in factors.items():
                 found.delta(shapes[place], found.key)  # refuses what does not fit
                 if len(shapes[place]) > 2 and step.after.target == "openvino":
                     raise InputError(f"{found.key} changes a convolution; OpenVINO computes none whose weights are "
                                      "inputs", where=f"pass adapters, {name}", fix="use --lora-mode merge")
             if factors:
-                details[DETAILS] = {"targets": {place: list(shapes[place]) for place in factors}, "levels": levels,
-                                    "rank": max(len(found.down) for found in factors.values())}
+                lora = LoraInputs(targets={place: shapes[place] for place in factors}, levels=levels,
+                                  rank=max(len(found.down) for found in factors.values()))
+                details = replace(details, lora=lora)
         else:
             for entry in step.config["lora"]:
                 if network in entry["components"]:
                     merge(module, network, Path(step.files[entry["sha256"]]), entry["scale"])
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if step.config["embedding"] and name in source.manifest.pipeline.text_encoders:
-            tokenizer = source.path / name.replace("text_encoder", "tokenizer")
-            config["vocab_size"] = add_words(module, name, _words(step, source.manifest), tokenizer)
+        if step.config["embedding"] and reader is not None:
+            config["vocab_size"] = add_words(module, network, _words(step, source.manifest),
+                                             source.path / reader.tokenizer)
         (target / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         weights = {key: tensor.contiguous() for key, tensor in module.state_dict().items()}
         save_file(weights, target / "model.safetensors")
@@ -124,10 +126,9 @@ class Adapters(Pass):
 
         words = _words(step, source.manifest)
         files = dict(source.manifest.files)
-        for name in source.manifest.pipeline.text_encoders if words else ():
-            folder = name.replace("text_encoder", "tokenizer")
-            extend_tokenizer(source.path / folder, name, words, out / folder)
-            files |= records_below(out / folder, out)
+        for reader in source.manifest.pipeline.conditioner.encoders if words else ():
+            extend_tokenizer(source.path / reader.tokenizer, reader.adapter, words, out / reader.tokenizer)
+            files |= records_below(out / reader.tokenizer, out)
         for name in files:
             if not (out / name).exists():
                 link_or_copy(source.path / name, out / name)
@@ -141,30 +142,26 @@ class Adapters(Pass):
         from exporters.source.networks import empty_module
 
         for name in step.reads:
-            before = source.component(name)
-            module, _ = empty_module(source.file(before.file).parent, before.details["library"], before.class_name)
-            if factors := _factors(step, name, matrices_of(module), levels_of(module)):
-                write_factors(factors, name, out / own_file(name))
+            before, network = source.component(name), source.manifest.pipeline.adapter(name)
+            library = before.details_as(SourceDetails).library
+            module, _ = empty_module(source.file(before.file).parent, library, before.class_name)
+            if factors := _factors(step, network, matrices_of(module), levels_of(module)):
+                write_factors(factors, network, out / own_file(name))
         return records_below(out / own_file("").partition("/")[0], out)
 
 
-def _factors(step: Step, name: str, modules: Iterable[str], levels: Any) -> dict[str, Factors]:
-    """All LoRAs of a step for one component, side by side."""
-    return side_by_side([read_factors(Path(step.files[entry["sha256"]]), name, entry["scale"], modules, levels)
-                         for entry in step.config["lora"] if name in entry["components"]])
+def _factors(step: Step, network: str, modules: Iterable[str], levels: Any) -> dict[str, Factors]:
+    """All LoRAs of a step for one network, side by side."""
+    return side_by_side([read_factors(Path(step.files[entry["sha256"]]), network, entry["scale"], modules, levels)
+                         for entry in step.config["lora"] if network in entry["components"]])
 
 
 def _words(step: Step, source: Manifest) -> list[Embedding]:
     """The embeddings of a step."""
-    from exporters.adapters.textual_inversion import read_embedding
+    from exporters.adapters.textual_inversion import encoder_widths, read_embedding
 
-    return [read_embedding(Path(step.files[entry["sha256"]]), entry["token"], _widths(source))
+    return [read_embedding(Path(step.files[entry["sha256"]]), entry["token"], encoder_widths(source))
             for entry in step.config["embedding"]]
-
-
-def _widths(manifest: Manifest) -> dict[str, int]:
-    """Text encoder -> width of its hidden states, which is that of its embeddings."""
-    return {name: int(manifest.components[name].outputs[0].shape[-1]) for name in manifest.pipeline.text_encoders}
 
 
 def parse_embedding(option: str) -> tuple[Path, str]:
@@ -174,17 +171,16 @@ def parse_embedding(option: str) -> tuple[Path, str]:
 
 
 def _folder(component: Component) -> str:
-    return str(component.details["source_component"])
+    return component.details.source_component
 
 
 def _with_entries(touched: tuple[str, ...], before: Manifest) -> list[str]:
-    """Components that share the weights of those that an adapter touches: the U-Net's shallow entry."""
-    parts = {_folder(before.components[name]) for name in touched}
+    """Components that share the weights of those that an adapter touches: the denoiser's shallow entry."""
+    parts = {_folder(before.components[before.pipeline.adapted(name)]) for name in touched}
     return [name for name, component in before.components.items() if _folder(component) in parts]
 
 
 def _refuse_absent(touched: tuple[str, ...], before: Manifest, file: Path) -> None:
-    known: Mapping[str, Component] = before.components
-    if absent := [name for name in touched if name not in known]:
+    if absent := [name for name in touched if before.pipeline.adapted(name) not in before.components]:
         raise InputError(f"it changes the {absent[0]}, which this model does not have", where=str(file),
                          fix="use an adapter that was trained for this architecture")

@@ -1,4 +1,4 @@
-"""`engine`: each ONNX graph compiled to a TensorRT engine, for the GPU here or ahead of time for GPUs elsewhere."""
+"""`engine`: compiles each ONNX graph to a TensorRT engine, for the GPU here or ahead of time for GPUs elsewhere."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from deploy.core.layer_list import carry_layers
 from deploy.core.plan import Pass, Planned, Skip, Step, Unavailable, require_onnx
-from deploy.passes.quantize import carry_layers
+from runtimes.bundle.details import EngineDetails
 from runtimes.bundle.folder import Bundle, link_or_copy, records_below
-from runtimes.bundle.manifest import Component, Manifest
+from runtimes.bundle.manifest import Component, Manifest, from_json, to_json
 from runtimes.bundle.tensors import Axis, ShapeRange
 from runtimes.errors import InputError
+from runtimes.system.cache_root import cache_home
 from runtimes.system.nvidia import gpu_or_none
 
 if TYPE_CHECKING:
@@ -72,17 +74,18 @@ class Engine(Pass):
         profiles = component_profiles(before, source.manifest, step.config, name)
         report = build_engine(source.file(before.file), folder / ENGINE_FILE, profiles, options,
                               timing_cache=timing_cache(options, step.config["gpu"]))
-        details = {**before.details, **report.to_json(), "options": step.config["options"], "gpu": step.config["gpu"],
-                   "compiled_component_sha256": before.sha256, "executed": False, "not_executed": NOT_EXECUTED}
+        facts = {**report.to_json(), "options": step.config["options"], "gpu": step.config["gpu"],
+                 "compiled_component_sha256": before.sha256, "executed": False, "not_executed": NOT_EXECUTED}
         if (quantizers := find_quantizers(source.file(before.file))).inputs:
-            details["quantizers"] = quantizers.to_json()
+            facts["quantizers"] = quantizers.to_json()
         reloads = options.stripped or options.refittable
         if reloads or step.config["keep_graph"]:
             for file in before.files:
                 link_or_copy(source.path / file, out / file)
-            details["weights" if reloads else "graph"] = before.file
+            facts["weights" if reloads else "graph"] = before.file
         else:
             carry_layers(source, before, out)
+        details = from_json(EngineDetails, {**to_json(before.details), **facts}, name)
         return replace(planned, files=records_below(folder, out), details=details)
 
 
@@ -117,11 +120,10 @@ def gpu_here() -> str:
 
 def timing_cache(options: EngineOptions, gpu: str) -> Path | None:
     """Where `tensorrt` keeps what it timed, per GPU; TensorRT-RTX times nothing at build time."""
-    from deploy.core.pass_cache import default_root
-
+    
     if options.builder != "tensorrt":
         return None
-    folder = default_root() / "tensorrt"
+    folder = cache_home() / "tensorrt"
     folder.mkdir(parents=True, exist_ok=True)
     return folder / f"timing-{''.join(c if c.isalnum() else '-' for c in gpu)}.cache"
 
@@ -151,12 +153,12 @@ def _in_units_of(axis: str, axes: Mapping[str, Axis], manifest: Manifest, profil
         return None
     low, common, high = profile[user]
     if axis == "batch":
-        decoder = manifest.components.get("vae_decoder")
+        decoder = manifest.components.get(manifest.pipeline.codec.decoder.component)
         images = decoder.axes["batch"].range.max if decoder is not None and "batch" in decoder.axes else 0
         rows = max(axes[axis].range.max // images, 1) if images else 1
         return ShapeRange(low, common * rows, high * rows)
     if axis in ("height", "width"):
-        factor = manifest.pipeline.vae_scale_factor
+        factor = manifest.pipeline.codec.factor
         if low % factor or common % factor or high % factor:
             raise InputError(f"{axis}={low}:{common}:{high} pixels are not multiples of {factor}", where="profile")
         return ShapeRange(low // factor, common // factor, high // factor)

@@ -1,4 +1,4 @@
-"""`export`: every component from PyTorch to ONNX, none of its weights in memory."""
+"""`export`: exports every component from PyTorch to ONNX, without its weights in memory."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from deploy.core.plan import Pass, Planned, Step
+from runtimes.bundle.details import GraphDetails, SourceDetails
 from runtimes.bundle.folder import Bundle, records_below
 from runtimes.bundle.manifest import Component, Manifest
 from runtimes.errors import InputError
@@ -32,7 +33,7 @@ class Export(Pass):
                                  fix="export comes after load and before everything that works on graphs")
             components[name] = replace(
                 component, format="onnx", precision="fp32", file=f"components/{name}/model.onnx", files={},
-                details={"opset": spec.opset, "source_component": component.details["source_component"]})
+                details=component.details.become(GraphDetails, opset=spec.opset))
         config = {"opset": spec.opset, "exporter": "torch.onnx.export(dynamo=True)"}
         step = Step(self.name, self.version, config, {n: (n,) for n in components},
                     replace(before, components=components), f"PyTorch to ONNX, opset {spec.opset}")
@@ -48,12 +49,13 @@ class Export(Pass):
 
         before, planned = source.component(name), step.after.components[name]
         folder = source.file(before.file).parent
-        unread, stored = unread_module(folder, before.details["library"], before.class_name)
-        module = torch_component(name, unread, [output.name for output in before.outputs])
-        spec = ComponentSpec(name, before.details["source_component"], before.inputs, before.outputs, before.axes)
+        details = before.details_as(SourceDetails)
+        unread, stored = unread_module(folder, details.library, before.class_name)
+        module = torch_component(source.manifest.pipeline.role(name), unread, before.gives)
+        spec = ComponentSpec(name, details.source_component, before.inputs, before.outputs, before.axes)
         export_onnx(module, spec, out / "components" / name, opset=step.config["opset"], stored=stored,
-                    lora=before.details.get("lora", {}).get("targets"))
+                    lora=details.lora.targets if details.lora else None)
         common = {axis: a.range.opt for axis, a in before.axes.items()}
-        history = {key: before.details[key] for key in ("pruning", "recovery", "lora") if key in before.details}
-        details = {**planned.details, **history, "macs": count_macs(module, example_inputs(spec, common))}
-        return replace(planned, files=records_below(out / "components" / name, out), details=details)
+        macs = count_macs(module, example_inputs(spec, common))
+        return replace(planned, files=records_below(out / "components" / name, out),
+                       details=details.become(GraphDetails, opset=step.config["opset"], macs=macs))

@@ -1,4 +1,4 @@
-"""`load`: bring the source model into a bundle under canonical names, refusing anything broken at the door."""
+"""`load`: brings the source model into a bundle under canonical names, and refuses anything broken."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from deploy.core.plan import Pass, Planned, Step
 from deploy.model.source_bundle import ORIGIN_FORMAT
+from runtimes.bundle.details import SourceDetails
 from runtimes.bundle.folder import Bundle, link_or_copy, records_below
 from runtimes.bundle.manifest import Component, FileRecord, Manifest
 from runtimes.codec.safety_checker import PREPROCESSOR_FILE, SAFETY_CHECKER
@@ -34,7 +35,7 @@ class Load(Pass):
         for name, component in before.components.items():
             if component.format != ORIGIN_FORMAT:
                 raise InputError(f"{name} is already {component.format}", where="pass load", fix="load comes first")
-            part = component.details["source_component"]
+            part = component.details.source_component
             suffix = ".index.json" if component.file.endswith(".index.json") else ""
             components[name] = replace(component, format="safetensors", files={},
                                        file=f"components/{part}/model.safetensors{suffix}")
@@ -49,11 +50,11 @@ class Load(Pass):
         from exporters.source.networks import check_weights
 
         planned = step.after.components[name]
-        part = planned.details["source_component"]
+        part = planned.details.source_component
         folder = out / "components" / part
         link_component(_opened(step, source).with_component(part).components[part], folder)
         try:
-            check_weights(folder, planned.details["library"], planned.class_name)
+            check_weights(folder, planned.details_as(SourceDetails).library, planned.class_name)
         except InputError as error:
             error.where = error.where.replace(str(folder), str(source.path / part))  # not the link in the cache
             raise
@@ -66,9 +67,10 @@ class Load(Pass):
         from runtimes.text.clip_tokenizer import prepare_tokenizer
 
         origin = as_loaded(_opened(step, source))
+        parts = {encoder.tokenizer: step.after.components[encoder.component].details.source_component
+                 for encoder in step.after.pipeline.conditioner.encoders}
         for name, folder in origin.tokenizers.items():
-            encoder = step.after.components[name.replace("tokenizer", "text_encoder")].details["source_component"]
-            prepare_tokenizer(folder, out / name, origin.components[encoder].config.get("vocab_size"))
+            prepare_tokenizer(folder, out / name, origin.components[parts[name]].config.get("vocab_size"))
         (out / "scheduler").mkdir()
         text = json.dumps(origin.scheduler_config, indent=2, sort_keys=True) + "\n"
         (out / "scheduler" / "scheduler_config.json").write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""`optimize`: fold, fuse and clean the graphs for the target, keeping only what measures faster there."""
+"""`optimize`: folds, fuses and cleans the graphs for the target, by rewrites that were measured to be faster there."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from deploy.core.plan import Pass, Planned, Step, require_onnx
+from runtimes.bundle.details import GraphDetails, Optimization
 from runtimes.bundle.folder import Bundle, records_below
-from runtimes.bundle.manifest import Component, Manifest
+from runtimes.bundle.manifest import Component, Manifest, from_json
 
 if TYPE_CHECKING:
     from deploy.core.spec import BuildSpec
@@ -38,6 +39,8 @@ class Optimize(Pass):
         planned = step.after.components[name]
         folder = out / "components" / name
         folder.mkdir(parents=True)
-        report = optimize_onnx(source.file(planned.file), folder / "model.onnx", name, step.config["target"])
+        report = optimize_onnx(source.file(planned.file), folder / "model.onnx",
+                               source.manifest.pipeline.role(name), step.config["target"], where=name)
+        found = from_json(Optimization, report.to_json(), name)
         return replace(planned, files=records_below(folder, out),
-                       details={**source.component(name).details, "optimization": report.to_json()})
+                       details=replace(source.component(name).details_as(GraphDetails), optimization=found))

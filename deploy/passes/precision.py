@@ -1,4 +1,4 @@
-"""`precision`: 16 bits where they pay: computed in on GPUs; only stored in on CPUs, which lack the kernels."""
+"""`precision`: converts graphs to 16 bits: to compute in them on GPUs, only to store weights in them on CPUs."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from deploy.core.plan import PLANNED_PRECISION, Pass, Planned, Skip, Step, require_onnx
-from deploy.passes.quantize import carry_layers
+from deploy.core.layer_list import carry_layers
+from deploy.core.plan import Pass, Planned, Skip, Step, require_onnx
+from runtimes.bundle.details import Conversion, GraphDetails
 from runtimes.bundle.folder import Bundle, records_below
-from runtimes.bundle.manifest import Component, Manifest, PipelineFacts
+from runtimes.bundle.manifest import Component, Manifest, from_json
+from runtimes.bundle.roles import Role, Roles
 from runtimes.codec.autoencoder import unscaled
 
 if TYPE_CHECKING:
     from deploy.core.spec import BuildSpec
 
-DECODER, PROBES = "vae_decoder", 4
+PROBES = 4
 NAMES = {"fp16": "float16", "bf16": "bfloat16"}
 MODES = {"tensorrt": "compute", "tensorrt-rtx": "compute", "onnxruntime": "storage", "openvino": "storage"}
 
@@ -65,21 +67,19 @@ class Precision(Pass):
         convert = partial(convert_precision, source.file(before.file), graph, step.config["precision"],
                           mode=step.config["mode"])
         report = convert(keep=patterns_for(name, source, step.config["keep"]))
-        details = dict(before.details)
-        if name == DECODER and (step.config["precision"], step.config["mode"]) == ("fp16", "compute") and (
+        details, decodes = before.details_as(GraphDetails), source.manifest.pipeline.role(name) is Role.IMAGE_DECODER
+        if decodes and (step.config["precision"], step.config["mode"]) == ("fp16", "compute") and (
                 why := overflow(graph, before, source.manifest.pipeline)):
             shutil.rmtree(folder)
             report = convert(keep=["*"])
-            details |= {PLANNED_PRECISION: planned.precision, "not_fp16": why}
+            details = replace(details, planned_precision=planned.precision, not_fp16=why)
             planned = replace(planned, precision=before.precision)
         carry_layers(source, before, out)
-        details["conversion"] = report.to_json()
-        if step.config["mode"] == "storage" and details.get("ort_graph_optimization") == "disabled":
-            details["ort_graph_optimization"] = "basic"  # widens the weights once, at load, instead of in every call
-        return replace(planned, files=records_below(folder, out), details=details)
+        return replace(planned, files=records_below(folder, out),
+                       details=replace(details, conversion=from_json(Conversion, report.to_json(), name)))
 
 
-def overflow(low: Path, decoder: Component, facts: PipelineFacts) -> str:
+def overflow(low: Path, decoder: Component, roles: Roles) -> str:
     """Whether a float16 decoder fails: its emulation, which a CPU can run, on noise as large as latents are.
 
     Decoders that were trained in float32 may hold values above 65,504: that of Stable Diffusion XL does
@@ -88,7 +88,7 @@ def overflow(low: Path, decoder: Component, facts: PipelineFacts) -> str:
     Args:
         low: the graph that computes in float16.
         decoder: its record, in float32.
-        facts: of the pipeline, which say how latents of unit variance are decoded.
+        roles: of the pipeline, whose codec says how latents of unit variance are decoded.
 
     Returns:
         what happens, empty if nothing does.
@@ -103,7 +103,7 @@ def overflow(low: Path, decoder: Component, facts: PipelineFacts) -> str:
         emulate(low, Path(scratch) / low.name)
         session = plain_session(Path(scratch) / low.name, threads=0)
         for _ in range(PROBES):
-            noise = unscaled(facts, random.standard_normal(shape, np.float32))
+            noise = unscaled(roles.codec, random.standard_normal(shape, np.float32))
             images = session.run(None, {latents.name: noise})
             if wrong := sum(int((~np.isfinite(image)).sum()) for image in images):
                 return f"{wrong} of {sum(p.size for p in images)} values of an image are not finite"

@@ -1,4 +1,4 @@
-"""`prune-vae`: the autoencoder made narrower before export, and taught by the original; diffusers still loads it."""
+"""`prune-vae`: makes the autoencoder narrower before export, and has it learn from the original; diffusers loads it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from deploy.core.plan import Pass, Planned, Skip, Step, Unavailable
-from deploy.model.source_bundle import VAE_HALVES
-from deploy.passes.prune import WEIGHTS_FILE, generation_config
+from deploy.pruning.planning import WEIGHTS_FILE, generates_with, generation_config
 from deploy.pruning.shrink.widths import AUTOENCODER
 from runtimes.bundle.folder import Bundle, records_below
 from runtimes.bundle.manifest import Component, Manifest
@@ -17,9 +16,6 @@ from runtimes.errors import InputError
 
 if TYPE_CHECKING:
     from deploy.core.spec import BuildSpec
-
-HALVES = tuple(VAE_HALVES)
-GENERATES_WITH = ("unet", "text_encoder")
 
 
 class PruneVae(Pass):
@@ -37,8 +33,10 @@ class PruneVae(Pass):
         if not spec.prune_vae:
             return Skip("the autoencoder keeps its channels")
         generated = spec.prune_method == "taylor" or spec.recover > 0
-        components = dict(before.components)
-        for half in HALVES:
+        components, roles = dict(before.components), before.pipeline
+        halves = roles.codec.encoder.component, roles.codec.decoder.component
+        readers = generates_with(before)
+        for half in halves:
             component = before.components[half]
             if component.format != "safetensors":
                 raise InputError(f"{half} is {component.format}, expected safetensors", where="pass prune-vae",
@@ -47,7 +45,7 @@ class PruneVae(Pass):
                 raise InputError(f"the autoencoder is {component.class_name}, which cannot be pruned",
                                  where="pass prune-vae", fix=f"leave out --prune-vae: it can prune {AUTOENCODER} only")
             components[half] = replace(component, files={}, file=f"components/{half}/{WEIGHTS_FILE}")
-        if generated and (absent := [name for name in GENERATES_WITH if name not in before.components]):
+        if generated and (absent := [name for name in readers if name not in before.components]):
             raise InputError(f"there is no {absent[0]} to generate with", where="pass prune-vae",
                              fix="prune it with --prune-method l2 and without --recover")
         if util.find_spec("torch_pruning") is None:
@@ -55,7 +53,7 @@ class PruneVae(Pass):
         config = {"prune": spec.prune_vae, "method": spec.prune_method, "steps": spec.recover,
                   **generation_config(before, spec)}
         learns = f", {spec.recover} steps of distillation for each half" if spec.recover else ""
-        reads = {half: (half, *GENERATES_WITH) if generated else (half,) for half in HALVES}
+        reads = {half: (half, *readers) if generated else (half,) for half in halves}
         step = Step(self.name, self.version, config, reads, replace(before, components=components),
                     f"{spec.prune_vae:.0%} of the autoencoder's channels, {spec.prune_method}{learns}")
         return step.recorded()
@@ -68,8 +66,8 @@ class PruneVae(Pass):
 
         planned, folder = step.after.components[name], out / "components" / name
         folder.mkdir(parents=True)
-        network, details = prune_half(source, name, step.config)
+        network, pruning, recovery = prune_half(source, name, step.config)
         write_network(network, folder / WEIGHTS_FILE, planned.precision)
         return replace(planned, files=records_below(folder, out),
-                       parameters=size_of(torch_component(name, network)),
-                       details={**planned.details, **details})
+                       parameters=size_of(torch_component(source.manifest.pipeline.role(name), network)),
+                       details=replace(planned.details, pruning=pruning, recovery=recovery))

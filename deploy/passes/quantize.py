@@ -1,4 +1,4 @@
-"""`quantize`: 8-bit weights, and 8-bit activations with ranges recorded along the model's own denoising."""
+"""`quantize`: gives graphs 8-bit weights and activations, with ranges recorded along the model's own denoising."""
 
 from __future__ import annotations
 
@@ -8,34 +8,19 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from calibration.targets import BLOCKS, INT4, NEEDS_RANGES, SEARCHED, recipe_of, scheme_of
+from deploy.core.doctor import sums_in_32_bits
+from deploy.core.layer_list import LAYERS_FILE
 from deploy.core.plan import Pass, Planned, Skip, Step
-from deploy.quantization.recipes import NEEDS_RANGES
-from runtimes.bundle.folder import Bundle, link_or_copy, records_below
-from runtimes.bundle.manifest import Component, Manifest
+from runtimes.bundle.details import GraphDetails, Quantization
+from runtimes.bundle.folder import Bundle, records_below
+from runtimes.bundle.manifest import Component, Manifest, from_json
 from runtimes.errors import InputError
 
 if TYPE_CHECKING:
     from deploy.core.spec import BuildSpec
 
 PRECISIONS = ("int8", "auto")
-INT4 = "weight-only-4"  # calibration.graphs.layers.INT4, without loading onnx_ir to plan
-DETAILS_FILE = "quantization.json"
-# target -> the integers its kernels take, fields of calibration.integers.ranges.Scheme.
-SCHEMES: Mapping[str, dict[str, Any]] = {
-    "onnxruntime": {"quantize_outputs": True},
-    "openvino": {"give_biases": True},
-    "tensorrt": {"signed": True},
-    "tensorrt-rtx": {"signed": True},
-}
-# target -> how 4-bit weights are written, fields of calibration.graphs.text_encoder_int4.BlockForm.
-BLOCKS: Mapping[str, dict[str, Any]] = {
-    "onnxruntime": {"operator": "MatMulNBits"},
-    "openvino": {"operator": "DequantizeLinear"},
-    "tensorrt": {"operator": "DequantizeLinear", "positive": True, "embeddings": False},
-    "tensorrt-rtx": {"operator": "DequantizeLinear", "positive": True, "embeddings": False},
-}
-CPU_TARGETS = ("onnxruntime", "openvino")
-LIMIT_OF_16_BIT_SUMS = 63
 EXPLAINED_CALLS, EXPLAINED_LAYERS = 8, 3
 WORTH_SAYING = 0.97  # of bytes or seconds: what is nearer to 1 is within the noise
 TIMED_CALLS = 21
@@ -61,31 +46,12 @@ class Quantize(Pass):
         if spec.quantization == "dynamic" and spec.graph_target != "onnxruntime":
             raise InputError(f"{spec.graph_target} has no kernels for ranges found at run time", where="quantization",
                              fix="use hybrid or static")
-        from deploy.core.budgets import budget_for
-        from deploy.parity.options import options_for
-        from deploy.quantization.recipes import plan_calibration
-
-        budget = budget_for(spec.precision, spec.budget)
-        recipes = {name: recipe_of(name, spec.quantization, spec.text_encoder_bits) for name in before.components}
-        if spec.precision == "auto" and "unet" in recipes:
-            recipes["unet"] = "auto"
-        config: dict[str, Any] = {
-            "recipes": recipes, "scheme": scheme_of(spec.graph_target, spec.cpu), "estimator": spec.range_estimator,
-            "keep": list(spec.keep), "methods": list(spec.quantization_methods),
-            "relative_l2": budget.component_relative_l2,
-        }
-        if "smoothquant" in spec.quantization_methods:
-            config["smoothquant_alpha"] = spec.smoothquant_alpha
-        if spec.text_encoder_bits == 4:
-            if INT4 not in recipes.values():
-                raise InputError("the model has no text encoder", where="--text-encoder-bits", fix="leave it out")
-            config["blocks"] = BLOCKS[spec.graph_target]
-        if "auto" in recipes.values():
-            generated = options_for(before.source.id, spec.prompts)
-            config["search"] = {"budget": asdict(budget), "prompts": list(generated.prompts),
-                                "retrieval": len(generated.retrieval_prompts)}
-        if any(recipe in NEEDS_RANGES for recipe in recipes.values()):
-            config["calibration"] = plan_calibration(before, spec)
+        denoiser = before.pipeline.denoiser.component
+        recipes = {name: recipe_of(before.pipeline.role(name), spec.quantization, spec.text_encoder_bits)
+                   for name in before.components}
+        if spec.precision == "auto" and denoiser in recipes:
+            recipes[denoiser] = SEARCHED
+        config = _config(before, spec, recipes)
         every = tuple(before.components)
         reads = {name: every if recipes[name] in NEEDS_RANGES else (name,) for name in every}
         components = {n: replace(c, precision="int4" if recipes[n] == INT4 else "int8", files={})
@@ -96,24 +62,27 @@ class Quantize(Pass):
 
     def run(self, step: Step, name: str, source: Bundle, out: Path) -> Component:
         """Quantize one graph; which layer became what, and every range, lies beside it."""
-        from calibration.graphs.layers import check_patterns
-        from calibration.integers.ranges import Scheme
-        from deploy.quantization.recipes import names_in, quantize_by_recipe, record_calibration, search_unet
+        from calibration.graphs.layers import check_patterns, quantizable
+        from calibration.recipes.one_graph import Settings, quantize_by_recipe
+        from deploy.quantization.calibration_data import record_calibration
+        from deploy.quantization.precision_search import search_denoiser
 
-        planned, config = step.after.components[name], step.config
-        check_patterns(config["keep"], names_in(source))
+        planned, config, recipe = step.after.components[name], step.config, step.config["recipes"][name]
+        graphs = {part: source.file(component.file) for part, component in source.manifest.components.items()}
+        check_patterns(config["keep"], {part: quantizable(graph) for part, graph in graphs.items()})
         folder = out / "components" / name
         folder.mkdir(parents=True)
-        scheme, recipe, recording = Scheme(**config["scheme"]), config["recipes"][name], None
-        if recipe in NEEDS_RANGES:
-            recording = record_calibration(source, config["calibration"])
-        if recording is not None and recipe == "auto":
-            found = search_unet(source, folder / "model.onnx", config, scheme, recording)
+        target, settings = folder / "model.onnx", Settings.from_config(config)
+        recording = record_calibration(source, config["calibration"]) if recipe in NEEDS_RANGES else None
+        if recording is not None and recipe == SEARCHED:
+            found = search_denoiser(source, target, config, recording)
         else:
-            found = quantize_by_recipe(source, folder / "model.onnx", config, scheme, name, recording)
-        (folder / DETAILS_FILE).write_text(json.dumps(found["layers"], sort_keys=True), encoding="utf-8")
+            role = source.manifest.pipeline.role(name)
+            found = quantize_by_recipe(graphs[name], target, recipe, settings, name, role, recording)
+        (folder / LAYERS_FILE).write_text(json.dumps(found.layers, sort_keys=True), encoding="utf-8")
+        summary = from_json(Quantization, found.summary, name)
         return replace(planned, files=records_below(folder, out),
-                       details={**source.component(name).details, "quantization": found["summary"]})
+                       details=replace(source.component(name).details_as(GraphDetails), quantization=summary))
 
     def explain(self, step: Step, name: str, before: Bundle, after: Bundle) -> str:
         """The layers that add most of the error, by activations of the two graphs on recorded inputs."""
@@ -122,7 +91,7 @@ class Quantize(Pass):
         if "calibration" not in step.config:
             return ""
         from calibration.choice.layer_sensitivity import error_origins
-        from deploy.quantization.recipes import record_calibration
+        from deploy.quantization.calibration_data import record_calibration
 
         recording = record_calibration(before, step.config["calibration"])
         calls = recording.spread(name, EXPLAINED_CALLS)
@@ -138,35 +107,36 @@ class Quantize(Pass):
         return {name: measured_gain(before, after, name) for name in step.reads}
 
 
-def scheme_of(target: str, cpu: str) -> dict[str, Any]:
-    """The integers of a target, on CPUs as the processor that the bundle is for multiplies them.
+def _config(before: Manifest, spec: BuildSpec, recipes: Mapping[str, str]) -> dict[str, Any]:
+    """Everything that decides what is written, resolved.
 
-    Without VNNI, x86 adds pairs of products in 16 bits, which two full 8-bit weights overflow (VPMADDUBSW saturates).
+    Raises:
+        InputError: 4 bits for a model without a text encoder, or too few samples to calibrate with.
     """
-    from deploy.core.doctor import sums_in_32_bits
+    from deploy.core.budgets import budget_for
+    from deploy.parity.options import options_for
+    from deploy.quantization.calibration_data import plan_calibration
 
-    scheme = SCHEMES[target]
-    if target in CPU_TARGETS and not (sums_in_32_bits() if cpu == "auto" else cpu == "vnni"):
-        return {**scheme, "weight_limit": LIMIT_OF_16_BIT_SUMS}
-    return scheme
-
-
-def carry_layers(source: Bundle, component: Component, out: Path) -> None:
-    """Keep the list of layers beside what a later pass makes of a quantized graph; the report shows it."""
-    for file in component.files:
-        if Path(file).name == DETAILS_FILE:
-            link_or_copy(source.path / file, out / file)
-
-
-def recipe_of(component: str, quantization: str, text_encoder_bits: int) -> str:
-    """The recipe of one component.
-
-    The text encoder runs once for a prompt that the cache does not know: its time does not matter, its bytes do, and
-    everything that is generated hangs on its output.
-    """
-    if component.startswith("text_encoder"):
-        return INT4 if text_encoder_bits == 4 else "weight-only"
-    return quantization
+    budget = budget_for(spec.precision, spec.budget)
+    vnni = sums_in_32_bits() if spec.cpu == "auto" else spec.cpu == "vnni"
+    config: dict[str, Any] = {
+        "recipes": recipes, "scheme": scheme_of(spec.graph_target, sums_in_32_bits=vnni),
+        "estimator": spec.range_estimator, "keep": list(spec.keep), "methods": list(spec.quantization_methods),
+        "relative_l2": budget.component_relative_l2,
+    }
+    if "smoothquant" in spec.quantization_methods:
+        config["smoothquant_alpha"] = spec.smoothquant_alpha
+    if spec.text_encoder_bits == 4:
+        if INT4 not in recipes.values():
+            raise InputError("the model has no text encoder", where="--text-encoder-bits", fix="leave it out")
+        config["blocks"] = BLOCKS[spec.graph_target]
+    if SEARCHED in recipes.values():
+        generated = options_for(before.source.id, spec.prompts)
+        config["search"] = {"budget": asdict(budget), "prompts": list(generated.prompts),
+                            "retrieval": len(generated.retrieval_prompts)}
+    if any(recipe in NEEDS_RANGES for recipe in recipes.values()):
+        config["calibration"] = plan_calibration(before, spec)
+    return config
 
 
 def measured_gain(before: Bundle, after: Bundle, name: str) -> dict[str, Any]:
@@ -176,7 +146,8 @@ def measured_gain(before: Bundle, after: Bundle, name: str) -> dict[str, Any]:
     compiles the graph anew.
     """
     from deploy.core.call_times import quotient, seconds_in_turns, usual_feeds
-    from runtimes.backends.session import SessionOptions, open_session
+    from runtimes.backends.session import SessionOptions
+    from runtimes.pipeline.bundle_sessions import open_session
 
     component = before.component(name)
     size = after.component(name).bytes / component.bytes

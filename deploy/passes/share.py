@@ -1,23 +1,22 @@
-"""`share`: the U-Net's second graph reads the weights of the first, which lie on disk once."""
+"""`share`: the denoiser's second graph reads the weights of the first, which lie on disk once."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from deploy.core.layer_list import carry_layers
 from deploy.core.plan import Pass, Planned, Skip, Step
-from deploy.passes.quantize import carry_layers
+from runtimes.bundle.details import SharedWeights
 from runtimes.bundle.folder import Bundle, link_or_copy, records_below
 from runtimes.bundle.manifest import Component, Manifest
-from runtimes.pipeline.guidance import SHALLOW
 
 if TYPE_CHECKING:
     from deploy.core.spec import BuildSpec
 
-WHOLE = "unet"
-FOLDER, GRAPH_FILE = f"components/{WHOLE}", "shallow.onnx"
-STORES = {"onnx": f"{FOLDER}/model.onnx.data", "openvino": f"{FOLDER}/model.bin"}
+GRAPH_FILE = "shallow.onnx"
+STORES = {"onnx": "model.onnx.data", "openvino": "model.bin"}  # format -> the file of the whole graph's weights
 
 
 class Share(Pass):
@@ -30,31 +29,34 @@ class Share(Pass):
 
     def plan(self, before: Manifest, spec: BuildSpec) -> Planned:
         """The step cache's two graphs, unless they are engines."""
-        if SHALLOW not in before.components:
+        whole, entry = before.pipeline.denoiser.component, before.pipeline.denoiser.shallow
+        if entry is None:
             return Skip("no two graphs have weights in common")
-        kind = before.components[WHOLE].format
+        kind = before.components[whole].format
         if kind not in STORES:
             return Skip(f"{kind} holds its weights itself")
-        components = {**before.components, SHALLOW: replace(before.components[SHALLOW], files={},
-                                                            file=f"{FOLDER}/{GRAPH_FILE}")}
-        reads: dict[str, tuple[str, ...]] = {SHALLOW: (WHOLE, SHALLOW)}
+        shallow, folder = entry.component, f"components/{whole}"
+        components = {**before.components, shallow: replace(before.components[shallow], files={},
+                                                            file=f"{folder}/{GRAPH_FILE}")}
+        reads: dict[str, tuple[str, ...]] = {shallow: (whole, shallow)}
         if kind == "onnx":
-            components[WHOLE] = replace(components[WHOLE], files={})
-            reads = {WHOLE: (WHOLE,), **reads}
-        step = Step(self.name, self.version, {"weights": STORES[kind]}, reads, replace(before, components=components),
-                    f"{SHALLOW} reads the weights of {WHOLE}")
+            components[whole] = replace(components[whole], files={})
+            reads = {whole: (whole,), **reads}
+        step = Step(self.name, self.version, {"weights": f"{folder}/{STORES[kind]}"}, reads,
+                    replace(before, components=components), f"{shallow} reads the weights of {whole}")
         return step.recorded()
 
     def run(self, step: Step, name: str, source: Bundle, out: Path) -> Component:
         """Put the whole graph's weights beside it, or let the other graph refer to them."""
         from exporters.onnx.shared_weights import share_weights
 
-        whole, planned, before = source.component(WHOLE), step.after.components[name], source.component(name)
+        denoiser = source.manifest.pipeline.denoiser.component
+        whole, planned, before = source.component(denoiser), step.after.components[name], source.component(name)
         store = out / step.config["weights"]
-        if name == WHOLE:
+        if name == denoiser:
             _move_weights_out(source, whole, out)
             carry_layers(source, whole, out)
-            return replace(planned, files=records_below(out / FOLDER, out), details=before.details)
+            return replace(planned, files=records_below(store.parent, out), details=before.details)
         if step.config["weights"] in whole.files:
             link_or_copy(source.path / step.config["weights"], store)
         else:
@@ -62,16 +64,18 @@ class Share(Pass):
             (out / whole.file).unlink()
         report = share_weights(source.file(before.file), store, out / planned.file)
         carry_layers(source, before, out)
-        return replace(planned, files=records_below(out, out), details={
-            **before.details, "shared_weights": {"with": WHOLE, "file": step.config["weights"], **asdict(report)}})
+        shared = SharedWeights(component=denoiser, file=step.config["weights"], **asdict(report))
+        details: Any = before.details  # of an ONNX graph, or of one that OpenVINO reads
+        return replace(planned, files=records_below(out, out), details=replace(details, shared_weights=shared))
 
 
 def _move_weights_out(source: Bundle, whole: Component, out: Path) -> None:
     """The whole graph with its weights in a file of their own, as large graphs have them already."""
     from exporters.onnx.shared_weights import move_weights_out
 
-    if STORES["onnx"] not in whole.files:
+    store = str(PurePosixPath(whole.file).with_name(STORES["onnx"]))
+    if store not in whole.files:
         move_weights_out(source.file(whole.file), out / whole.file)
         return
-    for file in (whole.file, STORES["onnx"]):
+    for file in (whole.file, store):
         link_or_copy(source.path / file, out / file)

@@ -1,1 +1,1 @@
-"""Pruning of U-Nets and autoencoders into smaller networks that diffusers builds from their config, and recovery."""
+"""Prunes U-Nets and autoencoders to smaller networks that diffusers builds from their config, and retrains them."""

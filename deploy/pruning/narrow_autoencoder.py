@@ -1,4 +1,4 @@
-"""An autoencoder made narrower, and what its halves then learn from images of the model's own: no data is needed.
+"""Makes an autoencoder narrower, and trains its halves on images that the model generates: no data is needed.
 
 diffusers builds encoder and decoder from one `block_out_channels`, so both halves shrink to the same widths; which
 channels go is chosen in each apart. Latents and moments keep their channels: every other network fits as before.
@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deploy.core.pass_cache import default_root, pipeline_identity
-from deploy.core.progress import listener
+from deploy.core.pass_cache import pipeline_identity
+from deploy.pruning.planning import generates_with
 from deploy.pruning.recovery.recover_network import train
 from deploy.pruning.recovery.training_loop import Schedule
 from deploy.pruning.shrink.importance import scorer_of
@@ -24,14 +24,17 @@ from deploy.pruning.shrink.prune_network import size_of
 from deploy.pruning.shrink.structured import HALVES, prune_network
 from deploy.pruning.shrink.widths import AUTOENCODER, config_of, levels_of, uniform_widths
 from deploy.pruning.teacher.original import Teacher, example_feeds, load_source_module
+from deploy.pruning.training_device import training_device
 from exporters.source.networks import torch_component
+from runtimes.bundle.details import PrunedChannels, Pruning, Recovery
 from runtimes.bundle.folder import Bundle, replacing
 from runtimes.bundle.manifest import digest_of, to_json
 from runtimes.codec.autoencoder import unscaled
+from runtimes.system.cache_root import cache_home
 from runtimes.system.cache_store import use
+from runtimes.system.progress import listener
 
 ENCODER, DECODER = HALVES[AUTOENCODER]
-DENOISER = "unet"
 SCORED, LEARNED, JUDGED = 32, 64, 16  # trajectories: for importance; to learn from, and others for the figures
 GENERATED_AT_ONCE = 16
 
@@ -56,11 +59,14 @@ class HalfRecipe(Schedule):
 
 
 class HalfDistillation:
-    """The task of half an autoencoder (`deploy.pruning.recovery.training_loop.Task`): to answer like the original half.
+    """The task of half an autoencoder, to answer like the original half: a `recovery.training_loop.Task`.
 
     The decoder learns the images that the original makes of the model's latents, the encoder the moments that the
     original makes of those images. Loss: squared error in units of the original's variance, and absolute error in
     units of its deviation. Latents are mirrored at random, which costs nothing: the original answers those, too.
+
+    Every array is float32: latents (B, C, h, w) divided by the scaling factor, pixels (B, 3, f * h, f * w) in -1..1,
+    the loss a scalar. The state alone is int64, a scalar: the index of the next batch, which with the seed decides it.
 
     Args:
         student: the half that learns, as wrapped by `torch_component`.
@@ -107,8 +113,8 @@ class HalfDistillation:
         return torch.cat([chosen[::2], chosen[1::2].flip(3)])
 
 
-def prune_half(source: Bundle, name: str, config: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """A narrower autoencoder of which one half has learned to do without.
+def prune_half(source: Bundle, name: str, config: Mapping[str, Any]) -> tuple[Any, Pruning, Recovery | None]:
+    """A narrower autoencoder of which one half was retrained.
 
     The halves are components of their own, each with a result of its own: of what is returned for one, the other half
     has the right shape and is not used.
@@ -116,38 +122,38 @@ def prune_half(source: Bundle, name: str, config: Mapping[str, Any]) -> tuple[An
     Args:
         source: a bundle in the format "safetensors" with the original autoencoder and, to generate with, U-Net and text
             encoder.
-        name: of the half: "vae_encoder" or "vae_decoder".
+        name: of the component that is the half.
         config: of pass `prune-vae`.
 
     Returns:
-        an AutoencoderKL, float32, and what became of the half, JSON-able.
+        an AutoencoderKL, float32, and what became of the half.
 
     Raises:
-        InputError: a ratio that its norm groups do not allow (names the level and what works), or a U-Net that cannot
-            be generated with here.
+        InputError: a ratio that its norm groups do not allow (names the level and what works), or a U-Net that
+            images cannot be generated with here.
         ParityError: the loss of the recovery is not finite.
     """
     network = load_source_module(source, source.component(name))
     levels = levels_of(config_of(network), "vae")
-    widths = uniform_widths(levels, config["prune"], "vae")  # before any image is generated: it refuses what cannot be
+    widths = uniform_widths(levels, config["prune"], "vae")  # refuses impossible ratios before images are generated
     count = LEARNED + JUDGED if config["steps"] else SCORED if config["method"] == "taylor" else 0
     latents = own_latents(source, config, count) if count else torch.empty(0)
     if config["method"] == "taylor":
         accumulate_cycle_gradients(network, latents[:SCORED])
-    feeds = {half: example_feeds(source.component(half)) for half in HALVES[AUTOENCODER]}
+    roles = source.manifest.pipeline
+    feeds = {ENCODER: example_feeds(source.component(roles.codec.encoder.component)),
+             DECODER: example_feeds(source.component(roles.codec.decoder.component))}
     smaller = prune_network(network, feeds, widths, scorer_of(config["method"]), "vae")
     network.requires_grad_(False)
-    details: dict[str, Any] = {"pruning": {
-        "parameters_before": size_of(torch_component(name, network)),
-        "channels": {"method": config["method"], "before": [level.width for level in levels],
-                     "kept": list(widths.kept), "removed": round(widths.removed, 4)}}}
-    if config["steps"]:
-        details["recovery"] = _recover(source, name, network, smaller, latents, config)
-    return smaller.to("cpu"), details
+    channels = PrunedChannels(method=config["method"], before=tuple(level.width for level in levels),
+                              remaining=tuple(widths.remaining), removed=round(widths.removed, 4))
+    pruning = Pruning(parameters_before=size_of(torch_component(roles.role(name), network)), channels=channels)
+    recovery = _recover(source, name, network, smaller, latents, config) if config["steps"] else None
+    return smaller.to("cpu"), pruning, recovery
 
 
 def own_latents(source: Bundle, config: Mapping[str, Any], count: int) -> Tensor:
-    """What the model generates, (count, C, H, W) float32, divided by the scaling factor; kept in the build cache.
+    """What the model generates, (count, C, H, W) float32, divided by the scaling factor; stored in the build cache.
 
     Args:
         source: holds U-Net, text encoder and scheduler.
@@ -157,18 +163,19 @@ def own_latents(source: Bundle, config: Mapping[str, Any], count: int) -> Tensor
     Raises:
         InputError: a U-Net with other inputs than sample, timestep and text.
     """
-    generated_by = {name: source.component(name).sha256 for name in (DENOISER, "text_encoder")}
+    roles = source.manifest.pipeline
+    generated_by = {name: source.component(name).sha256 for name in generates_with(source.manifest)}
     key = {"weights": generated_by, "pipeline": pipeline_identity(source.manifest), "prompts": config["prompts"],
            "guidance_scale": config["guidance_scale"], "count": count}
-    file = default_root() / "recover" / f"latents-{digest_of(to_json(key))}.safetensors"
+    file = cache_home() / "recover" / f"latents-{digest_of(to_json(key))}.safetensors"
     if not use(file):
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        teacher = Teacher.load(source, DENOISER, config["prompts"], config["guidance_scale"], device)
+        device = training_device()
+        teacher = Teacher.load(source, roles.denoiser.component, config["prompts"], config["guidance_scale"], device)
         listener().finished(f"prune-vae: generating {count} images to learn from")
         generated = teacher.trajectories(min(count, GENERATED_AT_ONCE)).generate(count)
         with replacing(file) as partial:
             save_file({"latents": generated.cpu()}, partial)
-    return torch.from_numpy(unscaled(source.manifest.pipeline, load_file(file)["latents"].numpy()))
+    return torch.from_numpy(unscaled(source.manifest.pipeline.codec, load_file(file)["latents"].numpy()))
 
 
 def accumulate_cycle_gradients(network: Any, latents: Tensor) -> None:
@@ -191,30 +198,31 @@ def accumulate_cycle_gradients(network: Any, latents: Tensor) -> None:
 
 
 def _recover(source: Bundle, name: str, network: Any, smaller: Any, latents: Tensor,
-             config: Mapping[str, Any]) -> dict[str, Any]:
-    """Train one half of `smaller` in place; what the training did, JSON-able."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    latents, student = latents.to(device), torch_component(name, smaller.to(device))
+             config: Mapping[str, Any]) -> Recovery:
+    """Train one half of `smaller` in place; what the training did."""
+    roles = source.manifest.pipeline
+    role, device = roles.role(name), training_device()
+    latents, student = latents.to(device), torch_component(role, smaller.to(device))
     decoder = torch_component(DECODER, network.to(device))
-    encoder = torch_component(ENCODER, network) if name == ENCODER else None
+    encoder = torch_component(ENCODER, network) if role is ENCODER else None
     recipe = HalfRecipe(config["steps"])
     task = HalfDistillation(student, decoder, encoder, latents[:LEARNED], recipe)
     inputs, wanted = _example(decoder, encoder, latents[LEARNED:])
     before = _relative_l2(student, inputs, wanted)
-    read = {part: source.component(part).sha256 for part in (name, DENOISER, "text_encoder")}
+    read = {part: source.component(part).sha256 for part in (name, *generates_with(source.manifest))}
     train(task, recipe, {"weights": read, "half": name, "config": to_json(config),
                          "pipeline": pipeline_identity(source.manifest)})
-    return {"steps": recipe.steps, "device": device, "relative_l2_before": round(before, 5),
-            "relative_l2_after": round(_relative_l2(student, inputs, wanted), 5)}
+    return Recovery(steps=recipe.steps, device=device, relative_l2_before=round(before, 5),
+                    relative_l2_after=round(_relative_l2(student, inputs, wanted), 5))
 
 
 @torch.no_grad()
 def _example(decoder: nn.Module, encoder: nn.Module | None, latents: Tensor) -> tuple[Tensor, Tensor]:
-    """What a half is given and what the original makes of it: latents and image, or image and moments."""
+    """A half's input and the original's output for it: latents and image, or image and moments."""
     image = decoder(latents)[0]
     if encoder is None:
         return latents, image
-    clipped = image.clamp(-1, 1)  # as every image that it is given later
+    clipped = image.clamp(-1, 1)  # as every image that is encoded later
     return clipped, encoder(clipped)[0]
 
 
@@ -225,5 +233,5 @@ def _errors(found: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def _relative_l2(half: nn.Module, inputs: Tensor, wanted: Tensor) -> float:
-    """||half - original|| / ||original||, of everything that it puts out."""
+    """||half - original|| / ||original|| over the whole output."""
     return float((half(inputs)[0] - wanted).norm() / wanted.norm())

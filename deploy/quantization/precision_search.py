@@ -1,8 +1,9 @@
-"""The search behind `--precision auto`: generated images decide which layers of the U-Net may be integers."""
+"""Searches for `--precision auto`: generated images decide which layers of the U-Net may be integers."""
 
 from __future__ import annotations
 
 import math
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,18 +11,25 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from calibration.choice.layer_sensitivity import fewest
+from calibration.recipes.candidates import Candidate, Candidates
+from calibration.recipes.one_graph import Quantized, Settings, quantize_by_recipe
+from calibration.trajectory.recorder import Recording
 from deploy.core.budgets import Budget
 from deploy.core.call_times import quotient, seconds_in_turns, usual_feeds
-from deploy.core.pass_cache import Cache, default_root
+from deploy.core.pass_cache import Cache
 from deploy.parity.options import gallery_for, options_for
 from deploy.parity.pipelines import check_pipeline
 from deploy.parity.reference.answers import Reference
-from runtimes.backends.session import SessionOptions, open_session
+from runtimes.backends.session import SessionOptions
 from runtimes.bundle.folder import Bundle, link_or_copy, records_below, sha256_of
 from runtimes.bundle.manifest import to_json
 from runtimes.errors import ParityError, UnavailableError
-from runtimes.pipeline.bundle_sessions import BundleSessions
+from runtimes.pipeline.bundle_sessions import BundleSessions, open_session
+from runtimes.system.cache_root import cache_home
 from runtimes.system.compute_identity import runtime_identity
+from runtimes.system.device import CPU
+from runtimes.system.progress import listener
 
 TIMED_CALLS = 9
 ANYTHING = Budget(1e9, 1e9, 0.0, 0.0, 100.0)  # nothing is to blame while searching: the caller judges
@@ -70,26 +78,29 @@ class Trials:
 
     def __init__(self, source: Bundle, low: Mapping[str, Path], budget: Budget, prompts: tuple[str, ...]) -> None:
         self._source, self._low, self._budget = source, low, budget
+        self._denoiser = source.manifest.pipeline.denoiser.component
         self._options = options_for(source.manifest.source.id, prompts)
         self._gallery = gallery_for(source.manifest.source.id)
         self._reference = Reference(source, opener=lambda bundle, _: BundleSessions(bundle, SessionOptions()))
-        self._cache = Cache(default_root())
+        self._cache = Cache(cache_home())
         self._identity = {"trial": VERSION, "reference": self._reference.identity,
                           "low": {n: sha256_of(file) for n, file in sorted(low.items())}, "budget": asdict(budget),
-                          "options": to_json(self._options), "runtime": runtime_identity("cpu", "onnx")}
+                          "options": to_json(self._options), "runtime": runtime_identity(CPU, "onnx")}
         self.done: list[Trial] = []
 
-    def generate(self, name: str, unet: Path) -> Trial:
+    def generate(self, name: str, graph: Path) -> Trial:
         """Generate everything that the gate will generate, and compare."""
-        key = {**self._identity, "unet": {part.name: sha256_of(part) for part in parts_of(unet)}}
+        listener().working(f"quantize: trying {name}")
+        key = {**self._identity, "denoiser": {part.name: sha256_of(part) for part in parts_of(graph)}}
         if (known := self._cache.find_fact(key)) is None:
-            known = asdict(self._generated(name, unet))
+            known = asdict(self._generated(name, graph))
             self._cache.store_fact(key, known)
         self.done.append(trial := Trial(**{**known, "name": name}))
+        listener().finished(f"quantize: {trial}, {'within' if trial.holds else 'outside'} the budget")
         return trial
 
-    def _generated(self, name: str, unet: Path) -> Trial:
-        with candidate_bundle(self._source, {**self._low, "unet": unet}) as bundle:
+    def _generated(self, name: str, graph: Path) -> Trial:
+        with candidate_bundle(self._source, {**self._low, self._denoiser: graph}) as bundle:
             report = check_pipeline(self._reference, bundle, ANYTHING, self._options, gallery=self._gallery)
             took = self._time_ratio(bundle)
         if report.unverified:
@@ -99,16 +110,16 @@ class Trials:
         worst = {"trajectory_relative_l2": 1e9, "image_psnr_db": 0.0, "image_ssim": 0.0}  # of one that fails
         figures = worst | {c.metric: c.measured for c in comparisons if math.isfinite(c.measured)}
         retrieval = None if report.retrieval is None else report.retrieval[1]
-        size = sum(part.stat().st_size for part in parts_of(unet))
+        size = sum(part.stat().st_size for part in parts_of(graph))
         return Trial(name, size, figures["trajectory_relative_l2"], figures["image_psnr_db"],
                      figures["image_ssim"], retrieval, all(comparisons), took)
 
     def _time_ratio(self, bundle: Bundle) -> float | None:
         if bundle.manifest.target != "onnxruntime":
             return None
-        sessions = {name: open_session(b, "unet", SessionOptions()) for name, b in (("trial", bundle),
-                                                                                   ("float32", self._source))}
-        seconds = seconds_in_turns(sessions, usual_feeds(self._source.component("unet")), TIMED_CALLS)
+        sessions = {name: open_session(b, self._denoiser, SessionOptions())
+                    for name, b in (("trial", bundle), ("float32", self._source))}
+        seconds = seconds_in_turns(sessions, usual_feeds(self._source.component(self._denoiser)), TIMED_CALLS)
         return round(quotient(seconds["trial"], seconds["float32"]), 3)
 
     def front(self) -> list[dict[str, Any]]:
@@ -139,8 +150,8 @@ def candidate_bundle(source: Bundle, files: Mapping[str, Path]) -> Iterator[Bund
     """The bundle with some components' graphs replaced; of links, gone afterwards."""
     with tempfile.TemporaryDirectory(prefix="ldm-trial-", dir=source.path.parent) as scratch:
         folder, components = Path(scratch), dict(source.manifest.components)
-        kept = [c for name, c in components.items() if name not in files]
-        for name in [*source.manifest.files, *(file for c in kept for file in c.files)]:
+        unchanged = [c for name, c in components.items() if name not in files]
+        for name in [*source.manifest.files, *(file for c in unchanged for file in c.files)]:
             link_or_copy(source.path / name, folder / name)
         for name, file in files.items():
             for part in parts_of(file):
@@ -165,8 +176,6 @@ def search(trials: Trials, hybrid: Path, build: Callable[[int], Path], steps: in
     Raises:
         ParityError: the budget cannot be met; names the best found.
     """
-    from calibration.choice.layer_sensitivity import fewest
-
     files: dict[str, Path] = {"hybrid": hybrid}
     trials.generate("hybrid", hybrid)
 
@@ -185,3 +194,52 @@ def search(trials: Trials, hybrid: Path, build: Callable[[int], Path], steps: in
         fair = [t for t in fair if (t.retrieval or 0) >= (reference.retrieval or 0)]
     best = min(fair, key=lambda t: (t.bytes, -t.psnr_db))
     return files[best.name], best.name
+
+
+def search_denoiser(source: Bundle, destination: Path, config: Mapping[str, Any], recording: Recording) -> Quantized:
+    """Find the cheapest assignment of precisions to the denoising network's layers that keeps the image-level budget.
+
+    Which layers go back to float32 first is predicted (`calibration.recipes.candidates`), and halving finds how many
+    must. Each trial generates what the gate will generate, with the other components quantized as well.
+
+    Args:
+        source: float32 graphs of the whole pipeline.
+        destination: the graph to write.
+        config: that the pass `quantize` planned.
+        recording: of the pipeline.
+
+    Raises:
+        ParityError: the budget cannot be met; names the best found.
+    """
+    settings, goal = Settings.from_config(config), config["search"]
+    with tempfile.TemporaryDirectory(prefix="ldm-search-") as scratch:
+        denoiser = source.manifest.pipeline.denoiser.component
+        candidates = Candidates(source.file(source.component(denoiser).file), settings, denoiser, recording,
+                                Path(scratch))
+        low = _quantize_others(source, Path(scratch), config["recipes"], settings, recording)
+        trials = Trials(source, low, Budget(**goal["budget"]), tuple(goal["prompts"]))
+        made: dict[Path, Candidate] = {}
+
+        def written(candidate: Candidate) -> Path:
+            made[candidate.file] = candidate
+            return candidate.file
+
+        best, _ = search(trials, written(candidates.hybrid()), lambda count: written(candidates.promoted(count)),
+                         candidates.most_promotions)
+        for part in best.parent.iterdir():
+            shutil.copy(part, destination.parent / part.name)
+        found = candidates.described(made[best], len(trials.done))
+    return replace(found, layers={**found.layers, "front": trials.front()})
+
+
+def _quantize_others(source: Bundle, folder: Path, recipes: Mapping[str, str], settings: Settings,
+                     recording: Recording) -> dict[str, Path]:
+    """Whatever else generates, quantized by its recipe, component -> graph."""
+    low, roles = {}, source.manifest.pipeline
+    for name in roles.generates_with:
+        if name != roles.denoiser.component:
+            low[name] = folder / name / "model.onnx"
+            low[name].parent.mkdir()
+            quantize_by_recipe(source.file(source.component(name).file), low[name], recipes[name], settings, name,
+                               roles.role(name), recording)
+    return low

@@ -1,4 +1,4 @@
-"""How `subjects.json` was made: Unicode groups minus near-duplicates. Run once; kept so that the list can be redone.
+"""How `subjects.json` was made: Unicode groups minus near-duplicates. Run once; here so that the list can be redone.
 
 Names: Unicode CLDR (`unicode-cldr-core`); groups: Unicode `emoji-test.txt` (`unicode-data`); both under the
 Unicode License. Usage: `python -m deploy.reference_models.choose_subjects`.
@@ -28,12 +28,12 @@ GROUPS = {
     "Objects": "object",
     "Symbols": "symbol",
 }
-# Not things one can image from their name: arrows, letters in boxes, clock hands, gender signs.
+# Not things that one can imagine from their name: arrows, letters in boxes, clock hands, gender signs.
 LEFT_OUT = {"arrow", "keycap", "alphanum", "geometric", "time", "gender", "av-symbol", "transport-sign", "zodiac",
             "math", "punctuation", "currency", "hair-style", "religion"}
-MINIMUM_DISTANCE = 0.2  # RMS over [0, 1] at 32x32; below it two of these images are told apart only by their details
+MINIMUM_DISTANCE = 0.2  # RMS over [0, 1] at 32x32; below it two of these images differ in details only
 MAXIMUM_WORDS = 4
-# Kept before anything they resemble: the everyday words with which people try a text-to-image model.
+# These come before anything they resemble: the everyday words with which people try a text-to-image model.
 FIRST = {"red apple", "dog", "cat", "red heart", "house", "automobile", "pizza", "hamburger", "sunflower", "star",
          "grinning face", "penguin", "rocket", "birthday cake", "soccer ball", "sailboat", "castle", "robot"}
 
@@ -45,7 +45,7 @@ def plain(name: str) -> str:
 
 
 def candidates() -> list[tuple[str, str, str]]:
-    """(character, name, group) of every single-code-point emoji of the kept groups, in Unicode order."""
+    """(character, name, group) of every single-code-point emoji of `GROUPS`, in Unicode order."""
     names = {a.get("cp"): a.text for a in ElementTree.parse(ANNOTATIONS).getroot().iter("annotation")
              if a.get("type") == "tts"}
     rows, group, subgroup = [], "", ""
@@ -67,19 +67,19 @@ def main() -> None:
     small = on_white(render_all([r[0] for r in rows], 32)).astype(np.float32) / 255
     # Short names first: of two look-alikes the one that is easier to ask for stays.
     order = sorted(range(len(rows)), key=lambda i: (rows[i][1] not in FIRST, len(rows[i][1].split()), i))
-    kept: list[int] = []
+    chosen: list[int] = []
     seen: set[str] = set()
     for i in order:
         name = rows[i][1]
         if name in seen or len(name.split()) > MAXIMUM_WORDS or small[i].min() > 0.9:
             continue
-        if kept and np.sqrt(((small[kept] - small[i]) ** 2).mean(axis=(1, 2, 3))).min() < MINIMUM_DISTANCE:
+        if chosen and np.sqrt(((small[chosen] - small[i]) ** 2).mean(axis=(1, 2, 3))).min() < MINIMUM_DISTANCE:
             continue
-        kept.append(i)
+        chosen.append(i)
         seen.add(name)
-    subjects = [dict(zip(("character", "name", "group"), rows[i], strict=True)) for i in sorted(kept)]
+    subjects = [dict(zip(("character", "name", "group"), rows[i], strict=True)) for i in sorted(chosen)]
     SUBJECTS_FILE.write_text(json.dumps(subjects, ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
-    print(f"{len(rows)} candidates, {len(kept)} kept")  # noqa: T201 - a one-off script
+    print(f"{len(rows)} candidates, {len(chosen)} chosen")  # noqa: T201 - a one-off script
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The training set: Noto Color Emoji bitmaps with their CLDR names. Needed for training and evaluation, never to run.
 
-`subjects.json` (shipped) lists what is generated; the images themselves come from the Debian package
+`subjects.json` (shipped) lists the subjects; the images themselves come from the Debian package
 `fonts-noto-color-emoji` (SIL Open Font License 1.1) and are not redistributed, apart from the 32x32
 contact sheet `gallery.png` by which retrieval is scored.
 """
@@ -40,7 +40,7 @@ def load_subjects() -> list[Subject]:
 
 
 def render(character: str, font: Any, size: int = IMAGE_SIZE) -> np.ndarray[Any, Any]:
-    """Generate one emoji centred on a square canvas: (size, size, 4) uint8 RGBA, alpha premultiplied."""
+    """One emoji centred on a square canvas: RGBA pixels (size, size, 4) uint8, alpha premultiplied."""
     canvas = Image.new("RGBA", (CANVAS, CANVAS), (0, 0, 0, 0))
     left, top, right, bottom = font.getbbox(character)
     origin = ((CANVAS - (right - left)) // 2 - left, (CANVAS - (bottom - top)) // 2 - top)
@@ -65,13 +65,13 @@ def load_font() -> Any:
 
 
 def render_all(characters: list[str], size: int = IMAGE_SIZE) -> np.ndarray[Any, Any]:
-    """Generate many emoji: (N, size, size, 4) uint8 RGBA, alpha premultiplied."""
+    """Many emoji: RGBA pixels (N, size, size, 4) uint8, alpha premultiplied."""
     font = load_font()
     return np.stack([render(character, font, size) for character in characters])
 
 
 def on_white(rgba: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Composite premultiplied RGBA (..., 4) uint8 on white: (..., 3) uint8."""
+    """Composite premultiplied RGBA pixels (..., 4) uint8 on white: (..., 3) uint8."""
     colour, alpha = rgba[..., :3].astype(np.int32), rgba[..., 3:].astype(np.int32)
     composed: np.ndarray[Any, Any] = np.clip(colour + 255 - alpha, 0, 255).astype(np.uint8)
     return composed

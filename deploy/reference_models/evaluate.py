@@ -1,4 +1,4 @@
-"""Score the reference model: `python -m deploy.reference_models.evaluate`. Prints retrieval, generates unseen prompts.
+"""`python -m deploy.reference_models.evaluate` scores the reference model by retrieval, and generates unseen prompts.
 
 Retrieval: 200 training prompts, 25 DDIM steps, fixed seeds, through diffusers' own pipeline; an image counts when
 the nearest emoji of the whole set is the one asked for (distance: see `deploy.reference_models.retrieval`).
@@ -30,7 +30,7 @@ COMPOSED = (
 
 def generate(pipeline: StableDiffusionPipeline, prompts: list[str], guidance_scale: float,
              batch: int = 20) -> np.ndarray:
-    """Images of the prompts, image i from seed i: (N, H, W, 3) uint8."""
+    """Images of the prompts, image i from seed i: pixels (N, H, W, 3) uint8."""
     channels, side = pipeline.unet.config.in_channels, pipeline.unet.config.sample_size
     images = []
     for first in range(0, len(prompts), batch):
@@ -46,7 +46,7 @@ def main(
     folder: Annotated[Path, typer.Argument(help="pipeline folder")] = WEIGHTS,
     guidance_scale: float = GUIDANCE_SCALE,
     count: Annotated[int, typer.Option(help="prompts to score")] = 200,
-    sheet: Annotated[Path, typer.Option(help="where to generate the composed prompts")] = Path("composed.png"),
+    sheet: Annotated[Path, typer.Option(help="PNG file for the images of the composed prompts")] = Path("composed.png"),
 ) -> None:
     """Print the prompt-retrieval score and generate the composed prompts."""
     pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, safety_checker=None,

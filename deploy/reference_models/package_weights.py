@@ -1,6 +1,6 @@
-"""Put a trained model into the package: `python -m deploy.reference_models.package_weights [FOLDER]`.
+"""`python -m deploy.reference_models.package_weights [FOLDER]` puts a trained model into the package.
 
-Copies the fp16 pipeline that training left to `weights/`, without what a reader does not need, and generates
+It copies the fp16 pipeline that training left to `weights/`, without what a reader does not need, and renders
 `gallery.png`, the 32x32 contact sheet by which retrieval is scored.
 """
 
@@ -20,7 +20,7 @@ from deploy.reference_models.train import CHECKPOINTS
 
 
 def write_gallery() -> None:
-    """Generate every subject on white, box-downsampled from 64x64, in the order of subjects.json."""
+    """Render every subject on white, box-downsampled from 64x64, in the order of subjects.json."""
     images = on_white(render_all([s.character for s in load_subjects()], 2 * GALLERY_TILE)).astype(np.float32)
     small = images.reshape(-1, GALLERY_TILE, 2, GALLERY_TILE, 2, 3).mean(axis=(2, 4)).round().astype(np.uint8)
     rows = -(-len(small) // GALLERY_COLUMNS)

@@ -1,4 +1,4 @@
-"""Prompt retrieval: is the image that was generated still the one that was asked for?"""
+"""Scores prompt retrieval: whether the generated image is still nearest to the one that was asked for."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Gallery:
     network, so nothing under test judges itself; the box filter over 2x2 pixels makes a shift by one pixel or
     the softness of an autoencoder cost little; and the reference model's subjects were chosen 0.2 RMS apart
     (`deploy/reference_models/choose_subjects.py`; 0.195 at least between the tiles of gallery.png, which another filter
-    drew), so an image closer than 0.097 to its own tile cannot be nearer to another.
+    made), so an image closer than 0.097 to its own tile cannot be nearer to another.
 
     Attributes:
         names: of the tiles, all different.
-        tiles: (N, tile, tile, 3) float32 in 0..1.
+        tiles: (N, tile, tile, 3) float32 pixels in 0..1.
     """
 
     names: tuple[str, ...]
@@ -78,7 +78,7 @@ class Gallery:
         """Index of the tile nearest to each image, -1 for one that is not finite: (B,) int64.
 
         Args:
-            images: (B, H, W, 3) float in 0..1, H and W multiples of the tile's side.
+            images: (B, H, W, 3) float32 pixels in 0..1, H and W multiples of the tile's side.
 
         Raises:
             InputError: another size.
@@ -93,7 +93,7 @@ class Gallery:
         """Share, 0 to 1, of images whose nearest tile is the one asked for.
 
         Args:
-            images: (B, H, W, 3) float in 0..1.
+            images: (B, H, W, 3) float32 pixels in 0..1.
             prompts: B names of tiles.
 
         Raises:

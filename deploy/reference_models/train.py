@@ -1,4 +1,4 @@
-"""Train the reference model: `python -m deploy.reference_models.train`. Two stages, seeded, resumable.
+"""`python -m deploy.reference_models.train` trains the reference model in two stages, seeded and resumable.
 
 Stage `autoencoder` learns 64x64 images <-> (8, 8, 8) latents; stage `diffusion` learns text -> latents from
 the cached posterior. Everything a step samples comes from a generator seeded with (seed, stage, step), so an
@@ -138,35 +138,38 @@ class Trainer:
 def augment(rgba: Tensor, generator: torch.Generator) -> Tensor:
     """Shift, mirror, permute colours, change the background.
 
-    (B, 4, H, W) premultiplied in [0, 1] -> (B, 3, H, W) in [-1, 1].
+    Premultiplied RGBA pixels (B, 4, H, W) float32 in [0, 1] -> RGB (B, 3, H, W) in [-1, 1].
 
     Half of the images stay as they are on white; the others keep the autoencoder useful for images people bring.
     """
     rows = []
-    generates = torch.rand(len(rgba), 8, generator=generator)
-    for image, generate in zip(rgba, generates, strict=True):
+    choices = torch.rand(len(rgba), 8, generator=generator)
+    for image, choice in zip(rgba, choices, strict=True):
         background = torch.ones(3)
-        if generate[0] < 0.5:
-            image = image.roll((int(generate[1] * 9) - 4, int(generate[2] * 9) - 4), (1, 2))
-            if generate[3] < 0.5:
+        if choice[0] < 0.5:
+            image = image.roll((int(choice[1] * 9) - 4, int(choice[2] * 9) - 4), (1, 2))
+            if choice[3] < 0.5:
                 image = image.flip(2)
-            if generate[4] < 0.3:
+            if choice[4] < 0.3:
                 order = torch.randperm(3, generator=generator)
                 image = torch.cat([image[order], image[3:]])
-            if generate[5] < 0.3:
+            if choice[5] < 0.3:
                 background = torch.rand(3, generator=generator)
         rows.append(image[:3] + (1 - image[3:]) * background[:, None, None])
     return torch.stack(rows) * 2 - 1
 
 
 def edges(image: Tensor) -> Tensor:
-    """Horizontal and vertical differences, flattened: what makes outlines crisp where L1 alone blurs them."""
+    """Horizontal and vertical differences of pixels: (B, C, H, W) float32 -> (B, 2 C H W - C (H + W)).
+
+    They keep outlines crisp where L1 alone blurs them.
+    """
     return torch.cat([(image[..., 1:] - image[..., :-1]).flatten(1),
                       (image[..., 1:, :] - image[..., :-1, :]).flatten(1)], 1)
 
 
 def save_grid(images: np.ndarray[Any, Any], columns: int, file: Path) -> None:
-    """Write (N, H, W, 3) uint8 as one PNG sheet."""
+    """Write pixels (N, H, W, 3) uint8 as one PNG sheet."""
     count, height, width, _ = images.shape
     rows = math.ceil(count / columns)
     sheet = np.full((rows * height, columns * width, 3), 255, np.uint8)
@@ -177,7 +180,7 @@ def save_grid(images: np.ndarray[Any, Any], columns: int, file: Path) -> None:
 
 
 def to_uint8(images: Tensor) -> np.ndarray[Any, Any]:
-    """(N, 3, H, W) in [-1, 1] -> (N, H, W, 3) uint8."""
+    """Pixels (N, 3, H, W) of any float dtype in [-1, 1] -> (N, H, W, 3) uint8."""
     shifted = (images.float().clamp(-1, 1) + 1) * 127.5
     array: np.ndarray[Any, Any] = shifted.round().byte().permute(0, 2, 3, 1).numpy()
     return array
@@ -215,7 +218,7 @@ def train_autoencoder(stage: Stage, subjects: list[Subject], folder: Path, seed:
 
 
 def cache_latents(vae: Any, subjects: list[Subject], file: Path) -> Tensor:
-    """Posterior moments of every image on white, (N, 2, 8, 8, 8): mean and standard deviation; cached on disk."""
+    """Mean and standard deviation of the latents of every image on white, (N, 2, 8, 8, 8) float32; cached on disk."""
     if file.is_file():
         return torch.load(file, weights_only=True)  # type: ignore[no-any-return]
     images = torch.from_numpy(on_white(render_all([s.character for s in subjects]))).permute(0, 3, 1, 2) / 127.5 - 1
@@ -236,7 +239,7 @@ def train_diffusion(stage: Stage, subjects: list[Subject], vae: Any, folder: Pat
     moments = cache_latents(vae, subjects, folder / "latents.pt")
     scale = 1 / float(moments[:, 0].std())
     vae.register_to_config(scaling_factor=scale)
-    trainer = Trainer(stage, nn.ModuleDict({"unet": unet, "text_encoder": text_encoder}), folder, seed, bfloat16)
+    trainer = Trainer(stage, nn.ModuleDict({"denoiser": unet, "text": text_encoder}), folder, seed, bfloat16)
     texts = [form.format(n) for form in CAPTION_FORMS for n in names] + [""]
     encoded = tokenizer(texts, padding="max_length", truncation=True, max_length=POSITIONS, return_tensors="pt")
     tokens = encoded.input_ids

@@ -1,6 +1,6 @@
-"""Plots of the report page as inline SVG: lines over steps, and points of a Pareto front. Nothing is computed here.
+"""Plots for the report page as inline SVG: lines over steps, and points of a Pareto front. No figure is computed here.
 
-Plotted by hand: a plotting library is megabytes in the page or in the set-up, and these are two kinds of image.
+Without a plotting library, which is megabytes in the page or in the set-up: these are two kinds of plot.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class Point:
 
     Attributes:
         x, y: position in the axes' units.
-        tip: what is said of it under the pointer.
-        strong: plotted filled; a point that others beat is plotted hollow.
+        tip: text that is shown under the pointer.
+        strong: whether its mark is filled; that of a point that others beat is hollow.
     """
 
     x: float
@@ -54,7 +54,7 @@ def chart(series: Sequence[Series], x: Axis, y: Axis, *, joined: bool = True) ->
     Args:
         series: at most as many colours as there are; more begin again.
         x, y: the axes.
-        joined: plot lines from point to point.
+        joined: whether lines go from point to point.
     """
     shown = [Series(s.name, tuple(p for p in s.points if _plottable(p, x, y))) for s in series]
     points = [p for s in shown for p in s.points]

@@ -1,4 +1,4 @@
-"""What a finished bundle says of itself, read from its folder and laid out for the report page; nothing is run."""
+"""Reads what the report page shows of a finished bundle from its folder; nothing is run."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deploy.core.layer_list import LAYERS_FILE
 from deploy.report.charts import Axis, Point, Series, chart, legend
 from runtimes.bundle.folder import read_object
 from runtimes.bundle.manifest import Manifest
 from runtimes.errors import BundleError
 
-LAYERS_FILE = "quantization.json"
 IMAGE_BYTES = 3_200_000  # of all images of a page: with them it stays below 5 MB
 SHOWN_RANGES, SHOWN_LAYERS = 6, 12
 PRECISIONS = {"w8a8": "8-bit weights and activations", "w8": "8-bit weights", "w4": "4-bit weights",
@@ -26,7 +26,7 @@ class Section:
     """One bundle of the page.
 
     Attributes:
-        name: what tells it from the page's other bundles.
+        name: unique among the page's bundles.
         path: its folder.
         manifest: of the bundle.
         metrics: its report/metrics.json; empty if the bundle has no report.
@@ -84,17 +84,16 @@ def pass_rows(manifest: Manifest) -> list[dict[str, Any]]:
 
 
 def image_rows(section: Section, budget: int) -> tuple[list[dict[str, Any]], int]:
-    """The images that fit into `budget` bytes as data URIs, those with the worst PSNR first choice, and how many
-    there are.
+    """The images that fit into `budget` bytes as data URIs, the worst PSNR first, and how many there are.
 
     Returns:
         rows in their own order with the URIs `reference` and `bundle`, and what metrics.json says of each.
     """
     files = sorted((section.path / "report" / "images").glob("*-reference.png"))
-    told = section.metrics.get("pictures", [])
+    stated = section.metrics.get("pictures", [])
     rows = []
     for number, file in enumerate(files):
-        about = told[number] if number < len(told) else {}
+        about = stated[number] if number < len(stated) else {}
         rows.append({"prompt": "", "scheduler": "", "psnr_db": None, **about, "number": number, "file": file})
     chosen: list[dict[str, Any]] = []
     largest = budget // 4
@@ -149,7 +148,7 @@ def layer_maps(section: Section) -> list[dict[str, Any]]:
     """For each quantized component: its layers with their precision, the costliest of them, and how ranges move."""
     found = []
     for name, component in sorted(section.manifest.components.items()):
-        summary = component.details.get("quantization")
+        summary = component.graph.quantization
         if summary is None:
             continue
         file = section.path / "components" / name / LAYERS_FILE
@@ -157,7 +156,7 @@ def layer_maps(section: Section) -> list[dict[str, Any]]:
         precisions = content.get("precision_map", {})
         errors = content.get("errors", {})
         found.append({
-            "name": name, "recipe": summary.get("recipe", ""), "counts": summary.get("layers", {}),
+            "name": name, "recipe": summary.recipe, "counts": summary.layers,
             "layers": [{"name": layer, "precision": precision, "tip": _layer_tip(layer, precision, errors.get(layer))}
                        for layer, precision in precisions.items()],
             "costly": _costly(errors, precisions), "ranges": range_chart(content.get("drift", {})),
@@ -172,12 +171,12 @@ def conversions(manifest: Manifest) -> list[dict[str, Any]]:
     """
     rows = []
     for name, component in sorted(manifest.components.items()):
-        found = component.details.get("conversion", {})
-        if not found.get("converted"):
+        found = component.graph.conversion
+        if found is None or not found.converted:
             continue
-        kept = {reason: sum(types.values()) for reason, types in found.get("kept_float32", {}).items()}
-        rows.append({"name": name, "converted": sum(found["converted"].values()), "kept": sum(kept.values()),
-                     "reasons": ", ".join(f"{reason} {count}" for reason, count in sorted(kept.items()))})
+        left = {reason: sum(types.values()) for reason, types in found.float32.items()}
+        rows.append({"name": name, "converted": sum(found.converted.values()), "kept": sum(left.values()),
+                     "reasons": ", ".join(f"{reason} {count}" for reason, count in sorted(left.items()))})
     return rows
 
 

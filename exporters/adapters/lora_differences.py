@@ -1,6 +1,7 @@
-"""LoRA files that diffusers 0.42 with PEFT 0.21 reads otherwise than they are meant: which of its faults a file meets.
+"""Which LoRA files diffusers 0.42 with PEFT 0.21 reads wrongly, and by which of its faults.
 
-Ours is what the file says. A comparison with diffusers' loader has to know; docs/families.md lists them.
+We apply what the file says, so a comparison with diffusers' loader must expect a difference; docs/families.md lists
+them.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from runtimes.adapters.lora_files import read_keys
+from runtimes.adapters.lora_files import NETWORKS, read_keys
 from runtimes.bundle.safetensors_reader import read_header, read_number
 
 # name -> what diffusers does
@@ -18,6 +19,7 @@ DIFFERENCES = {
     "numbering": "diffusers leaves out what follows the original U-Net's numbering where other keys do not",
     "adapter-name": "diffusers loads nothing of keys with an adapter's name in them",
 }
+UNET = NETWORKS["lora_unet_"]
 _ORIGINAL, _DIFFUSERS = r"(input|output)_blocks|middle_block", r"(down|up)_blocks|mid_block"
 
 
@@ -33,14 +35,14 @@ def differences(file: Path) -> tuple[str, ...]:
     if kohya:
         alphas: dict[str, dict[str, float | None]] = {}
         for key, what in keys.items():
-            own = alphas.setdefault(what.component, {})
+            own = alphas.setdefault(what.network, {})
             if what.part == "alpha":
                 own[what.place] = read_number(file, header, key)
             else:
                 own.setdefault(what.place, None)
-        if any(_mistaken(component, own) for component, own in alphas.items()):
+        if any(_mistaken(network, own) for network, own in alphas.items()):
             found.append("alphas")
-        unet = [key for key, what in keys.items() if what.component == "unet"]
+        unet = [key for key, what in keys.items() if what.network == UNET]
         if all(any(re.search(pattern, key) for key in unet) for pattern in (_ORIGINAL, _DIFFUSERS)):
             found.append("numbering")
     if any(re.search(r"\.lora_[AB]\.[^.]+\.weight$", key) for key in keys):
@@ -48,8 +50,8 @@ def differences(file: Path) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _mistaken(component: str, alphas: Mapping[str, float | None]) -> bool:
-    """Whether the alphas of a component differ where diffusers needs them alike. Without any, it takes the ranks."""
+def _mistaken(network: str, alphas: Mapping[str, float | None]) -> bool:
+    """Whether a network has several alphas where diffusers needs one. Without any, diffusers takes the ranks."""
     alike = len(set(alphas.values())) < 2
     projections = any(re.search(r"_to_(q|k|v|out_0)$", place) for place in alphas)
-    return not alike and (component != "unet" or projections or None in alphas.values())
+    return not alike and (network != UNET or projections or None in alphas.values())

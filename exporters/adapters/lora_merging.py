@@ -1,4 +1,4 @@
-"""LoRAs in PyTorch networks: merged into the weights. What the files hold: `runtimes.adapters.lora_files`.
+"""Merges LoRAs into the weights of PyTorch networks. `runtimes.adapters.lora_files` reads the files.
 
 Imports torch; import it inside the function that needs it.
 """
@@ -16,12 +16,12 @@ from safetensors.numpy import save_file
 from runtimes.adapters.lora_files import Factors, read_factors
 
 
-def merge(module: torch.nn.Module, component: str, file: Path, scale: float) -> int:
-    """Add a LoRA's part for one component to its float32 weights, in place of the parameters.
+def merge(module: torch.nn.Module, network: str, file: Path, scale: float) -> int:
+    """Add a LoRA's part for one network to its float32 weights, in place of the parameters.
 
     Args:
         module: the network, as `exporters.source.networks.load_module` gives it.
-        component: its name in the pipeline.
+        network: what adapters call it.
         file: the LoRA.
         scale: how much of it.
 
@@ -31,7 +31,7 @@ def merge(module: torch.nn.Module, component: str, file: Path, scale: float) -> 
     Raises:
         InputError: a key that fits nothing in the network, by name or by shape; the first one is named.
     """
-    factors = read_factors(file, component, scale, matrices_of(module), levels_of(module))
+    factors = read_factors(file, network, scale, matrices_of(module), levels_of(module))
     add_factors(module, factors, str(file))
     return len(factors)
 
@@ -59,11 +59,11 @@ def levels_of(module: torch.nn.Module) -> Any:
     return getattr(module.config, "layers_per_block", 2)
 
 
-def write_factors(factors: Mapping[str, Factors], component: str, file: Path) -> None:
+def write_factors(factors: Mapping[str, Factors], network: str, file: Path) -> None:
     """Write them as a LoRA in PEFT's format; the folder is made."""
     file.parent.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for module, found in factors.items():
-        tensors[f"{component}.{module}.lora_A.weight"] = np.ascontiguousarray(found.down)
-        tensors[f"{component}.{module}.lora_B.weight"] = np.ascontiguousarray(found.up)
+        tensors[f"{network}.{module}.lora_A.weight"] = np.ascontiguousarray(found.down)
+        tensors[f"{network}.{module}.lora_B.weight"] = np.ascontiguousarray(found.up)
     save_file(tensors, file)

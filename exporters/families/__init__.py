@@ -1,4 +1,4 @@
-"""Which pipelines are known: one table by the class name in model_index.json, one file of data a family."""
+"""The known pipeline families, by the class name in model_index.json; each family is one file of data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The safety checker of a pipeline as one more component: inputs, outputs and axes. No weights."""
+"""Declares a pipeline's safety checker as one more component: inputs, outputs and axes, no weights."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ from runtimes.errors import InputError
 CLASS_NAME, CONCEPTS, SPECIAL_CONCEPTS = "StableDiffusionSafetyChecker", 17, 3  # as diffusers' class has them
 
 
-def with_safety_checker(specs: Mapping[str, ComponentSpec], source: Source) -> dict[str, ComponentSpec]:
+def with_safety_checker(specs: Mapping[str, ComponentSpec], decoder: str, source: Source) -> dict[str, ComponentSpec]:
     """Components with `safety_checker`, which takes as many images as the decoder.
 
     Args:
         specs: of a family with an autoencoder.
+        decoder: name of its component that decodes images.
         source: with the component safety_checker.
 
     Raises:
@@ -50,4 +51,4 @@ def with_safety_checker(specs: Mapping[str, ComponentSpec], source: Source) -> d
         (TensorSpec(CLIP_INPUT, "float32", ("batch", 3, side, side), "images as CLIPImageProcessor prepares them"),),
         (TensorSpec(SPECIAL_SCORES, "float32", ("batch", SPECIAL_CONCEPTS), scores),
          TensorSpec(CONCEPT_SCORES, "float32", ("batch", CONCEPTS), scores)),
-        {"batch": specs["vae_decoder"].axes["batch"]})}
+        {"batch": specs[decoder].axes["batch"]})}

@@ -1,4 +1,4 @@
-"""What a family says about its pipelines: components, their inputs and outputs, ranges of axes. Data, no weights."""
+"""The types in which a family declares its pipelines: components, inputs and outputs, ranges of axes. No weights."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from exporters.source.model_folder import Source
-from runtimes.bundle.manifest import PipelineFacts
+from runtimes.bundle.roles import Roles
 from runtimes.bundle.tensors import Axis, ShapeRange, TensorSpec
 from runtimes.errors import InputError
 
@@ -24,6 +24,7 @@ class ComponentSpec:
         source_component: name in model_index.json ("vae").
         inputs, outputs: in the order of the wrapper's arguments and results; named dimensions are keys of `axes`.
         axes: every named dimension of inputs and outputs.
+        takes, gives: what the network calls inputs and outputs, in order, where the component calls them otherwise.
     """
 
     name: str
@@ -31,10 +32,12 @@ class ComponentSpec:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     axes: Mapping[str, Axis]
+    takes: tuple[str, ...] = ()
+    gives: tuple[str, ...] = ()
 
     @property
     def any_size(self) -> bool:
-        """Whether latent rows and columns need not be halved evenly: the U-Net is told the size to double to."""
+        """Whether latent rows and columns need not be halved evenly: the U-Net gets the size to double to."""
         return {"height", "width"} <= set(self.axes) and all(self.axes[n].multiple == 1 for n in ("height", "width"))
 
     def example_sizes(self) -> dict[str, int]:
@@ -59,14 +62,14 @@ class Family:
         tokenizers: entries of model_index.json that hold tokenizer files.
         optional: networks and tokenizers that a pipeline of this kind may lack, with null in model_index.json.
         components: what to export from a source; raises InputError for a config that the pipeline cannot feed.
-        facts: what the sampling loop must know.
+        roles: what each component is for, and what the sampling loop must know.
     """
 
     name: str
     source_components: tuple[str, ...]
     tokenizers: tuple[str, ...]
     components: Callable[[Source, Shapes], dict[str, ComponentSpec]]
-    facts: Callable[[Source], PipelineFacts]
+    roles: Callable[[Source], Roles]
     optional: tuple[str, ...] = ()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from exporters.families import parts
 from exporters.families.declaration import ComponentSpec, Family, Shapes
 from exporters.source.model_folder import ComponentSource, Source
+from runtimes.bundle.roles import Conditioner, Roles
 from runtimes.bundle.tensors import TensorSpec
 
 VAE = "vqvae"  # what both pipelines call their autoencoder, whichever class it has
@@ -28,7 +29,7 @@ def _text_to_image(source: Source, shapes: Shapes) -> dict[str, ComponentSpec]:
     vae = _check_text_to_image(source)
     axes, context = parts.pipeline_axes(source, vae, shapes), source.components["bert"].config["d_model"]
     words = parts.words_axis(shapes, _tokens(source))
-    hidden = TensorSpec("last_hidden_state", "float32", ("batch", "sequence", context), "after the last layer norm")
+    hidden = TensorSpec(parts.HIDDEN, "float32", ("batch", "sequence", context), "after the last layer norm")
     return {"text_encoder": parts.text_encoder("text_encoder", "bert", (hidden,), axes, words),
             "unet": parts.unet(source, axes, context, parts.context_axis(shapes, _tokens(source))),
             **parts.autoencoder(vae, axes)}
@@ -44,6 +45,12 @@ def _check_text_to_image(source: Source) -> ComponentSource:
     return vae
 
 
+def _text_to_image_roles(source: Source) -> Roles:
+    vae = _check_text_to_image(source)
+    reader = parts.reads("text_encoder", _tokens(source))
+    return parts.roles(source, vae, Conditioner((reader,), parts.CONTEXT), guides_below_one=True)
+
+
 def _tokens(source: Source) -> int:
     """77 in LDMTextToImagePipeline.__call__, which ignores the tokenizer's own limit."""
     return min(77, int(source.components["bert"].config["max_position_embeddings"]))
@@ -54,12 +61,12 @@ UNCONDITIONAL = Family(
     source_components=("unet", VAE),
     tokenizers=(),
     components=_unconditional,
-    facts=lambda source: parts.facts(source, _check_unconditional(source), 0, text_encoders=()),
+    roles=lambda source: parts.roles(source, _check_unconditional(source), Conditioner()),
 )
 TEXT_TO_IMAGE = Family(
     name="ldm-text-to-image",
     source_components=("bert", "unet", VAE),
     tokenizers=("tokenizer",),
     components=_text_to_image,
-    facts=lambda source: parts.facts(source, _check_text_to_image(source), _tokens(source), guides_below_one=True),
+    roles=_text_to_image_roles,
 )

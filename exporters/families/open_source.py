@@ -1,4 +1,4 @@
-"""A pipeline folder of a known family, opened: what the family needs is there. No torch, no weight is read."""
+"""Opens a pipeline folder of a known family and checks that it holds what the family needs. No weight is read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parts that several families have: axes, text encoders, U-Nets, autoencoders. A family names those it consists of."""
+"""Parts that several families share: axes, text encoders, U-Nets, autoencoders. A family is put together from them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,21 @@ from typing import Any
 
 from exporters.families.declaration import ComponentSpec, Shapes, check_shapes, config_value, pixels_to_latents, scaled
 from exporters.source.model_folder import ComponentSource, Source
-from runtimes.bundle.manifest import PipelineFacts
+from runtimes.bundle.roles import (
+    Codec,
+    Coder,
+    Conditioner,
+    Denoiser,
+    GuidanceRole,
+    Process,
+    Roles,
+    TextEncoder,
+)
 from runtimes.bundle.tensors import Axis, ShapeRange, TensorSpec
 from runtimes.errors import InputError
 
+CONTEXT, HIDDEN = "encoder_hidden_states", "last_hidden_state"
+ENCODED = {"moments": "latent_parameters", "latents": "latents"}
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny", "VQModel")
 # U-Net inputs that no sampling loop here supplies: a config that asks for one is refused.
 _UNFED = ("class_embed_type", "num_class_embeds", "time_cond_proj_dim", "timestep_post_act_input")
@@ -64,8 +75,9 @@ def pipeline_axes(source: Source, vae: ComponentSource, shapes: Shapes, *, guide
 
 
 def row_multiple(source: Source, vae: ComponentSource, shapes: Shapes) -> int:
-    """What latent rows and columns are multiples of: as often as the U-Net halves them, or 1 where the model's own size
-    or one that is asked for is no such multiple.
+    """What latent rows and columns are multiples of: 2 to the number of times that the U-Net halves them.
+
+    1 where the model's own size, or one that is asked for, is no such multiple.
 
     UNet2DConditionModel then doubles to the size that it halved (`forward_upsample_size`), and its graph does so at
     every size; see `exporters.onnx.trace`.
@@ -131,7 +143,7 @@ def unet(source: Source, axes: PipelineAxes, context: int | None = None, words: 
     )
     named: dict[str, Axis] = {"batch": axes.rows, **axes.latent}
     if words is not None and context is not None:
-        inputs += (TensorSpec("encoder_hidden_states", "float32", ("batch", "sequence", context),
+        inputs += (TensorSpec(CONTEXT, "float32", ("batch", "sequence", context),
                               "what the text encoders make of the prompt"),)
         named["sequence"] = words
     output = TensorSpec("out_sample", "float32", ("batch", config["out_channels"], "height", "width"),
@@ -144,10 +156,10 @@ def autoencoder(vae: ComponentSource, axes: PipelineAxes) -> dict[str, Component
     channels, config = vae.config["latent_channels"], vae.config
     named = {"batch": axes.images, **axes.latent, **axes.image}
     if vae.class_name == "AutoencoderKL":
-        encoded = TensorSpec("latent_parameters", "float32", ("batch", 2 * channels, "height", "width"),
+        encoded = TensorSpec(ENCODED["moments"], "float32", ("batch", 2 * channels, "height", "width"),
                              "mean, then log-variance; not scaled")
     else:
-        encoded = TensorSpec("latents", "float32", ("batch", channels, "height", "width"), "not scaled")
+        encoded = TensorSpec(ENCODED["latents"], "float32", ("batch", channels, "height", "width"), "not scaled")
     return {
         "vae_encoder": ComponentSpec(
             "vae_encoder", vae.name,
@@ -165,7 +177,7 @@ def autoencoder(vae: ComponentSource, axes: PipelineAxes) -> dict[str, Component
 
 
 def check_class(source: Source, name: str, *classes: str) -> ComponentSource:
-    """One component, if it is of a class that the family runs.
+    """One component, whose class must be one that the family runs.
 
     Raises:
         InputError: of another class.
@@ -285,7 +297,7 @@ def scaling_factor(vae: ComponentSource) -> float:
     return float(config_value({"scaling_factor": usual, **vae.config}, "scaling_factor", (int, float), place(vae)))
 
 
-def channel_statistics(vae: ComponentSource) -> dict[str, tuple[float, ...]]:
+def channel_statistics(vae: ComponentSource) -> dict[str, Any]:
     """Mean and deviation of the latents' channels, as XL's classes take them: only if both are there.
 
     Raises:
@@ -305,12 +317,30 @@ def channel_statistics(vae: ComponentSource) -> dict[str, tuple[float, ...]]:
     return found
 
 
-def facts(source: Source, vae: ComponentSource, tokens: int, **more: Any) -> PipelineFacts:
-    """What the sampling loop must know of any pipeline with this autoencoder; `more` are further fields."""
+def reads(name: str, tokens: int, hidden: str = HIDDEN, pooled: str = "") -> TextEncoder:
+    """The role of a text encoder whose tokenizer is named as in all of diffusers' folders: tokenizer_2 of
+    text_encoder_2."""
+    return TextEncoder(name, name.replace("text_encoder", "tokenizer"), tokens, hidden, pooled, adapter=name)
+
+
+def roles(source: Source, vae: ComponentSource, conditioner: Conditioner, *, statistics: bool = False,
+          guides_below_one: bool = False) -> Roles:
+    """The roles of any pipeline of a U-Net and this autoencoder.
+
+    Args:
+        conditioner: what the U-Net takes besides sample and timestep.
+        statistics: whether the pipeline's class looks at the mean and deviation of the latents' channels.
+        guides_below_one: see `GuidanceRole`.
+    """
     factor, (rows, columns) = vae_factor(vae), sample_size(source)
-    return PipelineFacts(latent_channels=vae.config["latent_channels"], vae_scale_factor=factor,
-                         scaling_factor=scaling_factor(vae), height=rows * factor, width=columns * factor,
-                         tokens=tokens, modes=source.modes, **more)
+    gives = "moments" if vae.class_name == "AutoencoderKL" else "latents"
+    codec = Codec(
+        Coder("vae_encoder", "sample", ENCODED[gives]), Coder("vae_decoder", "latent_sample", "sample"),
+        latent_channels=vae.config["latent_channels"], factor=factor, scaling_factor=scaling_factor(vae),
+        height=rows * factor, width=columns * factor, gives=gives,
+        **(channel_statistics(vae) if statistics else {}))
+    guidance = GuidanceRole("cfg" if conditioner.encoders else "none", guides_below_one)
+    return Roles(Denoiser("unet", adapter="unet"), codec, conditioner, Process(modes=source.modes), guidance)
 
 
 def tokens_of(source: Source, tokenizer: str, positions: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from exporters.families import parts
 from exporters.families.declaration import ComponentSpec, Family, Shapes
 from exporters.source.model_folder import ComponentSource, Source
-from runtimes.bundle.manifest import PipelineFacts
+from runtimes.bundle.roles import Conditioner, Roles
 from runtimes.bundle.tensors import TensorSpec
 
 INPAINTING = "StableDiffusionInpaintPipeline"  # its U-Net may also take a mask and the masked image, 9 channels
@@ -16,7 +16,7 @@ def _components(source: Source, shapes: Shapes) -> dict[str, ComponentSpec]:
     vae = _check(source)
     axes, context = parts.pipeline_axes(source, vae, shapes), source.components["text_encoder"].config["hidden_size"]
     words = parts.words_axis(shapes, _tokens(source))
-    hidden = TensorSpec("last_hidden_state", "float32", ("batch", "sequence", context), "after the last layer norm")
+    hidden = TensorSpec(parts.HIDDEN, "float32", ("batch", "sequence", context), "after the last layer norm")
     return {
         "text_encoder": parts.text_encoder("text_encoder", "text_encoder", (hidden,), axes, words),
         "unet": parts.unet(source, axes, context, parts.context_axis(shapes, _tokens(source))),
@@ -24,8 +24,9 @@ def _components(source: Source, shapes: Shapes) -> dict[str, ComponentSpec]:
     }
 
 
-def _facts(source: Source) -> PipelineFacts:
-    return parts.facts(source, _check(source), _tokens(source))
+def _roles(source: Source) -> Roles:
+    vae = _check(source)
+    return parts.roles(source, vae, Conditioner((parts.reads("text_encoder", _tokens(source)),), parts.CONTEXT))
 
 
 def _check(source: Source) -> ComponentSource:
@@ -52,5 +53,5 @@ STABLE_DIFFUSION = Family(
     source_components=("text_encoder", "unet", "vae"),
     tokenizers=("tokenizer",),
     components=_components,
-    facts=_facts,
+    roles=_roles,
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from exporters.families import parts
 from exporters.families.declaration import ComponentSpec, Family, Shapes, config_value
 from exporters.source.model_folder import ComponentSource, Source
-from runtimes.bundle.manifest import PipelineFacts
+from runtimes.bundle.roles import NUMBERS, Conditioner, Roles
 from runtimes.bundle.tensors import TensorSpec
 from runtimes.errors import InputError
 
@@ -17,20 +17,21 @@ INPAINTING = "StableDiffusionXLInpaintPipeline"  # its U-Net may also take a mas
 FIRST, SECOND = "text_encoder", "text_encoder_2"
 _CLASSES = {FIRST: "CLIPTextModel", SECOND: "CLIPTextModelWithProjection"}
 # What the numbers of `time_ids` mean, in order: StableDiffusionXLPipeline._get_add_time_ids.
-BASE_IDS = ("original_height", "original_width", "crop_top", "crop_left", "target_height", "target_width")
+BASE_IDS = NUMBERS[:6]
 REFINER_IDS = (*BASE_IDS[:4], "aesthetic_score")
+HIDDEN, POOLED, SIZES = "penultimate_hidden_state", "text_embeds", "time_ids"
 
 
 def _components(source: Source, shapes: Shapes) -> dict[str, ComponentSpec]:
     """Up to five networks; `shapes` overrides ranges (batch in images, height and width in pixels)."""
     vae = _check(source)
     axes, words = parts.pipeline_axes(source, vae, shapes), parts.words_axis(shapes, _tokens(source))
-    pooled = TensorSpec("text_embeds", "float32", ("batch", source.components[SECOND].config["projection_dim"]),
+    pooled = TensorSpec(POOLED, "float32", ("batch", source.components[SECOND].config["projection_dim"]),
                         "pooled embedding of the second text encoder")
-    sizes = TensorSpec("time_ids", "float32", ("batch", len(_ids(source))), ", ".join(_ids(source)))
+    sizes = TensorSpec(SIZES, "float32", ("batch", len(_ids(source))), ", ".join(_ids(source)))
     encoders = {}
     for name in _encoders(source):
-        hidden = TensorSpec("penultimate_hidden_state", "float32",
+        hidden = TensorSpec(HIDDEN, "float32",
                             ("batch", "sequence", source.components[name].config["hidden_size"]),
                             "before the last layer, without the final layer norm")
         outputs = (hidden, pooled) if name == SECOND else (hidden,)
@@ -40,11 +41,13 @@ def _components(source: Source, shapes: Shapes) -> dict[str, ComponentSpec]:
             **parts.autoencoder(vae, axes)}
 
 
-def _facts(source: Source) -> PipelineFacts:
-    return parts.facts(
-        source, _check(source), _tokens(source), text_encoders=_encoders(source), time_ids=_ids(source),
-        zero_empty_negative=bool(source.options.get("force_zeros_for_empty_prompt", True)),
-        **parts.channel_statistics(source.components["vae"]))
+def _roles(source: Source) -> Roles:
+    vae = _check(source)
+    encoders = tuple(parts.reads(name, _tokens(source), HIDDEN, POOLED if name == SECOND else "")
+                     for name in _encoders(source))
+    zeros = source.options.get("force_zeros_for_empty_prompt", True)
+    conditioner = Conditioner(encoders, parts.CONTEXT, POOLED, {SIZES: _ids(source)}, "zeros" if zeros else "text")
+    return parts.roles(source, vae, conditioner, statistics=True)
 
 
 def _check(source: Source) -> ComponentSource:
@@ -99,5 +102,5 @@ STABLE_DIFFUSION_XL = Family(
     optional=(FIRST, "tokenizer"),
     tokenizers=("tokenizer_2",),
     components=_components,
-    facts=_facts,
+    roles=_roles,
 )

@@ -1,4 +1,6 @@
-"""`python -m exporters.measure.fusion_speed`: which rewrites pay on this CPU. Prints the table of optimize_graph.
+"""`python -m exporters.measure.fusion_speed` measures which graph rewrites pay on this CPU.
+
+It prints the table in `exporters.onnx.optimize_graph`.
 
 Time is the CPU time of the calling thread with one thread in the session, variants interleaved call by call, median of
 many: unlike wall time, it holds still while other programs run. What it cannot see is the cost of waking threads,
@@ -25,6 +27,7 @@ from exporters.families import ComponentSpec
 from exporters.onnx.fusions import FUSIONS
 from exporters.onnx.optimize_graph import FUSIONS_FOR, optimize_onnx
 from exporters.quiet import quiet
+from runtimes.bundle.roles import Role
 
 Feeds = dict[str, Any]
 _NEEDS = {"self_attention": ("attention",)}  # it starts from MultiHeadAttention
@@ -100,7 +103,7 @@ def _session(variant: Variant, save_to: Path | None = None) -> Any:
     return onnxruntime.InferenceSession(variant.file, options, providers=["CPUExecutionProvider"])
 
 
-def variants_of(component: str, source: Path, folder: Path) -> Iterator[Variant]:
+def variants_of(role: Role, source: Path, folder: Path) -> Iterator[Variant]:
     """The exported graph, each fusion alone, the table's choice, all of them, and what others offer.
 
     Args:
@@ -108,16 +111,16 @@ def variants_of(component: str, source: Path, folder: Path) -> Iterator[Variant]
         folder: receives the variants' files.
     """
     yield Variant("as exported", source)
-    chosen = FUSIONS_FOR["onnxruntime"][component]
+    chosen = FUSIONS_FOR["onnxruntime"][role]
     sets = {name: (*_NEEDS.get(name, ()), name) for name in FUSIONS}
     sets |= {"all of these": tuple(FUSIONS), "the table's choice": chosen}
     for name, fusions in sets.items():
         file = folder / f"{name.replace(' ', '_')}.onnx"
-        if any(optimize_onnx(source, file, component, "onnxruntime", fusions=fusions).fusions.get(f, 0)
+        if any(optimize_onnx(source, file, role, "onnxruntime", fusions=fusions).fusions.get(f, 0)
                for f in (fusions if len(fusions) > 2 else fusions[-1:])):
             yield Variant(name, file)
     best = folder / "the_table's_choice.onnx"
-    yield Variant("onnxruntime.transformers", _by_onnxruntime_transformers(component, source, folder))
+    yield Variant("onnxruntime.transformers", _by_onnxruntime_transformers(role, source, folder))
     yield Variant("choice, no NCHWc layout", best, _LEVELS.ORT_ENABLE_EXTENDED)
     for name, level in (("portable", _LEVELS.ORT_ENABLE_EXTENDED), ("for this CPU", _LEVELS.ORT_ENABLE_ALL)):
         saved = folder / f"saved_{name.replace(' ', '_')}.onnx"
@@ -126,12 +129,12 @@ def variants_of(component: str, source: Path, folder: Path) -> Iterator[Variant]
                       else _LEVELS.ORT_DISABLE_ALL)
 
 
-def _by_onnxruntime_transformers(component: str, source: Path, folder: Path) -> Path:
+def _by_onnxruntime_transformers(role: Role, source: Path, folder: Path) -> Path:
     """The fusions of the `onnxruntime.transformers` package, as far as the CPU has the operators."""
     from onnxruntime.transformers import optimizer
     from onnxruntime.transformers.fusion_options import FusionOptions
 
-    kind = {"unet": "unet", "text_encoder": "clip"}.get(component, "vae")
+    kind = {Role.DENOISER: "unet", Role.TEXT_ENCODER: "clip"}.get(role, "vae")  # what that package calls them
     options = FusionOptions(kind)
     for name in ("group_norm", "skip_group_norm", "nhwc_conv", "bias_splitgelu", "bias_add", "packed_qkv", "packed_kv"):
         setattr(options, f"enable_{name}", False)
@@ -158,7 +161,7 @@ def reference_feeds(spec: ComponentSpec) -> Feeds:
             else random.standard_normal(t.resolve(sizes), dtype=np.float32) for t in spec.inputs}
 
 
-def export_reference(folder: Path, names: Sequence[str]) -> Iterator[tuple[ComponentSpec, Path]]:
+def export_reference(folder: Path, chosen: Sequence[Role]) -> Iterator[tuple[Role, ComponentSpec, Path]]:
     """Random weights in the reference model's architecture, exported; speed does not depend on their values."""
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -170,15 +173,16 @@ def export_reference(folder: Path, names: Sequence[str]) -> Iterator[tuple[Compo
     from exporters.source.networks import torch_component
 
     torch.manual_seed(0)
+    text, denoiser, vae = STABLE_DIFFUSION.source_components
     make: dict[str, Callable[[], Any]] = {
-        "unet": lambda: UNet2DConditionModel(
+        denoiser: lambda: UNet2DConditionModel(
             sample_size=8, in_channels=8, out_channels=8, block_out_channels=(64, 128, 192),
             down_block_types=("CrossAttnDownBlock2D",) * 3, up_block_types=("CrossAttnUpBlock2D",) * 3,
             layers_per_block=1, cross_attention_dim=192, attention_head_dim=(1, 2, 3), norm_num_groups=16),
-        "vae": lambda: AutoencoderKL(
+        vae: lambda: AutoencoderKL(
             block_out_channels=(16, 32, 64, 128), down_block_types=("DownEncoderBlock2D",) * 4,
             up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=1, latent_channels=8, norm_num_groups=8),
-        "text_encoder": lambda: CLIPTextModel(CLIPTextConfig(
+        text: lambda: CLIPTextModel(CLIPTextConfig(
             vocab_size=2048, hidden_size=192, intermediate_size=768, num_hidden_layers=3, num_attention_heads=6,
             max_position_embeddings=16, projection_dim=192)),
     }
@@ -187,28 +191,28 @@ def export_reference(folder: Path, names: Sequence[str]) -> Iterator[tuple[Compo
     (folder / "tokenizer").mkdir()
     components = {
         name: ComponentSource(name, "", type(module).__name__, folder,
-                              module.config.to_dict() if name == "text_encoder" else dict(module.config), ())
+                              module.config.to_dict() if name == text else dict(module.config), ())
         for name, module in modules.items()
     }
     source = Source(folder, "StableDiffusionPipeline", STABLE_DIFFUSION.name, components,
                     {"tokenizer": folder / "tokenizer"}, "", {})
-    specs = STABLE_DIFFUSION.components(source, {})
-    for name in names or specs:
-        spec = specs[name]
-        result = export_onnx(torch_component(name, modules[spec.source_component]), spec, folder / name)
-        yield spec, result.file
+    roles = STABLE_DIFFUSION.roles(source)
+    for name, spec in STABLE_DIFFUSION.components(source, {}).items():
+        if (role := roles.role(name)) in (chosen or Role):
+            result = export_onnx(torch_component(role, modules[spec.source_component]), spec, folder / name)
+            yield role, spec, result.file
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Export, rewrite, measure, print."""
     parser = argparse.ArgumentParser(prog="python -m exporters.measure.fusion_speed", description=__doc__)
     parser.add_argument("--calls", type=int, default=100, help="timed calls of each variant")
-    parser.add_argument("--component", action="append", choices=tuple(FUSIONS_FOR["onnxruntime"]),
-                        help="only this one; may be given several times")
+    parser.add_argument("--role", action="append", choices=tuple(FUSIONS_FOR["onnxruntime"]), type=Role,
+                        help="only components of this role; may be given several times")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as temporary:
-        for spec, file in export_reference(Path(temporary), options.component or ()):
-            rows = measure(list(variants_of(spec.name, file, file.parent)), reference_feeds(spec), options.calls)
+        for role, spec, file in export_reference(Path(temporary), options.role or ()):
+            rows = measure(list(variants_of(role, file, file.parent)), reference_feeds(spec), options.calls)
             sys.stdout.write(table(spec.name, rows) + "\n")
             sys.stdout.flush()
 

@@ -1,4 +1,4 @@
-"""`python -m exporters.measure.openvino_speed GRAPH.onnx`: OpenVINO beside ONNX Runtime on this CPU, one thread each.
+"""`python -m exporters.measure.openvino_speed GRAPH.onnx` compares OpenVINO with ONNX Runtime on one CPU thread.
 
 Time is CPU time of the process, the two interleaved call by call, median of many: unlike wall time, it holds still
 while other programs run. Loading is measured three times: ONNX Runtime, OpenVINO, OpenVINO with its cache filled.

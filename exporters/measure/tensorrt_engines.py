@@ -1,4 +1,4 @@
-"""`python -m exporters.measure.tensorrt_engines GRAPH.onnx`: bytes, build seconds and peak memory by precision.
+"""`python -m exporters.measure.tensorrt_engines GRAPH.onnx` prints bytes, build seconds and peak memory by precision.
 
 float32 and float16 are made from the graph given; graphs that are converted already (INT8 with Q/DQ) join with --also.
 """

@@ -1,4 +1,4 @@
-"""Whether token merging (ToMe for SD, arXiv 2303.17604) pays here: `python -m exporters.measure.token_merging`.
+"""`python -m exporters.measure.token_merging` measures whether token merging (ToMe for SD, arXiv 2303.17604) pays here.
 
 Prints which share of the reference U-Net's operations self-attention has, and the time of one self-attention with half
 of the tokens merged over that without, both in ONNX Runtime on one thread, from interleaved calls.
@@ -25,14 +25,17 @@ SHAPES = ((64, 64), (1024, 64))  # tokens and width of the U-Net's first level, 
 
 
 class SelfAttention(nn.Module):
-    """x (B, N, C) float32 -> (B, N, C)."""
+    """Self-attention without a mask: x (B, N, C) float32, features of N tokens -> (B, N, C).
+
+    Every array is (B, N, C) float32, features.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Attend to all tokens."""
+        """Attend to all tokens: (B, N, C) float32 -> the same."""
         q, k, v = (p(x).unflatten(2, (HEADS, -1)).transpose(1, 2) for p in (self.q, self.k, self.v))
         result: Tensor = self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         return result
@@ -51,7 +54,7 @@ class MergedAttention(SelfAttention):
 
 
 def share_of_self_attention(folder: Path, side: int) -> float:
-    """Of all multiplications of a U-Net at latents of `side` rows and columns."""
+    """Share, 0 to 1, of a U-Net's multiplications at latents of `side` rows and columns."""
     from torch.utils.flop_counter import FlopCounterMode
 
     unet = load_module(folder, "diffusers", "UNet2DConditionModel")
@@ -90,7 +93,7 @@ def time_ratio(tokens: int, width: int) -> float:
 def main() -> None:
     """Print both for the reference model."""
     argparse.ArgumentParser(prog="python -m exporters.measure.token_merging", description=__doc__).parse_args()
-    folder = Path(__file__).parents[2] / "deploy" / "reference_models" / "weights" / "unet"
+    folder = Path(__file__).parents[2] / "deploy/reference_models/weights/unet"
     for side in (8, 32):
         sys.stdout.write(f"{side}x{side} latents: self-attention {share_of_self_attention(folder, side):.1%} of the "
                          "operations\n")

@@ -257,7 +257,7 @@ def join_time_projections(model: ir.Model) -> int:
 
 
 def _join(model: ir.Model, source: ir.Value, layers: list[tuple[ir.Node, ir.Value, ir.Value]]) -> None:
-    """Replace linear layers of one source; what makes images of their outputs is done once as well."""
+    """Replace linear layers of one source; the Unsqueeze that reads each of their outputs is done once as well."""
     nodes, weights, biases = [n for n, _, _ in layers], [w for _, w, _ in layers], [b for _, _, b in layers]
     sizes, name = [_shape(weight)[0] for weight in weights], f"{(weights[0].name or '').removesuffix('.weight')}.joined"
     weight = derived_weight(model, f"{name}.weight", weights, (sum(sizes), _shape(weights[0])[1]), _stack)

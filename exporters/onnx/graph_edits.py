@@ -1,4 +1,4 @@
-"""Small questions and edits on onnx_ir graphs that the passes over them share."""
+"""Small queries and edits of onnx_ir graphs that the rewrites of this folder share."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ def only_user(value: ir.Value) -> ir.Node | None:
 
 
 def constant_of(value: ir.Value | None) -> np.ndarray[Any, Any] | None:
-    """A small initializer as an array, or None. Never reads a weight matrix."""
+    """A small initializer as an array of its own shape and dtype, any values; None of any other value.
+
+    Above 8192 elements it is None too: a weight matrix is never read.
+    """
     tensor = value.const_value if value is not None and value.is_initializer() else None
     return tensor.numpy() if tensor is not None and tensor.size <= 8192 else None
 
@@ -87,7 +90,7 @@ def replace(old: ir.Value, new: ir.Value) -> None:
 
 
 def small_constant(model: ir.Model, array: np.ndarray[Any, Any], name: str) -> ir.Value:
-    """An initializer with this content; one of that name is used again."""
+    """An initializer that holds `array`: any shape, any dtype, any values; one of that name is used again."""
     if name in model.graph.initializers:
         return model.graph.initializers[name]
     tensor = ir.tensor(array, name=name)
@@ -103,8 +106,11 @@ def derived_weight(
     """An initializer computed from others when it is written, so that no copy is held meanwhile.
 
     Args:
-        sources: initializers; their arrays are the arguments of `make`.
-        shape: of the result.
+        model: gets the initializer, or has it already under this name.
+        name: of the initializer.
+        sources: initializers, weights of any shape; their arrays are the arguments of `make`.
+        shape: of the result, which has the dtype of the first source.
+        make: arrays of the sources -> the result.
     """
     if name in model.graph.initializers:
         return model.graph.initializers[name]

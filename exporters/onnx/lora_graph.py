@@ -1,4 +1,4 @@
-"""A graph whose LoRA is an input: y = W x becomes y = W x + up (down x), for the modules that are asked for.
+"""Makes the LoRA of a graph an input: y = W x becomes y = W x + up (down x), for the given modules.
 
 Inputs and no initializers: every runtime takes them as they are, quantized or rounded weights stay untouched, and
 another LoRA of any rank fits in. The price is two small products a module in every call.

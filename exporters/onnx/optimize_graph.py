@@ -1,4 +1,4 @@
-"""An exported graph made faster for its target: folding for all, then the fusions that were measured to pay there.
+"""Optimizes an exported graph for its target: constant folding for all, then the fusions that were measured to pay.
 
 Imports onnx and onnxscript; import it inside the function that needs it.
 
@@ -41,18 +41,18 @@ from exporters.onnx.graph_edits import MICROSOFT, number_repeated_names
 from exporters.onnx.stored_weights import unmap
 from exporters.onnx.trace import count_nodes, save_model
 from exporters.quiet import quiet
+from runtimes.bundle.roles import Role
 from runtimes.errors import BundleError, DeployError
 
-# target -> component -> fusions, in this order. A target that is missing gets the target-independent part alone:
+# target -> role -> fusions, in this order. A target that is missing gets the target-independent part alone:
 # OpenVINO and TensorRT fuse plain ONNX themselves and do not know onnxruntime's own operators.
-FUSIONS_FOR: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+FUSIONS_FOR: Mapping[str, Mapping[Role, tuple[str, ...]]] = {
     "onnxruntime": {
-        "unet": ("attention", "channel_affine", "join_time_projections"),
-        "unet_shallow": ("attention", "channel_affine"),
-        "vae_encoder": ("channel_affine",),
-        "vae_decoder": ("channel_affine",),
-        "text_encoder": ("attention",),
-        "text_encoder_2": ("attention",),
+        Role.DENOISER: ("attention", "channel_affine", "join_time_projections"),
+        Role.SHALLOW: ("attention", "channel_affine"),
+        Role.IMAGE_ENCODER: ("channel_affine",),
+        Role.IMAGE_DECODER: ("channel_affine",),
+        Role.TEXT_ENCODER: ("attention",),
     },
 }
 
@@ -84,15 +84,17 @@ class OptimizeReport:
 
 
 def optimize_onnx(
-    source_file: Path, out_file: Path, component_name: str, target: str, *, fusions: tuple[str, ...] | None = None
+    source_file: Path, out_file: Path, role: Role, target: str, *, where: str = "",
+    fusions: tuple[str, ...] | None = None,
 ) -> OptimizeReport:
     """Optimize one component.
 
     Args:
         source_file: ONNX model; external weights lie beside it and are read when they are written.
         out_file: where to write; weights above 1 GiB go to `<out_file>.data`.
-        component_name: selects the fusions, with the target; an unknown one gets those of no component.
+        role: of the component: selects the fusions, with the target.
         target: "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx".
+        where: names the component in errors; its role by default.
         fusions: names in `exporters.onnx.fusions.FUSIONS`, instead of the table's.
 
     Raises:
@@ -100,9 +102,10 @@ def optimize_onnx(
         DeployError: the result is not valid ONNX; it is a bug of ours.
         UnavailableError: the disk is full.
     """
-    model = _load(source_file, component_name)
+    where = where or role
+    model = _load(source_file, where)
     before = count_nodes(model)
-    chosen = fusions if fusions is not None else FUSIONS_FOR.get(target, {}).get(component_name, ())
+    chosen = fusions if fusions is not None else FUSIONS_FOR.get(target, {}).get(role, ())
     with quiet():
         places = apply(model, {name: FUSIONS[name] for name in chosen})
     save_model(model, out_file)
@@ -110,15 +113,15 @@ def optimize_onnx(
         onnx.checker.check_model(str(out_file))
     except onnx.checker.ValidationError as error:
         raise DeployError(f"the optimized graph is not valid ONNX: {str(error).splitlines()[0]}",
-                          where=component_name) from error
+                          where=where) from error
     return OptimizeReport(target, places, before, count_nodes(model))
 
 
-def _load(file: Path, component_name: str) -> ir.Model:
+def _load(file: Path, where: str) -> ir.Model:
     try:
         model = ir.load(file)
     except (OSError, ValueError, DecodeError) as error:
-        raise BundleError(f"not an ONNX model: {error}", where=f"{component_name}: {file}",
+        raise BundleError(f"not an ONNX model: {error}", where=f"{where}: {file}",
                           fix="export it again") from error
     unmap(model)
     return model

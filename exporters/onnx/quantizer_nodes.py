@@ -1,4 +1,4 @@
-"""Where Q/DQ pairs sit in a graph, and which attention blocks they would keep a compiler from fusing. Reads only.
+"""Finds the Q/DQ pairs of a graph, and the attention blocks that a compiler cannot fuse because of them. Reads only.
 
 TensorRT fuses MatMul - Softmax - MatMul into one kernel only if nothing is quantized in between; INT8 U-Nets that
 quantize there were slower than float16 (TensorRT issues 2905: 111 ms against 43, and 3724).

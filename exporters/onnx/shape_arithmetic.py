@@ -1,4 +1,4 @@
-"""Arithmetic on sizes, removed from the graph: targets of Reshape become constants, or the shape of a known value.
+"""Removes arithmetic on sizes from a graph: targets of Reshape become constants, or the shape of a known value.
 
 Needs the symbolic shapes that the exporter leaves on values, so it runs before they are forgotten.
 """

@@ -1,4 +1,4 @@
-"""Two graphs of one network on one file of weights: the second refers to those it finds in the first one's.
+"""Lets two graphs of one network share a file of weights: the second refers to those that the first one's holds.
 
 Imports onnx_ir; import it inside the function that needs it.
 """

@@ -1,4 +1,4 @@
-"""Tensors that stay in their files: read when a graph is written or a rewrite looks at them, and held by nobody.
+"""Weights that stay in their files, and are read each time that a graph is written or a rewrite looks at them.
 
 Imports onnx_ir; import it inside the function that needs it.
 """
@@ -32,7 +32,11 @@ class StoredWeight:
     widened: bool = False
 
     def read(self) -> np.ndarray[Any, Any]:
-        """A copy; nothing of the file stays mapped."""
+        """The weight, `shape`, in the file's dtype or `widened` to float32: a copy, nothing of the file stays mapped.
+
+        Returns:
+            an array whose shape is `self.shape`.
+        """
         array = np.fromfile(self.file, self.dtype, math.prod(self.shape), offset=self.offset).reshape(self.shape)
         return array.astype(np.float32, copy=False) if self.widened else array
 

@@ -1,4 +1,4 @@
-"""Networks traced without their weights, whose contents then go from the source's files to the graph's, one by one.
+"""Traces networks without reading their weights, which then go from the source's files to the graph's one by one.
 
 Imports torch and onnx_ir; import it inside the function that needs it.
 """

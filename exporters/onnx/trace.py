@@ -1,4 +1,4 @@
-"""One component as ONNX: traced once with dynamic axes, named as its TensorSpecs say, the same bytes every time.
+"""Exports a component to ONNX: traced once with dynamic axes, named as its TensorSpecs say, the same bytes every time.
 
 Imports torch and onnx; import it inside the function that needs it.
 """
@@ -66,7 +66,7 @@ def export_onnx(
         out_folder: receives model.onnx, and model.onnx.data above 1 GiB of weights.
         opset: of the default ONNX domain.
         stored: where the contents of the module's parameters are, if it comes from `exporters.onnx.streaming`.
-        lora: modules that get a LoRA as inputs of the graph (onnx.lora_graph), with the shapes of their weights.
+        lora: modules that get a LoRA as inputs of the graph -> the shapes of their weights; see `lora_graph`.
 
     Raises:
         InputError: an operator that ONNX cannot express, a network that PyTorch cannot run, or a shape that is
@@ -90,7 +90,12 @@ def export_onnx(
 
 
 def example_inputs(spec: ComponentSpec, sizes: dict[str, int]) -> tuple[torch.Tensor, ...]:
-    """Inputs at given sizes of the axes: seeded noise for floats, ones for integers."""
+    """Inputs at given sizes of the axes: standard-normal noise from seed 0 for floats, ones for the other dtypes.
+
+    Args:
+        spec: declares the inputs: each result has the declared shape and dtype, in the order of `spec.inputs`.
+        sizes: axis -> its length.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def one(tensor: TensorSpec) -> torch.Tensor:

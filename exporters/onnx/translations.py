@@ -1,4 +1,4 @@
-"""How the exporter writes single PyTorch operators, where torch's own translation is needlessly long.
+"""Translations of single PyTorch operators to ONNX that are shorter than torch's own.
 
 Imports torch and onnxscript; imported by `exporters.onnx.trace` only.
 """

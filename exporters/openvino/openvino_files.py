@@ -1,4 +1,4 @@
-"""ONNX to OpenVINO's own files, `.xml` beside `.bin`: read faster than ONNX, and memory-mapped when they are loaded."""
+"""Converts ONNX to OpenVINO's own files, `.xml` beside `.bin`, which load faster and are memory-mapped."""
 
 from __future__ import annotations
 

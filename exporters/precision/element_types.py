@@ -1,4 +1,4 @@
-"""Element types of a graph by ONNX's own operator schemas: what each value is, what each place of a node takes."""
+"""Infers element types with ONNX's operator schemas: of each value of a graph, and what each input of a node takes."""
 
 from __future__ import annotations
 

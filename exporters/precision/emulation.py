@@ -1,4 +1,4 @@
-"""What a 16-bit graph computes on hardware with 16-bit operators, shown on a CPU that has none.
+"""Emulates on a CPU what a 16-bit graph computes on hardware with 16-bit operators.
 
 ONNX Runtime's CPU provider runs float16 operators in float32 and drops the casts between them, so an intermediate
 value of 200,000 passes through unharmed that is infinite on a GPU (measured: tests/exporters/test_onnx_precision.py).

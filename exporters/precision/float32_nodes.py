@@ -1,4 +1,4 @@
-"""Which nodes of a graph stay float32 when the rest goes to 16 bits, and why. Decides only; rewrites nothing."""
+"""Decides which nodes of a graph stay float32 when the rest goes to 16 bits, and why; rewrites nothing."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _FAMILIES = {"normalization": NORMALIZATION, "softmax": SOFTMAX, "reduction": RE
 Types = Mapping[ir.Value, ir.DataType]
 
 
-def kept_nodes(model: ir.Model, low: ir.DataType, types: Types, keep: Sequence[str], keep_ends: bool,
+def float32_nodes(model: ir.Model, low: ir.DataType, types: Types, keep: Sequence[str], keep_ends: bool,
                ) -> dict[ir.Node, str]:
     """The nodes that stay float32 with the reason of each; nodes without a float32 output are not mentioned.
 
@@ -53,20 +53,20 @@ def kept_nodes(model: ir.Model, low: ir.DataType, types: Types, keep: Sequence[s
     """
     opsets = dict(model.opset_imports)
     wanted = _by_pattern(model.graph, keep)
-    kept: dict[ir.Node, str] = {}
+    float32: dict[ir.Node, str] = {}
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
         if not is_float(node, types):
             continue
         reason = wanted.get(node) or _own_reason(node, model.graph, low, types, signature(node, opsets))
         if reason is not None:
-            kept[node] = reason
-    _keep_timestep_path(kept, types)
+            float32[node] = reason
+    _keep_timestep_path(float32, types)
     if keep_ends:
         for node in _ends(model.graph):
-            kept.setdefault(node, "first or last convolution")
-    _keep_after_overflow(kept, types)
-    _keep_between(model.graph, kept, types)
-    return kept
+            float32.setdefault(node, "first or last convolution")
+    _keep_after_overflow(float32, types)
+    _keep_between(model.graph, float32, types)
+    return float32
 
 
 def is_float(node: ir.Node, types: Types) -> bool:
@@ -119,7 +119,7 @@ def constant_reason(node: ir.Node, low: ir.DataType) -> str | None:
 
 
 def magnitude(array: np.ndarray[Any, Any]) -> float:
-    """Largest absolute value; 0 for an empty array. Allocates nothing of the array's size."""
+    """Largest absolute value of weights of any shape and dtype; 0 if empty. Allocates nothing of the array's size."""
     return max(abs(float(array.max())), abs(float(array.min()))) if array.size else 0.0
 
 
@@ -152,42 +152,42 @@ def _producers(node: ir.Node, types: Types) -> Iterable[ir.Node]:
             yield producer
 
 
-def _keep_timestep_path(kept: dict[ir.Node, str], types: Types) -> None:
+def _keep_timestep_path(float32: dict[ir.Node, str], types: Types) -> None:
     """What feeds a sine: angles reach 1000 radians, of which float16 keeps a step of 0.5."""
-    stack = [n for n in kept if n.op_type in TRIGONOMETRIC]
+    stack = [n for n in float32 if n.op_type in TRIGONOMETRIC]
     while stack:
         for producer in _producers(stack.pop(), types):
-            if producer not in kept and producer.op_type not in PRODUCTS:
-                kept[producer] = "feeds a sine or cosine"
+            if producer not in float32 and producer.op_type not in PRODUCTS:
+                float32[producer] = "feeds a sine or cosine"
                 stack.append(producer)
 
 
-def _keep_after_overflow(kept: dict[ir.Node, str], types: Types) -> None:
+def _keep_after_overflow(float32: dict[ir.Node, str], types: Types) -> None:
     """Attention masks: -3.4e38 must not reach a 16-bit sum before the softmax that consumes it."""
-    stack = [n for n, reason in kept.items() if reason.startswith("constant outside")]
+    stack = [n for n, reason in float32.items() if reason.startswith("constant outside")]
     while stack:
         node = stack.pop()
         if node.op_type not in MOVES | POINTWISE:
             continue
         for value in node.outputs:
             for use in value.uses():
-                if use.node not in kept and use.node.op_type in MOVES | POINTWISE and is_float(use.node, types):
-                    kept[use.node] = "carries a value outside float16"
+                if use.node not in float32 and use.node.op_type in MOVES | POINTWISE and is_float(use.node, types):
+                    float32[use.node] = "carries a value outside float16"
                     stack.append(use.node)
 
 
-def _keep_between(graph: ir.Graph, kept: dict[ir.Node, str], types: Types) -> None:
-    """Element-wise nodes whose every neighbour is kept: two casts fewer, and no rounding inside one formula."""
+def _keep_between(graph: ir.Graph, float32: dict[ir.Node, str], types: Types) -> None:
+    """Element-wise nodes whose every neighbour stays float32: two casts fewer, and no rounding inside one formula."""
     changed = True
     while changed:
         changed = False
         for node in graph:
-            if node in kept or node.op_type not in MOVES | POINTWISE or not is_float(node, types):
+            if node in float32 or node.op_type not in MOVES | POINTWISE or not is_float(node, types):
                 continue
             producers = list(_producers(node, types))
             consumers = [use.node for value in node.outputs for use in value.uses()]
-            if producers and consumers and all(n in kept for n in (*producers, *consumers)):
-                kept[node] = "between nodes that are kept"
+            if producers and consumers and all(n in float32 for n in (*producers, *consumers)):
+                float32[node] = "between nodes that are kept"
                 changed = True
 
 

@@ -1,6 +1,7 @@
-"""float32 ONNX to 16 bits: what is computed in them, or only stored in them. Inputs and outputs stay float32.
+"""Converts float32 ONNX to 16 bits, to compute in them or only to store weights in them.
 
-Weights are converted one at a time while the file is written. Which nodes stay float32: `onnx_precision_rules`.
+Inputs and outputs stay float32. Weights are converted one at a time while the file is written.
+`exporters.precision.float32_nodes` decides which nodes stay float32.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from onnxscript import version_converter
 
 from exporters.onnx.stored_weights import unmap
 from exporters.precision.element_types import FLOAT, element_types, signature
-from exporters.precision.float32_nodes import FP16_MAX, is_float, kept_nodes, magnitude
+from exporters.precision.float32_nodes import FP16_MAX, float32_nodes, is_float, magnitude
 from runtimes.bundle.folder import translated_disk_errors
 from runtimes.errors import InputError
 
@@ -39,7 +40,7 @@ class PrecisionReport:
         precision: "fp16" or "bf16".
         mode: "compute" (operators run in 16 bits) or "storage" (weights are widened to float32 before use).
         converted: operators that now run in 16 bits, per op type; empty for "storage".
-        kept: reason -> op type -> number of nodes that stayed float32.
+        float32: reason -> op type -> number of nodes that stayed float32.
         named: reason -> nodes, for the reasons that depend on this model's weights or on the user.
         casts: Cast nodes inserted.
         weight_bytes_before, weight_bytes_after: of all initializers.
@@ -48,7 +49,7 @@ class PrecisionReport:
     precision: str
     mode: str
     converted: Mapping[str, int]
-    kept: Mapping[str, Mapping[str, int]]
+    float32: Mapping[str, Mapping[str, int]]
     named: Mapping[str, tuple[str, ...]]
     casts: int
     weight_bytes_before: int
@@ -57,7 +58,7 @@ class PrecisionReport:
     def to_json(self) -> dict[str, Any]:
         """For the manifest's details."""
         return {"precision": self.precision, "mode": self.mode, "converted": dict(self.converted),
-                "kept_float32": {r: dict(c) for r, c in self.kept.items()},
+                "kept_float32": {r: dict(c) for r, c in self.float32.items()},
                 "kept_nodes": {r: list(n) for r, n in self.named.items()}, "casts": self.casts,
                 "weight_bytes_before": self.weight_bytes_before, "weight_bytes_after": self.weight_bytes_after}
 
@@ -86,17 +87,17 @@ def convert_precision(source: Path, destination: Path, precision: str, *, mode: 
     model = load(source, precision if mode == "compute" else "")
     before = _weight_bytes(model)
     rewriter = _Rewriter(model, precision)
-    kept: dict[ir.Node, str] = {}
+    float32: dict[ir.Node, str] = {}
     if mode == "storage":
         oversized = rewriter.store(keep)
         named: dict[str, tuple[str, ...]] = {"weight outside float16 or asked for": oversized} if oversized else {}
         converted: Counter[str] = Counter()
     else:
-        kept = kept_nodes(model, LOW[precision], rewriter.types, keep, keep_ends)
-        converted = rewriter.compute(kept)
-        named = _named(kept)
+        float32 = float32_nodes(model, LOW[precision], rewriter.types, keep, keep_ends)
+        converted = rewriter.compute(float32)
+        named = _named(float32)
     reasons: dict[str, Counter[str]] = {}
-    for node, reason in kept.items():
+    for node, reason in float32.items():
         reasons.setdefault(reason.partition(" (")[0], Counter())[node.op_type] += 1
     common.TopologicalSortPass()(model)
     save(model, destination)
@@ -134,7 +135,7 @@ def save(model: ir.Model, destination: Path) -> None:
     """
     external = destination.name + ".data" if _weight_bytes(model) > EXTERNAL_ABOVE_BYTES else None
     if external is None:
-        ir.external_data.load_to_model(model)  # else what was kept would go on pointing at the source's file
+        ir.external_data.load_to_model(model)  # else unchanged weights would go on pointing at the source's file
     with translated_disk_errors(destination):
         destination.parent.mkdir(parents=True, exist_ok=True)
         ir.save(model, destination, external_data=external)
@@ -148,10 +149,10 @@ def _ordered(counts: Counter[str]) -> dict[str, int]:
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
-def _named(kept: Mapping[ir.Node, str]) -> dict[str, tuple[str, ...]]:
+def _named(float32: Mapping[ir.Node, str]) -> dict[str, tuple[str, ...]]:
     """Nodes by name where the reason lies in this model: its constants, or what the user asked for."""
     found: dict[str, list[str]] = {}
-    for node, reason in kept.items():
+    for node, reason in float32.items():
         if reason.startswith(("constant", "asked for", "quantization", "not a standard", "the standard")):
             found.setdefault(reason, []).append(node.name or node.op_type)
     return {reason: tuple(sorted(names)) for reason, names in sorted(found.items())}
@@ -168,15 +169,15 @@ class _Rewriter:
         self._cast: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
         self._weight: dict[ir.Value, ir.Value] = {}
 
-    def compute(self, kept: Mapping[ir.Node, str]) -> Counter[str]:
-        """Give every node that is not kept 16-bit inputs and outputs, with casts where the type changes."""
+    def compute(self, float32: Mapping[ir.Node, str]) -> Counter[str]:
+        """Give every node that is not in `float32` 16-bit inputs and outputs, with casts where the type changes."""
         original = dict(self.types)
         nodes = list(ir.traversal.RecursiveGraphIterator(self.graph))
-        converted = [n for n in nodes if n not in kept and is_float(n, original)]
+        converted = [n for n in nodes if n not in float32 and is_float(n, original)]
         outputs = set(self.graph.outputs)
         for node in converted:
             found = signature(node, self.opsets)
-            assert found is not None  # a node without a schema is kept
+            assert found is not None  # a node without a schema stays float32
             if node.op_type == "Cast" and not node.domain:
                 node.attributes["to"] = ir.AttrInt64("to", int(self.low))
             for value, place in zip(node.outputs, found.outputs, strict=False):

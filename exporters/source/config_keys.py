@@ -1,4 +1,4 @@
-"""Which keys of a model's configs are known: what a config asks and nothing here does is refused by its key.
+"""Refuses a model's config by the key that asks for something nothing here does.
 
 A key that the class's own `__init__` takes shapes the network, which is exported from that very class; of these the
 families refuse what their pipelines would have to feed (exporters/families/parts.py). This file holds the others.

@@ -1,5 +1,6 @@
-"""diffusers' own pipeline over a model folder, with networks on the meta device: what it corrects when it loads, and
-the defaults of its call. Nothing of the weights is read.
+"""Loads diffusers' own pipeline over a model folder, to learn what it corrects in the configs and its call's defaults.
+
+Its networks are on the meta device: no weight is read.
 
 Imports torch and diffusers; import it inside the function that needs it.
 """
@@ -20,7 +21,7 @@ from exporters.quiet import one_line, quiet
 from exporters.source.config_keys import check_network, check_pipeline
 from exporters.source.model_folder import MODEL_INDEX, ComponentSource, Source, read_json
 from exporters.source.networks import empty_network
-from runtimes.bundle.manifest import ModeFacts
+from runtimes.bundle.roles import ModeFacts
 from runtimes.errors import InputError
 from runtimes.schedulers import DEFAULTED
 
@@ -71,8 +72,9 @@ def _classes() -> Mapping[str, Mapping[str, Any]]:
 
 def upstream_pipeline(source: Source, mode: str, *, read: Collection[str] = (), torch_dtype: Any = None,
                       variant: str = "", **components: Any) -> Any:
-    """diffusers' pipeline for a mode, made by its own `from_pretrained`: it chooses and loads scheduler and tokenizers,
-    and corrects configs as it does for every user of the folder.
+    """diffusers' pipeline for a mode, made by its own `from_pretrained`.
+
+    It chooses and loads scheduler and tokenizers, and corrects configs as it does for every user of the folder.
 
     Args:
         source: the model.
@@ -158,7 +160,7 @@ def as_loaded(source: Source) -> Source:
 
 
 def _check_keys(source: Source, networks: Mapping[str, Any]) -> None:
-    """Refuse what a config asks and neither its class nor anything here does."""
+    """Refuse a config that asks for something that neither its class nor anything here does."""
     for name, module in networks.items():
         component, config = source.components[name], module.config
         known = set(inspect.signature(type(module).__init__).parameters) if isinstance(config, dict) else set(

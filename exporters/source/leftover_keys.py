@@ -1,4 +1,4 @@
-"""What a single-file checkpoint holds beside its networks: honoured, named, or refused; nothing is dropped unsaid.
+"""Keys of a single-file checkpoint that belong to no network: each is honoured, reported as left out, or refused.
 
 Imports torch; import it inside the function that needs it.
 """
@@ -6,7 +6,7 @@ Imports torch; import it inside the function that needs it.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from exporters.quiet import quiet
 from runtimes.errors import InputError
+from runtimes.system.progress import listener
 
-Tell = Callable[[str], None]
 # Marker tensors without content, as ComfyUI (comfy/supported_models.py) and A1111 read them.
 V_PREDICTION, ZERO_SNR = "v_pred", "ztsnr"
 # The noise schedule and what follows from it, which CompVis registers as buffers (ldm/models/diffusion/ddpm.py).
@@ -37,38 +37,37 @@ _SHOWN = 3
 
 
 def check_leftovers(left: Iterable[str], tensors: Mapping[str, Tensor], scheduler: Mapping[str, Any],
-                    metadata: Mapping[str, str], tell: Tell, where: str) -> dict[str, Any]:
+                    metadata: Mapping[str, str], where: str) -> dict[str, Any]:
     """Decide on every key that no network took.
 
     Args:
         left: those keys.
-        tensors: all of the file.
+        tensors: all of the file by key, weights of any shape and dtype.
         scheduler: scheduler_config.json of the configs.
         metadata: of the file; `modelspec.prediction_type` is read.
-        tell: told what is honoured and what is left out.
         where: the file, for errors.
 
     Returns:
         the scheduler's config as the file wants it.
 
     Raises:
-        InputError: keys that mean something that is not done, or that contradict the configs.
+        InputError: keys that ask for something not supported, or that contradict the configs.
     """
     keys, config = set(left), dict(scheduler)
     if V_PREDICTION in keys or metadata.get("modelspec.prediction_type") == "v":
-        config = _changed(config, {"prediction_type": "v_prediction"}, "v_pred", tell, where)
+        config = _changed(config, {"prediction_type": "v_prediction"}, "v_pred", where)
     elif metadata.get("modelspec.prediction_type") == "epsilon" and config.get("prediction_type") == "v_prediction":
         raise InputError("its metadata say prediction_type epsilon, the configs v_prediction", where=where,
                          fix="give --configs of this model")
     if ZERO_SNR in keys:
-        config = _changed(config, _ZERO_SNR_KEYS, ZERO_SNR, tell, where)
+        config = _changed(config, _ZERO_SNR_KEYS, ZERO_SNR, where)
     schedule = {key for key in keys if _SCHEDULE.fullmatch(key)}
-    config = _checked_schedule({key: tensors[key] for key in schedule}, config, tell, where)
+    config = _checked_schedule({key: tensors[key] for key in schedule}, config, where)
     keys -= {V_PREDICTION, ZERO_SNR, *schedule}
     keys = {key for key in keys if not _COMPUTED.fullmatch(key)}
     for pattern, meaning in _NAMED.items():
         if found := {key for key in keys if re.match(pattern, key)}:
-            tell(f"left out: {_some(found)}: {meaning}")
+            listener().finished(f"left out: {_some(found)}: {meaning}")
             keys -= found
     if keys:
         raise InputError(f"{_some(keys)} is of no network of the configs", where=where,
@@ -80,17 +79,17 @@ _ZERO_SNR_KEYS = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"
 
 
 def untaken(tensors: Mapping[str, Tensor], networks: Iterable[Mapping[str, Tensor]]) -> set[str]:
-    """Keys of the file whose memory none of the networks' weights lies in.
+    """Keys of the file whose memory no weight of the networks shares.
 
     Args:
-        tensors: of the file, each with memory of its own.
-        networks: weights under diffusers' names, which are the file's, views of them or copies.
+        tensors: of the file by key, any shape and dtype, each with memory of its own.
+        networks: weights under diffusers' names: the file's tensors, views of them or copies.
     """
     taken = {weight.untyped_storage().data_ptr() for network in networks for weight in network.values()}
     return {key for key, tensor in tensors.items() if tensor.untyped_storage().data_ptr() not in taken}
 
 
-def _changed(config: Mapping[str, Any], wanted: Mapping[str, Any], marker: str, tell: Tell, where: str,
+def _changed(config: Mapping[str, Any], wanted: Mapping[str, Any], marker: str, where: str,
              ) -> dict[str, Any]:
     """The scheduler's config with what a marker asks for.
 
@@ -109,11 +108,12 @@ def _changed(config: Mapping[str, Any], wanted: Mapping[str, Any], marker: str, 
                          where=where, fix="name EulerDiscreteScheduler or DDIMScheduler in the configs")
     changed = {key: value for key, value in wanted.items() if config.get(key) != value}
     if changed:
-        tell(f"the key {marker} sets {', '.join(f'{k} = {v}' for k, v in changed.items())} of the scheduler")
+        listener().finished(
+            f"the key {marker} sets {', '.join(f'{k} = {v}' for k, v in changed.items())} of the scheduler")
     return {**config, **changed}
 
 
-def _checked_schedule(found: Mapping[str, Tensor], config: dict[str, Any], tell: Tell, where: str) -> dict[str, Any]:
+def _checked_schedule(found: Mapping[str, Tensor], config: dict[str, Any], where: str) -> dict[str, Any]:
     """The config, whose noise schedule must be the file's; a file with zero terminal SNR asks for it.
 
     Raises:
@@ -126,7 +126,7 @@ def _checked_schedule(found: Mapping[str, Tensor], config: dict[str, Any], tell:
             continue
         zero = {**config, **_ZERO_SNR_KEYS}
         if not config.get("rescale_betas_zero_snr") and _agrees(key, value, zero):
-            config = _changed(config, _ZERO_SNR_KEYS, key, tell, where)
+            config = _changed(config, _ZERO_SNR_KEYS, key, where)
         else:
             raise InputError(f"{key} is another noise schedule than the configs' scheduler_config.json has",
                              where=where, fix="give --configs of this model, with its beta_start and beta_end")

@@ -1,4 +1,4 @@
-"""Multiply-accumulates of a network at given sizes, counted on shapes alone."""
+"""Counts the multiply-accumulates of a network at given sizes, from shapes alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def count_macs(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> int
 
     Args:
         module: in evaluation mode.
-        inputs: real tensors of the sizes to count for.
+        inputs: in the order of the module's arguments; their shapes and dtypes count, any values.
     """
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, FlopCounterMode(display=False) as counter, torch.no_grad():
         module(*(fake.from_tensor(tensor) for tensor in inputs))

@@ -1,4 +1,4 @@
-"""A diffusers pipeline folder, read without torch: configs parsed, weight files found and checked, nothing loaded."""
+"""Reads a diffusers pipeline folder without torch: configs parsed, weight files found and checked, nothing loaded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from exporters.source.weight_files import find_weights
 from runtimes.bundle.folder import link_or_copy
-from runtimes.bundle.manifest import ModeFacts
+from runtimes.bundle.roles import ModeFacts
 from runtimes.bundle.safetensors_reader import read_header
 from runtimes.errors import InputError
 

@@ -1,4 +1,6 @@
-"""What is exported of each network: modules with named inputs in order and a tuple of outputs. Nothing is copied.
+"""Wrappers that give each network the inputs and outputs of its exported graph, by name and in order.
+
+They share the network's weights: nothing is copied.
 
 Imports torch; import it inside the function that needs it.
 """
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from exporters.source.shallow_unet import CachingUNet, ShallowUNet
+from runtimes.bundle.roles import Role
 
 
 class TextEncoder(nn.Module):
@@ -32,7 +35,11 @@ class TextEncoder(nn.Module):
         self.model, self.outputs = model, outputs or ("last_hidden_state",)
 
     def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
-        """The chosen outputs."""
+        """input_ids (B, S) int64 token ids -> the chosen hidden states and embeddings, float32.
+
+        Returns:
+            last_hidden_state and penultimate_hidden_state are (B, S, C), text_embeds is (B, P).
+        """
         penultimate = "penultimate_hidden_state" in self.outputs
         result = self.model(input_ids=input_ids, output_hidden_states=penultimate, return_dict=True)
         return tuple(result.hidden_states[-2] if name == "penultimate_hidden_state" else getattr(result, name)
@@ -40,7 +47,11 @@ class TextEncoder(nn.Module):
 
 
 class UNet(nn.Module):
-    """sample (B, C, H, W), timestep (B,), encoder_hidden_states (B, S, D), all float32 -> out_sample (B, C, H, W)."""
+    """sample (B, C, H, W), timestep (B,), encoder_hidden_states (B, S, D), all float32 -> out_sample (B, C, H, W).
+
+    Every array is float32: noisy latents (B, C, H, W), training timesteps (B,), embedded prompts (B, S, D); the
+    prediction of the noise, or of what else the network was trained for, is (B, C, H, W).
+    """
 
     def __init__(self, model: nn.Module) -> None:
         """Wrap the network."""
@@ -53,7 +64,10 @@ class UNet(nn.Module):
 
 
 class TextTimeUNet(UNet):
-    """As `UNet`, with text_embeds (B, P) and time_ids (B, 5 or 6) float32: Stable Diffusion XL."""
+    """As `UNet`, with text_embeds (B, P) and time_ids (B, 5 or 6) float32: Stable Diffusion XL.
+
+    time_ids are sizes and offsets in pixels, and the refiner's aesthetic score.
+    """
 
     def forward(  # type: ignore[override]
         self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, text_embeds: Tensor, time_ids: Tensor
@@ -83,6 +97,7 @@ def unet(model: Any, outputs: tuple[str, ...] = ()) -> nn.Module:
 class VaeEncoder(nn.Module):
     """sample (B, 3, fH, fW) float32 in [-1, 1] -> latent_parameters (B, 2C, H, W): mean, then log-variance.
 
+    Every array is float32: pixels (B, 3, fH, fW) in -1 to 1, and what describes their latents (B, 2C, H, W).
     Autoencoders without a distribution (VQModel, AutoencoderTiny) give latents (B, C, H, W).
     """
 
@@ -97,7 +112,11 @@ class VaeEncoder(nn.Module):
 
 
 class VaeDecoder(nn.Module):
-    """latent_sample (B, C, H, W) float32, divided by the scaling factor -> sample (B, 3, fH, fW)."""
+    """latent_sample (B, C, H, W) float32, divided by the scaling factor -> sample (B, 3, fH, fW).
+
+    Every array is float32: latents (B, C, H, W) as the encoder's mean has them, and pixels (B, 3, fH, fW), -1 to 1
+    but not clipped.
+    """
 
     def __init__(self, model: Any, outputs: tuple[str, ...] = ()) -> None:
         """Take over one half of an autoencoder."""
@@ -117,13 +136,16 @@ class VqDecoder(VaeDecoder):
         super().__init__(model)
         self.codebook, self.spatial = model.quantize.embedding, model.config.norm_type == "spatial"
 
-    def forward(self, latent_sample: Tensor) -> tuple[Tensor]:
-        """The image, not clipped. |z - e|^2 = z^2 + e^2 - 2 e z, of which z^2 is the same for every entry."""
+    def nearest(self, latent_sample: Tensor) -> Tensor:
+        """(B, H, W) int64, the entry of each latent. |z - e|^2 = z^2 + e^2 - 2 e z; z^2 is the same for every entry."""
         latents, codes = latent_sample.permute(0, 2, 3, 1), self.codebook.weight
-        nearest = torch.argmin((codes * codes).sum(1) - 2 * latents @ codes.T, dim=-1)
-        quantized = self.codebook(nearest).permute(0, 3, 1, 2)
-        kept = self.post_quant_conv(quantized)
-        return (self.decoder(kept, quantized) if self.spatial else self.decoder(kept),)
+        return torch.argmin((codes * codes).sum(1) - 2 * latents @ codes.T, dim=-1)
+
+    def forward(self, latent_sample: Tensor) -> tuple[Tensor]:
+        """The image, not clipped."""
+        quantized = self.codebook(self.nearest(latent_sample)).permute(0, 3, 1, 2)
+        hidden = self.post_quant_conv(quantized)
+        return (self.decoder(hidden, quantized) if self.spatial else self.decoder(hidden),)
 
 
 def decoder(model: Any, outputs: tuple[str, ...] = ()) -> nn.Module:
@@ -143,19 +165,21 @@ class SafetyChecker(nn.Module):
         self.model = model
 
     def forward(self, clip_input: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores of each image; above zero the concept is in it."""
+        """clip_input (B, 3, H, W) float32, pixels as CLIP normalizes them -> scores (B, 3) and (B, 17) float32.
+
+        Above zero the concept is in the image.
+        """
         model, normalize = self.model, nn.functional.normalize
         embeds = normalize(model.visual_projection(model.vision_model(clip_input)[1]))
         return (embeds @ normalize(model.special_care_embeds).T - model.special_care_embeds_weights,
                 embeds @ normalize(model.concept_embeds).T - model.concept_embeds_weights)
 
 
-WRAPPERS: dict[str, Callable[[Any, tuple[str, ...]], nn.Module]] = {
-    "text_encoder": TextEncoder,
-    "text_encoder_2": TextEncoder,
-    "unet": unet,
-    "unet_shallow": lambda model, outputs: ShallowUNet(model),
-    "vae_encoder": VaeEncoder,
-    "vae_decoder": decoder,
-    "safety_checker": SafetyChecker,
+WRAPPERS: dict[Role, Callable[[Any, tuple[str, ...]], nn.Module]] = {
+    Role.TEXT_ENCODER: TextEncoder,
+    Role.DENOISER: unet,
+    Role.SHALLOW: lambda model, outputs: ShallowUNet(model),
+    Role.IMAGE_ENCODER: VaeEncoder,
+    Role.IMAGE_DECODER: decoder,
+    Role.SAFETY_CHECKER: SafetyChecker,
 }

@@ -1,4 +1,6 @@
-"""PyTorch modules of a component: strict loading of old and new file layouts. wrappers.py gives them named inputs.
+"""Loads a component as a PyTorch module, strictly, from the file layouts of old and new releases.
+
+`exporters.source.named_inputs` gives such a module the inputs and outputs of its graph.
 
 Imports torch; import it inside the function that needs it.
 """
@@ -18,6 +20,7 @@ from exporters.quiet import one_line, quiet
 from exporters.source.model_folder import read_json
 from exporters.source.named_inputs import WRAPPERS
 from exporters.source.weight_files import canonical_weights, find_weights
+from runtimes.bundle.roles import Role
 from runtimes.bundle.safetensors_reader import read_header
 from runtimes.errors import InputError
 
@@ -116,7 +119,12 @@ def check_weights(folder: Path, library: str, class_name: str) -> None:
 
 
 def filled(module: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
-    """The module with these weights in place, not copied, in eval mode and without gradients."""
+    """The module with these weights in place, not copied, in eval mode and without gradients.
+
+    Args:
+        module: from `empty_module`.
+        weights: by the module's own names, each of the original shape; their dtype becomes the module's.
+    """
     module.load_state_dict(weights, strict=False, assign=True)
     tie: Any = getattr(module, "tie_weights", None)
     if tie is not None:
@@ -220,15 +228,15 @@ def _refuse_misfits(folder: Path, class_name: str, unused: list[str], missing: l
                          fix="use weights and config.json of the same model")
 
 
-def torch_component(name: str, module: nn.Module, outputs: Sequence[str] = ()) -> nn.Module:
+def torch_component(role: Role, module: nn.Module, outputs: Sequence[str] = ()) -> nn.Module:
     """The function of a component: named inputs in order, a tuple of outputs, exactly what is exported.
 
     Args:
-        name: of the component in the bundle; vae_encoder and vae_decoder share one autoencoder.
+        role: of the component in the bundle; the image encoder and decoder share one autoencoder.
         module: from `load_module`.
-        outputs: names of the outputs, of which text encoders have several to choose from.
+        outputs: what the network calls the outputs, of which text encoders have several to choose from.
 
     Returns:
         a module in eval mode that shares the weights; of a VAE it holds only the half that the component uses.
     """
-    return WRAPPERS[name](module, tuple(outputs)).eval()
+    return WRAPPERS[role](module, tuple(outputs)).eval()

@@ -1,4 +1,4 @@
-"""A U-Net in two graphs, for denoising that reuses deep features: Ma et al., DeepCache, arXiv 2312.00858.
+"""Splits a U-Net in two graphs, for denoising that reuses deep features: Ma et al., DeepCache, arXiv 2312.00858.
 
     unet           sample, timestep, prompt -> prediction, deep_feature
     unet_shallow   sample, timestep, prompt, deep_feature of an earlier step -> prediction
@@ -19,7 +19,10 @@ from torch import Tensor, nn
 
 
 class CachingUNet(nn.Module):
-    """The whole U-Net with the feature that `ShallowUNet` takes as a second output: (B, F, H, W) float32."""
+    """The whole U-Net with the feature that `ShallowUNet` takes as a second output: (B, F, H, W) float32.
+
+    Every array is float32: noisy latents and prediction (B, C, H, W), timesteps (B,), embedded prompts (B, S, D).
+    """
 
     def __init__(self, model: Any) -> None:
         """Wrap the network; nothing is copied."""
@@ -31,7 +34,7 @@ class CachingUNet(nn.Module):
         last.register_forward_pre_hook(self._keep)
 
     def _keep(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        """The layer is given deep feature and skip connection side by side."""
+        """The layer's input is the deep feature and the skip connection, one after the other on the channel axis."""
         self._deep.append(inputs[0][:, : self._width])
 
     def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,10 +45,14 @@ class CachingUNet(nn.Module):
 
 
 class ShallowUNet(nn.Module):
-    """What is left of the U-Net when its deep feature is given; UNet2DConditionModel.forward without the rest."""
+    """The layers of the U-Net that still run when its deep feature is given: a shorter UNet2DConditionModel.forward.
+
+    Every array is float32: noisy latents and prediction (B, C, H, W), timesteps (B,), embedded prompts (B, S, D), the
+    deep feature (B, F, H, W).
+    """
 
     def __init__(self, model: Any) -> None:
-        """Take over the shallow layers; nothing is copied, and the deep ones are let go of."""
+        """Take over the shallow layers without copying them; the deep ones are not referenced."""
         super().__init__()
         block = model.up_blocks[-1]
         self.time_proj, self.time_embedding = model.time_proj, model.time_embedding

@@ -1,4 +1,4 @@
-"""One .safetensors file in the layout of CompVis and A1111 -> a diffusers folder, with configs of this machine.
+"""Converts one .safetensors file in the layout of CompVis and A1111 to a diffusers folder, with configs that are given.
 
 diffusers knows how the names correspond; nothing is downloaded, and a pickle (.ckpt) is never opened. Imports torch;
 import it inside the function that needs it.
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from exporters.quiet import quiet
-from exporters.source.leftover_keys import Tell, check_leftovers, untaken
+from exporters.source.leftover_keys import check_leftovers, untaken
 from exporters.source.model_folder import MODEL_INDEX, read_json
 from exporters.source.networks import empty_module
 from runtimes.bundle.folder import committed
@@ -29,7 +29,7 @@ _SCHEDULER = "scheduler/scheduler_config.json"
 _WEIGHTS = {"diffusers": "diffusion_pytorch_model.safetensors", "transformers": "model.safetensors"}
 
 
-def convert_single_file(checkpoint: Path, configs: Path, out: Path, tell: Tell = lambda _: None) -> Path:
+def convert_single_file(checkpoint: Path, configs: Path, out: Path) -> Path:
     """Write a pipeline folder that `build` takes.
 
     Args:
@@ -37,14 +37,13 @@ def convert_single_file(checkpoint: Path, configs: Path, out: Path, tell: Tell =
         configs: a diffusers folder of the same architecture, whose model_index.json, configs, tokenizers and scheduler
             are taken; weights in it are not looked at.
         out: the folder to write; appears by rename when it is whole.
-        tell: told which keys of the file beside its networks are honoured, and which are left out.
 
     Returns:
         `out`.
 
     Raises:
-        InputError: a pickle, another layout, configs that are missing or describe another network, keys that mean
-            something that is not done.
+        InputError: a pickle, another layout, configs that are missing or describe another network, keys that ask
+            for something not supported.
         UnavailableError: the disk is full.
     """
     if checkpoint.suffix in (".ckpt", ".pt", ".pth", ".bin"):
@@ -63,7 +62,7 @@ def convert_single_file(checkpoint: Path, configs: Path, out: Path, tell: Tell =
     with committed(out) as folder, _opened(checkpoint) as tensors:
         converted = [_write(folder / name, configs, entry, tensors, checkpoint) for name, entry in networks.items()]
         left = _without_copied(untaken(tensors, converted), converted)
-        scheduler = check_leftovers(left, tensors, read_json(configs / _SCHEDULER), read_metadata(checkpoint), tell,
+        scheduler = check_leftovers(left, tensors, read_json(configs / _SCHEDULER), read_metadata(checkpoint),
                                     str(checkpoint))
         for name, entry in index.items():
             if isinstance(entry, list) and name not in networks and (configs / name).is_dir():

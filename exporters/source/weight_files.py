@@ -1,4 +1,4 @@
-"""Which weight file of a component's folder diffusers or transformers would read, found without torch.
+"""Finds, without torch, the weight files of a component's folder that diffusers or transformers would read.
 
 The rules are those of `ModelMixin.from_pretrained` (diffusers/models/modeling_utils.py: an index of shards before a
 single file) and of `_get_resolved_checkpoint_files` (transformers/modeling_utils.py: a single file before an index).

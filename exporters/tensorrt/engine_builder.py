@@ -1,6 +1,6 @@
-"""ONNX to a TensorRT engine, by `tensorrt` for this machine's GPU or by `tensorrt-rtx` ahead of time without one.
+"""Builds a TensorRT engine from ONNX: with `tensorrt` for this machine's GPU, with `tensorrt-rtx` without any GPU.
 
-The build runs in a child process (`tensorrt_worker`); what goes wrong there becomes one of our errors here. Networks
+The build runs in a child process (`engine_worker`); what goes wrong there becomes one of our errors here. Networks
 are strongly typed: the precision of an engine is the precision of its graph. We drive the builder directly rather
 than through Polygraphy's loaders: those raise without the node that the parser refuses, choose between the two
 modules by an environment variable read at import, and hold the engine in memory.
@@ -91,10 +91,10 @@ def build_engine(source: Path, destination: Path, profiles: Sequence[Profile], o
     Args:
         source: ONNX file, with its external weights beside it.
         destination: the engine; appears by rename when it is whole.
-        profiles: from `tensorrt_options.make_profiles`.
+        profiles: from `engine_options.make_profiles`.
         options: how to build.
-        timing_cache: of `tensorrt` only, kept across builds. TensorRT-RTX tunes on the user's GPU, and a timing cache
-            would force one on the build machine.
+        timing_cache: of `tensorrt` only, a file that outlives the build. TensorRT-RTX tunes on the user's GPU, and a
+            timing cache would force one on the build machine.
 
     Raises:
         InputError: an operator that the parser refuses, or options that do not fit the graph.
@@ -122,8 +122,10 @@ def build_engine(source: Path, destination: Path, profiles: Sequence[Profile], o
 
 
 def _until_accepted(request: Mapping[str, Any], folder: Path, name: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """Build; a capability that the user did not ask for by name is left out, and reported, when the builder refuses the
-    graph for it (TensorRT-RTX 1.7: SM75 has no float32 matrix products and no bfloat16).
+    """Build, leaving out and reporting the capabilities that the builder refuses the graph for.
+
+    Only those that the user did not ask for by name (TensorRT-RTX 1.7: SM75 has no float32 matrix products and no
+    bfloat16).
     """
     refused: dict[str, str] = {}
     while True:

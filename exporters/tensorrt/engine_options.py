@@ -1,4 +1,4 @@
-"""How an engine is built: options, which of them a builder takes, and the optimization profiles. Loads no TensorRT."""
+"""Options of an engine build, which builder takes which of them, and optimization profiles. Loads no TensorRT."""
 
 from __future__ import annotations
 

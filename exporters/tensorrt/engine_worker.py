@@ -1,7 +1,7 @@
 """The child process that builds one engine: `python -m exporters.tensorrt.engine_worker REQUEST.json`.
 
-A process of its own, because the builder's memory belongs to nobody after the build, and because a builder that the
-kernel kills, or that aborts inside, must cost one error message and not the whole build. Works with `tensorrt` 10
+A process of its own gives the builder's memory back when it ends, and a builder that the kernel kills, or that aborts
+inside, then costs one error message and not the whole build. Works with `tensorrt` 10
 and 11 and with `tensorrt_rtx`, whose modules share their interface. Answers with a JSON file; its words:
 `ok`, or `error` = refused (by the parser) | failed (in the builder) | disk | missing (package).
 """
@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from runtimes.backends.tensorrt.engine_errors import error_recorder
-from runtimes.system.child_process import die_with_parent
+from runtimes.system.child_process import as_child
 from runtimes.system.process_memory import peak_rss_bytes
+from runtimes.system.progress import listener
 
 # Freeing a network whose build failed crashes TensorRT-RTX 1.7.1; the process ends right after, without clean-up.
 _NEVER_FREED: list[Any] = []
@@ -28,11 +29,11 @@ _LEVELS = {"ampere-plus": "AMPERE_PLUS", "same-compute-capability": "SAME_COMPUT
 def main() -> None:
     """Read the request, build, write the answer beside it."""
     request_file = Path(sys.argv[1])
-    die_with_parent()
-    request = json.loads(request_file.read_text())
-    answer = build(request)
-    request_file.with_suffix(".answer").write_text(json.dumps(answer))
-    os._exit(0)
+    with as_child():
+        request = json.loads(request_file.read_text())
+        answer = build(request)
+        request_file.with_suffix(".answer").write_text(json.dumps(answer))
+        os._exit(0)
 
 
 def build(request: dict[str, Any]) -> dict[str, Any]:
@@ -58,7 +59,7 @@ def offered(trt: Any) -> list[str]:
 
 def _attempt(trt: Any, recorder: Any, request: dict[str, Any], capabilities: list[str]) -> dict[str, Any]:
     options = request["options"]
-    # TensorRT <= 10 types networks weakly unless told otherwise; later releases know strong typing alone.
+    # TensorRT <= 10 types networks weakly by default; later releases know strong typing alone.
     typed = int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
     logger = trt.Logger(trt.Logger.ERROR)
     builder = trt.Builder(logger)
@@ -76,6 +77,7 @@ def _attempt(trt: Any, recorder: Any, request: dict[str, Any], capabilities: lis
             profile.set_shape(name, low, common, high)
         if config.add_optimization_profile(profile) < 0:
             return {"error": "failed", "message": _first(recorder, "the builder does not take the profile")}
+    _NEVER_FREED.append(_watch(trt, config))
     cache_file = Path(request["timing_cache"]) if request["timing_cache"] else None
     if cache_file is not None:
         stored = cache_file.read_bytes() if cache_file.is_file() else b""
@@ -88,6 +90,30 @@ def _attempt(trt: Any, recorder: Any, request: dict[str, Any], capabilities: lis
         _replace(cache_file, bytes(config.get_timing_cache().serialize()))
     return {**answer, "seconds": round(time.perf_counter() - began, 3), "peak_rss_bytes": peak_rss_bytes(),
             "layers": _layers(network)}
+
+
+def _watch(trt: Any, config: Any) -> Any:
+    """Report the steps of the builder's outermost phase; gives what must live as long as the build."""
+    to, lengths = listener(), dict[str, int]()
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # one of two modules, chosen at run time
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            if parent_phase is None:
+                lengths[phase_name] = num_steps
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            if phase_name in lengths:
+                to.advanced(step + 1, lengths[phase_name], f"steps of the builder ({phase_name})")
+            return True  # go on
+
+        def phase_finish(self, phase_name: str) -> None:
+            lengths.pop(phase_name, None)
+
+    config.progress_monitor = monitor = Monitor()
+    return monitor
 
 
 def _configure(trt: Any, config: Any, options: dict[str, Any], capabilities: list[str]) -> str | None:
@@ -143,7 +169,7 @@ def _write_engine(trt: Any, recorder: Any, builder: Any, network: Any, config: A
 
 def _writer(trt: Any, file: BinaryIO) -> Any:
     class Writer(trt.IStreamWriter):  # type: ignore[misc]
-        """Python exceptions do not cross the builder, and it takes a short write for success: the error is kept."""
+        """Python exceptions do not cross the builder, and it takes a short write for success: the error is stored."""
 
         def __init__(self) -> None:
             trt.IStreamWriter.__init__(self)

@@ -1,4 +1,4 @@
-"""PEFT's config in a LoRA file's metadata, where diffusers puts it: the rank and the scale of each module."""
+"""Reads PEFT's config from a LoRA file's metadata, where diffusers puts it: the rank and the scale of each module."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ from runtimes.errors import InputError
 
 METADATA = "lora_adapter_metadata"
 _DEFAULT = 8  # of r and of lora_alpha, peft/tuners/lora/config.py
-# Keys that say how it was trained or which modules it has, which the tensors say themselves.
-_HARMLESS = frozenset("""peft_type task_type auto_mapping base_model_name_or_path revision inference_mode peft_version
-    target_modules exclude_modules lora_dropout bias fan_in_fan_out layers_to_transform layers_pattern megatron_core
-    loftq_config eva_config corda_config lora_ga_config runtime_config qalora_group_size ensure_weight_tying
+# Keys that say how it was trained, and _TARGETS, which modules it has: the tensors say that themselves, and diffusers
+# goes by them in a U-Net. In a text encoder it leaves out, without a word, what the keys do not name.
+_HARMLESS = frozenset("""
+    peft_type task_type auto_mapping base_model_name_or_path revision inference_mode peft_version lora_dropout bias
+    fan_in_fan_out megatron_core loftq_config eva_config corda_config lora_ga_config runtime_config
+    qalora_group_size ensure_weight_tying
     """.split())
-_HONOURED = frozenset({"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"})
+_TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+_HONOURED = frozenset({"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", *_TARGETS})
 # Initialisations that leave the model's own weights as they are.
 _PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 
@@ -38,6 +41,7 @@ class LoraConfig:
         rank_pattern: regular expression -> rank; the first that fits counts.
         alpha_pattern: regular expression -> alpha.
         stabilised: scale alpha / sqrt(rank) (Kalajdzievski, arXiv 2312.03732) instead of alpha / rank.
+        targets: of a text encoder, the keys by which PEFT chooses modules.
     """
 
     stated: bool = False
@@ -46,6 +50,7 @@ class LoraConfig:
     rank_pattern: Mapping[str, float] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     stabilised: bool = False
+    targets: Mapping[str, Any] = field(default_factory=dict)
 
     def rank_of(self, module: str) -> float:
         """The rank stated for a module."""
@@ -58,8 +63,28 @@ class LoraConfig:
         alpha, rank = self.alpha_pattern.get(_fitting(self.alpha_pattern, module), self.alpha), self.rank_of(module)
         return alpha / (math.sqrt(rank) if self.stabilised else rank)
 
+    def names(self, module: str) -> bool:
+        """Whether PEFT would give a text encoder's module, in either spelling, a LoRA; of other networks always.
+
+        `check_target_module_exists` (peft/tuners/tuners_utils.py).
+        """
+        wanted = self.targets.get("target_modules")
+        if wanted is None or wanted == "all-linear":
+            return True
+        excluded = self.targets.get("exclude_modules") or ()
+        return any(_chosen(wanted, name) and not _chosen(excluded, name) and self._of_layers(name)
+                   for name in _spelled(module))
+
+    def _of_layers(self, module: str) -> bool:
+        layers, patterns = self.targets.get("layers_to_transform"), self.targets.get("layers_pattern") or r"[^.]*"
+        if layers is None or layers == [] or isinstance(self.targets["target_modules"], str):
+            return True
+        found = [match for pattern in ([patterns] if isinstance(patterns, str) else patterns)
+                 if (match := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module))]
+        return bool(found) and int(found[0][1]) in ([layers] if isinstance(layers, int) else layers)
+
     def say_unused(self, modules: Iterable[str], component: str, file: Path) -> None:
-        """Log the patterns that fit no module of the network, which PEFT passes over without a word."""
+        """Log the patterns that fit no module of the network, which PEFT ignores silently."""
         names = list(modules)
         for kind in ("rank_pattern", "alpha_pattern"):
             for pattern in getattr(self, kind):
@@ -77,7 +102,7 @@ def read_config(metadata: Mapping[str, str], component: str, file: Path) -> Lora
         file: for errors.
 
     Raises:
-        InputError: malformed, or it asks for what a merged LoRA is not; the key is named.
+        InputError: malformed, or it asks for something that a merged LoRA cannot do; the key is named.
     """
     where = f"{file}, {METADATA}"
     try:
@@ -93,7 +118,7 @@ def read_config(metadata: Mapping[str, str], component: str, file: Path) -> Lora
             _refuse(bool(value), component, key, value, where)
     config = LoraConfig(bool(own), _number(own, "r", where), _number(own, "lora_alpha", where),
                         _pattern(own, "rank_pattern", where), _pattern(own, "alpha_pattern", where),
-                        bool(own.get("use_rslora")))
+                        bool(own.get("use_rslora")), _targets(own, where) if component.startswith("text") else {})
     if min([config.rank, *config.rank_pattern.values()]) <= 0:
         raise InputError("a rank is not positive", where=where, fix="get the file again")
     return config
@@ -117,12 +142,42 @@ def _pattern(own: Mapping[str, Any], key: str, where: str) -> dict[str, float]:
     if not isinstance(value, dict):
         raise InputError(f"{key} is {type(value).__name__}, expected an object", where=where, fix="get the file again")
     for pattern in value:
-        try:
-            re.compile(rf"(.*\.)?({pattern})$")
-        except re.error as error:
-            raise InputError(f"the key {pattern!r} of {key} is no regular expression: {error}", where=where,
-                             fix="get the file again") from error
+        _compiled(rf"(.*\.)?({pattern})$", pattern, key, where)
     return {pattern: _number(value, pattern, where) for pattern in value}
+
+
+def _targets(own: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The keys that choose modules, each a regular expression, a list, or a number."""
+    found = {key: own[key] for key in _TARGETS if own.get(key) is not None}
+    for key, value in found.items():
+        kind = int if key == "layers_to_transform" else str
+        if not isinstance(value, kind) and not (isinstance(value, list) and all(isinstance(v, kind) for v in value)):
+            raise InputError(f"{key} is {json.dumps(value)[:80]}, which PEFT does not read", where=where,
+                             fix="get the file again")
+        for pattern in [value] if isinstance(value, str) else []:
+            _compiled(pattern, pattern, key, where)
+    return found
+
+
+def _compiled(expression: str, pattern: str, key: str, where: str) -> None:
+    try:
+        re.compile(expression)
+    except re.error as error:
+        raise InputError(f"the key {pattern!r} of {key} is no regular expression: {error}", where=where,
+                         fix="get the file again") from error
+
+
+def _chosen(targets: str | Iterable[str], name: str) -> bool:
+    """A regular expression fits the whole name; an entry of a list is the name or its end."""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def _spelled(module: str) -> tuple[str, str]:
+    """A text encoder's module as transformers 5 and earlier releases call it."""
+    plain = module.removeprefix("text_model.")
+    return plain, f"text_model.{plain}"
 
 
 def _fitting(patterns: Iterable[str], module: str) -> str:

@@ -1,4 +1,4 @@
-"""LoRA files (Hu et al., arXiv 2106.09685) in the formats of diffusers, PEFT and kohya: what they add to which weight.
+"""Reads what LoRA files (Hu et al., arXiv 2106.09685) of diffusers, PEFT and kohya add to which weight.
 
     W' = W + scale * alpha / rank * up @ down
 """
@@ -28,9 +28,11 @@ _ENDINGS = tuple((re.compile(ending), part) for ending, part in (
     (r"_lora\.down\.weight$", "down"), (r"_lora\.up\.weight$", "up"),  # up to 0.16: attn1.processor.to_q_lora.down
     (r"\.lora_down\.weight$", "down"), (r"\.lora_up\.weight$", "up"),  # kohya
     (r"\.alpha$", "alpha")))
-_PREFIXES = {"lora_unet_": "unet", "lora_te_": "text_encoder", "lora_te1_": "text_encoder",
-             "lora_te2_": "text_encoder_2", "unet.": "unet", "text_encoder.": "text_encoder",
-             "text_encoder_2.": "text_encoder_2"}
+# kohya's beginning of a key -> diffusers', which is the folder of the network in a pipeline
+_KOHYA = {"lora_unet_": "unet.", "lora_te_": "text_encoder.", "lora_te1_": "text_encoder.",
+          "lora_te2_": "text_encoder_2."}
+# either -> what adapters call the network: `Denoiser.adapter` and `TextEncoder.adapter` of a bundle's roles
+NETWORKS = {begin: folder.rstrip(".") for begin, folder in (*_KOHYA.items(), *((f, f) for f in _KOHYA.values()))}
 # part of a key -> the kind of adapter that has it
 _OTHERS = {"lora_magnitude_vector": "DoRA", "dora_scale": "DoRA", "lora_mid": "LoCon's CP decomposition",
            "hada_": "LoHa", "lokr_": "LoKr", "oft_": "OFT", "glora": "GLoRA", ".diff": "a difference of whole weights",
@@ -43,12 +45,12 @@ class LoraKey:
     """What one key of a file is.
 
     Attributes:
-        component: of the pipeline.
+        network: that it changes, as adapters call it.
         place: path of the changed module, in the file's spelling.
         part: "down", "up" or "alpha".
     """
 
-    component: str
+    network: str
     place: str
     part: str
 
@@ -66,13 +68,13 @@ def read_keys(file: Path) -> dict[str, LoraKey]:
         raise InputError("no such file", where=str(file), fix="give a LoRA file")
     found = {}
     for key in read_header(file):
-        prefix = next((p for p in _PREFIXES if key.startswith(p)), None)
+        prefix = next((p for p in NETWORKS if key.startswith(p)), None)
         ending = next(((match, part) for match, part in ((e.search(key), part) for e, part in _ENDINGS) if match), None)
         if prefix is None or ending is None:
             raise InputError(f"{key} is not a key of a LoRA that can be merged{_reason(key, prefix)}", where=str(file),
                              fix="use a LoRA in diffusers', PEFT's or kohya's format (no DoRA, LoHa or LoKr)")
         match, part = ending
-        found[key] = LoraKey(_PREFIXES[prefix], key[len(prefix) : match.start()], part)
+        found[key] = LoraKey(NETWORKS[prefix], key[len(prefix) : match.start()], part)
     if not found:
         raise InputError("it holds no weights", where=str(file))
     return found
@@ -83,13 +85,13 @@ def _reason(key: str, prefix: str | None) -> str:
     return kind or ("" if prefix else ": it names no component, as unet., text_encoder. or lora_unet_ would")
 
 
-def components_of(file: Path) -> tuple[str, ...]:
-    """Components that a LoRA file changes.
+def networks_of(file: Path) -> tuple[str, ...]:
+    """Networks that a LoRA file changes, as adapters call them.
 
     Raises:
         InputError: as `read_keys`.
     """
-    return tuple(sorted({key.component for key in read_keys(file).values()}))
+    return tuple(sorted({key.network for key in read_keys(file).values()}))
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ class Factors:
     up: Array
 
     def delta(self, shape: tuple[int, ...], where: str) -> Array:
-        """up @ down in the shape of the weight, (out, in) or a convolution's (out, in, h, w).
+        """up @ down in the shape of the weight, (out, in) or a convolution's (out, in, height, width), float32.
 
         Raises:
             InputError: it does not fit, or is not finite.
@@ -126,7 +128,7 @@ def parse_lora(option: str) -> tuple[Path, float]:
     """Read `FILE[:SCALE]`.
 
     Raises:
-        InputError: a scale that is no finite number.
+        InputError: the scale is not a finite number.
     """
     name, colon, text = option.rpartition(":")
     if not colon or text.endswith(".safetensors"):
@@ -140,51 +142,55 @@ def parse_lora(option: str) -> tuple[Path, float]:
     return Path(name), scale
 
 
-def read_factors(file: Path, component: str, scale: float, modules: Iterable[str], levels: Any) -> dict[str, Factors]:
-    """A file's part for one component, by the name of the module that it changes.
+def read_factors(file: Path, network: str, scale: float, modules: Iterable[str], levels: Any) -> dict[str, Factors]:
+    """A file's part for one network, by the name of the module that it changes.
 
     The scale of a module is alpha / rank by the file's own alphas or PEFT's config, 1 where neither is there.
 
     Args:
         file: the LoRA.
-        component: of the pipeline.
+        network: as adapters call it, see `NETWORKS`.
         scale: how much of it.
         modules: names of the network's modules that have a matrix.
         levels: the network's `layers_per_block`, by which kohya counts.
 
     Raises:
         InputError: as `read_keys` and `read_config`; a key that fits nothing in the network; two keys for one thing;
-            half a pair or an alpha alone; a rank other than stated. The keys are named.
+            half a pair or an alpha alone; a rank other than stated; a text encoder's module that the metadata leaves
+            out. The keys are named.
     """
     modules = list(modules)
     header, metadata = read_header(file), read_metadata(file)
-    config = read_config(metadata, component, file)
+    config = read_config(metadata, network, file)
     found = {}
-    for name, keys in _by_module(file, component, spellings(modules), levels).items():
+    for name, keys in _by_module(file, network, spellings(modules), levels).items():
         if missing := {"down", "up"} - keys.keys():
             first = keys.get("down") or keys.get("up") or keys["alpha"]
             lacks = "lacks its other half" if len(missing) == 1 else "has no weights beside it"
             raise InputError(f"{first} {lacks}", where=str(file), fix="get the file again")
         down, up = (read_floats(file, header, keys[part]) for part in ("down", "up"))
+        if not config.names(name):
+            raise InputError(f"{keys['down']} is of a module that the metadata leaves out: diffusers would too",
+                             where=str(file), fix=f"take the key out, or name the module in {network}.target_modules")
         if min(down.ndim, up.ndim) < 2 or not down.size or not up.size:
-            raise InputError(f"{keys['down']} is {up.shape} x {down.shape}, which are no matrices", where=str(file),
+            raise InputError(f"{keys['down']} is {up.shape} x {down.shape}, which are not matrices", where=str(file),
                              fix="get the file again")
         own = scale * _module_scale(file, header, keys, name, len(down), config)
         found[name] = Factors(keys["down"], down, np.float32(own) * up.reshape(len(up), -1))
     if found:
-        config.say_unused(modules, component, file)
+        config.say_unused(modules, network, file)
     return found
 
 
-def _by_module(file: Path, component: str, names: Mapping[str, str], levels: Any) -> dict[str, dict[str, str]]:
+def _by_module(file: Path, network: str, names: Mapping[str, str], levels: Any) -> dict[str, dict[str, str]]:
     """Module -> part -> key of the file."""
     groups: dict[str, dict[str, str]] = {}
     for key, found in sorted(read_keys(file).items(), key=lambda item: (item[1].part == "alpha", item[0])):
-        if found.component != component:
+        if found.network != network:
             continue
         name = name_of(found.place, names, levels)
         if name is None:
-            raise InputError(f"{key} fits nothing in the {component}", where=str(file),
+            raise InputError(f"{key} fits nothing in the {network}", where=str(file),
                              fix="use a LoRA that was trained for this architecture")
         group = groups.setdefault(name, {})
         if found.part in group:

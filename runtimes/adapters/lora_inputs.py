@@ -1,24 +1,21 @@
-"""Networks that take their LoRAs as inputs: which inputs those are, and what they are fed from any LoRA files.
+"""Declares the inputs of a network that takes its LoRA as inputs, and computes their values from any LoRA files.
 
-Several LoRAs become one by standing side by side along the rank, and what a LoRA leaves alone gets zeros.
+Several LoRAs become one by concatenation along the rank; modules that a LoRA does not change get zeros.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
-from runtimes.adapters.lora_files import Array, Factors, components_of, parse_lora, read_factors
+from runtimes.adapters.lora_files import Array, Factors, networks_of, parse_lora, read_factors
 from runtimes.bundle.folder import Bundle
 from runtimes.bundle.manifest import Component
 from runtimes.bundle.tensors import Axis, ShapeRange, TensorSpec
 from runtimes.errors import InputError
 
-# Component.details[DETAILS]: "targets" (module -> shape of its weight), "levels" (kohya counts by them), "rank".
-DETAILS = "lora"
 RANK, LARGEST_RANK = "rank", 4096
 NONE = "none"  # in place of files: the model without any
 
@@ -39,18 +36,17 @@ def input_specs(targets: Mapping[str, Sequence[int]]) -> tuple[TensorSpec, ...]:
 
 
 def with_inputs(component: Component) -> Component:
-    """The component as its graph is: with the inputs that the pipeline knows nothing of."""
-    if DETAILS not in component.details:
+    """The component as its graph is, with the LoRA's inputs, which the pipeline does not feed."""
+    own = component.details.lora
+    if own is None:
         return component
-    own = component.details[DETAILS]
-    axis = Axis("rank of all LoRAs together", ShapeRange(1, own["rank"], LARGEST_RANK))
-    return replace(component, inputs=(*component.inputs, *input_specs(own["targets"])),
-                   axes={**component.axes, RANK: axis},
-                   details={k: v for k, v in component.details.items() if k != DETAILS})
+    axis = Axis("rank of all LoRAs together", ShapeRange(1, own.rank, LARGEST_RANK))
+    return replace(component, inputs=(*component.inputs, *input_specs(own.targets)),
+                   axes={**component.axes, RANK: axis}, details=replace(component.details, lora=None))
 
 
 def side_by_side(loras: Sequence[Mapping[str, Factors]]) -> dict[str, Factors]:
-    """Several LoRAs as one of their ranks together, by module."""
+    """Several LoRAs as one, whose rank is the sum of theirs, by module."""
     found: dict[str, Factors] = {}
     for module in sorted({module for lora in loras for module in lora}):
         parts = [lora[module] for lora in loras if module in lora]
@@ -61,7 +57,7 @@ def side_by_side(loras: Sequence[Mapping[str, Factors]]) -> dict[str, Factors]:
 
 
 def feeds_for(bundle: Bundle, name: str, options: Sequence[str] = ()) -> dict[str, Array]:
-    """What the inputs of one component are fed.
+    """The values of the LoRA inputs of one component.
 
     Args:
         bundle: built with `--lora-mode swap`.
@@ -69,20 +65,23 @@ def feeds_for(bundle: Bundle, name: str, options: Sequence[str] = ()) -> dict[st
         options: `FILE[:SCALE]` each, `none`, or nothing for the LoRA that the bundle was built with.
 
     Returns:
-        every input of `input_specs` by name, float32.
+        every input of `input_specs` by name, weights in float32: (in, rank) and (rank, out) of a matrix, (rank, in,
+        height, width) and (out, rank, 1, 1) of a convolution.
 
     Raises:
-        InputError: a file that is no LoRA, changes what this bundle takes no LoRA for, or does not fit.
+        InputError: a file is not a LoRA, does not fit, or changes a module that this bundle takes no LoRA for.
     """
-    own: Any = bundle.component(name).details[DETAILS]
-    targets: Mapping[str, Sequence[int]] = own["targets"]
+    own = bundle.component(name).details.lora
+    if own is None:
+        raise InputError("it takes no LoRA", where=name, fix="build the bundle with --lora FILE --lora-mode swap")
+    targets, network = own.targets, bundle.manifest.pipeline.adapter(name)
     if tuple(options) == (NONE,):
         chosen = []
     elif options:
         chosen = [parse_lora(option) for option in options]
     else:
         chosen = [(bundle.file(own_file(name)), 1.0)]
-    factors = side_by_side([read_factors(file, name, scale, targets, own["levels"]) for file, scale in chosen])
+    factors = side_by_side([read_factors(file, network, scale, targets, own.levels) for file, scale in chosen])
     rank = max((len(found.down) for found in factors.values()), default=1)
     if rank > LARGEST_RANK:
         raise InputError(f"the ranks together are {rank}, at most {LARGEST_RANK}", where="--lora")
@@ -105,11 +104,12 @@ def check_options(bundle: Bundle, options: Sequence[str]) -> None:
     Raises:
         InputError: it takes none at all, or none for a component that a file changes.
     """
-    takes = [name for name, component in bundle.manifest.components.items() if DETAILS in component.details]
+    roles = bundle.manifest.pipeline
+    takes = [name for name, component in bundle.manifest.components.items() if component.details.lora]
     if options and not takes:
         raise InputError("this bundle takes no LoRA: it was not built with --lora-mode swap", where=str(bundle.path),
                          fix="build it with --lora FILE --lora-mode swap, or merge another with --lora FILE")
     for file, _ in (parse_lora(option) for option in options if option != NONE):
-        if other := [name for name in components_of(file) if name not in takes]:
+        if other := [name for name in networks_of(file) if roles.adapted(name) not in takes]:
             raise InputError(f"it changes the {other[0]}, this bundle takes LoRAs for {', '.join(takes)} alone",
                              where=str(file), fix="build with a LoRA that changes the same parts, --lora-mode swap")

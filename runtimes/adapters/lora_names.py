@@ -1,4 +1,4 @@
-"""Names of modules in LoRA files: the network's own, those of older releases, of kohya, of the original U-Net."""
+"""Maps names of modules in LoRA files to the network's own: those of older releases, kohya, the original U-Net."""
 
 from __future__ import annotations
 

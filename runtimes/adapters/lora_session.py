@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 
 from runtimes.adapters.lora_inputs import feeds_for, with_inputs
-from runtimes.backends.session import Arrays, Session, SessionOptions, open_session
+from runtimes.backends.session import Arrays, Session, SessionOptions, WrappedSession
 from runtimes.bundle.folder import Bundle
 
 
-class LoraSession(Session):
-    """Takes the inputs that the pipeline knows; the others are the same in every call.
+class LoraSession(WrappedSession):
+    """Takes the inputs that the pipeline knows; the LoRA's, (rank, ...) float32, are the same in every call.
 
     Args:
         bundle: of any format; the component was built with `--lora-mode swap`.
@@ -27,15 +27,10 @@ class LoraSession(Session):
 
     def __init__(self, bundle: Bundle, name: str, options: SessionOptions) -> None:
         component = bundle.component(name)
-        super().__init__(name, component)
         self._lora = feeds_for(bundle, name, options.lora)
         components = {**bundle.manifest.components, name: with_inputs(component)}
-        self._inner = open_session(replace(bundle, manifest=replace(bundle.manifest, components=components)), name,
-                                   options)
+        whole = replace(bundle, manifest=replace(bundle.manifest, components=components))
+        super().__init__(Session.open(whole, name, options), component)
 
     def _run(self, feeds: Arrays) -> dict[str, np.ndarray[Any, Any]]:
-        return self._inner.run({**feeds, **self._lora})
-
-    def close(self) -> None:
-        """Close the session below."""
-        self._inner.close()
+        return super()._run({**feeds, **self._lora})

@@ -1,4 +1,8 @@
-"""Rows through a session: cast to what it takes, cut to the batch it was built for, padded where it asks for more."""
+"""Runs any number of rows through a session: cast to its dtypes, cut to its most rows, padded to its least.
+
+Every array has the shape and dtype that its TensorSpec says, but any number of rows, its first axis; what is fed is
+cast.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +26,7 @@ class Described(Protocol):
 
     @property
     def name(self) -> str:
-        """Of the component."""
+        """Name of the component."""
         ...
 
     @property
@@ -68,7 +72,7 @@ def slices(count: int, most: int) -> list[slice]:
 
 
 def all_finite(array: NDArray[Any]) -> bool:
-    """Whether no element is NaN or infinite.
+    """Whether no element of an array, any values of any shape and dtype, is NaN or infinite.
 
     One pass without a temporary: a NaN or an infinity always reaches the sum. A sum may also overflow, so only a sum
     that is not finite asks element by element. Callers silence numpy's own warnings, once for many checks.

@@ -1,4 +1,4 @@
-"""ONNX Runtime: one component as an `InferenceSession`. Its exceptions are translated here and nowhere else."""
+"""The session that runs a component by ONNX Runtime, whose exceptions are translated here and nowhere else."""
 
 from __future__ import annotations
 
@@ -23,14 +23,8 @@ from runtimes.bundle.tensors import DTYPES
 from runtimes.errors import BundleError, DeployError, InputError, OutOfMemoryError, UnavailableError
 from runtimes.system.cache_root import cache_home
 from runtimes.system.cache_store import use
+from runtimes.system.device import Device
 
-# Component.details[OPTIMIZATION_KEY]: what ORT may still do to a graph that was optimized offline.
-OPTIMIZATION_KEY = "ort_graph_optimization"
-OPTIMIZATION = {
-    "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
-    "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
-    "disabled": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
-}
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 # device -> the provider, and what runs the nodes that it does not take; ORT adds the CPU by itself.
 PROVIDER_LISTS = {"cpu": ("cpu",), "cuda": ("cuda",), "tensorrt": ("tensorrt", "cuda")}
@@ -68,34 +62,39 @@ class OrtSession(Session):
 
         Raises:
             BundleError: the graph is corrupt or ORT has no kernel for it.
+            InputError: the device is another backend's, or would compute the graph in another precision.
             UnavailableError: the device or its memory is missing; never a silent fall back to the CPU.
         """
         component = bundle.component(name)
         super().__init__(name, component)
-        provider = available_provider(options.device)
-        check_arithmetic(component, options.device, name)
+        device = options.device
+        provider = available_provider(device.kind)
+        check_arithmetic(component, device.kind, name)
         self._outputs = [spec.name for spec in component.outputs]
         graph = bundle.file(component.file)
-        providers = [(PROVIDERS[device], provider_options(device, component))
-                     for device in PROVIDER_LISTS[options.device]]
+        providers = [(PROVIDERS[kind], provider_options(Device(kind, device.index), component))
+                     for kind in PROVIDER_LISTS[device.kind]]
 
         def open_graph(file: Path, settings: ort.SessionOptions) -> ort.InferenceSession:
             # Without its fall-back, which prints, and goes on with another provider where this one fails.
             return ort.InferenceSession(str(file), settings, providers=providers, enable_fallback=0)
 
         with _translated(name):
-            if options.keep_graphs and options.device == "cpu" and component.bytes > optimized_graphs.ABOVE_BYTES:
-                self._session = optimized_graphs.open_kept(
+            if options.keep_graphs and device.kind == "cpu" and component.bytes > optimized_graphs.ABOVE_BYTES:
+                self._session = optimized_graphs.open_stored(
                     graph, component, lambda: session_options(component, options), open_graph, cache_place() / "cpu")
             else:
                 self._session = open_graph(graph, session_options(component, options))
         if provider not in self._session.get_providers():
             raise UnavailableError(f"ONNX Runtime could not start {provider} and would have used the CPU", where=name,
-                                   fix=PACKAGES.get(options.device, ""))
-        if options.device != "cpu":
-            check_placement(self._session, options.device, name)
+                                   fix=PACKAGES.get(device.kind, ""))
+        if device.kind != "cpu":
+            check_placement(self._session, device.kind, name)
         self._check_names()
-        self._bound = _BoundRunner(self._session, component, "cuda") if options.device != "cpu" else None
+        self._bound = _BoundRunner(self._session, component, "cuda", device.index) if device.kind != "cpu" else None
+
+    def _close(self) -> None:
+        del self._session, self._bound  # ONNX Runtime frees weights and arenas with the last reference
 
     def _run(self, feeds: Arrays) -> dict[str, np.ndarray[Any, Any]]:
         try:
@@ -118,8 +117,16 @@ class OrtSession(Session):
 class _BoundRunner:
     """Runs with IO binding. Device buffers belong to a thread, so concurrent calls never share one."""
 
-    def __init__(self, session: ort.InferenceSession, component: Component, device: str) -> None:
-        self._session, self._component, self._device = session, component, device
+    def __init__(self, session: ort.InferenceSession, component: Component, memory: str, index: int) -> None:
+        """Bind to the memory of a device.
+
+        Args:
+            session: runs on the device.
+            component: names, dtypes and shapes.
+            memory: ONNX Runtime's name of the memory, "cuda" or "cpu".
+            index: of the device.
+        """
+        self._session, self._component, self._memory, self._index = session, component, memory, index
         self._local = threading.local()
 
     def run(self, feeds: Arrays) -> dict[str, np.ndarray[Any, Any]]:
@@ -142,12 +149,13 @@ class _BoundRunner:
     def _buffer(self, name: str, shape: tuple[int, ...], dtype: type[np.generic]) -> ort.OrtValue:
         cache: dict[str, tuple[tuple[int, ...], ort.OrtValue]] = self._local.__dict__.setdefault("buffers", {})
         if name not in cache or cache[name][0] != shape:
-            cache[name] = shape, ort.OrtValue.ortvalue_from_shape_and_type(list(shape), dtype, self._device, 0)
+            cache[name] = shape, ort.OrtValue.ortvalue_from_shape_and_type(list(shape), dtype, self._memory,
+                                                                         self._index)
         return cache[name][1]
 
 
 def available_provider(device: str) -> str:
-    """ORT's name of the provider for a device.
+    """ORT's name of the provider for a kind of device.
 
     Raises:
         InputError: no such device.
@@ -157,7 +165,8 @@ def available_provider(device: str) -> str:
         raise InputError("ONNX Runtime runs on TensorRT for RTX through a plug-in, which is not offered here",
                          where="device", fix="build with --target tensorrt-rtx, or use --device cuda")
     if device not in PROVIDERS:
-        raise InputError(f"unknown device {device!r}", where="device", fix=f"one of {', '.join(PROVIDERS)}")
+        raise InputError(f"a bundle for ONNX Runtime does not run on {device!r}", where="device",
+                         fix=f"one of {', '.join(PROVIDERS)}, or build for another --target")
     provider, available = PROVIDERS[device], ort.get_available_providers()
     if provider not in available:
         raise UnavailableError(f"this ONNX Runtime {ort.__version__} has no {provider}, only {', '.join(available)}",
@@ -173,14 +182,10 @@ def session_options(component: Component, options: SessionOptions) -> ort.Sessio
     Raises:
         BundleError: the manifest states an optimization level that does not exist.
     """
-    level = component.details.get(OPTIMIZATION_KEY, "all")
-    if level not in OPTIMIZATION:
-        raise BundleError(f"{OPTIMIZATION_KEY} is {level!r}, expected one of {', '.join(OPTIMIZATION)}",
-                          where=component.file)
     result = ort.SessionOptions()
-    result.graph_optimization_level = OPTIMIZATION[level]
+    result.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     result.intra_op_num_threads = options.threads
-    if options.pin_threads and options.device == "cpu":
+    if options.pin_threads and options.device.kind == "cpu":
         threads = result.intra_op_num_threads = options.threads or os.cpu_count() or 1
         if threads > 1:  # a processor (counted from 1) for each thread but the caller's own, which ORT leaves alone
             result.add_session_config_entry("session.intra_op_thread_affinities",
@@ -188,7 +193,7 @@ def session_options(component: Component, options: SessionOptions) -> ort.Sessio
     result.inter_op_num_threads = 1
     result.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     result.log_severity_level = 3
-    if options.device != "cpu":
+    if options.device.kind != "cpu":
         if RECORDS_PLACEMENT:
             result.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         else:
@@ -199,20 +204,22 @@ def session_options(component: Component, options: SessionOptions) -> ort.Sessio
     return result
 
 
-def provider_options(device: str, component: Component) -> dict[str, str]:
-    """Options of the execution provider."""
-    if device == "cuda":
+def provider_options(device: Device, component: Component) -> dict[str, str]:
+    """Options of the execution provider, `device_id` being the GPU's number as CUDA counts (ORT's documentation)."""
+    if device.kind == "cuda":
         return {
+            "device_id": str(device.index),
             "arena_extend_strategy": "kSameAsRequested",
             "cudnn_conv_algo_search": "HEURISTIC",  # EXHAUSTIVE tunes again for every new shape
             "use_tf32": "0" if component.precision == "fp32" else "1",  # TF32 keeps 10 bits: outside fp32's budget
         }
-    if device == "tensorrt":
+    if device.kind == "tensorrt":
         # A folder for each component: the provider's own names hold the graph's names and not its weights.
         cache = cache_place() / "tensorrt" / component.sha256[:32]
         cache.mkdir(parents=True, exist_ok=True)
         use(cache)
         return {
+            "device_id": str(device.index),
             "trt_engine_cache_enable": "1",
             "trt_engine_cache_path": str(cache),
             "trt_timing_cache_enable": "1",
@@ -235,8 +242,8 @@ def check_arithmetic(component: Component, device: str, where: str) -> None:
     Raises:
         InputError: says how to build one that computes in what it says.
     """
-    conversion = component.details.get("conversion")
-    made_for_gpus = isinstance(conversion, dict) and conversion.get("mode") == "compute"
+    conversion = component.graph.conversion
+    made_for_gpus = conversion is not None and conversion.computes
     if device != "cpu" and component.precision != "fp32" and not made_for_gpus:
         raise InputError(f"its {component.precision} is in a form for CPUs, which a GPU would compute in float32",
                          where=f"{where}, device {device}", fix=f"build with --device {device}, or with fp32")

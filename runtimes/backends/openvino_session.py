@@ -1,4 +1,4 @@
-"""OpenVINO: one component as a compiled model with a pool of infer requests. Its exceptions are translated here."""
+"""The session that runs a component by OpenVINO: a compiled model with a pool of infer requests."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from runtimes.bundle.tensors import DTYPES
 from runtimes.errors import BundleError, DeployError, InputError, OutOfMemoryError, UnavailableError
 from runtimes.system.cache_root import cache_home
 from runtimes.system.cache_store import keep_within_limit, use
+from runtimes.system.device import Device
 
 DEVICES = {"cpu": "CPU", "gpu": "GPU", "npu": "NPU", "auto": "AUTO"}
 HINTS = {"latency": "LATENCY", "throughput": "THROUGHPUT"}
@@ -37,6 +38,7 @@ class OpenVinoSession(Session):
 
         Raises:
             BundleError: the files are corrupt, or OpenVINO does not know an operator.
+            InputError: the device is another backend's, or no such hint.
             UnavailableError: the device or its memory is missing.
         """
         component = bundle.component(name)
@@ -92,6 +94,9 @@ class OpenVinoSession(Session):
                        for spec, position in zip(self.component.outputs, self._outputs, strict=True)}
         return results
 
+    def _close(self) -> None:
+        del self._requests, self._compiled
+
     def _positions(self, ports: Any, names: list[str]) -> list[int]:
         """Where each name of the manifest is among the model's ports."""
         found = {n: index for index, port in enumerate(ports) for n in port.get_names()}
@@ -136,17 +141,19 @@ def new_core() -> Any:
     return core
 
 
-def available_device(device: str) -> str:
-    """OpenVINO's name of a device.
+def available_device(device: Device) -> str:
+    """OpenVINO's name of a device: CPU, GPU, GPU.1, NPU, AUTO. `GPU` is its alias for GPU.0.
 
     Raises:
         InputError: OpenVINO has no such device.
         UnavailableError: this machine has none.
     """
-    if device not in DEVICES:
-        raise InputError(f"a bundle for OpenVINO does not run on {device!r}", where="device",
+    if device.kind not in DEVICES:
+        raise InputError(f"a bundle for OpenVINO does not run on {device.kind!r}", where="device",
                          fix=f"one of {', '.join(DEVICES)}, or build for another --target")
-    name, there = DEVICES[device], openvino_core().available_devices
+    name, there = DEVICES[device.kind], openvino_core().available_devices
+    if device.index:
+        name = f"{name}.{device.index}"
     if name != "AUTO" and not any(d == name or d.startswith(f"{name}.") for d in there):
         raise UnavailableError(f"OpenVINO finds no {name} here, only {', '.join(there)}", where="device",
                                fix="install the device's driver, or use --device cpu")
@@ -165,9 +172,9 @@ def properties(component: Component, options: SessionOptions) -> dict[str, Any]:
     if component.precision != "bf16":
         # A CPU with bfloat16 units would use them unasked, which fp32's budget of 1e-4 does not survive.
         result["INFERENCE_PRECISION_HINT"] = "f32"
-    if options.device == "cpu" and options.threads:
+    if options.device.kind == "cpu" and options.threads:
         result["INFERENCE_NUM_THREADS"] = options.threads
-    if options.device == "cpu" and options.pin_threads:
+    if options.device.kind == "cpu" and options.pin_threads:
         result["ENABLE_CPU_PINNING"] = True
     if (folder := cache_folder(component)) is not None:
         result["CACHE_DIR"] = str(folder)

@@ -1,4 +1,4 @@
-"""Large graphs kept as ONNX Runtime optimized them for this processor: the next session maps them instead of working.
+"""Stores large graphs as ONNX Runtime optimized them for this processor, so that the next session maps them instead.
 
 Level ALL rewrites every convolution weight into the processor's own layout, which for the U-Net of Stable Diffusion
 takes 8 of the 9 seconds of a load. The result suits this processor and this release alone: no bundle could hold it.
@@ -24,18 +24,18 @@ MODEL_FILE, DATA_FILE = "model.onnx", "model.onnx.data"
 Open = Callable[[Path, ort.SessionOptions], ort.InferenceSession]
 
 
-def open_kept(graph: Path, component: Component, options: Callable[[], ort.SessionOptions], open_graph: Open,
+def open_stored(graph: Path, component: Component, options: Callable[[], ort.SessionOptions], open_graph: Open,
               root: Path) -> ort.InferenceSession:
-    """A session of a large graph, from what an earlier one kept, or kept for later ones.
+    """A session of a large graph, from what an earlier one stored, else stored for later ones.
 
     A folder that cannot be written, a disk with too little room and a damaged entry cost the time of a plain load.
 
     Args:
         graph: of the bundle.
-        component: its record: what is kept is found again by its hash.
+        component: its record; the stored graph is found again by its hash.
         options: makes the options of a plain load.
         open_graph: opens a session; what it raises for the bundle's own graph reaches the caller.
-        root: folder of everything that is kept.
+        root: folder of all stored graphs.
     """
     wanted = options()
     level = int(wanted.graph_optimization_level.value)

@@ -1,4 +1,4 @@
-"""Where the time of a call goes: seconds inside each component, and what is left to Python."""
+"""Measures where the time of a call goes: seconds inside each component, and what is left to Python."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ from collections import defaultdict
 from time import perf_counter
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
-from runtimes.backends.session import Arrays, Session
+from runtimes.backends.session import Arrays, Session, WrappedSession
 
 
 class Profile:
@@ -41,18 +40,17 @@ class Profile:
         return _Watched(session, self)
 
 
-class _Watched(Session):
-    def __init__(self, inner: Session, profile: Profile) -> None:
-        super().__init__(inner.name, inner.component)
-        self._inner, self._profile = inner, profile
+class _Watched(WrappedSession):
+    """Adds the seconds of each call to a profile, failed calls included."""
 
-    def run(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
+    def __init__(self, inner: Session, profile: Profile) -> None:
+        super().__init__(inner)
+        self._profile = profile
+
+    def _run(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
         start = perf_counter()
         try:
-            return self._inner.run(feeds)
+            return super()._run(feeds)
         finally:
             self._profile.seconds[self.name] += perf_counter() - start
             self._profile.calls[self.name] += 1
-
-    def _run(self, feeds: Arrays) -> dict[str, np.ndarray[Any, Any]]:
-        return self._inner.run(feeds)

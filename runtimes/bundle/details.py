@@ -1,131 +1,293 @@
-"""The types of what is read from a manifest's open parts: details of a format, figures of parity, measurements.
+"""Details of a component beyond its inputs and outputs, one dataclass for each format: `DETAILS_OF`.
 
-They may hold more than this, which nobody reads. What is here and has another type is refused when the bundle is
-opened, by its key path, and not met later by whoever reads it.
+Each also holds the history of the network: how it was pruned, quantized, converted. A key of the JSON that is none of
+these fields is refused when the bundle is opened.
 """
 
 from __future__ import annotations
 
-import math
+import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
-from runtimes.errors import BundleError
-
-ANY_KEY = "*"
-LARGEST = 1 << 63
-NUMBER, OPTIONAL_NUMBER = (int, float), (int, float, type(None))
-# A type or several, a list of one kind, or an object: key -> kind, ANY_KEY for all others.
-Kind = Any
-
-TREE: Kind = {ANY_KEY: (object,)}
-DETAILS: Kind = {
-    "library": str, "source_component": str, "executed": bool, "not_executed": str, "not_fp16": str, "macs": int,
-    "planned_precision": str, "weights": str,
-    "shared_weights": {"file": str, "with": str, "bytes": int},
-    "builder": str, "builder_version": str, "gpu": str, "compute_capabilities": [str],
-    "refused_capabilities": {ANY_KEY: str}, "options": TREE, "profiles": [TREE],
-    "quantization": {"recipe": str, "chosen": str, "layers": TREE},
-    "conversion": {"mode": str, "converted": {ANY_KEY: int}, "kept_float32": {ANY_KEY: {ANY_KEY: int}}},
-    "quantizers": {"inputs": {ANY_KEY: int}, "attentions": int, "broken_attentions": [str]},
-    "pruning": {"parameters_before": int}, "recovery": TREE,
-}
-COMPONENT_PARITY: Kind = {
-    "relative_l2": OPTIONAL_NUMBER, "max_abs": OPTIONAL_NUMBER, "cosine": OPTIONAL_NUMBER, "nonfinite": int,
-    "budget": NUMBER, "ok": bool, "shapes": [[int]], "worst_output": str, "worst_shape": [int],
-}
-PARITY: Kind = {
-    "ok": bool, "components": {ANY_KEY: COMPONENT_PARITY},
-    "trajectory": {"relative_l2": [OPTIONAL_NUMBER], "by_scheduler": {ANY_KEY: [OPTIONAL_NUMBER]}},
-    "images": {"count": int, "psnr_db": OPTIONAL_NUMBER, "psnr_db_mean": OPTIONAL_NUMBER, "ssim": OPTIONAL_NUMBER,
-               "ssim_mean": OPTIONAL_NUMBER},
-    "retrieval": {"bundle": NUMBER, "reference": NUMBER}, "unverified": [str], "broken": [str],
-    "compared": {"level": str, "text": str}, "budget": {ANY_KEY: NUMBER},
-}
-REQUIRED_PARITY = {"images": ("count", "psnr_db", "ssim"), "retrieval": ("bundle", "reference"),
-                   "compared": ("level", "text")}
-NULLABLE = ("retrieval", "images", "culprit")
-PASS: Kind = {"name": str, "seconds": NUMBER, "peak_rss_bytes": int, "reused": int, "bytes_in": int, "bytes_out": int,
-              "seconds_without_cache": NUMBER, "relative_l2": {ANY_KEY: OPTIONAL_NUMBER},
-              "components": {ANY_KEY: {"seconds": NUMBER, "bytes": int, "peak_rss_bytes": int}},
-              "gain": {ANY_KEY: {"bytes_ratio": NUMBER, "seconds_ratio": NUMBER, "verdict": str}}}
-CANDIDATE: Kind = {"prune": NUMBER, "bytes": int, "macs": NUMBER, "seconds": OPTIONAL_NUMBER,
-                   "trajectory_relative_l2": OPTIONAL_NUMBER, "psnr_db": OPTIONAL_NUMBER, "ssim": OPTIONAL_NUMBER,
-                   "retrieval": OPTIONAL_NUMBER, "broken": str}
-MEASURED: Kind = {"passes": [PASS], "prune_candidates": [CANDIDATE], "build_key": str, "built_at": str, "host": str,
-                  "source_path": str, "adapters": {"lora": [str], "embedding": [str], "vae": str}}
-REQUIRED = {"passes": ("name", "seconds", "peak_rss_bytes", "bytes_in", "bytes_out", "components"),
-            "prune_candidates": tuple(CANDIDATE)}
+D = TypeVar("D", bound="Details")
 
 
-def check_details(value: Mapping[str, Any], where: str) -> None:
-    """Details of one component.
+@dataclass(frozen=True)
+class Sparse:
+    """A record of which the JSON leaves out every field that has its default."""
 
-    Raises:
-        BundleError: as of all functions here: the key path whose value has a type that cannot be read.
+
+@dataclass(frozen=True, kw_only=True)
+class PrunedChannels(Sparse):
+    """Channels that a network has less of.
+
+    Attributes:
+        method: what a channel's importance was: "taylor", "l1" or "l2".
+        before, remaining: channels of each level, before and after.
+        removed: share of all channels, 0 to 1.
+        heads: attention heads that remain in each level.
+        sensitivity: for each level, relative L2 of the output at each width that was tried.
     """
-    _check(value, DETAILS, where)
+
+    method: str
+    before: tuple[int, ...]
+    remaining: tuple[int, ...] = field(metadata={"key": "kept"})
+    removed: float
+    heads: tuple[int, ...] = ()
+    sensitivity: tuple[Mapping[str, float], ...] = ()
 
 
-def check_component_parity(value: Mapping[str, Any] | None, where: str) -> None:
-    """Figures of one component; an empty object says that it was compared elsewhere."""
-    if value:
-        _check(value, COMPONENT_PARITY, where)
-        _require(value, ("relative_l2",), where)
+@dataclass(frozen=True, kw_only=True)
+class Pruning(Sparse):
+    """What pruning took from a network: parameters that it had, channels, and the share of weights that are zero."""
+
+    parameters_before: int
+    channels: PrunedChannels | None = None
+    zeros: float | None = None
 
 
-def check_parity(value: Mapping[str, Any] | None, where: str) -> None:
-    """Figures of the whole bundle."""
-    given = {key: part for key, part in (value or {}).items() if part is not None or key not in NULLABLE}
-    _check(given, PARITY, where)
-    for key, required in REQUIRED_PARITY.items():
-        if key in given:
-            _require(given[key], required, f"{where}.{key}")
+@dataclass(frozen=True, kw_only=True)
+class Recovery:
+    """Distillation after pruning: steps, "cpu" or "cuda", relative L2 of a call before and after."""
+
+    steps: int
+    device: str
+    relative_l2_before: float
+    relative_l2_after: float
 
 
-def check_measured(value: Mapping[str, Any], where: str) -> None:
-    """Measurements, without the files, which are records of their own."""
-    _check(value, MEASURED, where)
-    for key, required in REQUIRED.items():
-        for index, entry in enumerate(value.get(key, ())):
-            _require(entry, required, f"{where}.{key}[{index}]")
-    for index, entry in enumerate(value.get("passes", ())):
-        for name, cost in entry["components"].items():
-            _require(cost, ("seconds", "bytes", "peak_rss_bytes"), f"{where}.passes[{index}].components.{name}")
-        for name, gain in entry.get("gain", {}).items():
-            _require(gain, ("bytes_ratio", "verdict"), f"{where}.passes[{index}].gain.{name}")
+@dataclass(frozen=True, kw_only=True)
+class LoraInputs:
+    """LoRAs that the network takes as inputs.
+
+    Attributes:
+        targets: module -> shape of its weight.
+        levels: the network's layers_per_block, by which kohya counts.
+        rank: of the LoRAs that it was built with, together.
+    """
+
+    targets: Mapping[str, tuple[int, ...]]
+    levels: int | tuple[int, ...]
+    rank: int
 
 
-def check_facts(facts: Any, where: str) -> None:
-    """Sizes that are divided by and multiplied with."""
-    for name in ("latent_channels", "vae_scale_factor", "height", "width"):
-        _expect(getattr(facts, name) >= 1, "a number from 1 on", getattr(facts, name), f"{where}.{name}")
+@dataclass(frozen=True, kw_only=True)
+class Details(Sparse):
+    """Of any format.
+
+    Attributes:
+        source_component: the folder of the network in the source, as model_index.json names it.
+        pruning, recovery: what became of the network before export.
+        lora: where the network takes its LoRAs as inputs.
+    """
+
+    source_component: str = ""
+    pruning: Pruning | None = None
+    recovery: Recovery | None = None
+    lora: LoraInputs | None = None
+
+    def become(self, kind: type[D], **more: Any) -> D:
+        """What is known, and more, as the details of another format; what that one has no field for is left out."""
+        names = {f.name for f in dataclasses.fields(kind)}
+        return kind(**{f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name in names} | more)
 
 
-def _check(value: Any, kind: Kind, where: str) -> None:
-    if isinstance(kind, dict):
-        _expect(isinstance(value, Mapping), "an object", value, where)
-        for key, part in value.items():
-            expected = kind.get(key, kind.get(ANY_KEY))
-            if expected is not None:
-                _check(part, expected, f"{where}.{key}")
-    elif isinstance(kind, list):
-        _expect(isinstance(value, list | tuple), "a list", value, where)
-        for index, part in enumerate(value):
-            _check(part, kind[0], f"{where}[{index}]")
-    else:
-        kinds = kind if isinstance(kind, tuple) else (kind,)
-        fits = object in kinds or type(value) in kinds
-        _expect(fits, " or ".join(k.__name__ for k in kinds), value, where)
-        _expect(not isinstance(value, float) or math.isfinite(value), "a finite number", value, where)
-        _expect(not isinstance(value, int) or abs(value) < LARGEST, "a number of 64 bits", "a larger one", where)
+@dataclass(frozen=True, kw_only=True)
+class SourceDetails(Details):
+    """Of a network in a diffusers folder, or of one that is still PyTorch's.
+
+    Attributes:
+        library: that has its class: "diffusers" or "transformers".
+        takes, gives: what the network calls its inputs and outputs, in their order, where the component calls them
+            otherwise.
+    """
+
+    library: str
+    takes: tuple[str, ...] = ()
+    gives: tuple[str, ...] = ()
 
 
-def _require(value: Mapping[str, Any], keys: tuple[str, ...], where: str) -> None:
-    if missing := [key for key in keys if key not in value]:
-        raise BundleError(f"missing {', '.join(missing)}", where=where, fix="build the bundle again")
+@dataclass(frozen=True, kw_only=True)
+class Optimization:
+    """What was folded and fused for a target: places of each fusion, nodes by type before and after, and in all."""
+
+    target: str
+    fusions: Mapping[str, int]
+    nodes_before: Mapping[str, int]
+    nodes_after: Mapping[str, int]
+    nodes: tuple[int, ...]
 
 
-def _expect(fits: bool, what: str, value: object, where: str) -> None:
-    if not fits:
-        raise BundleError(f"expected {what}, found {value!r:.60}", where=where, fix="build the bundle again")
+@dataclass(frozen=True, kw_only=True)
+class Relief:
+    """Layers that went back to a higher precision: which, trials, relative L2 before and after."""
+
+    promoted: Mapping[str, str]
+    trials: int
+    relative_l2: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantization(Sparse):
+    """How weights and activations became integers.
+
+    Attributes:
+        recipe: `calibration.graphs.layers.assign`'s, or "auto".
+        scheme: fields of `calibration.integers.ranges.Scheme`.
+        layers, parameters: precision -> layers, weights in it.
+        weight_bytes: of all weights, before and after.
+        blocks: of 4-bit weights: bits, inputs of a block, and fields of `BlockForm`.
+        instead_of: the recipe that did not fit, and why.
+        estimator, methods, recording, ranges_sha256: how ranges were found, and from what.
+        relief: of the hybrid recipe.
+        chosen, trials: of the search.
+    """
+
+    recipe: str
+    scheme: Mapping[str, bool | int]
+    layers: Mapping[str, int]
+    parameters: Mapping[str, int]
+    weight_bytes: tuple[int, ...]
+    blocks: Mapping[str, bool | int | str] | None = None
+    instead_of: str = ""
+    estimator: str = ""
+    methods: tuple[str, ...] | None = None
+    recording: str = ""
+    ranges_sha256: str = ""
+    relief: Relief | None = None
+    chosen: str = ""
+    trials: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """How a graph came to 16 bits: what `exporters.precision.sixteen_bits.PrecisionReport` says."""
+
+    precision: str
+    mode: str
+    converted: Mapping[str, int]
+    float32: Mapping[str, Mapping[str, int]] = field(metadata={"key": "kept_float32"})
+    float32_nodes: Mapping[str, tuple[str, ...]] = field(metadata={"key": "kept_nodes"})
+    casts: int
+    weight_bytes_before: int
+    weight_bytes_after: int
+
+    @property
+    def computes(self) -> bool:
+        """Whether operators run in 16 bits, not only weights are stored in them."""
+        return self.mode == "compute"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedWeights:
+    """Weights that lie with another component: its name, their file there, what is read from it and what is not."""
+
+    component: str = field(metadata={"key": "with"})
+    file: str
+    tensors: int
+    bytes: int
+    own_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphDetails(Details):
+    """Of an ONNX graph.
+
+    Attributes:
+        opset: of ONNX.
+        macs: multiply-accumulates of one call at its most common sizes.
+        optimization, quantization, conversion, shared_weights: what passes did.
+        planned_precision, not_fp16: of a component that had to stay in a higher precision, and why.
+    """
+
+    opset: int | None = None
+    macs: int | None = None
+    optimization: Optimization | None = None
+    quantization: Quantization | None = None
+    conversion: Conversion | None = None
+    shared_weights: SharedWeights | None = None
+    planned_precision: str = ""
+    not_fp16: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenVinoDetails(GraphDetails):
+    """Of OpenVINO's own files: the release that wrote them, operations by type."""
+
+    openvino_version: str = ""
+    operations: Mapping[str, int] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuilderOptions:
+    """How a TensorRT engine was built; `exporters.tensorrt.engine_options.EngineOptions` says what each means."""
+
+    builder: str = "tensorrt-rtx"
+    capabilities: tuple[str, ...] = ()
+    workspace_bytes: int = 0
+    optimization_level: int = -1
+    tf32: bool = False
+    version_compatible: bool = False
+    hardware: str = "none"
+    refittable: bool = False
+    stripped: bool = False
+    weight_streaming: bool = False
+    sparse_weights: bool = False
+    tiling: str = "none"
+    auxiliary_streams: int = -1
+    graph_capturable: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantizers:
+    """Q/DQ nodes of the graph that was compiled: operator -> quantized inputs, attention blocks, those not fused."""
+
+    inputs: Mapping[str, int]
+    attentions: int
+    broken_attentions: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineDetails(GraphDetails):
+    """Of a TensorRT engine.
+
+    Attributes:
+        builder, builder_version: "tensorrt" or "tensorrt-rtx", and its release, which alone loads the engine.
+        compute_capabilities: of the GPUs that it runs on; none means that of the build machine.
+        refused_capabilities: those that the builder offers but refused for this graph, with its words.
+        profiles: for each, input -> smallest, most common and largest shape.
+        options: of the builder.
+        gpu: of the build machine, "NVIDIA H100, 9.0"; empty for an engine that was built without one.
+        engine_layers: of the network, by the type of their result.
+        graph_sha256: of the ONNX file that was compiled; compiled_component_sha256 of it with its weights.
+        executed, not_executed: whether parity was measured on the engine itself, and if not, why.
+        quantizers: of an INT8 engine.
+        weights, graph: the ONNX file beside the engine, whose weights it reads when loaded or that is there to look at.
+    """
+
+    builder: str
+    builder_version: str
+    compute_capabilities: tuple[str, ...]
+    refused_capabilities: Mapping[str, str]
+    profiles: tuple[Mapping[str, tuple[tuple[int, ...], ...]], ...]
+    options: BuilderOptions
+    gpu: str
+    engine_layers: Mapping[str, int] = field(metadata={"key": "layers"})
+    graph_sha256: str
+    compiled_component_sha256: str
+    executed: bool
+    not_executed: str = ""
+    quantizers: Quantizers | None = None
+    weights: str = ""
+    graph: str = ""
+
+
+DETAILS_OF: dict[str, type[Details]] = {
+    "diffusers": SourceDetails,
+    "safetensors": SourceDetails,
+    "onnx": GraphDetails,
+    "openvino": OpenVinoDetails,
+    "tensorrt": EngineDetails,
+}

@@ -1,4 +1,4 @@
-"""The central type: a folder plus its manifest. Opening checks it, committing is one rename."""
+"""`Bundle`, a folder with its manifest: opening checks every file, committing is one rename."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`manifest.json` as frozen dataclasses: parse with clear errors, write canonically, digest what *is*.
+"""`manifest.json` as frozen dataclasses: parsed with clear errors, written canonically, with a digest of what *is*.
 
 What was `measured` (seconds, memory, host, time, parity figures) is kept apart and left out of the digest:
 the same source, spec and tool versions give the same digest.
@@ -7,29 +7,26 @@ the same source, spec and tool versions give the same digest.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
+import math
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from runtimes.bundle.details import (
-    LARGEST,
-    check_component_parity,
-    check_details,
-    check_facts,
-    check_measured,
-    check_parity,
-)
+from runtimes.bundle.details import DETAILS_OF, D, Details, GraphDetails, SourceDetails, Sparse
+from runtimes.bundle.measurements import LARGEST, check_component_parity, check_measured, check_parity
+from runtimes.bundle.older_schema import rebuild_command
+from runtimes.bundle.roles import Roles, check_roles
 from runtimes.bundle.tensors import Axis, TensorSpec
 from runtimes.errors import BundleError, InputError
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST_FILE = "manifest.json"
-DEFAULT_STEPS = 25  # ours, for every model; diffusers' classes say 50. Other defaults are the model's: `ModeFacts`
-T = TypeVar("T")
+DEFAULT_STEPS = 25  # ours, for every model; diffusers' classes say 50. Other defaults are the model's: roles.ModeFacts
 
 
 @dataclass(frozen=True)
@@ -49,7 +46,7 @@ class Component:
         file: the entry file, relative to the bundle; `files` holds it and everything it refers to.
         class_name: the PyTorch class it came from, as model_index.json names it.
         precision: "fp32", "fp16", "int8", ...: what most of its weights are stored in.
-        details: facts only one format has (opset, builder, compute capabilities, ...).
+        details: facts that only one format has, and what became of the network on its way there.
         parity: figures of the component-level comparison, or nothing if unverified.
     """
 
@@ -62,14 +59,48 @@ class Component:
     class_name: str
     precision: str
     parameters: int
-    details: Mapping[str, Any] = field(default_factory=dict)
+    details: Details = field(default_factory=Details)
     parity: Mapping[str, Any] | None = None
+
+    @classmethod
+    def json_kinds(cls, value: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Kinds of fields that depend on the others: details are those of the format."""
+        found = value.get("format")
+        return {"details": DETAILS_OF.get(found, Details) if isinstance(found, str) else Details}
+
+    @property
+    def graph(self) -> GraphDetails:
+        """What passes made of the graph; nothing, of a network that is none yet."""
+        return self.details if isinstance(self.details, GraphDetails) else GraphDetails()
+
+    @property
+    def takes(self) -> tuple[str, ...]:
+        """What the network itself calls its inputs, before export."""
+        own = self.details.takes if isinstance(self.details, SourceDetails) else ()
+        return own or tuple(spec.name for spec in self.inputs)
+
+    @property
+    def gives(self) -> tuple[str, ...]:
+        """What the network itself calls its outputs, before export."""
+        own = self.details.gives if isinstance(self.details, SourceDetails) else ()
+        return own or tuple(spec.name for spec in self.outputs)
+
+    def details_as(self, kind: type[D]) -> D:
+        """The details, of a component that must have this kind.
+
+        Raises:
+            InputError: it is of another format.
+        """
+        if not isinstance(self.details, kind):
+            formats = " or ".join(name for name, known in DETAILS_OF.items() if known is kind)
+            raise InputError(f"{self.file} is {self.format}, expected {formats}")
+        return self.details
 
     @property
     def bytes(self) -> int:
         """Size of all files together; weights that lie with another component count there."""
-        elsewhere = self.details.get("shared_weights", {}).get("file")
-        return sum(record.bytes for name, record in self.files.items() if name != elsewhere)
+        shared = self.graph.shared_weights
+        return sum(record.bytes for name, record in self.files.items() if shared is None or name != shared.file)
 
     @property
     def sha256(self) -> str:
@@ -84,69 +115,6 @@ class PassRecord:
     name: str
     version: int
     config: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class ModeFacts:
-    """What diffusers' pipeline class for one mode does by default.
-
-    Attributes:
-        pipeline_class: diffusers' class for the mode.
-        guidance_scale, strength: defaults of its call; strength 1 where it has none.
-        scheduler: keys of scheduler/scheduler_config.json that this class corrects to another value.
-    """
-
-    pipeline_class: str
-    guidance_scale: float = 7.5
-    strength: float = 1.0
-    scheduler: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class PipelineFacts:
-    """What the sampling loop must know besides the networks.
-
-    Attributes:
-        latent_channels: channels of `sample` that are denoised.
-        vae_scale_factor: pixels per latent row or column.
-        scaling_factor: latents are multiplied by it before denoising, divided before decoding.
-        latents_mean, latents_std: of the autoencoder's channels, where the pipeline's class looks at them (XL): latents
-            are (encoded - mean) * scaling_factor / std.
-        height, width: default size in pixels.
-        tokens: length to which prompts are padded and cut.
-        text_encoders: components that read the prompt, their hidden states side by side in this order; none for a
-            pipeline without prompts. The tokenizer of "text_encoder_2" is "tokenizer_2".
-        time_ids: what the numbers mean that the U-Net's input of that name takes: sizes and crops in pixels.
-        guides_below_one: every guidance scale but 1 guides; by most pipelines, those above 1 alone.
-        zero_empty_negative: where no negative prompt is given, zeros stand for it, not the embedded empty text.
-        modes: what is generated by default, by "text", "image" and "mask", as far as diffusers has a class for it.
-    """
-
-    latent_channels: int
-    vae_scale_factor: int
-    scaling_factor: float
-    height: int
-    width: int
-    tokens: int
-    text_encoders: tuple[str, ...] = ("text_encoder",)
-    time_ids: tuple[str, ...] = ()
-    zero_empty_negative: bool = False
-    guides_below_one: bool = False
-    latents_mean: tuple[float, ...] = ()
-    latents_std: tuple[float, ...] = ()
-    modes: Mapping[str, ModeFacts] = field(default_factory=dict)
-
-    def mode(self, image: bool, mask: bool) -> ModeFacts:
-        """What is generated by default with or without an initial image and a mask.
-
-        A mode that diffusers has no class for has the guidance and scheduler of the one it has, and the strength of
-        Stable Diffusion's class. So have bundles built before manifests had modes.
-        """
-        name = "mask" if mask else "image" if image else "text"
-        if name in self.modes:
-            return self.modes[name]
-        known = next(iter(self.modes.values()), ModeFacts("StableDiffusionPipeline"))
-        return dataclasses.replace(known, strength=0.8 if name == "image" else 1.0)
 
 
 @dataclass(frozen=True)
@@ -173,7 +141,7 @@ class Manifest:
     source: Source
     target: str
     precision: str
-    pipeline: PipelineFacts
+    pipeline: Roles
     components: Mapping[str, Component]
     passes: tuple[PassRecord, ...]
     files: Mapping[str, FileRecord]
@@ -212,7 +180,8 @@ def digest_of(value: Any) -> str:
 def to_json(value: Any) -> Any:
     """Dataclasses, mappings and tuples as plain JSON values."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        pairs = [(f, getattr(value, f.name)) for f in dataclasses.fields(value)]
+        return {_key(f): to_json(v) for f, v in pairs if not isinstance(value, Sparse) or v != f.default}
     if isinstance(value, Mapping):
         return {str(k): to_json(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -242,6 +211,8 @@ def from_json(kind: Any, value: Any, where: str) -> Any:
         raise BundleError("expected a number of 64 bits, found a larger one", where=where)
     if kind is float and type(value) is int:
         return float(value)
+    if type(value) is float and not math.isfinite(value):
+        raise BundleError("expected a finite number", where=where)
     if isinstance(kind, type) and type(value) is kind:
         return value
     raise BundleError(f"expected {getattr(kind, '__name__', kind)}, found {value!r:.60}", where=where)
@@ -260,21 +231,35 @@ def _from_union(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
     raise problem
 
 
+@functools.cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
 def _from_object(kind: Any, value: Any, where: str) -> Any:
     if not isinstance(value, dict):
         raise BundleError(f"expected an object, found {value!r:.60}", where=where)
-    hints = get_type_hints(kind)
-    required = {f.name for f in dataclasses.fields(kind)
+    fields = {_key(f): f for f in dataclasses.fields(kind)}
+    hints = _hints(kind)
+    if hasattr(kind, "json_kinds"):
+        hints = hints | kind.json_kinds(value)
+    required = {key for key, f in fields.items()
                 if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING}
     if missing := sorted(required - set(value)):
         raise BundleError(f"missing {', '.join(missing)}", where=where)
-    if unknown := sorted(set(value) - set(hints)):
+    if unknown := sorted(set(value) - set(fields)):
         raise BundleError(f"unknown key {', '.join(unknown)}", where=where)
-    found = {k: from_json(hints[k], v, f"{where}.{k}") for k, v in value.items()}
+    found = {fields[k].name: from_json(hints[fields[k].name], v, f"{where}.{k}") for k, v in value.items()}
     try:
         return kind(**found)
     except InputError as error:  # values that do not fit together
         raise BundleError(error.what, where=where) from error
+
+
+def _key(place: dataclasses.Field[Any]) -> str:
+    """What a field is called in JSON, where that is no name in Python or stands for something else."""
+    key: str = place.metadata.get("key", place.name)
+    return key
 
 
 def safe_path(name: str) -> PurePosixPath:
@@ -300,22 +285,23 @@ def parse(text: str, where: str) -> Manifest:
         raw = json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise BundleError(f"not valid JSON: {error}", where=where) from error
-    schema = raw.get("schema") if isinstance(raw, dict) else None
+    raw = raw if isinstance(raw, dict) else {}
+    schema = raw.get("schema")
     if schema != SCHEMA:
         newer = isinstance(schema, int) and schema > SCHEMA
         raise BundleError(
-            f"manifest schema {schema!r}, this version of ldm-deploy reads {SCHEMA}",
-            where=where,
-            fix="upgrade ldm-deploy" if newer else "build the bundle again",
-        )
+            f"manifest schema {schema!r:.20}, this version of ldm-deploy reads {SCHEMA}", where=where,
+            fix="upgrade ldm-deploy" if newer else f"build the bundle again: {rebuild_command(raw)}")
     manifest: Manifest = from_json(Manifest, raw, Path(where).name)
     for name, component in manifest.components.items():
         if component.file not in component.files:
             raise BundleError(f"{component.file} is not among the files of {name}", where=where)
     for name, component in manifest.components.items():
-        check_details(component.details, f"{Path(where).name}.components.{name}.details")
         check_component_parity(component.parity, f"{Path(where).name}.components.{name}.parity")
-    check_facts(manifest.pipeline, f"{Path(where).name}.pipeline")
+    try:
+        check_roles(manifest.pipeline, manifest.components)
+    except InputError as error:
+        raise BundleError(error.what, where=f"{Path(where).name}.pipeline", fix="build the bundle again") from error
     check_parity(manifest.parity, f"{Path(where).name}.parity")
     check_measured(manifest.measured, f"{Path(where).name}.measured")
     for name in manifest.all_files():

@@ -1,4 +1,4 @@
-"""Safetensors files read with numpy alone, for runtimes that have neither torch nor safetensors."""
+"""Reads safetensors files with numpy alone, for runtimes that have neither torch nor safetensors."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def read_metadata(file: Path) -> dict[str, str]:
 
 
 def read_floats(file: Path, header: Mapping[str, Mapping[str, Any]], key: str) -> np.ndarray[Any, Any]:
-    """One floating-point tensor, float32, a copy.
+    """One floating-point tensor, weights in the file's shape, as float32: a copy whose shape is the file's.
 
     Args:
         file: the safetensors file.

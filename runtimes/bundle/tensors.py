@@ -1,4 +1,4 @@
-"""What goes into and out of a component: names, dtypes, symbolic shapes and the ranges of their axes."""
+"""Specs of a component's inputs and outputs: names, dtypes, symbolic shapes and the ranges of their axes."""
 
 from __future__ import annotations
 
@@ -78,7 +78,10 @@ class TensorSpec:
 
 
 def example_feeds(specs: Sequence[TensorSpec], sizes: Mapping[str, int]) -> dict[str, np.ndarray[Any, Any]]:
-    """Inputs to measure with, at given sizes of the axes: seeded noise for floats, ones for integers."""
+    """Inputs to measure with, with shape and dtype as the TensorSpecs say at given sizes of the axes.
+
+    Floats are standard-normal noise of a fixed seed, integers ones.
+    """
     rng = np.random.default_rng(0)
 
     def one(spec: TensorSpec) -> np.ndarray[Any, Any]:
@@ -92,7 +95,7 @@ def example_feeds(specs: Sequence[TensorSpec], sizes: Mapping[str, int]) -> dict
 def bind_axes(
     specs: tuple[TensorSpec, ...], feeds: Mapping[str, np.ndarray], axes: Mapping[str, Axis], where: str
 ) -> dict[str, int]:
-    """Check feeds against specs and return the size of every named axis.
+    """Check feeds against TensorSpecs, each with its shape and dtype, and return the size of every named axis.
 
     Raises:
         InputError: a name, dtype, rank, fixed size, or range does not fit, or two inputs disagree on an axis.

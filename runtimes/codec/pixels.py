@@ -1,4 +1,4 @@
-"""Images and masks in, by the rules of diffusers' `VaeImageProcessor` (image_processor.py), and pixels out.
+"""Reads images and masks by the rules of diffusers' `VaeImageProcessor` (image_processor.py), and turns them to pixels.
 
 Files are read as `diffusers.utils.load_image` reads them: turned upright by EXIF, converted to RGB, which drops alpha
 and clips 16 bits. What a caller holds in memory is taken as diffusers' pipelines take it: neither turned nor converted.
@@ -28,7 +28,7 @@ def open_image(source: ImageLike, where: str = "image") -> Opened:
     """An image, checked and otherwise as it is; files become RGB.
 
     Args:
-        source: a path, a Pillow image of three bands, or an array (H, W, 3) of floats in 0..1.
+        source: a path, a Pillow image of three bands, or pixels (H, W, 3) of any floating-point dtype in 0..1.
         where: what to call it in errors.
 
     Raises:
@@ -47,7 +47,7 @@ def open_mask(source: ImageLike, where: str = "mask") -> Opened:
     """A mask, checked and otherwise as it is; files become RGB.
 
     Args:
-        source: a path, a Pillow image of any mode, or an array (H, W) or (H, W, 1) of uint8 or floats.
+        source: a path, a Pillow image of any mode, or pixels (H, W) or (H, W, 1), uint8 or of a floating-point dtype.
         where: what to call it in errors.
 
     Raises:
@@ -68,7 +68,7 @@ def open_mask(source: ImageLike, where: str = "mask") -> Opened:
 
 
 def size_of(image: Opened) -> tuple[int, int]:
-    """Height and width in pixels."""
+    """Height and width in pixels of an image or mask, (H, W) or (H, W, 3) of any dtype where it is an array."""
     if isinstance(image, np.ndarray):
         return image.shape[0], image.shape[1]
     return image.height, image.width
@@ -102,7 +102,7 @@ def to_mask(mask: Opened, height: int, width: int) -> NDArray[np.float32]:
 
 
 def to_pil(pixels: NDArray[np.uint8]) -> list[Image]:
-    """(B, H, W, 3) uint8 as Pillow images."""
+    """Pixels (B, H, W, 3) uint8 as Pillow images."""
     from PIL import Image
 
     return [Image.fromarray(image) for image in pixels]

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from runtimes.backends.batching import input_spec
 from runtimes.backends.session import Session
-from runtimes.bundle.manifest import PipelineFacts
+from runtimes.bundle.roles import Codec
 from runtimes.codec.autoencoder import decode, to_uint8
 
 Float32 = NDArray[np.float32]
@@ -33,7 +33,7 @@ class Colours:
         return to_uint8(np.clip(rgb, 0, 1))
 
 
-def fit(decoder: Session, facts: PipelineFacts, seed: int = 0) -> Colours:
+def fit(decoder: Session, codec: Codec, seed: int = 0) -> Colours:
     """Least squares between latents and the mean colour of the pixels that each becomes.
 
     The latents are half one colour per image, half changing from place to place, of unit variance together as
@@ -41,27 +41,27 @@ def fit(decoder: Session, facts: PipelineFacts, seed: int = 0) -> Colours:
     serve the autoencoders that they were published for; this serves any, fine-tuned ones included.
 
     Args:
-        decoder: latent_sample -> sample.
-        facts: of the pipeline.
+        decoder: latents -> sample.
+        codec: of the pipeline.
         seed: of the latents.
     """
-    factor, random = facts.vae_scale_factor, np.random.default_rng(seed)
-    rows = _side(decoder, 2, facts.height // factor)
-    columns = _side(decoder, 3, facts.width // factor)
+    factor, random = codec.factor, np.random.default_rng(seed)
+    rows = _side(decoder, codec, 2, codec.height // factor)
+    columns = _side(decoder, codec, 3, codec.width // factor)
     count = max(LATENTS // (rows * columns), 1)
-    even = random.standard_normal((count, facts.latent_channels, 1, 1))
-    varied = random.standard_normal((count, facts.latent_channels, rows, columns))
+    even = random.standard_normal((count, codec.latent_channels, 1, 1))
+    varied = random.standard_normal((count, codec.latent_channels, rows, columns))
     latents = ((even + varied) / np.sqrt(2)).astype(np.float32)
-    pixels = decode(decoder, latents, facts)
+    pixels = decode(decoder, latents, codec)
     colours = pixels.reshape(count, rows, factor, columns, factor, 3).mean(axis=(2, 4)).reshape(-1, 3)
-    flat = np.moveaxis(latents, 1, 3).reshape(-1, facts.latent_channels)
+    flat = np.moveaxis(latents, 1, 3).reshape(-1, codec.latent_channels)
     matrix, *_ = np.linalg.lstsq(np.column_stack([flat, np.ones(len(flat))]), colours, rcond=None)
     return Colours(matrix.astype(np.float32))
 
 
-def _side(decoder: Session, position: int, default: int) -> int:
+def _side(decoder: Session, codec: Codec, position: int, default: int) -> int:
     """A small number of latent rows or columns that the decoder takes: small images are as good and cost less."""
-    size = input_spec(decoder, "latent_sample").shape[position]
+    size = input_spec(decoder, codec.decoder.input).shape[position]
     if isinstance(size, int):
         return size
     axis = decoder.component.axes.get(size)

@@ -1,6 +1,6 @@
-"""Images through the model's own safety checker: what it is fed, and which images its scores flag.
+"""Runs images through the model's own safety checker: prepares its input, and says which images its scores flag.
 
-Nothing here changes an image, and nothing calls it unless it is asked for.
+Nothing here changes an image, and it runs only where the caller asks for it.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Preprocessing:
         return found
 
     def __call__(self, images: Sequence[Image]) -> Float32:
-        """Resize, crop from the middle, scale and normalize: (B, 3, crop height, crop width) float32."""
+        """Resize, crop from the middle, scale and normalize: pixels (B, 3, height, width) float32 of `crop`'s size."""
         return np.stack([self._one(image) for image in images])
 
     def _one(self, image: Image) -> Float32:

@@ -9,7 +9,7 @@ section 3.4), so that no place of the image is always at a border and none alway
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 
 import numpy as np
@@ -50,20 +50,23 @@ class Tiling:
         return moved
 
     def cut(self, whole: Float32, unit: int = 1) -> Iterator[Float32]:
-        """The tiles of an array (B, C, rows * unit, columns * unit), each (B, C, tile rows * unit, columns * unit)."""
+        """The tiles, (B, C, h * unit, w * unit), of latents or pixels (B, C, rows * unit, columns * unit), float32.
+
+        h and w are rows and columns of a tile.
+        """
         height, width = (size * unit for size in self._tile)
         for y, x in self._places:
             yield whole[:, :, y * unit : y * unit + height, x * unit : x * unit + width]
 
     def stack(self, whole: Float32) -> Float32:
-        """The tiles as rows: (tiles * B, C, tile rows, tile columns), all of the first tile's images first."""
+        """The tiles of latents (B, C, rows, columns) as rows, (count * B, C, h, w) float32: the first tile's first."""
         return np.concatenate(list(self.cut(whole)))
 
     def join(self, tiles: Iterable[Float32], unit: int = 1) -> Float32:
         """Blend tiles into the whole, in the order of `cut`; one is held at a time.
 
         Args:
-            tiles: (B, C, tile rows * unit, tile columns * unit) float32 each.
+            tiles: (B, C, h * unit, w * unit) float32 each, latents or pixels.
             unit: array elements for each latent along height and width.
         """
         whole: Float32 | None = None
@@ -79,29 +82,6 @@ class Tiling:
         assert whole is not None
         whole /= weights
         return whole
-
-
-class Tiled:
-    """A prediction of the whole from predictions of its tiles, all of which are rows of one call."""
-
-    def __init__(self, predict: Callable[[Float32, float, int], Float32], tiling: Tiling,
-                 layout: Callable[[int], int], extra: Float32 | None = None) -> None:
-        """Wrap a U-Net whose rows are the tiles of `Tiling.stack`.
-
-        Args:
-            predict: (tiles, timestep, step) -> predictions of the tiles.
-            tiling: of the whole.
-            layout: step -> which layout it has; the same number where tiles must stay as they were in the step before.
-            extra: (B, C', H/f, W/f) channels that the U-Net takes after the sample's own.
-        """
-        self._predict, self._tiling, self._layout, self._extra = predict, tiling, layout, extra
-
-    def __call__(self, sample: Float32, timestep: float, i: int) -> Float32:
-        """Predict: (B, C, H/f, W/f) float32 at step i in, the same out."""
-        tiling = self._tiling.shifted(self._layout(i))
-        if self._extra is not None:
-            sample = np.concatenate([sample, self._extra], axis=1)
-        return tiling.join(np.split(self._predict(tiling.stack(sample), timestep, i), tiling.count))
 
 
 def _places(size: int, tile: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""Aspect ratios to sizes: the nearest that a bundle makes, at about the number of pixels it was trained with."""
+"""Finds the size nearest to an aspect ratio that a bundle makes, at about the number of pixels it was trained with."""
 
 from __future__ import annotations
 

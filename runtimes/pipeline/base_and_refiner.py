@@ -9,8 +9,6 @@ from __future__ import annotations
 from runtimes.errors import InputError
 from runtimes.schedulers import Run, Scheduler
 
-WHOLE = (0.0, 1.0)
-
 
 def begin_part(scheduler: Scheduler, steps: int, part: tuple[float, float], strength: float, eta: float,
                ) -> tuple[Run, int]:
@@ -26,20 +24,17 @@ def begin_part(scheduler: Scheduler, steps: int, part: tuple[float, float], stre
         the run, and how many of its steps belong to the part: none where a first part ends above the run's noise.
 
     Raises:
-        InputError: not an interval, or a later part that holds no step.
+        InputError: a later part that holds no step.
     """
     first, last = part
-    if not 0 <= first < last <= 1:
-        raise InputError(f"{part} is not an interval within 0 to 1", where="part",
-                         fix="(0, 0.8) for the base model, (0.8, 1) for the refiner")
     total, run = scheduler.num_train_timesteps, scheduler.start(steps, 1.0 if first > 0 else strength, eta)
     if first > 0:
-        kept = sum(float(t) < _cutoff(total, first) for t in run.timesteps)
-        if scheduler.order == 2 and kept % 2 == 0:
-            kept += 1  # not in the middle of a step, as diffusers counts
-        if not 1 <= kept <= len(run.timesteps):
+        left = sum(float(t) < _cutoff(total, first) for t in run.timesteps)
+        if scheduler.order == 2 and left % 2 == 0:
+            left += 1  # not in the middle of a step, as diffusers counts
+        if not 1 <= left <= len(run.timesteps):
             raise _empty(part, steps)
-        run = scheduler.start(steps, 1.0, eta, skip=len(run.timesteps) - kept)
+        run = scheduler.start(steps, 1.0, eta, skip=len(run.timesteps) - left)
     count = len(run.timesteps) if last >= 1 else sum(float(t) >= _cutoff(total, last) for t in run.timesteps)
     return run, count  # of a first part perhaps none: then the next one starts from noise, as in diffusers
 

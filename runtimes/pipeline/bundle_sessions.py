@@ -5,15 +5,28 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping
 
-from runtimes.backends.session import Session, SessionOptions, open_session
+from runtimes.adapters.lora_session import LoraSession
+from runtimes.backends.session import Session, SessionOptions
 from runtimes.bundle.folder import Bundle
-from runtimes.bundle.manifest import PipelineFacts
+from runtimes.bundle.roles import Roles
 
 
-def needed(facts: PipelineFacts) -> tuple[str, ...]:
+def needed(roles: Roles) -> tuple[str, ...]:
     """Components loaded with the bundle, so that a device or a graph that is missing shows at once; the encoder waits
     for an image."""
-    return (*facts.text_encoders, "unet", "vae_decoder")
+    return roles.generates_with
+
+
+def open_session(bundle: Bundle, name: str, options: SessionOptions) -> Session:
+    """Load one component of a bundle, with its LoRA where that is an input of its graph.
+
+    Raises:
+        BundleError: no runtime runs its format, or its files are damaged.
+        InputError: an option that the backend does not take, or a LoRA that does not fit.
+        UnavailableError: the runtime or the device is missing on this machine.
+    """
+    opener = LoraSession if bundle.component(name).details.lora else Session.open
+    return opener(bundle, name, options)
 
 
 class BundleSessions(Mapping[str, Session]):
@@ -25,11 +38,18 @@ class BundleSessions(Mapping[str, Session]):
         self._lock = threading.Lock()
 
     def __getitem__(self, name: str) -> Session:
-        if name not in self._loaded:
-            with self._lock:
-                if name not in self._loaded:
-                    self._loaded[name] = open_session(self._bundle, name, self._options)
-        return self._loaded[name]
+        if (loaded := self._loaded.get(name)) is not None:
+            return loaded
+        with self._lock:
+            if name not in self._loaded:
+                self._loaded[name] = open_session(self._bundle, name, self._options)
+            return self._loaded[name]
+
+    def close(self) -> None:
+        """Close what is loaded, after the calls that are running; what is asked for later is loaded again."""
+        with self._lock:
+            while self._loaded:
+                self._loaded.popitem()[1].close()
 
     def __contains__(self, name: object) -> bool:
         return name in self._bundle.manifest.components

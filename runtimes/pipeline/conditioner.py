@@ -1,4 +1,4 @@
-"""What the U-Net is told besides sample and timestep: the prompt as one or two text encoders read it, pooled
+"""What the denoiser takes besides sample and timestep: the prompt as one or two text encoders read it, pooled
 embeddings, and sizes as numbers (Stable Diffusion XL, arXiv 2307.01952, section 2.2)."""
 
 from __future__ import annotations
@@ -9,52 +9,14 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from runtimes.backends.batching import input_spec
 from runtimes.backends.session import Session
-from runtimes.bundle.manifest import PipelineFacts
-from runtimes.errors import InputError
-from runtimes.pipeline.request import Request
+from runtimes.bundle.roles import Roles
+from runtimes.pipeline.request_fields import SizeConditions
+from runtimes.pipeline.resolved import Resolved
 from runtimes.text.prompt_cache import PromptCache
 from runtimes.text.prompt_encoder import Embedder, PromptStyle, Tokenize
 
 Float32 = NDArray[np.float32]
-POOLED, SIZES = "text_embeds", "time_ids"
-
-
-@dataclass(frozen=True)
-class SizeConditions:
-    """Sizes and scores that Stable Diffusion XL was trained to be told, in pixels. Other models ignore them.
-
-    Attributes:
-        original: height and width that the training image had before it was resized; the image's by default.
-        crop: top and left of the crop.
-        target: height and width to generate for; the image's by default.
-        aesthetic_score, negative_aesthetic_score: of the refiner, 0 to 10, for the prompt and the negative prompt.
-    """
-
-    original: tuple[int, int] | None = None
-    crop: tuple[int, int] = (0, 0)
-    target: tuple[int, int] | None = None
-    aesthetic_score: float = 6.0
-    negative_aesthetic_score: float = 2.5
-
-    def numbers(self, names: Sequence[str], height: int, width: int, *, negative: bool = False) -> Float32:
-        """The values of `PipelineFacts.time_ids`, (len(names),) float32.
-
-        The refiner's negative branch has no crop and its own score, as in StableDiffusionXLImg2ImgPipeline.
-        """
-        scored = "aesthetic_score" in names
-        crop = (0, 0) if negative and scored else self.crop
-        original, target = self.original or (height, width), self.target or (height, width)
-        values = dict(zip(("original_height", "original_width", "crop_top", "crop_left", "target_height",
-                           "target_width"), (*original, *crop, *target), strict=True))
-        values["aesthetic_score"] = self.negative_aesthetic_score if negative else self.aesthetic_score  # type: ignore[assignment]
-        if unknown := [name for name in names if name not in values]:
-            raise InputError(f"the U-Net wants {unknown[0]}, which is unknown", where=SIZES, fix="upgrade ldm-deploy")
-        numbers = np.array([values[name] for name in names], np.float32)
-        if not np.isfinite(numbers).all():
-            raise InputError("sizes and scores must be finite", where="sizes")
-        return numbers
 
 
 @dataclass(frozen=True)
@@ -64,7 +26,7 @@ class Conditions:
     Attributes:
         cond: (tokens, width) float32 each; (0, 0) for a pipeline without prompts.
         uncond: the same for the negative prompts, or None without guidance.
-        added, added_uncond: further inputs of the U-Net by name, (B, n) float32 each.
+        added, added_uncond: further inputs of the denoiser by name, (B, n) float32 each.
     """
 
     cond: list[Float32]
@@ -79,46 +41,93 @@ class Conditions:
         return Conditions(self.cond * count, self.uncond and self.uncond * count, added, added_uncond)
 
 
-def gather(
-    sessions: Mapping[str, Session], facts: PipelineFacts, tokenizers: Sequence[Tokenize], cache: PromptCache,
-    style: PromptStyle, request: Request, sizes: SizeConditions,
-) -> Conditions:
-    """Encode the prompts of a request and collect what else the U-Net takes.
+class Conditioner:
+    """The text encoders of a pipeline, and how what they give becomes the denoiser's inputs. Threads may share one."""
+
+    def __init__(self, roles: Roles, tokenizers: Sequence[Tokenize], cache: PromptCache) -> None:
+        """Remember the parts.
+
+        Args:
+            roles: of the pipeline; its conditioner says what is made of which output.
+            tokenizers: one for each text encoder.
+            cache: of embedded prompts, shared between calls.
+        """
+        self._role, self._tokenizers, self._cache = roles.conditioner, tokenizers, cache
+
+    def gather(self, sessions: Mapping[str, Session], style: PromptStyle, wanted: Resolved, sizes: SizeConditions,
+               ) -> Conditions:
+        """Encode the prompts of a request and collect what else the denoiser takes.
+
+        Args:
+            sessions: the networks as this request may run them.
+            style: how prompts are read.
+            wanted: the request.
+            sizes: what the denoiser takes about sizes.
+        """
+        images, guided, role = len(wanted.prompts), bool(wanted.negatives), self._role
+        if not role.encoders:
+            return Conditions([np.empty((0, 0), np.float32)] * images, None)
+        embedders = self._embedders(sessions, style)
+        readers = [(e, r) for e, r in zip(embedders, role.encoders, strict=True) if r.hidden]
+        pairs = [(embedder.pair(wanted.prompts, wanted.negatives), reader.join) for embedder, reader in readers]
+        cond = _joined([(pair[0], join) for pair, join in pairs])
+        uncond = _joined([(pair[1], join) for pair, join in pairs if pair[1] is not None]) if guided else None
+        added: dict[str, Float32] = {}
+        added_uncond: dict[str, Float32] = {}
+        if role.pooled:
+            pooling = [embedder for embedder, r in zip(embedders, role.encoders, strict=True) if r.pooled]
+            added[role.pooled] = np.concatenate([e.pooled(wanted.prompts) for e in pooling], axis=-1)
+            if guided:
+                added_uncond[role.pooled] = np.concatenate([e.pooled(wanted.negatives) for e in pooling], axis=-1)
+        for name, meanings in role.numbers.items():
+            rows = [sizes.numbers(meanings, wanted.height, wanted.width, negative=n) for n in (False, True)]
+            added[name], added_uncond[name] = (np.repeat(row[None], images, axis=0) for row in rows)
+        if role.empty_negative == "zeros" and uncond is not None and not wanted.negatives_given:
+            uncond = [np.zeros_like(row) for row in uncond]
+            if role.pooled:
+                added_uncond[role.pooled] = np.zeros_like(added_uncond[role.pooled])
+        return Conditions(cond, uncond, added, added_uncond)
+
+    def encode_together(self, component: str, sessions: Mapping[str, Session],
+                        wanted: Sequence[tuple[PromptStyle, Resolved]]) -> None:
+        """Encode the new prompts of several requests in as few calls of one text encoder as it takes.
+
+        They are in the cache then, for `gather`. For an encoder whose rows do not depend on their company: otherwise an
+        image would depend on who was asked for at the same time.
+
+        Args:
+            component: the text encoder.
+            sessions: the networks.
+            wanted: style and prompts of each request.
+        """
+        index = [reader.component for reader in self._role.encoders].index(component)
+        texts: dict[PromptStyle, list[str]] = {}
+        for style, one in wanted:
+            texts.setdefault(style, []).extend([*one.prompts, *one.negatives])
+        for style, of_style in texts.items():
+            self._embedders(sessions, style)[index].encode_together(of_style)
+
+    def _embedders(self, sessions: Mapping[str, Session], style: PromptStyle) -> list[Embedder]:
+        return [Embedder(tokenize, sessions[reader.component], self._cache, style, reader)
+                for tokenize, reader in zip(self._tokenizers, self._role.encoders, strict=True)]
+
+
+def _joined(parts: Sequence[tuple[list[Float32], str]]) -> list[Float32]:
+    """Hidden states of the encoders as one context for each image: (tokens, width) float32.
 
     Args:
-        sessions: the networks; `facts.text_encoders` names those that read the prompt.
-        facts: of the pipeline.
-        tokenizers: one for each text encoder.
-        cache: of embedded prompts.
-        style: how prompts are read.
-        request: a checked call.
-        sizes: what is told about sizes.
+        parts: of each encoder the hidden states of every image, and how they join those before: on "features" or, the
+            narrower ones padded with zeros, on "tokens".
     """
-    images = len(request.prompts)
-    guided = bool(request.negatives)
-    if not facts.text_encoders:
-        return Conditions([np.empty((0, 0), np.float32)] * images, None)
-    embedders = [Embedder(tokenize, sessions[name], cache, style)
-                 for name, tokenize in zip(facts.text_encoders, tokenizers, strict=True)]
-    pairs = [embedder.pair(request.prompts, request.negatives) for embedder in embedders]
-    cond = _side_by_side([pair[0] for pair in pairs])
-    uncond = _side_by_side([pair[1] for pair in pairs if pair[1] is not None]) if guided else None
-    added: dict[str, Float32] = {}
-    added_uncond: dict[str, Float32] = {}
-    wanted = {spec.name for spec in sessions["unet"].component.inputs}
-    if POOLED in wanted:
-        added[POOLED] = embedders[-1].pooled(request.prompts)
-        if guided:
-            added_uncond[POOLED] = embedders[-1].pooled(request.negatives)
-    if SIZES in wanted:
-        input_spec(sessions["unet"], SIZES)
-        rows = [sizes.numbers(facts.time_ids, request.height, request.width, negative=n) for n in (False, True)]
-        added[SIZES], added_uncond[SIZES] = (np.repeat(row[None], images, axis=0) for row in rows)
-    if facts.zero_empty_negative and uncond is not None and not request.negatives_given:
-        uncond = [np.zeros_like(row) for row in uncond]
-        added_uncond[POOLED] = np.zeros_like(added_uncond[POOLED])
-    return Conditions(cond, uncond, added, added_uncond)
+    whole = parts[0][0]
+    for rows, join in parts[1:]:
+        if join == "features":
+            whole = [np.concatenate(pair, axis=-1) for pair in zip(whole, rows, strict=True)]
+        else:
+            width = max(whole[0].shape[1], rows[0].shape[1])
+            whole = [np.concatenate([_widened(part, width) for part in pair]) for pair in zip(whole, rows, strict=True)]
+    return whole
 
 
-def _side_by_side(parts: Sequence[list[Float32]]) -> list[Float32]:
-    return parts[0] if len(parts) == 1 else [np.concatenate(row, axis=-1) for row in zip(*parts, strict=True)]
+def _widened(rows: Float32, width: int) -> Float32:
+    return np.pad(rows, ((0, 0), (0, width - rows.shape[1])))

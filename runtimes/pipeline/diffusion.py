@@ -1,11 +1,14 @@
-"""Prompt to image: the sampling loop, written once over any sessions. Networks, sampling methods and files are others'.
+"""Prompt to image: requests become jobs, jobs are advanced together, latents become images. Networks are others'.
 
-    tokenize -> encode -> [add noise to an encoded image] -> denoise [and put back what a mask keeps] -> decode
+    prepare: tokenize -> encode prompts and images -> add noise; advance: denoise by one step; finish: decode
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from threading import Event
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -15,32 +18,24 @@ from numpy.typing import NDArray
 
 from runtimes.backends.profile import Profile
 from runtimes.backends.session import Session
-from runtimes.bundle.manifest import DEFAULT_STEPS, ModeFacts, PipelineFacts
-from runtimes.codec import autoencoder
-from runtimes.codec.pixels import ImageLike, to_pil
+from runtimes.bundle.roles import ModeFacts, Roles
 from runtimes.codec.preview import Colours, fit
-from runtimes.codec.safety_checker import SAFETY_CHECKER, Preprocessing, flags
-from runtimes.codec.tiling import Tiled, Tiling
-from runtimes.errors import BundleError, InputError
-from runtimes.pipeline.aspect_ratios import nearest_size
-from runtimes.pipeline.base_and_refiner import WHOLE, begin_part
-from runtimes.pipeline.conditioner import Conditions, SizeConditions, gather
-from runtimes.pipeline.denoising import OnStep, Step, Stop, denoise
-from runtimes.pipeline.guidance import SHALLOW, Guidance, GuidedUnet
-from runtimes.pipeline.initial_latents import Start, begin
+from runtimes.codec.safety_checker import Preprocessing, flags
+from runtimes.errors import InputError
+from runtimes.pipeline.base_and_refiner import begin_part
+from runtimes.pipeline.batch_facts import BatchFacts
+from runtimes.pipeline.conditioner import Conditioner
+from runtimes.pipeline.decoding import decode_jobs
+from runtimes.pipeline.denoiser import DenoiserCalls
+from runtimes.pipeline.guidance import Guidance
+from runtimes.pipeline.initial_latents import Pixels, Start, begin, encode_all, inpaints, to_encode
+from runtimes.pipeline.job import Job, OnStep, Plan, Step, Stop
 from runtimes.pipeline.memory_budget import MemoryBudget
 from runtimes.pipeline.noise import NoiseStreams
-from runtimes.pipeline.request import (
-    OUTPUTS,
-    Request,
-    check_request,
-    finite,
-    flag,
-    interval,
-    one_of,
-    pixel_limits,
-    whole,
-)
+from runtimes.pipeline.request import Request, described
+from runtimes.pipeline.request_fields import SizeConditions
+from runtimes.pipeline.resolved import Resolved, resolve, size_for
+from runtimes.pipeline.watched_sessions import WatchedSessions
 from runtimes.schedulers import Scheduler, from_config
 from runtimes.text.prompt_cache import CacheStats, PromptCache
 from runtimes.text.prompt_encoder import PromptStyle, Tokenize
@@ -49,7 +44,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-__all__ = ["Pipeline", "Step"]
+__all__ = ["Job", "Pipeline", "Step"]
 Float32 = NDArray[np.float32]
 CACHE_BYTES = 64 << 20
 
@@ -58,29 +53,33 @@ class Pipeline:
     """Text to image, image to image and inpainting. Threads may share one: a call keeps nothing but embedded prompts.
 
     Attributes:
-        sessions: the networks by name: text_encoder, unet, vae_decoder, and vae_encoder for image to image.
-        facts: sizes and factors of the model.
+        sessions: the networks by name.
+        roles: what each of them does, and sizes and factors of the model.
     """
 
     def __init__(
-        self, sessions: Mapping[str, Session], facts: PipelineFacts, scheduler_config: Mapping[str, Any],
+        self, sessions: Mapping[str, Session], roles: Roles, scheduler_config: Mapping[str, Any],
         *tokenizers: Tokenize, cache_bytes: int = CACHE_BYTES, preprocessing: Preprocessing | None = None,
-        memory: MemoryBudget | None = None,
+        memory: MemoryBudget | None = None, batches: BatchFacts | None = None,
     ) -> None:
         """Assemble a pipeline over any sessions; `runtimes.load` does it for a bundle.
 
         Args:
             sessions: looked up when used, so a mapping may load them late.
-            facts: what the loop must know besides the networks.
+            roles: what the loop must know besides the networks.
             scheduler_config: as scheduler_config.json holds it.
-            tokenizers: prompts -> (B, tokens) int64, one for each of `facts.text_encoders`.
+            tokenizers: prompts -> (B, tokens) int64, one for each text encoder.
             cache_bytes: bound of the cache of embedded prompts.
             preprocessing: what the safety checker's images go through, where the sessions hold one.
             memory: how many images share a call; as many as the networks take if None.
+            batches: whether a row's numbers depend on its company; unknown if None.
         """
-        self.sessions, self.facts = sessions, facts
-        self._config, self._tokenizers = dict(scheduler_config), tokenizers
+        self._batches = batches or BatchFacts()
+        self.sessions, self.roles = self._batches.sessions(sessions), roles
+        self._config = dict(scheduler_config)
         self._cache, self._preprocessing, self._memory = PromptCache(cache_bytes), preprocessing, memory
+        self._conditioner = Conditioner(roles, tokenizers, self._cache)
+        self._denoiser = DenoiserCalls(self.sessions, roles, memory, self._batches.shares)
         self._schedulers: dict[tuple[str | None, str], Scheduler] = {}
         self._colours: Colours | None = None
 
@@ -90,151 +89,167 @@ class Pipeline:
         return self._cache.stats
 
     def __call__(
-        self, prompt: str | Sequence[str] = "", *, negative_prompt: str | Sequence[str] | None = None,
-        steps: int = DEFAULT_STEPS, guidance_scale: float | None = None,
-        seed: int | Sequence[int] | None = None, images_per_prompt: int = 1,
-        height: int | None = None, width: int | None = None, scheduler: str | None = None, eta: float = 0.0,
-        guidance_rescale: float = 0.0, guidance_interval: tuple[float, float] = (0.0, 1.0),
-        image: ImageLike | Sequence[ImageLike] | None = None, mask: ImageLike | Sequence[ImageLike] | None = None,
-        strength: float | None = None, weighting: bool = False, long_prompts: bool = False,
-        cache_interval: int = 1, tile: int | None = None, latents: Float32 | None = None, output: str = "pil",
-        on_step: OnStep | None = None, cancel: Event | None = None, profile: Profile | None = None,
-        part: tuple[float, float] = WHOLE, sizes: SizeConditions | None = None,
+        self, prompt: str | Sequence[str] | Request = "", *, on_step: OnStep | None = None, cancel: Event | None = None,
+        profile: Profile | None = None, **fields: Any,
     ) -> Any:
-        """Make images.
+        """Make images: `prepare`, `advance` until done, `finish`.
 
         Args:
-            prompt: one text or several; empty texts for a model without prompts.
-            negative_prompt: what to steer away from: one text, or one per prompt. Unused without guidance. None is
-                what the model was trained to have in its place: zeros for Stable Diffusion XL, else the empty text.
-            steps: denoising steps.
-            guidance_scale: how strongly to follow the prompt; at 1 and below guidance is off and a step costs half. By
-                default what diffusers' class for the mode says: 7.5 for Stable Diffusion, 5 for XL.
-            seed: of the first image, the others counting on from it; or one per image; None is unpredictable. The noise
-                is that of `torch.Generator("cpu").manual_seed(seed)`, bit for bit: diffusers makes the same image with
-                it, and the same images with a list of them.
-            images_per_prompt: images for each prompt, which follow each other in the result.
-            height, width: pixels; by default the latents', else the initial image's rounded down to whole latents, else
-                (and under a mask) the model's own size.
-            scheduler: name of a sampling method, over the model's noise schedule; by default the model's own.
-            eta: share of fresh noise in DDIM's steps.
-            guidance_rescale: share of rescaling against overexposure, 0 to 1; see `guidance.Guidance`.
-            guidance_interval: first and last share of the steps under guidance; a step outside costs half.
-            image: initial image, or several that are dealt out in turn: paths, Pillow images of mode RGB, or float
-                arrays (H, W, 3) or (K, H, W, 3) in 0..1; resized to height and width. See `runtimes.codec.pixels`.
-            mask: white where the image is painted anew, black where it stays; one, or several that are dealt out in
-                turn: paths, Pillow images, or arrays (H, W) or (K, H, W), 1 from 0.5 on; resized to height and width.
-            strength: share of the steps that an initial image goes through, above 0 and at most 1. By default what
-                diffusers' class for the mode says: 0.8 for Stable Diffusion, 0.3 for XL; under a mask 1, where it
-                starts from noise alone, and 0.9999 for XL.
-            weighting: read `(word:1.3)`, `(word)` and `[word]` as weights; see `runtimes.text.prompt_weighting`.
-            long_prompts: read prompts that are too long for the text encoder in windows, instead of cutting them. The
-                U-Net must take that many tokens: build with --shapes sequence=...
-            cache_interval: compute the U-Net's deep layers at every so many steps only, and reuse them between; needs a
-                bundle built with --step-cache. 1 is every step; 3 is more than twice as fast.
-            tile: generate in overlapping tiles of so many pixels a side, one at a time, so that height and width may go
-                beyond what the bundle was built for, within the memory of one tile; see `runtimes.codec.tiling`.
-            latents: (B, C, H/f, W/f) float32 of unit variance, used instead of the seeds' initial noise; under a mask,
-                denoising starts from them alone, whatever the strength.
-            output: "pil"; "numpy" for pixels in 0..1; "latents" for what would be decoded.
+            prompt: of the request, or a whole request, which no other field may go with.
             on_step: called after every step; False ends the call with CancelledError, and so does what it raises.
             cancel: once another thread sets it, the call ends with CancelledError when its network in flight returns.
             profile: records where the time goes.
-            part: share of the noise schedule to denoise: (0, 0.8) with output="latents" by a base model, then (0.8, 1)
-                with those latents by a refiner. A part that does not begin at 0 starts from `latents` as they are.
-            sizes: what Stable Diffusion XL is told about sizes; by default, that the image is whole.
+            fields: of `runtimes.Request`, see below.
 
         Returns:
             list of B PIL images, or (B, H, W, 3) float32, or (B, C, H/f, W/f) float32.
 
         Raises:
-            InputError: an argument cannot be used; said before any network runs.
+            InputError: a field cannot be used; said before any network runs.
             CancelledError: on_step or cancel ended the call.
             ParityError: the networks' numbers are not finite.
             UnavailableError: out of memory.
+
+        Fields of the request:
         """
-        start = perf_counter()
-        part = interval(part, "part")
+        if isinstance(prompt, Request) and fields:
+            raise InputError("fields beside a whole request", where=next(iter(fields)),
+                             fix="put them into the request: dataclasses.replace(request, ...)")
+        request = prompt if isinstance(prompt, Request) else Request(prompt, **fields)
+        [job] = self.prepare([request], on_step=on_step, cancel=cancel, profile=profile)
+        while not job.done:
+            self.advance([job])
+        [images] = self.finish([job])
+        if job.error is not None:
+            raise job.error
+        return images
+
+    def prepare(
+        self, requests: Sequence[Request], *, on_step: OnStep | None = None, cancel: Event | None = None,
+        profile: Profile | None = None,
+    ) -> list[Job]:
+        """Requests as jobs: prompts and images encoded, seeds and defaults found, nothing denoised.
+
+        What requests need encoded shares calls where the numbers cannot depend on the company.
+
+        Args:
+            requests: all are checked before any network runs.
+            on_step: called after every step of each job; False ends the job with CancelledError, as does what it
+                raises. It does not end other jobs.
+            cancel: once another thread sets it, all of these jobs end; `Job.cancel` ends one.
+            profile: records where the time of these jobs goes.
+
+        Raises:
+            InputError: a request cannot be used.
+            CancelledError: `cancel` was set.
+            UnavailableError: out of memory.
+        """
         if on_step is not None and not callable(on_step):
             raise InputError(f"on_step is {type(on_step).__name__}, expected a function of a Step", where="on_step")
-        one_of(cancel, Event, "cancel"), one_of(profile, Profile, "profile"), one_of(sizes, SizeConditions, "sizes")
-        if one_of(output, str, "output") not in OUTPUTS:
-            raise InputError(f"unknown output {output!r}", where="output", fix=f"one of {', '.join(OUTPUTS)}")
-        if whole(cache_interval, "cache_interval") > 1 and SHALLOW not in self.sessions:
-            raise InputError("this bundle has no U-Net that reuses deep features", where="cache_interval",
+        one_of(cancel, Event, "cancel"), one_of(profile, Profile, "profile")
+        with _timed([profile]), _unchecked():
+            plans = [self._plan(request, on_step, cancel, profile) for request in requests]
+            if not plans:
+                return []
+            shared = plans[0].sessions if len(plans) == 1 or cancel is not None else WatchedSessions(
+                self.sessions, None, *_given(profile))
+            styled = [(_style(plan.request), plan.wanted) for plan in plans]
+            if len(plans) > 1:
+                for component in filter(self._batches.exact, self.roles.encoders):
+                    self._conditioner.encode_together(component, shared, styled)
+            conditions = [self._conditioner.gather(plan.sessions, style, wanted, plan.request.sizes or SizeConditions())
+                          for plan, (style, wanted) in zip(plans, styled, strict=True)]
+            noises = [NoiseStreams(plan.wanted.seeds) for plan in plans]
+            starts = self._starts(plans, noises, shared)
+            return [Job(*parts) for parts in zip(plans, conditions, starts, noises, strict=True)]
+
+    def advance(self, jobs: Iterable[Job]) -> None:
+        """One evaluation of the denoiser for each job that is not done; their rows share calls as far as they fit.
+
+        Jobs may differ in prompt, steps, scheduler, guidance, seeds and progress. A fault of one (numbers that are not
+        finite, what on_step raises, a cancel) is its `error` and leaves the others alone. Two threads must not advance
+        the same job.
+
+        Args:
+            jobs: of this pipeline's `prepare`.
+        """
+        live = [job for job in dict.fromkeys(jobs) if not job.done and job.live()]
+        with _timed(job.plan.profile for job in live), _unchecked():
+            for asked in self._denoiser.evaluate(live):
+                job, prediction = asked.job, asked.prediction
+                try:
+                    if asked.answered and prediction is not None and job.error is None:
+                        job.answer(prediction, self.roles.denoiser.component)
+                except Exception as error:
+                    job.fail(error)
+
+    def finish(self, jobs: Sequence[Job]) -> list[Any]:
+        """The images of jobs that are done, decoded together.
+
+        Args:
+            jobs: of this pipeline's `prepare`.
+
+        Returns:
+            for each job what its request wants: a list of B PIL images, (B, H, W, 3) float32 in 0..1, or the latents
+            (B, C, H/f, W/f) float32; an empty list for a job that has an `error`.
+
+        Raises:
+            InputError: a job is not done.
+        """
+        if any(not job.done for job in jobs):
+            raise InputError("a job is not done", where="finish", fix="advance it until job.done")
+        with _timed(job.plan.profile for job in jobs), _unchecked():
+            return decode_jobs(self.sessions, self.roles.codec, jobs, self._memory, self._batches.shares)
+
+    def _plan(self, request: Request, on_step: OnStep | None, cancel: Event | None, profile: Profile | None,
+              ) -> Plan:
+        """A request checked against this bundle, without running any network."""
+        if request.cache_interval > 1 and self.roles.denoiser.shallow is None:
+            raise InputError("this bundle has no denoiser that reuses deep features", where="cache_interval",
                              fix="leave it 1, or build with --step-cache")
-        mode = self.facts.mode(image is not None, mask is not None)
-        scale = mode.guidance_scale if guidance_scale is None else finite(guidance_scale, "guidance_scale")
-        guidance = Guidance(scale, finite(guidance_rescale, "guidance_rescale"),
-                            interval(guidance_interval, "guidance_interval"), self.facts.guides_below_one)
-        share = mode.strength if strength is None else finite(strength, "strength")
-        method, wanted = self._scheduler(one_of(scheduler, str, "scheduler"), mode), whole(steps, "steps")
-        run, count = begin_part(method, wanted, part, 1.0 if image is None else share,
-                                finite(eta, "eta"))
-        stop = Stop(cancel, count)
-        sessions = _Sessions(self.sessions, stop, profile)
-        if part[0] > 0 and (latents is None or image is not None):
-            raise InputError("a part that begins later starts from latents and no image", where="part",
-                             fix='give the latents of the part before: output="latents"')
-        request = check_request(
-            sessions, self.facts, prompt=prompt, negative_prompt=negative_prompt, images_per_prompt=images_per_prompt,
-            guided=guidance.on, seed=seed, height=height, width=width, image=image, mask=mask, strength=share,
-            latents=latents, tile=tile)
-        at_once = self._images_at_once(request)
-        style = PromptStyle(flag(weighting, "weighting"), flag(long_prompts, "long_prompts"))
-        with np.errstate(over="ignore", invalid="ignore"):  # every result is checked to be finite
-            conditions = gather(sessions, self.facts, self._tokenizers, self._cache, style, request,
-                                sizes or SizeConditions())
-            noise = NoiseStreams(request.seeds)
-            if part[0] > 0 and request.latents is not None:
-                begun = Start(request.latents)
+        mode = self.roles.mode(request.image is not None, request.mask is not None)
+        scale = mode.guidance_scale if request.guidance_scale is None else request.guidance_scale
+        role = self.roles.guidance
+        guidance = Guidance(1.0 if role.combination == "none" else scale, request.guidance_rescale,
+                            request.guidance_interval, role.guides_below_one)
+        strength = mode.strength if request.strength is None else request.strength
+        run, total = begin_part(self._scheduler(request.scheduler, mode), request.steps, request.part,
+                                1.0 if request.image is None else strength, request.eta)
+        stop = Stop(cancel or Event(), total)
+        sessions = WatchedSessions(
+            self.sessions, None if cancel is None and request.tile is None else stop.check, *_given(profile))
+        wanted = resolve(sessions, self.roles, request, guided=guidance.on, strength=strength)
+        return Plan(request, wanted, run, total, guidance, self._images_at_once(wanted), stop, on_step, profile,
+                    sessions)
+
+    def _starts(self, plans: list[Plan], noises: list[NoiseStreams], shared: Mapping[str, Session]) -> list[Start]:
+        """Where each job begins; what the images of all of them need encoded is encoded first."""
+        codec, denoiser = self.roles.codec, self.roles.denoiser.component
+        pixels = [Pixels() if plan.request.part[0] > 0 else to_encode(
+            plan.wanted, inpaints(plan.sessions[denoiser], self.roles)) for plan in plans]
+        wanted = [(array, plan.wanted.tiling) for plan, one in zip(plans, pixels, strict=True)
+                  for array in (one.original, one.masked) if array is not None]
+        encoder = codec.encoder.component
+        encoded = iter(encode_all(shared[encoder], codec, wanted,
+                                  together=self._batches.exact(encoder)) if wanted else [])
+        starts = []
+        for plan, one, noise in zip(plans, pixels, noises, strict=True):
+            original, masked = (None if array is None else next(encoded) for array in (one.original, one.masked))
+            if plan.request.part[0] > 0 and plan.wanted.latents is not None:
+                starts.append(Start(plan.wanted.latents))
             else:
-                begun = begin(sessions, self.facts, request, run, noise)
-            predict = self._predictor(sessions, request, conditions, guidance, count, begun.extra, cache_interval,
-                                      at_once)
-            sample = denoise(predict, run, begun, noise, stop, on_step, count=count)
-            stop.check()
-            result = self._finished(sessions, sample, request.tiling, output, at_once)
-        if profile is not None:
-            profile.total_seconds += perf_counter() - start
-        return result
+                starts.append(begin(self.roles, plan.wanted, plan.run, noise, original, masked))
+        return starts
 
-    def _predictor(
-        self, sessions: Mapping[str, Session], request: Request, conditions: Conditions, guidance: Guidance,
-        count: int, extra: Float32 | None, cache_interval: int, at_once: int | None,
-    ) -> Callable[[Float32, float, int], Float32]:
-        """The U-Net under the request's prompts, for the whole image or tile by tile."""
-        tiling = request.tiling
-        shallow = sessions[SHALLOW] if cache_interval > 1 else None
-        if tiling is None:
-            return GuidedUnet(sessions["unet"], conditions, guidance, count, extra=extra, shallow=shallow,
-                              cache_interval=cache_interval, images_at_once=at_once)
-        predict = GuidedUnet(sessions["unet"], conditions.repeated(tiling.count), guidance, count, shallow=shallow,
-                             cache_interval=cache_interval, images_at_once=1)
-        return Tiled(predict, tiling, predict.whole_steps, extra)
-
-    def _finished(
-        self, sessions: Mapping[str, Session], sample: Float32, tiling: Tiling | None, output: str, at_once: int | None,
-    ) -> Any:
-        """Denoised latents in the form that was asked for."""
-        if output == "latents":
-            return sample
-        decoder = sessions["vae_decoder"]
-        if tiling is not None:
-            pixels = autoencoder.decode_tiled(decoder, sample, self.facts, tiling)
-            return pixels if output == "numpy" else to_pil(autoencoder.to_uint8(pixels))
-        if output == "numpy":
-            return autoencoder.decode(decoder, sample, self.facts, at_once)
-        return to_pil(autoencoder.decode_uint8(decoder, sample, self.facts, at_once))
-
-    def _images_at_once(self, request: Request) -> int | None:
+    def _images_at_once(self, wanted: Resolved) -> int | None:
+        if wanted.tiling is not None:
+            area, count = wanted.tiling.area, 1
+        else:
+            area, count = wanted.latent_shape[1] * wanted.latent_shape[2], len(wanted.seeds)
         if self._memory is None:
-            return None
-        _, rows, columns = request.latent_shape
-        area = rows * columns if request.tiling is None else request.tiling.area
-        count = len(request.seeds)
-        return self._memory.images_at_once(count if request.tiling is None else 1, 2 if request.negatives else 1, area,
-                                           count * request.height * request.width)
+            return None if wanted.tiling is None else 1
+        return self._memory.images_at_once(count, 2 if wanted.negatives else 1, area,
+                                           len(wanted.seeds) * wanted.height * wanted.width)
 
     def size_of(self, aspect: float) -> tuple[int, int]:
         """Height and width in pixels nearest to an aspect ratio, at about the pixels of the model's own size.
@@ -242,8 +257,7 @@ class Pipeline:
         Args:
             aspect: width over height.
         """
-        sides = [pixel_limits(self.facts, self.sessions, name) for name in ("height", "width")]
-        return nearest_size(aspect, self.facts.height * self.facts.width, *sides)
+        return size_for(self.roles, self.sessions, aspect)
 
     def preview(self, latents: Float32) -> NDArray[np.uint8]:
         """A small image of latents, for `Step.estimate`: one pixel for each latent, without the decoder.
@@ -257,7 +271,7 @@ class Pipeline:
             (B, H/f, W/f, 3) uint8.
         """
         if self._colours is None:
-            self._colours = fit(self.sessions["vae_decoder"], self.facts)
+            self._colours = fit(self.sessions[self.roles.codec.decoder.component], self.roles.codec)
         return self._colours.show(latents)
 
     def flagged(self, images: Sequence[Image]) -> list[bool]:
@@ -269,10 +283,10 @@ class Pipeline:
         Raises:
             InputError: the bundle has no safety checker.
         """
-        if self._preprocessing is None or SAFETY_CHECKER not in self.sessions:
-            raise InputError("this bundle has no safety checker", where=SAFETY_CHECKER,
+        if self._preprocessing is None or self.roles.safety_checker not in self.sessions:
+            raise InputError("this bundle has no safety checker", where="safety_checker",
                              fix="build --safety-checker, from a model that has one")
-        return flags(self.sessions[SAFETY_CHECKER], self._preprocessing(images)) if images else []
+        return flags(self.sessions[self.roles.safety_checker], self._preprocessing(images)) if images else []
 
     def _scheduler(self, name: str | None, mode: ModeFacts) -> Scheduler:
         key = name, mode.pipeline_class
@@ -281,22 +295,50 @@ class Pipeline:
         return self._schedulers[key]
 
 
-class _Sessions(Mapping[str, Session]):
-    """The sessions of one call: they can be stopped, are timed for a profile, and one that is missing is named."""
+def _style(request: Request) -> PromptStyle:
+    return PromptStyle(request.weighting, request.long_prompts)
 
-    def __init__(self, sessions: Mapping[str, Session], stop: Stop, profile: Profile | None) -> None:
-        self._sessions, self._stop, self._profile = sessions, stop, profile
 
-    def __getitem__(self, name: str) -> Session:
-        try:
-            session = self._stop.watch(self._sessions[name])
-        except KeyError:
-            raise BundleError(f"this pipeline has no {name}", where=name,
-                              fix=f"it has {', '.join(sorted(self._sessions))}") from None
-        return session if self._profile is None else self._profile.watch(session)
+def _unchecked() -> np.errstate:
+    """No warnings of numbers that are not finite: every result is checked to be."""
+    return np.errstate(over="ignore", invalid="ignore", divide="ignore")
 
-    def __iter__(self) -> Any:
-        return iter(self._sessions)
 
-    def __len__(self) -> int:
-        return len(self._sessions)
+def _given(profile: Profile | None) -> list[Profile]:
+    return [] if profile is None else [profile]
+
+
+@contextmanager
+def _timed(profiles: Iterable[Profile | None]) -> Iterator[None]:
+    """Add the time of a block to profiles."""
+    distinct = {id(profile): profile for profile in profiles if profile is not None}
+    start = perf_counter()
+    try:
+        yield
+    finally:
+        for profile in distinct.values():
+            profile.total_seconds += perf_counter() - start
+
+
+def one_of(value: Any, kind: type[Any], where: str) -> Any:
+    """A value of a type of ours, or None.
+
+    Raises:
+        InputError: anything else.
+    """
+    if value is not None and not isinstance(value, kind):
+        raise InputError(f"{where} is {type(value).__name__}, expected {kind.__name__}", where=where)
+    return value
+
+
+def _with_keywords(call: Any) -> None:
+    """Show the fields of a request as keywords of a function that passes them on, in its signature and docstring."""
+    signature = inspect.signature(call)
+    first, prompt, *rest = signature.parameters.values()
+    keywords = [inspect.Parameter(declared.name, inspect.Parameter.KEYWORD_ONLY, default=declared.default,
+                                  annotation=declared.type) for declared in dataclasses.fields(Request)[1:]]
+    call.__signature__ = signature.replace(parameters=[first, prompt, *keywords, *rest[:-1]])
+    call.__doc__ = f"{inspect.cleandoc(call.__doc__)}\n{described(4)}"
+
+
+_with_keywords(Pipeline.__call__)

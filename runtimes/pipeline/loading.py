@@ -9,23 +9,24 @@ from typing import Any
 from runtimes.adapters.lora_inputs import check_options
 from runtimes.backends.session import SessionOptions
 from runtimes.bundle.folder import Bundle, read_object
-from runtimes.codec.safety_checker import PREPROCESSOR_FILE, SAFETY_CHECKER, Preprocessing
+from runtimes.codec.safety_checker import PREPROCESSOR_FILE, Preprocessing
+from runtimes.pipeline.batch_facts import BatchFacts
 from runtimes.pipeline.bundle_sessions import BundleSessions, needed
 from runtimes.pipeline.diffusion import Pipeline
 from runtimes.pipeline.memory_budget import MemoryBudget
+from runtimes.system.device import Device
 from runtimes.text.clip_tokenizer import ClipTokenizer
 
-SCHEDULER_FILE = "scheduler/scheduler_config.json"
 
-
-def load(bundle_dir: Path | str | Bundle, device: str = "cpu", threads: int = 0, check_hashes: bool = True, *,
+def load(bundle_dir: Path | str | Bundle, device: str | Device = "cpu", threads: int = 0, check_hashes: bool = True, *,
          hint: str = "latency", pin_threads: bool = False, memory_budget: int | None = None,
-         lora: Sequence[str] = ()) -> Pipeline:
+         lora: Sequence[str] = (), deterministic: bool = False) -> Pipeline:
     """Load a bundle.
 
     Args:
         bundle_dir: folder that `build` wrote, or an open bundle.
-        device: "cpu", or an accelerator that the bundle's backend knows ("cuda", "tensorrt", "tensorrt-rtx").
+        device: "cpu", or an accelerator that the bundle's backend knows, with its number where there are several:
+            "cuda", "cuda:1", "tensorrt:0", "gpu:1"; see `runtimes.system.device`.
         threads: CPU threads inside one operator; 0 uses every core.
         check_hashes: compare every file with its sha256 first, above 64 MB unless it is the file that an earlier load
             compared and nobody wrote to it since; otherwise only presence and size.
@@ -34,28 +35,30 @@ def load(bundle_dir: Path | str | Bundle, device: str = "cpu", threads: int = 0,
         memory_budget: bytes that this process may take while it generates: as many images share a call as fit.
             What calls take is measured once on each machine; see `runtimes.pipeline.memory_budget`.
         lora: of a bundle built with `--lora-mode swap`: `FILE[:SCALE]` each instead of its own, or "none" alone.
+        deterministic: every bit of an image is the same whichever others share its calls: networks that were measured
+            to depend on the number of rows, or not measured, run with one number of rows, the rest being padding.
 
     Raises:
-        InputError: a LoRA that the bundle does not take.
+        InputError: a LoRA that the bundle does not take, or a device that is none of its backend's.
         BundleError: not a bundle, or one that is broken, changed or from another schema.
         UnavailableError: this machine lacks the backend, the device or the memory.
     """
     bundle = bundle_dir if isinstance(bundle_dir, Bundle) else Bundle.open(bundle_dir, check_hashes=check_hashes,
                                                                            trust_notes=True)
     check_options(bundle, lora)
-    options = SessionOptions(device, threads, hint, pin_threads, tuple(lora), keep_graphs=True)
+    options = SessionOptions(Device.parse(device), threads, hint, pin_threads, tuple(lora), keep_graphs=True)
     budget = None
     if memory_budget is not None:
         from runtimes.pipeline.memory_measurement import memory_model
 
         budget = MemoryBudget(memory_budget, memory_model(bundle, options))
     sessions = BundleSessions(bundle, options)
-    facts = bundle.manifest.pipeline
-    for name in needed(facts):
+    roles = bundle.manifest.pipeline
+    for name in needed(roles):
         sessions[name]
-    preprocessing = load_preprocessing(bundle) if SAFETY_CHECKER in bundle.manifest.components else None
-    return Pipeline(sessions, facts, scheduler_config(bundle), *load_tokenizers(bundle), preprocessing=preprocessing,
-                    memory=budget)
+    preprocessing = load_preprocessing(bundle) if roles.safety_checker else None
+    return Pipeline(sessions, roles, scheduler_config(bundle), *load_tokenizers(bundle), preprocessing=preprocessing,
+                    memory=budget, batches=BatchFacts.of(bundle.manifest, options.device, deterministic=deterministic))
 
 
 def load_tokenizers(bundle: Bundle) -> list[ClipTokenizer]:
@@ -64,18 +67,17 @@ def load_tokenizers(bundle: Bundle) -> list[ClipTokenizer]:
     Raises:
         BundleError: one is missing or cannot be read.
     """
-    facts = bundle.manifest.pipeline
-    folders = [name.replace("text_encoder", "tokenizer") for name in facts.text_encoders]
-    return [ClipTokenizer.load(bundle.file(f"{folder}/tokenizer.json").parent, facts.tokens) for folder in folders]
+    return [ClipTokenizer.load(bundle.file(f"{reader.tokenizer}/tokenizer.json").parent, reader.tokens)
+            for reader in bundle.manifest.pipeline.conditioner.encoders]
 
 
 def scheduler_config(bundle: Bundle) -> dict[str, Any]:
-    """The bundle's scheduler_config.json.
+    """The config of the bundle's scheduler.
 
     Raises:
         BundleError: missing or not a JSON object.
     """
-    return read_object(bundle.file(SCHEDULER_FILE))
+    return read_object(bundle.file(bundle.manifest.pipeline.process.scheduler))
 
 
 def load_preprocessing(bundle: Bundle) -> Preprocessing:

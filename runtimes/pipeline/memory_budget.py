@@ -1,6 +1,6 @@
 """How much memory a bundle's calls take: a model fitted to measurements, and how many images fit into a budget.
 
-    peak = base + sum over U-Net and decoder of (c + b * rows * area + q * rows * area^2)
+    peak = base + sum over denoiser and decoder of (c + b * rows * area + q * rows * area^2)
 
 rows of one call, area in latents; q is what attention costs where a backend holds its matrices. `memory_measurement`
 measures.
@@ -16,7 +16,7 @@ import numpy as np
 
 from runtimes.errors import InputError
 
-MEASURED = ("unet", "vae_decoder")
+MEASURED = DENOISER, DECODER = ("denoiser", "decoder")
 NOISE_BYTES = 1_000_000
 MARGIN = 1.1  # of what is generated with, above what is loaded: the least error seen in repeated runs is a few percent
 IMAGE_BYTES = 2 * 3 * 4  # for each pixel: float32 RGB, once more while it is converted
@@ -28,14 +28,14 @@ class MemoryModel:
 
     Attributes:
         base_bytes: with everything loaded and nothing generated.
-        costs: component -> c, b and q of the formula above, in bytes.
+        costs: "denoiser" and "decoder" -> c, b and q of the formula above, in bytes.
     """
 
     base_bytes: float
     costs: Mapping[str, Sequence[float]]
 
     def peak_bytes(self, calls: Sequence[Mapping[str, int]], area: int) -> float:
-        """What calls of so many rows of each component, at so many latents a row, take together."""
+        """What calls of so many rows of denoiser and decoder, at so many latents a row, take together."""
         return self.base_bytes + MARGIN * sum(
             max(float(np.dot(self.costs[name], _features(count, area))), 0.0)
             for rows in calls for name, count in rows.items())
@@ -53,7 +53,7 @@ class MemoryBudget:
 
         Args:
             count: images of the request.
-            copies: U-Net rows for each, 2 under guidance.
+            copies: denoiser rows for each, 2 under guidance.
             area: latents of one row.
             pixels: of all images together.
 
@@ -64,7 +64,7 @@ class MemoryBudget:
             parts = -(-count // images)
             # A backend keeps memory for every shape it has met, and calls may differ by one image.
             needed = IMAGE_BYTES * pixels + self.model.peak_bytes(
-                [{"unet": copies * n, "vae_decoder": n} for n in {count // parts, -(-count // parts)}], area)
+                [{DENOISER: copies * n, DECODER: n} for n in {count // parts, -(-count // parts)}], area)
             if needed <= self.bytes:
                 return images
         raise InputError(f"one image at a time needs about {needed / 1e6:.0f} MB, the budget is "
@@ -73,18 +73,18 @@ class MemoryBudget:
 
 
 def fit(measured: Mapping[str, Any]) -> MemoryModel:
-    """Least squares for each component; more rows or latents never cost less.
+    """Least squares for denoiser and decoder; more rows or latents never cost less.
 
     Args:
-        measured: `base` in bytes, and of each component a list of [rows, area, growth in bytes].
+        measured: `base` in bytes, and of denoiser and decoder a list of [rows, area, growth in bytes].
     """
     costs = {}
     for name in MEASURED:
         points = np.array(measured[name], np.float64)
         # The smallest calls fit into what loading has freed: they say nothing of what more costs.
-        told = points[points[:, 2] > points[0, 2] + NOISE_BYTES] if len(points) > 1 else points
-        told = told if len(told) > 1 else points[-2:]
-        costs[name] = _fitted(np.array([_features(rows, area) for rows, area, _ in told]), told[:, 2])
+        telling = points[points[:, 2] > points[0, 2] + NOISE_BYTES] if len(points) > 1 else points
+        telling = telling if len(telling) > 1 else points[-2:]
+        costs[name] = _fitted(np.array([_features(rows, area) for rows, area, _ in telling]), telling[:, 2])
     return MemoryModel(measured["base"], costs)
 
 

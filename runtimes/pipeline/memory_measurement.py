@@ -24,29 +24,31 @@ from runtimes.backends.batching import row_range
 from runtimes.backends.session import Session, SessionOptions
 from runtimes.bundle.folder import Bundle, read_object, replacing
 from runtimes.bundle.manifest import digest_of
+from runtimes.bundle.roles import Roles
 from runtimes.bundle.tensors import example_feeds
 from runtimes.errors import BundleError, InputError, UnavailableError
 from runtimes.pipeline.bundle_sessions import BundleSessions, needed
-from runtimes.pipeline.memory_budget import MEASURED, MemoryModel, fit
+from runtimes.pipeline.memory_budget import DECODER, DENOISER, MemoryModel, fit
 from runtimes.system.cache_root import cache_home
 from runtimes.system.cache_store import use
-from runtimes.system.child_process import die_with_parent, last_words, run_child
+from runtimes.system.child_process import as_child, last_words, run_child
+from runtimes.system.device import Device
 from runtimes.system.process_memory import peak_rss_bytes, reset_peak
 
-VERSION = 1  # raised whenever the same key would mean other figures
+VERSION = 2  # raised whenever the same key would mean other figures
 MEASURED_FILE = "measured.json"
 MOST_ROWS = 16
 ENOUGH_BYTES, ENOUGH_SECONDS = 32_000_000, 20.0
 
 
 def memory_model(bundle: Bundle, options: SessionOptions) -> MemoryModel:
-    """The model of a bundle on this machine: kept from an earlier call, or measured now by a few calls elsewhere.
+    """The model of a bundle on this machine: left by an earlier call, or measured now by a few calls elsewhere.
 
     Raises:
         InputError: another device than the CPU, whose memory is not this process's.
         UnavailableError: the measurement failed.
     """
-    if options.device.lower() != "cpu":
+    if options.device.kind != "cpu":
         raise InputError(f"a memory budget counts this process's memory, not that of {options.device}",
                          where="memory budget", fix="leave it out; where memory runs out, batches become smaller")
     key = digest_of([VERSION, bundle.manifest.digest, asdict(options), os.cpu_count(), platform.platform()])
@@ -66,24 +68,25 @@ def memory_model(bundle: Bundle, options: SessionOptions) -> MemoryModel:
     return model
 
 
-def measure(sessions: Mapping[str, Session]) -> dict[str, Any]:
+def measure(sessions: Mapping[str, Session], roles: Roles) -> dict[str, Any]:
     """Growth of the peak by calls of growing size; what `fit` takes. The sessions are loaded and have not run.
 
     A component's calls grow until what they add to the first stands out, or take too long.
     """
     result: dict[str, Any] = {"base": _peak_now()}
     enough = max(ENOUGH_BYTES, result["base"] / 5)
-    for name in MEASURED:
+    components = {DENOISER: roles.denoiser.component, DECODER: roles.codec.decoder.component}
+    for name, session in ((name, sessions[component]) for name, component in components.items()):
         before, began, result[name] = _peak_now(), time.perf_counter(), []
-        for rows, height, width in _ladder(sessions[name]):
-            component = sessions[name].component
+        for rows, height, width in _ladder(session):
+            component = session.component
             sizes = {axis: a.range.opt for axis, a in component.axes.items()}
             sample = component.inputs[0].shape
             sizes |= dict(zip(map(str, (sample[0], *sample[2:])), (rows, height, width), strict=True))
             feeds = example_feeds(component.inputs, sizes)
             reset_peak()
             for _ in range(2):  # ONNX Runtime plans a shape's memory in its first call and takes it in the second
-                sessions[name].run(feeds)
+                session.run(feeds)
             result[name].append([rows, height * width, peak_rss_bytes() - before])
             added = result[name][-1][2] - result[name][0][2]
             if added >= enough or time.perf_counter() - began >= ENOUGH_SECONDS:
@@ -115,22 +118,21 @@ def _ladder(session: Session) -> list[tuple[int, int, int]]:
     return ladder
 
 
-def main() -> None:
+def main(request: Path) -> None:
     """Load the bundle of a request and write what its calls take."""
-    die_with_parent()
-    request = Path(sys.argv[1])
     options = read_object(request)
     bundle = Bundle.open(Path(options.pop("bundle")), check_hashes=False)
-    options |= {"lora": tuple(options["lora"]), "keep_graphs": True}
+    options |= {"device": Device(**options["device"]), "lora": tuple(options["lora"]), "keep_graphs": True}
     sessions = BundleSessions(bundle, SessionOptions(**options))
     loaded = {name: sessions[name] for name in needed(bundle.manifest.pipeline)}
     for module in ("PIL.Image", "runtimes.pipeline.diffusion"):  # what a process that generates has in memory besides
         importlib.import_module(module)
-    for name in bundle.manifest.pipeline.text_encoders:
+    for name in bundle.manifest.pipeline.encoders:
         component = loaded[name].component
         loaded[name].run(example_feeds(component.inputs, {n: axis.range.opt for n, axis in component.axes.items()}))
-    request.with_name(MEASURED_FILE).write_text(json.dumps(measure(loaded)), encoding="utf-8")
+    request.with_name(MEASURED_FILE).write_text(json.dumps(measure(loaded, bundle.manifest.pipeline)), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    with as_child():
+        main(Path(sys.argv[1]))

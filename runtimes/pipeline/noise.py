@@ -107,15 +107,20 @@ def resolve_seeds(seed: int | Sequence[int] | None, count: int) -> tuple[int, ..
         first = secrets.randbits(32)
         return tuple(first + i for i in range(count))
     if (isinstance(seed, Sequence) and not isinstance(seed, str)) or (isinstance(seed, np.ndarray) and seed.ndim):
-        seeds = tuple(_seed(s) for s in seed)
+        seeds = tuple(checked_seed(s) for s in seed)
         if len(seeds) != count:
             raise InputError(f"{len(seeds)} seeds for {count} images", where="seed", fix="give one per image, or one")
         return seeds
-    first = _seed(seed)
-    return tuple(_seed(first + i) for i in range(count))
+    first = checked_seed(seed)
+    return tuple(checked_seed(first + i) for i in range(count))
 
 
-def _seed(seed: object) -> int:
+def checked_seed(seed: object) -> int:
+    """One seed.
+
+    Raises:
+        InputError: not a whole number that `torch.Generator.manual_seed` takes.
+    """
     try:
         if isinstance(seed, bool | np.bool_):
             raise TypeError

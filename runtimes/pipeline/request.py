@@ -1,334 +1,211 @@
-"""What a caller asks of a pipeline, checked as a whole before any work and spread out to one entry per image."""
+"""`Request`: everything that one call asks of a pipeline. Nothing here knows a bundle.
+
+A field's name, default, range and help text are written here alone. The keywords of `Pipeline.__call__`, the options of
+`python -m deploy generate`, the keys of `Request.from_mapping` (JSON, YAML) and Triton's inputs are made of them.
+"""
+# ruff: noqa: RUF009 - `asked` is dataclasses.field with metadata
 
 from __future__ import annotations
 
-import math
-import operator
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import difflib
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field, fields
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from runtimes.backends.batching import Described, input_spec
-from runtimes.backends.session import Session
-from runtimes.bundle.manifest import PipelineFacts
-from runtimes.bundle.tensors import ShapeRange
-from runtimes.codec.pixels import ImageLike, Opened, open_image, open_mask, size_of, to_mask, to_pixels
-from runtimes.codec.tiling import Tiling
-from runtimes.errors import BundleError, InputError
+from runtimes.bundle.manifest import DEFAULT_STEPS
+from runtimes.codec.pixels import ImageLike
+from runtimes.errors import InputError
+from runtimes.pipeline import request_fields as kinds
 from runtimes.pipeline.noise import resolve_seeds
-from runtimes.text.clip_tokenizer import check_text
+from runtimes.pipeline.request_fields import MOST, Kind, SizeConditions, whole
+from runtimes.schedulers import SCHEDULERS
 
 OUTPUTS = ("pil", "numpy", "latents")
-MAX_TILED_SIDE, LARGEST_SIDE = 8192, 1 << 31  # the second only keeps numbers sane: the axes have ranges
-MOST = 10_000  # of steps, images and whatever else is counted: more is a slip of the pen, and takes all memory
+WHOLE_RUN = (0.0, 1.0)
 
 
-@dataclass(frozen=True)
+def asked(value: Any, kind: Kind, help: str, more: str = "", /, **limits: Any) -> Any:
+    """A field of a request.
+
+    Args:
+        value: the default.
+        kind: what it may hold.
+        help: what it does, in a line or two, without range, choices and default.
+        more: what only a programmer wants to know.
+        limits: `default` in words; `least`, `above`, `most`, `choices`; of the command line `flags`, `argument`,
+            `command_line` (another default there), `no_option` (why there is none).
+    """
+    return field(default=value, metadata={"kind": kind, "help": help, "more": more, **limits})
+
+
+@dataclass(frozen=True, eq=False)
 class Request:
-    """A checked call. Everything per image has one entry for each of the B images.
-
-    Attributes:
-        prompts, negatives: texts; `negatives` is empty where guidance is off.
-        negatives_given: whether the negative prompts were given, though they be empty texts.
-        latent_shape: (C, H/f, W/f).
-        height, width: pixels.
-        tiling: where the networks' tiles lie, or None where they take the whole.
-        images: distinct initial images, (K, 3, H, W) float32 in -1..1, or None for text to image.
-        image_of: index into `images` for every image.
-        strength: share of the schedule that initial images go through; 1 starts from noise alone under a mask.
-        masks: distinct masks, (M, 1, H, W) float32, 1 where an image is painted anew, or None.
-        mask_of: index into `masks` for every image.
-        latents: given initial noise, (B, C, H/f, W/f) float32 of unit variance, or None to sample it.
-    """
-
-    prompts: tuple[str, ...]
-    negatives: tuple[str, ...]
-    negatives_given: bool
-    latent_shape: tuple[int, int, int]
-    height: int
-    width: int
-    tiling: Tiling | None
-    seeds: tuple[int, ...]
-    images: NDArray[np.float32] | None
-    image_of: tuple[int, ...]
-    strength: float
-    masks: NDArray[np.float32] | None
-    mask_of: tuple[int, ...]
-    latents: NDArray[np.float32] | None
-
-
-def check_request(
-    sessions: Mapping[str, Session], facts: PipelineFacts, *, prompt: str | Sequence[str],
-    negative_prompt: str | Sequence[str] | None, images_per_prompt: int, guided: bool,
-    seed: int | Sequence[int] | None, height: int | None, width: int | None,
-    image: ImageLike | Sequence[ImageLike] | None, mask: ImageLike | Sequence[ImageLike] | None, strength: float,
-    latents: NDArray[np.float32] | None, tile: int | None,
-) -> Request:
-    """Check a call's arguments; see `Pipeline.__call__` for their meaning.
+    """Everything that one call asks of a pipeline, checked as far as no bundle is needed. B images come of it.
 
     Raises:
-        InputError: the first argument that cannot be used.
+        InputError: the first field that cannot be used.
     """
-    prompts = _texts(prompt, "the prompt")
-    if not prompts:
-        raise InputError("no prompt", where="prompt", fix="give at least one; it may be an empty string")
-    copies = whole(images_per_prompt, "images_per_prompt", MOST // len(prompts))
-    if not facts.text_encoders and any(prompts):
-        raise InputError("this model generates without prompts", where="prompt", fix="leave the prompt empty")
-    negatives = _texts("" if negative_prompt is None else negative_prompt, "the negative prompt")
-    if negative_prompt is None or isinstance(negative_prompt, str):
-        negatives *= len(prompts)
-    if len(negatives) != len(prompts):
-        raise InputError(f"{len(negatives)} negative prompts for {len(prompts)} prompts", where="negative_prompt",
-                         fix="give one, or one per prompt")
-    count = len(prompts) * copies
-    images = [] if image is None else _opened_all(image, open_image, "image", count)
-    masks = [] if mask is None else _opened_all(mask, open_mask, "mask", count)
-    if masks and not images:
-        raise InputError("a mask without an image", where="mask", fix="give the image that it lies over")
-    if len({len(images), len(masks)} - {0, 1}) > 1:
-        raise InputError(f"{len(masks)} masks for {len(images)} images", where="mask", fix="give one, or one each")
-    # As diffusers has it, an image sets the size of what is made of it, but not of what is painted into it.
-    height, width = _size(facts, sessions, height, width, None if masks or not images else size_of(images[0]),
-                          latents, tile)
-    shape = facts.latent_channels, height // facts.vae_scale_factor, width // facts.vae_scale_factor
-    return Request(
-        prompts=_repeated(prompts, copies),
-        negatives=_repeated(negatives, copies) if guided else (),
-        negatives_given=negative_prompt is not None,
-        latent_shape=shape,
-        height=height,
-        width=width,
-        tiling=None if tile is None else _tiling(facts, sessions, height, width, tile),
-        seeds=resolve_seeds(seed, count),
-        images=np.stack([to_pixels(p, height, width) for p in images]) if images else None,
-        image_of=_dealt(len(images), count),
-        strength=strength,
-        masks=np.stack([to_mask(m, height, width) for m in masks]) if masks else None,
-        mask_of=_dealt(len(masks), count),
-        latents=None if latents is None else check_latents(latents, (count, *shape)),
-    )
+
+    prompt: str | Sequence[str] = asked(
+        "", kinds.TEXTS, "what to generate: one text or several", "Empty for a model without prompts.",
+        default="none, for models without prompts", argument="PROMPT")
+    _: KW_ONLY
+    negative_prompt: str | Sequence[str] | None = asked(
+        None, kinds.TEXTS, "what to steer away from: one text, or one for each prompt; without effect where guidance "
+        "is off", default="the empty text; of XL zeros, as it was trained", flags=("--negative",))
+    steps: int = asked(
+        DEFAULT_STEPS, kinds.WHOLE, "denoising steps of an image; more take longer and are more accurate", least=1)
+    guidance_scale: float | None = asked(
+        None, kinds.NUMBER, "how strongly to follow the prompt; usual are 1 to 15; at 1 and below guidance is off "
+        "and a step costs half",
+        "The default is that of diffusers' class for the mode.",
+        default="the model's: 7.5, of XL 5", flags=("--guidance",))
+    seed: int | Sequence[int] | None = asked(
+        None, kinds.SEEDS, "seed of the first image, the next ones count up; or one for each image; the low 32 bits "
+        "decide: 0 to 4294967295",
+        'The noise is that of `torch.Generator("cpu").manual_seed(seed)`, bit for bit: diffusers makes the same image '
+        "with it, and the same images with a list of them.",
+        default="unpredictable; on the command line 0", command_line=0)
+    images_per_prompt: int = asked(
+        1, kinds.WHOLE, "images for each prompt, which follow each other in the result", least=1,
+        flags=("-n", "--count"))
+    height: int | None = asked(
+        None, kinds.PIXELS, "pixels, of the sizes that the bundle was built for", least=1,
+        default="that of the latents, else the image's rounded down, else (and under a mask) the model's own")
+    width: int | None = asked(
+        None, kinds.PIXELS, "pixels, of the sizes that the bundle was built for", least=1,
+        default="as for the height")
+    aspect: str | None = asked(
+        None, kinds.ASPECT, "width:height, as 16:9, in place of height and width: the bundle's nearest size, at about "
+        "the pixels of the model's own", default="none")
+    scheduler: str | None = asked(
+        None, kinds.CHOICE, "sampling method, over the model's noise schedule", choices=tuple(SCHEDULERS),
+        default="the model's own")
+    eta: float = asked(
+        0.0, kinds.NUMBER, "share of fresh noise in the steps of the schedulers ddim and tcd", least=0, most=1)
+    guidance_rescale: float = asked(
+        0.0, kinds.NUMBER, "share of rescaling against overexposure; 0.7 is usual", "See `guidance.Guidance`.",
+        least=0, most=1)
+    guidance_interval: tuple[float, float] = asked(
+        WHOLE_RUN, kinds.INTERVAL, "first and last share of the steps under guidance, as 0.1:0.7; a step outside costs "
+        "half", default="0:1")
+    image: ImageLike | Sequence[ImageLike] | None = asked(
+        None, kinds.IMAGES, "start from this image, resized to height and width (image to image); several are dealt "
+        "out in turn", "A path, a Pillow image of mode RGB, or a float array (H, W, 3) or (K, H, W, 3) in 0..1. See "
+        "`runtimes.codec.pixels`.", default="none")
+    mask: ImageLike | Sequence[ImageLike] | None = asked(
+        None, kinds.MASKS, "white where the image is painted anew, black where it stays (inpainting); resized to "
+        "height and width", "A path, a Pillow image, or an array (H, W) or (K, H, W), 1 from 0.5 on.", default="none")
+    strength: float | None = asked(
+        None, kinds.NUMBER, "share of the steps that the image goes through: how far to leave it",
+        "The default is that of diffusers' class for the mode; 1 under a mask starts from noise alone.",
+        above=0, most=1, default="the model's: 0.8, of XL 0.3; under a mask 1, of XL 0.9999")
+    weighting: bool = asked(
+        False, kinds.FLAG, "weigh (word:1.3), (word), [word] in prompts", "See `runtimes.text.prompt_weighting`.")
+    long_prompts: bool = asked(
+        False, kinds.FLAG, "read prompts that are too long for the text encoder in windows, instead of cutting them",
+        "The denoiser must take that many tokens: build with --shapes sequence=...")
+    cache_interval: int = asked(
+        1, kinds.WHOLE, "compute the denoiser's deep layers at every so many steps only, and reuse them between; 3 is "
+        "more than twice as fast; needs a bundle built with --step-cache", least=1)
+    tile: int | None = asked(
+        None, kinds.PIXELS, "generate in overlapping tiles of so many pixels a side, so that height and width may go "
+        "beyond what the bundle was built for", "Tiles are computed one at a time, within the memory of one; see "
+        "`runtimes.codec.tiling`.", least=1, default="no tiles")
+    latents: NDArray[np.float32] | None = asked(
+        None, kinds.LATENTS, "initial latents in place of the seeds' noise, a .npy file of float32 (B, C, H/f, W/f), "
+        "unit variance", "Or such an array. Under a mask, denoising starts from them alone, whatever the strength.",
+        default="none")
+    output: str = asked(
+        "pil", kinds.ANSWER, "the form of the result: Pillow images, pixels (B, H, W, 3) float32 in 0..1, or latents "
+        "(B, C, H/f, W/f) float32 that were not decoded", choices=OUTPUTS,
+        no_option="images are written to --output, latents to --save-latents")
+    part: tuple[float, float] = asked(
+        WHOLE_RUN, kinds.INTERVAL, "share of the noise schedule to denoise: 0:0.8 by a base model, 0.8:1 by a refiner",
+        'The first with output="latents", which the second starts from as they are.', default="0:1")
+    sizes: SizeConditions | None = asked(
+        None, kinds.SIZES, "what Stable Diffusion XL takes about sizes, as original=1024:768,crop=0:0; further keys: "
+        "target, aesthetic_score, negative_aesthetic_score", default="that the image is whole")
+
+    def __post_init__(self) -> None:
+        """Check every field by its kind, then what fields say of each other."""
+        for declared in fields(self):
+            value = getattr(self, declared.name)
+            if value is not None or declared.default is not None:
+                kind: Kind = declared.metadata["kind"]
+                object.__setattr__(self, declared.name, kind.check(value, declared.name, declared.metadata))
+        self._check_counts()
+        if self.aspect is not None and (self.height is not None or self.width is not None):
+            raise InputError("both an aspect and a height or width are given", where="aspect", fix="give one of them")
+        if self.mask is not None and self.image is None:
+            raise InputError("a mask without an image", where="mask", fix="give the image that it lies over")
+        if self.strength is not None and self.image is None:
+            raise InputError("a strength without an image", where="strength", fix="give an image, or leave it out")
+        if self.part[0] > 0 and (self.latents is None or self.image is not None):
+            raise InputError("a part that begins later starts from latents and no image", where="part",
+                             fix='give the latents of the part before: output="latents"')
+
+    def _check_counts(self) -> None:
+        """Prompts, negative prompts, images and seeds fit in number."""
+        if not self.prompts:
+            raise InputError("no prompt", where="prompt", fix="give at least one; it may be an empty string")
+        whole(self.images_per_prompt, "images_per_prompt", MOST // len(self.prompts))
+        given = self.negative_prompt
+        if given is not None and not isinstance(given, str) and len(given) != len(self.prompts):
+            raise InputError(f"{len(given)} negative prompts for {len(self.prompts)} prompts", where="negative_prompt",
+                             fix="give one, or one per prompt")
+        if self.seed is not None:
+            resolve_seeds(self.seed, self.count)
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """Every prompt, once."""
+        return (self.prompt,) if isinstance(self.prompt, str) else tuple(self.prompt)
+
+    @property
+    def negative_prompts(self) -> tuple[str, ...]:
+        """The negative prompt of each prompt; empty texts where none is given."""
+        given = "" if self.negative_prompt is None else self.negative_prompt
+        return (given,) * len(self.prompts) if isinstance(given, str) else tuple(given)
+
+    @property
+    def count(self) -> int:
+        """How many images are asked for."""
+        return len(self.prompts) * self.images_per_prompt
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any], *, files: bool = True) -> Request:
+        """A request from what JSON or YAML hold: field names and their values; lists stand for several.
+
+        Args:
+            values: as `{"prompt": "a red apple", "steps": 25}`; `sizes` may be a mapping, images and latents are paths.
+            files: whether paths may be among them. A server that takes mappings from others says no.
+
+        Raises:
+            InputError: a key that no field has, or a value that cannot be used.
+        """
+        known = {declared.name: declared for declared in fields(cls)}
+        for key in values:
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, 1)
+                raise InputError(f"unknown key {key!r}", where="request",
+                                 fix=f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}")
+            if not files and known[key].metadata["kind"].array and not isinstance(values[key], np.ndarray):
+                raise InputError("files are not read for this request", where=key, fix="send the image itself")
+        return cls(**values)
 
 
-def check_latents(latents: object, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """Refuse latents of another type or shape, or with numbers that are not finite.
-
-    Raises:
-        InputError: naming what was expected.
-    """
-    if not isinstance(latents, np.ndarray) or latents.dtype != np.float32 or latents.shape != shape:
-        found = f"{latents.dtype} {latents.shape}" if isinstance(latents, np.ndarray) else type(latents).__name__
-        raise InputError(f"the latents are {found}, expected float32 {shape}", where="latents",
-                         fix="(images, channels, height / f, width / f), unit variance")
-    if not np.isfinite(latents).all():
-        raise InputError("the latents hold NaN or infinity", where="latents")
-    return latents
-
-
-def check_size(facts: PipelineFacts, sessions: Mapping[str, Session], name: str, pixels: int) -> int:
-    """Refuse a height or width that the networks do not take.
-
-    Raises:
-        InputError: not a multiple, or outside the range that the bundle was built for.
-    """
-    limits, multiple = pixel_limits(facts, sessions, name)
-    pixels = whole(pixels, name, LARGEST_SIDE)
-    if pixels % multiple or pixels not in limits:
-        steps = f" in steps of {multiple}" if limits.min < limits.max else ""
-        near = sorted({min(max(p, limits.min), limits.max)
-                       for p in (pixels // multiple * multiple, -(-pixels // multiple) * multiple)})
-        raise InputError(f"{name} is {pixels}, the bundle makes {limits.min} to {limits.max}{steps}", where=name,
-                         fix=f"nearest: {' or '.join(map(str, near))}; other sizes need a rebuild with --shapes")
-    return pixels
-
-
-def pixel_limits(facts: PipelineFacts, sessions: Mapping[str, Described], name: str) -> tuple[ShapeRange, int]:
-    """The range of a height or width in pixels, and what it must be a multiple of: the U-Net's and decoder's alike."""
-    position = {"height": 2, "width": 3}[name]
-    least, most, multiple = 1, 1 << 20, 1
-    for component, tensor in (("unet", "sample"), ("vae_decoder", "latent_sample")):
-        shape = input_spec(sessions[component], tensor).shape
-        if len(shape) != 4:
-            raise BundleError(f"{tensor} has the shape {shape}, expected (B, C, H/f, W/f)", where=component,
-                              fix="build the bundle again")
-        size = shape[position]
-        if isinstance(size, int):
-            least, most = max(least, size), min(most, size)
-        elif (axis := sessions[component].component.axes.get(size)) is not None:
-            least, most = max(least, axis.range.min), min(most, axis.range.max)
-            multiple = math.lcm(multiple, axis.multiple)
-    least, most = -(-least // multiple) * multiple, most // multiple * multiple
-    if least > most:
-        raise InputError(f"U-Net and decoder have no {name} in common", where=name, fix="build the bundle again")
-    factor = facts.vae_scale_factor
-    return ShapeRange(least * factor, least * factor, most * factor), multiple * factor
-
-
-def whole(value: object, where: str, most: int = MOST) -> int:
-    """A whole number from 1 to `most`.
-
-    Raises:
-        InputError: anything else.
-    """
-    try:
-        if isinstance(value, bool | np.bool_):
-            raise TypeError
-        number = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        number = 0
-    if number < 1:
-        raise InputError(f"{where} is {value!r:.60}, expected a whole number from 1 on", where=where)
-    if number > most:
-        raise InputError(f"{where} is {number:.3g}, expected at most {most:,}", where=where)
-    return number
-
-
-def finite(value: Any, where: str) -> float:
-    """A finite number.
-
-    Raises:
-        InputError: NaN, infinity, or not a number.
-    """
-    try:
-        number = math.nan if isinstance(value, str | bool) else float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise InputError(f"{where} is {value!r}, expected a finite number", where=where)
-    return number
-
-
-def interval(value: Any, where: str) -> tuple[float, float]:
-    """Two finite numbers.
-
-    Raises:
-        InputError: anything else.
-    """
-    try:
-        first, last = value
-    except (TypeError, ValueError):
-        raise InputError(f"{value!r} is not a pair of numbers", where=where, fix="(0, 0.8)") from None
-    return finite(first, where), finite(last, where)
-
-
-def flag(value: object, where: str) -> bool:
-    """Yes or no.
-
-    Raises:
-        InputError: anything but True and False.
-    """
-    if not isinstance(value, bool | np.bool_):
-        raise InputError(f"{where} is {value!r:.60}, expected True or False", where=where)
-    return bool(value)
-
-
-def one_of(value: Any, kind: type[Any], where: str) -> Any:
-    """A value of a type of ours, or None.
-
-    Raises:
-        InputError: anything else.
-    """
-    if value is not None and not isinstance(value, kind):
-        raise InputError(f"{where} is {type(value).__name__}, expected {kind.__name__}", where=where)
-    return value
-
-
-def _texts(value: object, what: str) -> tuple[str, ...]:
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        check_text(value, what)
-        return (str(value),)
-    for text in value:
-        check_text(text, what)
-    return tuple(value)
-
-
-def _repeated(values: Sequence[Any], copies: int) -> tuple[Any, ...]:
-    """Each value `copies` times in a row, as diffusers orders the images of several prompts."""
-    return tuple(value for value in values for _ in range(copies))
-
-
-def _dealt(distinct: int, count: int) -> tuple[int, ...]:
-    """Which of several images belongs to each of `count` images: in turn, as diffusers repeats a batch of them."""
-    return tuple(i % distinct for i in range(count)) if distinct else ()
-
-
-def _opened_all(
-    given: ImageLike | Sequence[ImageLike], opened: Callable[[ImageLike, str], Opened], what: str, count: int
-) -> list[Opened]:
-    """One or several images or masks, all arrays of one shape or none an array."""
-    if isinstance(given, np.ndarray):
-        batch = given.ndim == 4 or (what == "mask" and given.ndim == 3 and given.shape[2] != 1)
-        sources: Sequence[Any] = given if batch else [given]  # type: ignore[assignment]
-    else:
-        sources = given if isinstance(given, Sequence) and not isinstance(given, str) else [given]
-    if not len(sources) or count % len(sources):
-        raise InputError(f"{len(sources)} {what}s for {count} image{'s' * (count != 1)} to make", where=what,
-                         fix="give one, or one for each")
-    images = [opened(source, what) for source in sources]
-    kinds = {image.shape if isinstance(image, np.ndarray) else None for image in images}
-    if len(kinds) > 1:
-        raise InputError(f"the {what}s are arrays of different shapes, or not all arrays", where=what,
-                         fix="give all as Pillow images or paths")
-    return images
-
-
-def _size(
-    facts: PipelineFacts, sessions: Mapping[str, Session], height: int | None, width: int | None,
-    image: tuple[int, int] | None, latents: object, tile: int | None,
-) -> tuple[int, int]:
-    """Height and width in pixels: as asked for, else the latents', else the image's rounded down to whole latents,
-    else the model's own."""
-    own = facts.height, facts.width
-    sizes = []
-    for axis, (name, given) in enumerate((("height", height), ("width", width))):
-        if given is not None:
-            size = given
-        elif isinstance(latents, np.ndarray) and latents.ndim == 4 and latents.shape[axis + 2]:
-            size = latents.shape[axis + 2] * facts.vae_scale_factor
-        elif image is not None:
-            sizes.append(_image_size(facts, sessions, name, image[axis], tile))
-            continue
-        else:
-            size = own[axis]
-        sizes.append(_checked_size(facts, sessions, name, size, tile))
-    return sizes[0], sizes[1]
-
-
-def _image_size(
-    facts: PipelineFacts, sessions: Mapping[str, Session], name: str, pixels: int, tile: int | None
-) -> int:
-    """An image's height or width in whole latents, rounded down as by `VaeImageProcessor.get_default_height_width`."""
-    try:
-        return _checked_size(facts, sessions, name, pixels - pixels % facts.vae_scale_factor, tile)
-    except InputError as error:
-        raise InputError(f"the image's {name} of {pixels} will not do: {error.what}", where="image",
-                         fix=f"give {name}; {error.fix}") from error
-
-
-def _checked_size(
-    facts: PipelineFacts, sessions: Mapping[str, Session], name: str, pixels: int, tile: int | None
-) -> int:
-    return check_size(facts, sessions, name, pixels) if tile is None else _check_tiled(facts, name, pixels)
-
-
-def _check_tiled(facts: PipelineFacts, name: str, pixels: int) -> int:
-    """Tiles cover any whole number of latents, up to what an image may have at all."""
-    factor = facts.vae_scale_factor
-    if whole(pixels, name, LARGEST_SIDE) % factor or pixels > MAX_TILED_SIDE:
-        raise InputError(f"{name} is {pixels}, expected a multiple of {factor} up to {MAX_TILED_SIDE:,}", where=name,
-                         fix=f"nearest: {min(max(round(pixels / factor), 1) * factor, MAX_TILED_SIDE)}")
-    return pixels
-
-
-def _tiling(
-    facts: PipelineFacts, sessions: Mapping[str, Session], height: int, width: int, tile: int
-) -> Tiling | None:
-    """Tiles of `tile` pixels, smaller where the image is; None if one tile is all of it."""
-    tile = whole(tile, "tile", LARGEST_SIDE)
-    rows = check_size(facts, sessions, "height", min(tile, height)) // facts.vae_scale_factor
-    columns = check_size(facts, sessions, "width", min(tile, width)) // facts.vae_scale_factor
-    shape = height // facts.vae_scale_factor, width // facts.vae_scale_factor
-    return None if shape == (rows, columns) else Tiling(shape, (rows, columns))
+def described(indent: int = 8) -> str:
+    """The fields as the lines of a docstring: name, help text, range or choices, default."""
+    lines = []
+    for declared in fields(Request):
+        said = declared.metadata
+        span = f": {', '.join(said['choices'])}" if "choices" in said else ""
+        default = said.get("default", repr(declared.default))
+        text = f"{declared.name}: {said['help']}{span}. Default: {default}. {said['more']}".strip()
+        lines += textwrap.wrap(text, 120 - indent, subsequent_indent="    ")
+    return "\n".join(" " * indent + line for line in lines)

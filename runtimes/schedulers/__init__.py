@@ -1,7 +1,7 @@
 """Samplers in numpy, equal to diffusers' step by step, with all randomness sampled by the caller.
 
 `from_config` reads a diffusers scheduler_config.json into a `Scheduler`; `Scheduler.start` begins a `Run`.
-One method a file; sigmas.py has the noise schedules, prediction.py the meaning of a model's output.
+One method a file; `noise_levels` has the noise schedules, `prediction` the meaning of a model's output.
 """
 
 from __future__ import annotations

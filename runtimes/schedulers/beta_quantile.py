@@ -1,4 +1,4 @@
-"""Quantiles of the symmetric beta distribution, which SciPy would give: `scipy.stats.beta.ppf(p, a, a)`."""
+"""Quantiles of the symmetric beta distribution, as `scipy.stats.beta.ppf(p, a, a)` gives them, without SciPy."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TERMS, HALVINGS = 80, 64  # the series shrinks by more than 1/2 a term, the inte
 
 
 def beta_quantile(p: Float64, a: float) -> Float64:
-    """x with I_x(a, a) = p, for p in [0, 1] and a > 0: same shape.
+    """The quantiles x, 0 to 1, with I_x(a, a) = p, for probabilities p in [0, 1] and a > 0: same shape, float64.
 
     The lower half is found by bisection in u = x^a, where the incomplete beta function is nearly linear; the upper half
     is its mirror image.

@@ -1,4 +1,4 @@
-"""One step of DPM-Solver in its four forms: the coefficients, and the combination of model outputs.
+"""Computes one step of DPM-Solver in its four forms: its coefficients, and the combination of model outputs.
 
 Lu et al., DPM-Solver, arXiv 2206.00927 (`dpmsolver`, in noise prediction), and DPM-Solver++, arXiv 2211.01095
 (`dpmsolver++`, in data prediction; section 4 for `sde-`). All have the form
@@ -6,6 +6,8 @@ Lu et al., DPM-Solver, arXiv 2206.00927 (`dpmsolver`, in noise prediction), and 
     x_t = sample * x_s + outputs[0] * D0 + outputs[1] * D1 + outputs[2] * D2 + noise * z
 
 with D0 a converted model output and D1, D2 its finite differences in lambda.
+
+Every array here is (B, C, H, W) float32: samples, converted model outputs, standard-normal noise.
 """
 
 from __future__ import annotations
@@ -36,9 +38,9 @@ class Update:
     ratios: tuple[np.float32, ...] = ()
 
     def usable(self, stands: bool) -> bool:
-        """Whether all of it are numbers, the ratios not 0.
+        """Whether all coefficients are finite and no ratio is 0.
 
-        A step of no length (`stands`) changes nothing; it only must not come after another.
+        A step of no length (`stands`) changes nothing, so its coefficients may be NaN; its ratios may not.
         """
         if stands:
             return not np.any(np.isnan(self.ratios))
@@ -102,7 +104,7 @@ def multistep_update(algorithm: str, heun: bool, order: int, points: Sequence[Po
 
 
 def differences(outputs: Sequence[Float32], ratios: Sequence[np.float32]) -> list[Float32]:
-    """D0, D1, D2, as many as there are ratios and one; `outputs` are newest last."""
+    """D0, D1, D2: one more than there are `ratios`; `outputs` are newest last."""
     newest = outputs[::-1]
     if not ratios:
         return [newest[0]]

@@ -1,4 +1,4 @@
-"""What the EDM methods share: noise levels, and the network's preconditioning, which is the sampler's here.
+"""What the EDM methods share: noise levels, and the preconditioning, which the sampler applies and not the network.
 
 Karras et al., Elucidating the Design Space of Diffusion-Based Generative Models, arXiv 2206.00364.
 """
@@ -25,7 +25,7 @@ from runtimes.schedulers.settings import WHERE, ThresholdSettings
 
 @dataclass(frozen=True, kw_only=True)
 class EdmSettings(ThresholdSettings):
-    """The keys that both methods read, with their defaults. Their noise schedule knows no betas."""
+    """The keys that both methods read, with their defaults. Their noise schedule has no betas."""
 
     predictions: ClassVar[tuple[str, ...]] = (EPSILON, V_PREDICTION)
     choices: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType({"sigma_schedule": ("karras", "exponential")})
@@ -42,7 +42,7 @@ class EdmSettings(ThresholdSettings):
     final_sigmas_type: str = "zero"
 
     def __post_init__(self) -> None:
-        """Refuse levels that are none."""
+        """Refuse numbers that cannot be noise levels."""
         if not (0 < self.sigma_min <= self.sigma_max < math.inf and self.sigma_data > 0 and self.rho > 0):
             raise InputError("sigma_min, sigma_max, sigma_data and rho must be positive, sigma_min the lesser",
                              where=WHERE, fix="0.002, 80, 0.5 and 7 are usual")
@@ -50,14 +50,21 @@ class EdmSettings(ThresholdSettings):
 
     @cached_property
     def alphas_cumprod(self) -> Float32:
-        """Share of signal variance at levels from low to high, which stands for a training schedule: float32."""
+        """Share of signal variance at levels from low to high, in place of a training schedule's.
+
+        (num_train_timesteps,) float32, 0 to 1, read-only.
+        """
         table = np.asarray(1 / (1 + self.levels_of_ramp(np.linspace(0, 1, self.num_train_timesteps)) ** 2)[::-1],
                            dtype=np.float32)
         table.setflags(write=False)
         return table
 
     def levels_of_ramp(self, ramp: Float64 | Float32) -> Float32:
-        """Noise levels, descending: eq. 5, in the ramp's precision, or evenly spaced in log(sigma): (n,) float32."""
+        """Noise levels, descending: eq. 5, in the ramp's precision, or evenly spaced in log(sigma): (n,) float32.
+
+        Args:
+            ramp: (n,) from 0 to 1, ascending.
+        """
         if self.sigma_schedule == "exponential":
             logs = noise_levels.linspace(math.log(self.sigma_min), math.log(self.sigma_max), len(ramp))
             return np.exp(logs.astype(np.float64)).astype(np.float32)[::-1]
@@ -70,7 +77,7 @@ class EdmRun(RunBase):
     """The frame of a run in variance-exploding form with EDM's preconditioning."""
 
     def __init__(self, settings: EdmSettings, levels: Float32, first: int) -> None:
-        """Leave out the `first` of the steps between `levels`; the model is told log(sigma) / 4."""
+        """Leave out the `first` of the steps between `levels`, (n + 1,) float32; a timestep is log(sigma) / 4."""
         timesteps = np.array([np.float32(0.25) * log(level) for level in levels[:-1]], dtype=np.float32)
         super().__init__(timesteps, [(1.0, level) for level in levels[:-1]], first, math.hypot(settings.sigma_max, 1))
         self._data = np.float32(settings.sigma_data**2), np.float32(settings.sigma_data)

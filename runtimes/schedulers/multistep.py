@@ -1,4 +1,4 @@
-"""What the solvers in lambda share: their schedules of noise levels, and the frame of a run with a memory.
+"""What the solvers in lambda share: schedules of noise levels, and a run that remembers earlier model outputs.
 
 They solve the diffusion ODE or SDE in lambda = log(alpha / sigma) = -log(noise-to-signal ratio).
 """
@@ -50,15 +50,18 @@ class LambdaSettings(SpreadSettings, ThresholdSettings):
         return timesteps, np.append(levels, self.final_sigma(levels)).astype(np.float32)
 
     def rounded(self, timesteps: Float64) -> Timesteps:
-        """Whole timesteps of levels that a formula chose: Karras' to the nearest, the others' cut off, as diffusers."""
+        """Whole timesteps, (n,) int64, of levels that a formula chose; `timesteps` are (n,) float64.
+
+        As diffusers: those of Karras' levels rounded to the nearest, the others cut off.
+        """
         return (timesteps.round() if self.use_karras_sigmas else timesteps).astype(np.int64)
 
     def final_sigma(self, levels: Float64) -> float:
-        """Where a run that visits `levels` ends."""
+        """The noise level where a run that visits the noise `levels`, (n,) float64 descending, ends."""
         return 0.0 if self.final_sigmas_type == "zero" else float(self.training_sigmas[0])
 
     def clipped_timesteps(self, lambda_min: float) -> int:
-        """How many training timesteps have a lambda below `lambda_min`: the cosine schedule cannot do with them."""
+        """How many training timesteps have a lambda below `lambda_min`: the cosine schedule must leave them out."""
         return int(np.searchsorted(-np.log(self.training_sigmas[::-1]), lambda_min))
 
 
@@ -132,7 +135,7 @@ class _Orders(Protocol):
 
 
 def order_in_memory(settings: _Orders, i: int, left: int, total: int, *, ends_first: bool) -> int:
-    """Order of step i: lower at the start for want of a memory, and at the end for stability in few steps.
+    """Order of step i: lower at the start, where few outputs are known, and at the end for stability in few steps.
 
     Args:
         settings: give the largest order; 3 at most.

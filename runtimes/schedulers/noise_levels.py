@@ -1,4 +1,4 @@
-"""Noise levels: betas, their cumulative product, sigmas, and which timesteps a run visits. No sampling here.
+"""Noise schedules: betas, their cumulative product, noise levels (sigmas), and which timesteps a run visits.
 
 Notation, for a variance-preserving process x_t = alpha_t x_0 + sigma_t noise with alpha_t^2 + sigma_t^2 = 1:
 `alphas_cumprod[t]` is alpha_t^2, and `sigma` without an index is the noise-to-signal ratio sigma_t / alpha_t, the noise
@@ -81,7 +81,10 @@ def make_betas(schedule: str, steps: int, start: float, end: float, trained: Seq
 
 
 def linspace(start: float, end: float, steps: int) -> Float32:
-    """torch.linspace(dtype=float32): counted from both ends with a float32 increment and one rounding an element."""
+    """torch.linspace: (steps,) float32 from `start` to `end`, any quantity.
+
+    Counted from both ends with a float32 increment and one rounding an element, as torch does.
+    """
     low, high = np.float64(np.float32(start)), np.float64(np.float32(end))
     increment = np.float64(np.float32((np.float32(end) - np.float32(start)) / np.float32(max(steps - 1, 1))))
     index = np.arange(steps)
@@ -92,6 +95,7 @@ def linspace(start: float, end: float, steps: int) -> Float32:
 def rescale_zero_terminal_snr(betas: Float32) -> Float32:
     """Shift and scale sqrt(alphas_cumprod) so that the last training step is pure noise (the first keeps its value).
 
+    Betas (num_train_timesteps,) float32 -> the same.
     Lin et al., Common Diffusion Noise Schedules and Sample Steps Are Flawed, arXiv 2305.08891, Algorithm 1.
     """
     root = np.sqrt(cumulative_alphas(betas))
@@ -101,12 +105,15 @@ def rescale_zero_terminal_snr(betas: Float32) -> Float32:
 
 
 def cumulative_alphas(betas: Float32) -> Float32:
-    """alphas_cumprod, (num_train_timesteps,) float32: multiplied in float64 and rounded once, as torch.cumprod does."""
+    """alphas_cumprod, the share of signal variance left: (num_train_timesteps,) float32, as are the betas.
+
+    Multiplied in float64 and rounded once, as torch.cumprod does.
+    """
     return np.cumprod((np.float32(1) - betas).astype(np.float64)).astype(np.float32)
 
 
 def training_sigmas(alphas_cumprod: Float32, zero_snr: bool) -> Float32:
-    """sqrt((1 - a) / a) of every training step, ascending: (num_train_timesteps,) float32."""
+    """Noise level sqrt((1 - a) / a) of every training step, ascending: (num_train_timesteps,) float32."""
     if zero_snr:
         alphas_cumprod = np.append(alphas_cumprod[:-1], np.float32(ALMOST_ZERO_SNR))
     return np.asarray(np.sqrt((np.float32(1) - alphas_cumprod) / alphas_cumprod))
@@ -138,7 +145,10 @@ def multistep_timesteps(spacing: str, steps: int, train_steps: int, offset: int,
 
 
 def karras_sigmas(sigma_max: float, sigma_min: float, steps: int) -> Float64:
-    """Karras et al., Elucidating the Design Space of Diffusion-Based Generative Models, arXiv 2206.00364, eq. 5."""
+    """Noise levels evenly spaced in sigma^(1/7), descending: (steps,) float64.
+
+    Karras et al., Elucidating the Design Space of Diffusion-Based Generative Models, arXiv 2206.00364, eq. 5.
+    """
     rho = 7.0
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
     return np.asarray((high + np.linspace(0, 1, steps) * (low - high)) ** rho)
@@ -158,7 +168,10 @@ def beta_sigmas(sigma_max: float, sigma_min: float, steps: int) -> Float64:
 
 
 def lu_sigmas(training: Float32, steps: int) -> Float64:
-    """Levels evenly spaced in lambda over the training schedule: Lu et al., DPM-Solver, arXiv 2206.00927, 3.4."""
+    """Noise levels evenly spaced in lambda over those of `training`, descending: (steps,) float64.
+
+    Lu et al., DPM-Solver, arXiv 2206.00927, section 3.4.
+    """
     logs = np.log(training)
     high, low = float(logs[-1]), float(logs[0])
     return np.asarray(np.exp(high + np.linspace(0, 1, steps) * (low - high)))

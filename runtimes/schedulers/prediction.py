@@ -1,7 +1,8 @@
-"""What a model's output says about the clean sample and the noise, for each way a model can be trained.
+"""Computes the clean sample and the noise from a model's output, for each quantity a model can be trained to predict.
 
 Everything here is in the variance-preserving form x_t = alpha x_0 + sigma noise, alpha^2 + sigma^2 = 1.
-Arrays: (B, C, H, W) float32; alpha and sigma are Python floats or float32, so that float32 stays float32.
+Every array is (B, C, H, W) float32, latents or noise; alpha and sigma are Python floats or float32, so that float32
+stays float32.
 """
 
 from __future__ import annotations

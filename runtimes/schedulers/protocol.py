@@ -19,16 +19,16 @@ class Run(Protocol):
 
         sample = noise * run.init_noise_sigma            # or run.add_noise(original, noise), image to image
         for i, t in enumerate(run.timesteps):
-            output = unet(run.scale_model_input(sample, i), t)
+            output = denoiser(run.scale_model_input(sample, i), t)
             sample = run.step(output, i, sample, standard_normal() if run.needs_noise(i) else None)
 
-    Every array of samples, noise or model output is (B, C, H, W) float32; a batch shares one run.
+    Every array of samples, noise or model output is (B, C, H, W) float32, noise of unit variance. A batch shares a run.
     """
 
     @property
     def timesteps(self) -> Timesteps:
-        """What the U-Net is told at each step: (n,), one for each model call; float32 where the
-        method follows noise levels, int64 where it follows the training schedule."""
+        """The timestep of each model call: (n,), float32 where the method follows noise levels, int64 where it
+        follows the training schedule."""
         ...
 
     @property
@@ -37,7 +37,7 @@ class Run(Protocol):
         ...
 
     def scale_model_input(self, sample: Float32, i: int) -> Float32:
-        """What the U-Net is given at step i in place of `sample`."""
+        """The denoiser's input at step i, made from `sample`."""
         ...
 
     def needs_noise(self, i: int) -> bool:
@@ -71,7 +71,7 @@ class Scheduler(Protocol):
 
     @property
     def prediction_type(self) -> str:
-        """What the U-Net predicts: epsilon, v_prediction or sample."""
+        """What the denoiser predicts: epsilon, v_prediction or sample."""
         ...
 
     @property

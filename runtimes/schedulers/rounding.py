@@ -2,7 +2,7 @@
 
 The coefficients of a step are differences of nearly equal logarithms and exponentials. What is left of them in float32
 depends on every rounding, so that equality with diffusers needs its precision and its order. numpy's own float32
-functions may be off by several units in the last place, other than torch's.
+functions may be off by several units in the last place, and by others than torch's.
 """
 
 from __future__ import annotations

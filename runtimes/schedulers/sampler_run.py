@@ -1,4 +1,4 @@
-"""The frame of a run: its timesteps, the noise levels behind them, and the order of its steps."""
+"""The base class of runs: timesteps, the noise levels behind them, and the order of the steps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ Levels = Sequence[tuple[float | np.float32, float | np.float32]]
 
 
 class RunBase:
-    """The frame of a run; see `protocol.Run`."""
+    """The base of runs; see `protocol.Run`.
+
+    Every array of samples, noise or model output is (B, C, H, W) float32, noise of unit variance; timesteps are (n,)
+    float32 or int64, one for each model call; noise levels are (n + 1,) float32, descending.
+    """
 
     def __init__(self, timesteps: Timesteps, levels: Levels, first: int = 0, init_noise_sigma: float = 1.0) -> None:
         """Leave out the `first` of `timesteps`; `levels` are the factors of signal and noise at each of them.
@@ -31,7 +35,7 @@ class RunBase:
         self._steps_taken = 0
 
     def scale_model_input(self, sample: Float32, i: int) -> Float32:
-        """`sample` itself: the methods in variance-preserving form feed the U-Net what they step."""
+        """`sample` itself: the methods in variance-preserving form feed the denoiser what they step."""
         return sample
 
     def needs_noise(self, i: int) -> bool:
@@ -64,7 +68,7 @@ def levels_of(alpha_cumprod: float | np.float32) -> tuple[np.float32, np.float32
 
 
 def required(noise: Float32 | None) -> Float32:
-    """`noise`, which a step that `needs_noise` cannot do without."""
+    """`noise`, (B, C, H, W) float32, standard normal, which a step that `needs_noise` cannot do without."""
     if noise is None:
         raise ValueError("this step needs standard-normal noise: see Run.needs_noise")
     return noise

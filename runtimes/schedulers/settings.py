@@ -1,4 +1,4 @@
-"""What all methods share: reading a scheduler_config.json and checking a run's arguments."""
+"""The settings that all methods share: reads a scheduler_config.json and checks a run's arguments."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class Settings:
 
     @cached_property
     def training_sigmas(self) -> Float32:
-        """Noise-to-signal ratio of each training step, ascending: (num_train_timesteps,) float32, read-only."""
+        """Noise level (noise-to-signal ratio) of each training step: (num_train_timesteps,) float32, read-only."""
         table = noise_levels.training_sigmas(self.alphas_cumprod, self._zero_snr)
         table.setflags(write=False)
         return table
@@ -147,17 +147,17 @@ class Settings:
             raise InputError("only the schedulers ddim and tcd know eta", where="eta", fix="leave it 0 or choose ddim")
         if not 0 <= eta <= 1:
             raise InputError(f"eta {eta!r} is not between 0 and 1", where="eta", fix="0 is deterministic, 1 is DDPM")
-        kept = min(int(whole * strength), whole)
-        if kept < 1:
+        run = min(int(whole * strength), whole)
+        if run < 1:
             raise InputError(
                 f"strength {strength} leaves none of {steps} steps",
                 where="strength",
                 fix=f"use more steps or a strength of at least {math.ceil(100 / whole) / 100}",
             )
-        return whole - kept
+        return whole - run
 
     def whole_timesteps(self, steps: int) -> npt.NDArray[np.int64]:
-        """`sigmas.spaced_timesteps` rounded to indices of the training schedule: (steps,) int64."""
+        """`noise_levels.spaced_timesteps` rounded to indices of the training schedule: (steps,) int64."""
         spaced = noise_levels.spaced_timesteps(self.timestep_spacing, steps, self.num_train_timesteps,
                                                self.steps_offset)
         return spaced.round().astype(np.int64)
@@ -192,7 +192,7 @@ class Settings:
     def visited(
         self, timesteps: npt.NDArray[np.int64], first: int, *, clips: bool = False
     ) -> tuple[npt.NDArray[np.int64], list[tuple[np.float32, np.float32]]]:
-        """`timesteps` without the `first`, checked, and the levels of each; see `check_indices`."""
+        """`timesteps`, (n,) int64, without the `first`, checked, and (alpha, sigma) at each; see `check_indices`."""
         left = timesteps[first:]
         if len(left):
             self.check_indices(left, clips=clips)
@@ -233,7 +233,7 @@ class SpreadSettings(Settings):
         return self.use_karras_sigmas or self.use_exponential_sigmas or self.use_beta_sigmas
 
     def spread(self, levels: Float64 | Float32, steps: int) -> Float64:
-        """Noise levels by the formula that is asked for, from the first to the last of `levels`: (steps,) float64."""
+        """Noise levels by the chosen formula, from the first to the last of `levels`, (n,): (steps,) float64."""
         limited = not self.use_karras_sigmas or self.karras_limits
         high = float(levels[0]) if self.sigma_max is None or not limited else self.sigma_max
         low = float(levels[-1]) if self.sigma_min is None or not limited else self.sigma_min
@@ -254,7 +254,7 @@ class ThresholdSettings(Settings):
     sample_max_value: float = 1.0
 
     def __post_init__(self) -> None:
-        """Refuse a ratio that is no quantile."""
+        """Refuse a ratio outside 0 to 1."""
         super().__post_init__()
         if self.thresholding and not 0 <= self.dynamic_thresholding_ratio <= 1:
             raise InputError(
@@ -265,7 +265,7 @@ class ThresholdSettings(Settings):
 
 
 def not_finite(steps: int, i: int) -> InputError:
-    """What a run is refused with whose step i has coefficients that are not numbers; diffusers' result is then NaN."""
+    """The error for a run whose step i has coefficients that are not finite; diffusers' result is then NaN."""
     return InputError(
         f"step {i + 1} of {steps} is not finite: the schedule repeats a noise level, or ends at zero noise in a form "
         "of the solver that divides by it",

@@ -1,4 +1,4 @@
-"""What the methods in variance-exploding form share, x = x_0 + sigma noise: k-diffusion's, of order 1 and 2.
+"""What k-diffusion's methods of order 1 and 2 share, in variance-exploding form, x = x_0 + sigma noise.
 
 Karras et al., Elucidating the Design Space of Diffusion-Based Generative Models, arXiv 2206.00364.
 
@@ -22,7 +22,7 @@ from runtimes.schedulers.settings import Settings, SpreadSettings
 
 
 def linear_schedule(settings: Settings, steps: int) -> tuple[Float32, Float64]:
-    """Timesteps, not rounded, and their noise levels: (steps,) each."""
+    """Timesteps, not rounded, (steps,) float32, and their noise levels, (steps,) float64; both descend."""
     timesteps = noise_levels.spaced_timesteps(
         settings.timestep_spacing, steps, settings.num_train_timesteps, settings.steps_offset
     ).astype(np.float32)
@@ -37,7 +37,10 @@ class SecondOrderSettings(SpreadSettings):
     beta_end: float = 0.012
 
     def schedule(self, steps: int) -> tuple[Float32 | Float64, Float64]:
-        """Timesteps of the steps and their noise levels, zero at the end: (steps,) and (steps + 1,)."""
+        """Timesteps of the steps, (steps,) float, and noise levels, (steps + 1,) float64, the last of them 0.
+
+        Timesteps are float64 where levels are chosen by formula, else float32.
+        """
         timesteps: Float32 | Float64
         timesteps, levels = linear_schedule(self, steps)
         if self.spreads:
@@ -47,7 +50,10 @@ class SecondOrderSettings(SpreadSettings):
 
 
 def doubled(values: Float32) -> Float32:
-    """a, b, c, ... as a, b, b, c, c, ...: a number of each step for each of its model calls, (n,) -> (2n - 1,)."""
+    """a, b, c, ... as a, b, b, c, c, ...: a timestep or noise level of each step for each of its model calls.
+
+    (n,) float32 -> (2n - 1,) float32.
+    """
     return np.repeat(values, 2)[1:]
 
 
@@ -55,7 +61,7 @@ class ExplodingRun(RunBase):
     """One run in variance-exploding form."""
 
     def __init__(self, settings: Settings, timesteps: Timesteps, levels: Float32, first: int) -> None:
-        """Leave out the `first` of `timesteps`; `levels` are theirs and the one that the last step leads to."""
+        """Leave out the `first` of `timesteps`, (n,); `levels`, (n + 1,), are theirs and the one where the run ends."""
         largest = float(levels.max())
         if settings.timestep_spacing == "leading":  # which starts below the noise level of the last training step
             largest = (largest**2 + 1) ** 0.5
@@ -78,8 +84,8 @@ class ExplodingRun(RunBase):
         if self._kind == EPSILON:
             return np.asarray(sample - sigma * model_output)
         if self._kind == V_PREDICTION:
-            kept = np.asarray(sample / (sigma**2 + 1), dtype=np.float32)
-            return model_output * (-sigma / root(sigma**2 + 1)) + kept
+            skip = np.asarray(sample / (sigma**2 + 1), dtype=np.float32)
+            return model_output * (-sigma / root(sigma**2 + 1)) + skip
         return model_output
 
     def _slope(self, model_output: Float32, i: int, sample: Float32) -> Float32:

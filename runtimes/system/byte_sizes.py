@@ -1,4 +1,4 @@
-"""Numbers of bytes as people write them."""
+"""Reads numbers of bytes as people write them: 800MB, 2.5GB, 2GiB."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def parse_bytes(text: str, where: str, least: int = 1) -> int:
         least: what is smaller is refused.
 
     Raises:
-        InputError: none of these.
+        InputError: not of this form, or less than `least`.
     """
     number = text.strip().rstrip("BbGgIiKkMmTt")
     with suppress(ValueError, KeyError, OverflowError):

@@ -1,4 +1,4 @@
-"""Where on this machine files of ours may lie that no bundle holds: bundles are read-only."""
+"""Finds the folder on this machine where files may be cached outside bundles, which are read-only."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _root: ContextVar[Path | None] = ContextVar("_root", default=None)
 
 @contextmanager
 def rooted(root: Path) -> Iterator[None]:
-    """Everything that is cached within lies below this folder: that of the build that is running."""
+    """A context in which `cache_home` is this folder: that of the running build."""
     token = _root.set(root)
     try:
         yield
@@ -24,7 +24,7 @@ def rooted(root: Path) -> Iterator[None]:
 def cache_home() -> Path:
     """The one folder of every cache; it need not be there.
 
-    That of the build that is running, else `$LDM_DEPLOY_CACHE`, else `$XDG_CACHE_HOME/ldm-deploy`, else
+    That of the running build, else `$LDM_DEPLOY_CACHE`, else `$XDG_CACHE_HOME/ldm-deploy`, else
     `~/.cache/ldm-deploy`. A variable that is empty counts as absent.
     """
     if (root := _root.get()) is not None:

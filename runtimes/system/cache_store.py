@@ -1,8 +1,8 @@
-"""One bound for everything that is cached: the least recently used leaves first, and never what a live build holds.
+"""Bounds everything that is cached: the least recently used entry leaves first, never one that a live build uses.
 
 An entry is a file or a folder below `cache_home()/<kind>`, and was last used at its modification time, which `use`
 renews. A live process is one that holds the lock of a scratch folder: whatever was used since it made the folder is
-held. Entries leave under the lock of their folder, by which `use` is told whether they are still there.
+held. Entries leave under the lock of their folder, by which `use` learns whether they are still there.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ Inode = tuple[int, int]
 
 @dataclass(frozen=True)
 class Entry:
-    """One thing that can be made again.
+    """One file or folder of the cache, which can be made again.
 
     Attributes:
         kind: key of `KINDS`.
@@ -92,7 +92,7 @@ def scratch(parent: Path) -> Iterator[Path]:
 
 
 def use(entry: Path) -> bool:
-    """Renew an entry's time; whether it is there. The live process that asked holds it from now on."""
+    """Renew an entry's time and say whether it is there. The live process that asked holds it from now on."""
     with _guarded(entry.parent, exclusive=False):
         try:
             os.utime(entry)
@@ -198,7 +198,7 @@ def summary(root: Path) -> dict[str, Any]:
 
 
 def keep_within_limit() -> None:
-    """`trim` to the limit; where that cannot be done, nothing is."""
+    """`trim` to the limit; where the cache cannot be trimmed, do nothing."""
     with suppress(OSError):
         root = cache_home()
         trim(root, limit_bytes(root))

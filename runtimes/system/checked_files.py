@@ -1,4 +1,4 @@
-"""Large files that were hashed before: as long as the file system says that nobody wrote to them, they are not again.
+"""Remembers the hashes of large files, for as long as the file system says that nobody wrote to them.
 
 For each content there is one note in the cache, with the state of the file that had it. The times in it are the
 kernel's; a copy, a link and whatever is written make another state.
@@ -38,8 +38,9 @@ def was_checked(state: State, sha256: str) -> bool:
 
 
 def remember(state: State, sha256: str) -> None:
-    """Note that a file had these contents; `state` was taken before they were read. Where nothing can be written,
-    nothing is noted."""
+    """Note that a file had these contents; `state` was taken before they were read.
+
+    Where nothing can be written, nothing is noted."""
     if time.time_ns() - state[-1] < SETTLED_SECONDS * 10**9:
         return
     note = _note(sha256)

@@ -1,4 +1,4 @@
-"""What runs a component on this machine: the same bytes may compute something else on another device or release."""
+"""Names what runs a component on this machine: device, libraries, driver and processor, on which its numbers depend."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from runtimes.system.device import Device
 from runtimes.system.nvidia import LIBRARY, gpu_or_none
 
 ONNXRUNTIME = ("onnxruntime", "onnxruntime-gpu")
@@ -29,7 +30,7 @@ LIMITS = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS"
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
 
-def runtime_identity(device: str, format_: str) -> dict[str, Any]:
+def runtime_identity(device: Device, format_: str) -> dict[str, Any]:
     """Everything about this machine that decides a component's numbers, JSON-able.
 
     Args:
@@ -40,13 +41,14 @@ def runtime_identity(device: str, format_: str) -> dict[str, Any]:
         device, libraries with their releases ("absent" if there are none), the limits that the environment sets, and
         the processor; for whatever runs on a GPU, also the GPU, the driver's release and CUDA's.
     """
-    names = (*LIBRARIES.get(format_, LIBRARIES[""]), *PROVIDERS.get(device, ()))
+    names = (*LIBRARIES.get(format_, LIBRARIES[""]), *PROVIDERS.get(device.kind, ()))
     found: dict[str, Any] = {
-        "device": device, "libraries": {name: _version(name) for name in sorted(set(names))}, "processor": processor(),
+        "device": str(device), "libraries": {name: _version(name) for name in sorted(set(names))},
+        "processor": processor(),
         "limits": {name: os.environ[name] for name in LIMITS if os.environ.get(name)},
     }
-    if format_ == "tensorrt" or device != "cpu":
-        gpu = gpu_or_none()
+    if format_ == "tensorrt" or device.kind != "cpu":
+        gpu = gpu_or_none(device.index)
         memory = 0 if gpu is None else gpu.memory_bytes
         found |= {"gpu": str(gpu or ""), "gpu_memory_bytes": memory, "driver": driver(), "cuda": cuda_version()}
     return found

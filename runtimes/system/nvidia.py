@@ -1,4 +1,4 @@
-"""Which NVIDIA GPU CUDA shows this process, asked of the driver itself: the one answer to "is a GPU here".
+"""Finds the NVIDIA GPUs that CUDA shows this process, by asking the driver: the one answer to "is a GPU here".
 
 Neither a file of the driver nor `nvidia-smi` can say: both list GPUs that `CUDA_VISIBLE_DEVICES` hides or puts in
 another order, and both may be there while the driver does not start. No package is needed, only the driver's library.
@@ -66,10 +66,10 @@ def find_gpu(ordinal: int = 0) -> Gpu:
     return Gpu(name.value.decode(), (capability[0], capability[1]), memory.value)
 
 
-def gpu_or_none() -> Gpu | None:
-    """The first GPU that CUDA shows, or nothing."""
+def gpu_or_none(ordinal: int = 0) -> Gpu | None:
+    """The GPU of that ordinal, or nothing where CUDA shows none."""
     try:
-        return find_gpu()
+        return find_gpu(ordinal)
     except UnavailableError:
         return None
 

@@ -1,4 +1,4 @@
-"""Resident memory of this process and of those it started. Standard library alone: any environment runs it."""
+"""Measures resident memory of this process and of those it started, with the standard library alone."""
 
 from __future__ import annotations
 

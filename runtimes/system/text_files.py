@@ -1,4 +1,4 @@
-"""Text files as people's editors save them: byte order marks, UTF-16 and all kinds of line ends."""
+"""Reads text files as people's editors save them: with byte order marks, UTF-16 and all kinds of line ends."""
 
 from __future__ import annotations
 

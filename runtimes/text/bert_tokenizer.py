@@ -1,4 +1,4 @@
-"""BERT's tokenizer, which LDMBert reads prompts with, in the one form that `ClipTokenizer` loads."""
+"""Converts BERT's tokenizer, which LDMBert reads prompts with, to the one form that `ClipTokenizer` loads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CLIP tokenization through `tokenizers` alone: prompts to padded ids, and published tokenizer folders to ours.
+"""Tokenizes prompts for CLIP through `tokenizers` alone, and converts published tokenizer folders to ours.
 
 Equal to transformers' `CLIPTokenizer`, which rebuilds normalizer and splitting from the vocabulary, the merges and the
 added tokens whichever layout a folder has. So does `prepare_tokenizer`; the bundle then holds the finished result.
@@ -102,7 +102,7 @@ class ClipTokenizer:
             texts: any strings; a text that needs more than `tokens` is cut with a logged warning that quotes the rest.
 
         Returns:
-            (len(texts), tokens) int64, start marker first, end marker last before the padding.
+            token ids (B, tokens) int64, a row for each text: start marker first, end marker last before the padding.
 
         Raises:
             InputError: a text is not a string, not valid Unicode, or longer than 100,000 characters.

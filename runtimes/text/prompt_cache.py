@@ -1,4 +1,4 @@
-"""Least-recently-used cache of embedded prompts, bounded in bytes and safe to share between threads."""
+"""A least-recently-used cache of embedded prompts, bounded in bytes and safe to share between threads."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ class CacheStats:
 
 
 class PromptCache:
-    """Token ids to their embedding. An entry larger than the whole bound is not kept."""
+    """Stores the embedding of token ids. An entry larger than the whole bound is not stored.
+
+    Every array is one prompt's embedding, (tokens, width) or pooled (width,), float32, read-only.
+    """
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
@@ -50,8 +53,13 @@ class PromptCache:
             self._entries.move_to_end(key)
             return array
 
+    def __contains__(self, key: bytes) -> bool:
+        """Whether an array is stored under `key`; asking is neither hit nor miss."""
+        with self._lock:
+            return key in self._entries
+
     def put(self, key: bytes, array: NDArray[Any]) -> None:
-        """Store an array, which becomes read-only, and drop the longest unused ones beyond the bound."""
+        """Store an array, which becomes read-only, and drop the least recently used ones beyond the bound."""
         array = np.ascontiguousarray(array)
         array.setflags(write=False)
         with self._lock:

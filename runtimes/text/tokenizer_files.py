@@ -1,4 +1,4 @@
-"""What a published CLIP tokenizer folder holds: vocabulary, merges, markers, added tokens, in old and new layouts.
+"""Reads published CLIP tokenizer folders of old and new layouts: vocabulary, merges, markers, added tokens.
 
 The order of precedence is that of transformers 5.
 """

@@ -110,7 +110,7 @@ def test_groups_of_zeros_stay_zeros():
     assert not from_int4(to_int4(weight, scales), scales)[1, :32].any()
 
 
-def test_a_weight_of_four_bits_with_exact_scales_is_kept_exactly():
+def test_a_weight_of_four_bits_with_exact_scales_is_stored_exactly():
     integers = np.random.default_rng(0).integers(-8, 8, (6, 64)).astype(np.int8)
     integers[:, ::GROUP] = -8
     weight = from_int4(integers, np.full((6, 2), 0.125, np.float32))

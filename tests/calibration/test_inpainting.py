@@ -129,13 +129,13 @@ def test_masks_are_binary_and_of_many_sizes_and_both_branches_see_the_same(tmp_p
     assert areas.min() < 0.25
 
 
-def test_what_the_unet_is_told_of_the_image_is_what_the_encoder_makes_of_it(tmp_path: Path):
+def test_what_the_unet_sees_of_the_image_is_what_the_encoder_makes_of_it(tmp_path: Path):
     """The fakes' encoder picks pixels, so the kept part can be read in its inputs, and the hole is grey."""
     recording = make(tmp_path)
     told = [call["sample"][0] for call in recording.calls("unet")]
     seen = [call["sample"][0, :CHANNELS, ::FACTOR, ::FACTOR] for call in recording.calls("vae_encoder")]
     for latents in told:
-        mask, masked = latents[CHANNELS], latents[CHANNELS + 1:] / FACTS.scaling_factor
+        mask, masked = latents[CHANNELS], latents[CHANNELS + 1:] / FACTS.codec.scaling_factor
         assert min(np.abs(masked - image).mean() for image in seen) < 0.3  # the encoder's own spread is exp(-1.5)
         assert np.abs(masked[:, mask == 1]).mean() < 0.3
         if (mask == 0).sum() > 8:
@@ -160,7 +160,7 @@ def test_equal_seeds_give_equal_recordings_and_other_seeds_other_masks(tmp_path:
     assert not np.array_equal(masks_of(one), masks_of(other))
 
 
-def test_a_lost_shard_is_recorded_again_and_the_others_are_kept(tmp_path: Path):
+def test_a_lost_shard_is_recorded_again_and_the_others_stay(tmp_path: Path):
     recording = make(tmp_path, samples=24)
     shard = recording.folder / "shard-0001.npz"
     content = shard.read_bytes()

@@ -11,10 +11,11 @@ import onnxruntime as ort
 import pytest
 from onnx import helper
 
-from calibration.graphs.layers import FLOAT, INT4, assign
+from calibration.graphs.layers import FLOAT, assign
 from calibration.graphs.text_encoder_int4 import BlockForm, find_stored, quantize_int4
 from calibration.integers.int4_blocks import from_int4, group_scales, to_int4
 from calibration.integers.ranges import Scheme
+from calibration.targets import INT4
 from runtimes.errors import InputError
 
 NBITS, DEQUANTIZE = BlockForm("MatMulNBits"), BlockForm()
@@ -134,7 +135,7 @@ def test_scales_for_tensorrt_are_positive_and_its_embeddings_stay(tmp_path: Path
     assert "table" in {t.name for t in onnx.load(file).graph.initializer}
 
 
-def test_kept_layers_and_embeddings_stay_float32(tmp_path: Path):
+def test_exempt_layers_and_embeddings_stay_float32(tmp_path: Path):
     _, file, assignment = quantized(tmp_path, NBITS, keep=("Gather", "fc/*"))
     assert [assignment[name] for name in ("embedding/Gather", "fc/Gemm")] == [FLOAT, FLOAT]
     assert {"table", "fc.weight"} <= {t.name for t in onnx.load(file).graph.initializer}

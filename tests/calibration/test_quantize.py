@@ -122,7 +122,7 @@ def test_openvino_runs_a_convolution_without_bias_that_a_sum_and_another_reader_
         assert np.linalg.norm(by_openvino - by_graph) < 0.03 * np.linalg.norm(by_graph)  # 0.8 without its bias
 
 
-def test_a_kept_layer_stays_float_and_the_pattern_may_be_an_op_type(graph):
+def test_an_exempt_layer_stays_float_and_the_pattern_may_be_an_op_type(graph):
     layers = find_layers(load(graph))
     assert assign(layers, "static", ["mid/*"])["mid/Conv"] == "float"
     assert matching(layers, ["Gemm"]) == ["out/Gemm"]

@@ -68,7 +68,7 @@ def test_an_unknown_estimator_is_refused():
         estimate({}, "median", Scheme())
 
 
-def test_ranges_are_kept_for_each_part_of_the_schedule(tmp_path: Path):
+def test_ranges_are_recorded_for_each_part_of_the_schedule(tmp_path: Path):
     graph = write_graph(tmp_path / "model.onnx")
     found = drift(observe(graph, ["sample", "d"], lambda: ({**c, "timestep": c["timestep"] * 1000} for c in calls(10)),
                           histograms=False))

@@ -12,6 +12,8 @@ from calibration.trajectory.prompts import plan_episodes, read_prompts
 from calibration.trajectory.recorder import Recording, record
 from runtimes.errors import InputError
 from runtimes.pipeline.diffusion import Pipeline
+from runtimes.system.progress import listening
+from tests.heard import Heard
 from tests.runtimes.fakes import DDIM, FACTS, fake_sessions, tokenize
 
 
@@ -62,12 +64,13 @@ def test_an_interrupted_recording_goes_on_at_the_shard_it_was_in(tmp_path):
     class Stop(Exception):
         pass
 
-    def stop(done: int, of: int) -> None:
-        if done == 2:
-            raise Stop
+    class Stopping(Heard):
+        def advanced(self, done: int, total: int, unit: str) -> None:
+            if done == 2:
+                raise Stop
 
-    with pytest.raises(Stop):
-        make(tmp_path, samples=32, tell=stop)
+    with pytest.raises(Stop), listening(Stopping()):
+        make(tmp_path, samples=32)
     sessions = fake_sessions()
     recording = make(tmp_path, samples=32, sessions=sessions)
     whole = make(tmp_path / "whole", samples=32)

@@ -160,7 +160,7 @@ def test_halving_finds_the_fewest_in_few_trials(threshold):
     assert len(asked) <= 2 + math.ceil(math.log2(100))
 
 
-def test_a_budget_that_cannot_be_met_is_told_after_two_trials():
+def test_a_budget_that_cannot_be_met_is_reported_after_two_trials():
     asked = []
 
     def never(count: int) -> bool:

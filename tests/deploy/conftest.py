@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import pytest
 
+from deploy.cli import progress_display
 from deploy.cli.commands import main
 from runtimes.bundle.folder import Bundle
 from tests.parity.pipelines import source_bundle
@@ -35,6 +36,7 @@ def cli(
     work.mkdir()
     monkeypatch.chdir(work)
     monkeypatch.setenv("LDM_DEPLOY_CACHE", str(build_cache))
+    monkeypatch.setattr(progress_display, "EVERY_SECONDS", 3600.0)  # a refusal is one line on a slow machine, too
 
     def run(*arguments: str | Path) -> Result:
         monkeypatch.setattr(sys, "argv", ["ldm-deploy", *map(str, arguments)])

@@ -133,9 +133,10 @@ def calibrate(bundle_folder: str, samples: int) -> dict[str, int]:
 
     from calibration.graphs.layers import assign, find_layers
     from calibration.integers.ranges import Scheme
+    from calibration.recipes.one_graph import Settings, find_ranges
     from deploy.core.observers import measured
     from deploy.core.spec import BuildSpec
-    from deploy.quantization.recipes import find_ranges, plan_calibration, record_calibration
+    from deploy.quantization.calibration_data import plan_calibration, record_calibration
     from runtimes.bundle.folder import Bundle
 
     opened = Bundle.open(bundle_folder, check_hashes=False)
@@ -151,7 +152,7 @@ def calibrate(bundle_folder: str, samples: int) -> dict[str, int]:
     with measured() as ranges_cost:
         import onnx_ir as ir
 
-        found, _ = find_ranges(graph, assign(find_layers(ir.load(graph)), "hybrid", ()), {"estimator": "mse"}, Scheme(),
+        found, _ = find_ranges(graph, assign(find_layers(ir.load(graph)), "hybrid", ()), Settings(Scheme()),
                                "unet", recording)
     assert found
     return {"model": sum(component.bytes for component in opened.manifest.components.values()),

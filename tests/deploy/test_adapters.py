@@ -17,7 +17,6 @@ from deploy.building.builder import load_source
 from deploy.building.choose import plan_build
 from deploy.core.pass_cache import Cache
 from deploy.core.plan import Step
-from deploy.core.progress import Silent
 from deploy.core.spec import BuildSpec
 from deploy.model.source_bundle import open_origin
 from deploy.parity.reference.torch_sessions import reference_sessions
@@ -25,6 +24,7 @@ from deploy.parity.reference.trajectories import assemble_pipeline
 from deploy.passes.adapters import parse_embedding
 from exporters.source.networks import load_module
 from runtimes.adapters.lora_files import parse_lora
+from runtimes.bundle.details import SourceDetails
 from runtimes.bundle.folder import Bundle
 from runtimes.errors import InputError
 from tests.deploy.conftest import Cli, assert_refused
@@ -55,14 +55,15 @@ def loaded(model: Path, tmp_path: Path) -> Callable[..., Bundle]:
         work = tmp_path / f"work-{next(number)}"
         work.mkdir()
         spec = BuildSpec(model=str(model), **options)
-        return load_source(open_origin(spec), spec, Cache(tmp_path / "cache"), work, Silent())
+        return load_source(open_origin(spec), spec, Cache(tmp_path / "cache"), work)
 
     return get
 
 
 def module(bundle: Bundle, name: str) -> torch.nn.Module:
     component = bundle.component(name)
-    return load_module(bundle.file(component.file).parent, component.details["library"], component.class_name)
+    library = component.details_as(SourceDetails).library
+    return load_module(bundle.file(component.file).parent, library, component.class_name)
 
 
 def matrices(network: torch.nn.Module, place: str, rank: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -216,7 +217,7 @@ def test_a_model_whose_tokenizer_knows_more_words_than_its_text_encoder_is_refus
     tokenizer.save_pretrained(tmp_path / "model" / "tokenizer")
     spec = BuildSpec(model=str(tmp_path / "model"))
     with pytest.raises(InputError, match=r"the token '<cat-toy>_1' has id .* the text encoder's table only"):
-        load_source(open_origin(spec), spec, Cache(tmp_path / "cache"), tmp_path, Silent())
+        load_source(open_origin(spec), spec, Cache(tmp_path / "cache"), tmp_path)
 
 
 def test_a_lora_for_another_architecture_is_refused_by_its_first_key(
@@ -274,7 +275,7 @@ def test_another_vae_takes_the_place_of_the_models_own(
     tiny_decoder().vae.save_pretrained(tmp_path / "tiny")
     bundle = loaded(vae=str(tmp_path / "tiny"))
     assert bundle.component("vae_decoder").class_name == "AutoencoderTiny"
-    assert bundle.manifest.pipeline.scaling_factor == 1.0
+    assert bundle.manifest.pipeline.codec.scaling_factor == 1.0
     assert loaded().component("vae_decoder").class_name == "AutoencoderKL"
     image = assemble_pipeline(reference_sessions(bundle), bundle)("a cat", steps=2, seed=0)[0]
     assert image.size == (32, 32)

@@ -237,7 +237,7 @@ def test_a_mask_repaints_a_part_and_a_preview_is_written(reference_bundle: Path,
     assert_refused(cli("generate", reference_bundle, "a dog", "--guidance-interval", "1"), "first:last")
 
 
-def test_a_png_says_how_it_was_made_unless_told_not_to(reference_bundle: Path, cli: Cli):
+def test_a_png_says_how_it_was_made_unless_asked_not_to(reference_bundle: Path, cli: Cli):
     from PIL import Image
 
     options = ("ein Bär", "--steps", "2", "--seed", "7")

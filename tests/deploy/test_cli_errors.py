@@ -126,7 +126,7 @@ def test_a_bug_of_ours_is_exit_code_1(cli: Cli, monkeypatch):
         cli("build", "--dry-run")
 
 
-def test_ctrl_c_is_exit_code_130_and_says_what_is_kept(cli: Cli, monkeypatch):
+def test_ctrl_c_is_exit_code_130_and_says_what_stays_cached(cli: Cli, monkeypatch):
     def interrupted() -> None:
         raise KeyboardInterrupt
 

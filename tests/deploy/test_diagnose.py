@@ -16,9 +16,10 @@ from deploy.diagnose.checks import LIMITS, Samples, check_guidance, moments
 from deploy.diagnose.probe import Probe
 from deploy.diagnose.run_checks import DiagnoseOptions, diagnose_pipeline
 from runtimes.bundle.folder import Bundle, records_below, write_manifest
-from runtimes.bundle.manifest import FileRecord
+from runtimes.bundle.manifest import FileRecord, Manifest
 from runtimes.errors import ParityError
 from tests.deploy.conftest import Cli, assert_refused
+from tests.runtimes.roles import with_fact
 
 STEPS = 8
 CHECKS = ["vae", "unconditional", "text", "guidance"]
@@ -82,18 +83,22 @@ def test_a_sound_bundle_passes_and_its_grid_shows_the_denoising(cli: Cli, refere
     assert distance[0] > distance[4] > distance[6] > 0, "columns come nearer to the finished image"
 
 
+def scaled_by(bundle: Bundle, wrong: float) -> Manifest:
+    roles = bundle.manifest.pipeline
+    return dataclasses.replace(bundle.manifest, pipeline=with_fact(roles, "codec.scaling_factor",
+                                                                   roles.codec.scaling_factor * wrong))
+
+
 @pytest.mark.parametrize(("wrong", "given"), [(0.5, False), (2.0, False), (0.5, True)])
 def test_a_wrong_scaling_factor_is_found_by_the_vae_check_which_names_the_right_one(
         copy: Bundle, wrong: float, given: bool):
-    facts = copy.manifest.pipeline
-    manifest = dataclasses.replace(copy.manifest, pipeline=dataclasses.replace(
-        facts, scaling_factor=facts.scaling_factor * wrong))
-    write_manifest(copy.path, manifest)
+    factor = copy.manifest.pipeline.codec.scaling_factor
+    write_manifest(copy.path, scaled_by(copy, wrong))
     images = tuple(sorted((copy.path / "report" / "images").glob("0[0-7]-reference.png"))) if given else ()
     name, advice = found_first(copy.path, images=images)
     assert name == "vae"
     fitting = float(advice.split(": ")[1].split(" ")[0])
-    assert fitting == pytest.approx(facts.scaling_factor, rel=0.15 if given or wrong < 1 else 0.4)
+    assert fitting == pytest.approx(factor, rel=0.15 if given or wrong < 1 else 0.4)
 
 
 def test_cross_attention_of_zeros_is_found_by_the_text_check(copy: Bundle):
@@ -113,8 +118,7 @@ def test_a_wrong_prediction_type_is_found_by_the_unconditional_check(copy: Bundl
 
 
 def test_the_command_line_names_the_check_and_exits_with_3(cli: Cli, copy: Bundle):
-    facts = dataclasses.replace(copy.manifest.pipeline, scaling_factor=copy.manifest.pipeline.scaling_factor * 0.5)
-    write_manifest(copy.path, dataclasses.replace(copy.manifest, pipeline=facts))
+    write_manifest(copy.path, scaled_by(copy, 0.5))
     result = cli("diagnose", copy.path, "--steps", STEPS)
     assert result.code == 3 and "wrong" in result.out and "error: check vae: " in result.err
 
@@ -171,7 +175,7 @@ def test_a_unet_for_inpainting_is_diagnosed_as_one_that_paints_everything_anew(r
     import onnx
     from onnx import helper, numpy_helper
 
-    unet, channels = copy.component("unet"), copy.manifest.pipeline.latent_channels
+    unet, channels = copy.component("unet"), copy.manifest.pipeline.codec.latent_channels
     model = onnx.load(copy.file(unet.file))
     for node in model.graph.node:
         node.input[:] = ["latents_alone" if name == "sample" else name for name in node.input]

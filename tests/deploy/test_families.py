@@ -17,7 +17,6 @@ from calibration.trajectory.recorder import Recording
 from deploy.building.builder import load_source
 from deploy.building.choose import run_build
 from deploy.core.pass_cache import Cache
-from deploy.core.progress import Silent
 from deploy.core.spec import BuildSpec
 from deploy.model.source_bundle import open_origin
 from deploy.parity.reference.torch_sessions import reference_sessions
@@ -25,8 +24,8 @@ from deploy.parity.reference.trajectories import assemble_pipeline
 from runtimes.bundle.folder import Bundle
 from runtimes.bundle.tensors import ShapeRange
 from runtimes.errors import InputError
-from runtimes.pipeline.conditioner import SizeConditions
 from runtimes.pipeline.diffusion import Pipeline
+from runtimes.pipeline.request_fields import SizeConditions
 from tests.deploy.conftest import Cli
 from tests.exporters.family_pipelines import make_pipeline
 from tests.runtimes.diffusers_reference import psnr
@@ -49,7 +48,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
             theirs.save_pretrained(folder / "model")
             spec = BuildSpec(model=str(folder / "model"))
             (folder / "work").mkdir()
-            bundle = load_source(open_origin(spec), spec, Cache(folder / "cache"), folder / "work", Silent())
+            bundle = load_source(open_origin(spec), spec, Cache(folder / "cache"), folder / "work")
             made[name] = assemble_pipeline(reference_sessions(bundle), bundle), theirs
         return made[name]
 
@@ -57,9 +56,9 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
 
 
 def noise(pipeline: Pipeline, images: int = 2) -> np.ndarray:
-    facts = pipeline.facts
-    shape = (images, facts.latent_channels, facts.height // facts.vae_scale_factor,
-             facts.width // facts.vae_scale_factor)
+    codec = pipeline.roles.codec
+    shape = (images, codec.latent_channels, codec.height // codec.factor,
+             codec.width // codec.factor)
     return np.random.default_rng(3).standard_normal(shape).astype(np.float32)
 
 
@@ -116,7 +115,7 @@ def test_every_mode_is_generated_with_the_defaults_of_its_diffusers_class(
     assert_same(mine, other)
 
 
-def test_xl_from_an_image_is_told_the_crop_in_both_branches(pair: Callable[[str], Pair]) -> None:
+def test_xl_from_an_image_gets_the_crop_in_both_branches(pair: Callable[[str], Pair]) -> None:
     pipeline, reference = pair("xl")
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))
     mine = pipeline("a cat", seed=[5], steps=8, strength=0.9, image=image, output="numpy",
@@ -127,7 +126,7 @@ def test_xl_from_an_image_is_told_the_crop_in_both_branches(pair: Callable[[str]
     assert_same(mine, other)
 
 
-def test_xl_is_told_sizes_and_crops(pair: Callable[[str], Pair]) -> None:
+def test_xl_gets_sizes_and_crops(pair: Callable[[str], Pair]) -> None:
     mine, other = both(pair("xl"), ours={"sizes": SizeConditions(original=(64, 48), crop=(3, 5), target=(40, 24))},
                        theirs={"original_size": (64, 48), "crops_coords_top_left": (3, 5), "target_size": (40, 24)})
     assert_same(mine, other)
@@ -197,7 +196,7 @@ def test_the_tiny_autoencoder_encodes_without_generating(pair: Callable[[str], P
     from runtimes.codec import autoencoder
 
     pixels = image.transpose(2, 0, 1)[None] * 2 - 1
-    mean, deviation = autoencoder.encode(pipeline.sessions["vae_encoder"], pixels)
+    mean, deviation = autoencoder.encode(pipeline.sessions["vae_encoder"], pixels, pipeline.roles.codec)
     assert deviation is None
     with torch.no_grad():
         expected = reference.vae.encode(torch.from_numpy(pixels)).latents.numpy()
@@ -291,10 +290,10 @@ def test_int8_of_a_unet_for_inpainting_is_calibrated_under_masks(tmp_path: Path,
                                  verify="components")).manifest
     quantized = next(p for p in manifest.passes if p.name == "quantize")
     assert quantized.config["calibration"]["inpaints"] is True
-    summary = manifest.components["unet"].details["quantization"]
-    assert summary["layers"]["w8a8"] > 0
+    summary = manifest.components["unet"].graph.quantization
+    assert summary is not None and summary.layers["w8a8"] > 0
     assert manifest.parity is not None and not manifest.parity["broken"]
-    recorded = Recording(build_cache / "calibration" / summary["recording"], 3, summary["recording"])
+    recorded = Recording(build_cache / "calibration" / summary.recording, 3, summary.recording)
     fed = np.concatenate([call["sample"] for call in recorded.calls("unet")])
     assert len(fed) == 2 * 24
     masks, masked = fed[:, 4], fed[:, 5:]

@@ -64,7 +64,7 @@ def run(source: Bundle, todo: str, out: Path) -> isolation.Result:
     return isolation.run_isolated(Scripted(), step, "unet", source, out)
 
 
-def test_the_work_is_done_elsewhere_and_its_memory_is_told(source: Bundle, tmp_path: Path) -> None:
+def test_the_work_is_done_elsewhere_and_its_memory_is_reported(source: Bundle, tmp_path: Path) -> None:
     result = run(source, "work", tmp_path)
     assert int((tmp_path / "components/unet/process").read_text()) != os.getpid()
     assert set(result.component.files) == {"components/unet/process"}

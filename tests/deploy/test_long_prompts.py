@@ -14,7 +14,7 @@ from tests.deploy.conftest import Cli, assert_refused
 @pytest.mark.slow
 def test_long_prompts_are_read_by_a_bundle_that_was_built_for_them(tiny_model: Path, cli: Cli):
     source = open_source(tiny_model)
-    tokens = family_of(source.pipeline_class).facts(source).tokens
+    tokens = family_of(source.pipeline_class).roles(source).conditioner.encoders[0].tokens
     options = ("a cat " * tokens, "--long-prompts", "--steps", "2", "--seed", "1")
     shapes = f"sequence=1:{tokens}:{8 * tokens}"
     assert cli("build", tiny_model, "--shapes", shapes, "--no-verify", "-o", "long").code == 0

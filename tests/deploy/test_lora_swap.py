@@ -16,7 +16,6 @@ import runtimes
 from deploy.building.builder import load_source
 from deploy.building.choose import run_build
 from deploy.core.pass_cache import Cache
-from deploy.core.progress import Silent
 from deploy.core.spec import BuildSpec, make_spec
 from deploy.model.source_bundle import open_origin
 from deploy.parity.reference.torch_sessions import reference_sessions
@@ -92,7 +91,7 @@ def pytorch(model: Path, build_cache: Path, tmp_path_factory: pytest.TempPathFac
     def get(*loras: str) -> Pipeline:
         spec = make_spec({"model": str(model), "lora": loras})
         work = tmp_path_factory.mktemp("merged")
-        source = load_source(open_origin(spec), spec, Cache(build_cache), work, Silent())
+        source = load_source(open_origin(spec), spec, Cache(build_cache), work)
         return assemble_pipeline(reference_sessions(source), source)
 
     return get
@@ -114,7 +113,8 @@ def test_its_parity_is_with_the_merged_network_and_the_manifest_says_swap(swappa
     assert {"unet", "text_encoder"} <= set(parity["components"])
     record = next(p for p in manifest.passes if p.name == "adapters").config
     assert record["lora_mode"] == "swap" and record["lora"][0]["scale"] == 0.8
-    assert set(manifest.components["unet"].details["lora"]["targets"]) == set(PLACES["unet"])
+    inputs = manifest.components["unet"].details.lora
+    assert inputs is not None and set(inputs.targets) == set(PLACES["unet"])
     assert "lora/unet.safetensors" in manifest.files
     assert [spec.name for spec in manifest.components["unet"].inputs] == ["sample", "timestep", "encoder_hidden_states"]
 
@@ -172,7 +172,8 @@ def test_generate_takes_files_and_says_what_does_not_fit(
                "unet.mid_block.resnets.0.conv1.lora_B.weight": torch.ones(32, 1, 1, 1)}, tmp_path / "new.safetensors")
     refused = cli("generate", swappable.path, "a cat", "--lora", tmp_path / "new.safetensors")
     assert_refused(refused, "unet.mid_block.resnets.0.conv1.lora_A.weight fits nothing")
-    components = {n: replace(c, details={}) for n, c in swappable.manifest.components.items()}
+    components = {n: replace(c, details=replace(c.details, lora=None))
+                  for n, c in swappable.manifest.components.items()}
     other = replace(swappable, manifest=replace(swappable.manifest, components=components))
     with pytest.raises(InputError, match="not built with --lora-mode swap"):
         runtimes.load(other, lora=(lora(0),))

@@ -11,6 +11,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+from calibration.targets import scheme_of
 from deploy.core.plan import Skip, Step, Unavailable, structure
 from deploy.core.spec import BuildSpec
 from deploy.parity.provable_graphs import computes_in_16_bits, provable
@@ -19,10 +20,10 @@ from deploy.passes.engine import Engine, choose_builder, component_profiles
 from deploy.passes.openvino import OpenVino
 from deploy.passes.optimize import Optimize
 from deploy.passes.precision import Precision, patterns_for
-from deploy.passes.quantize import scheme_of
 from exporters.precision.float32_nodes import names_in
 from runtimes.backends.onnxruntime_session import OrtSession, check_arithmetic
 from runtimes.backends.session import SessionOptions
+from runtimes.bundle.details import EngineDetails, OpenVinoDetails
 from runtimes.bundle.folder import Bundle, records_below, sha256_of
 from runtimes.bundle.tensors import Axis, ShapeRange
 from runtimes.errors import InputError
@@ -64,7 +65,8 @@ def test_float16_is_computed_in_on_a_gpu_and_only_stored_for_a_cpu(bundle, devic
 def test_graphs_for_a_gpu_have_none_of_the_fusions_for_cpus_and_symmetric_integers(bundle):
     step = planned(bundle, Optimize(), spec("onnxruntime", "fp16", device="cuda"))
     assert step.config == {"target": "tensorrt"}
-    assert scheme_of(spec("onnxruntime", "int8", device="tensorrt").graph_target, "auto") == {"signed": True}
+    target = spec("onnxruntime", "int8", device="tensorrt").graph_target
+    assert scheme_of(target, sums_in_32_bits=False) == {"signed": True}
 
 
 @pytest.mark.parametrize(("options", "message"), [
@@ -167,18 +169,19 @@ def test_an_engine_is_built_without_a_gpu(bundle, tmp_path, no_gpu):
     part = Engine().run(step, "unet", bundle, tmp_path)
     assert (tmp_path / "components/unet/engine.trt").read_bytes()[:4] == b"vtrt"
     assert list(part.files) == [part.file] == ["components/unet/engine.trt"]
-    assert part.details["builder"] == "tensorrt-rtx" and "SM89" in part.details["compute_capabilities"]
-    assert part.details["graph_sha256"] == sha256_of(bundle.path / "components/unet/model.onnx")
-    assert part.details["executed"] is False and "very ONNX graph" in part.details["not_executed"]
+    engine = part.details_as(EngineDetails)
+    assert engine.builder == "tensorrt-rtx" and "SM89" in engine.compute_capabilities
+    assert engine.graph_sha256 == sha256_of(bundle.path / "components/unet/model.onnx")
+    assert engine.executed is False and "very ONNX graph" in engine.not_executed
     assert (part.inputs, part.axes) == (bundle.component("unet").inputs, bundle.component("unet").axes)
 
 
 def test_the_compiled_graph_stays_beside_the_engine_where_it_is_asked_for(bundle, tmp_path, no_gpu):
     step = planned(bundle, Engine(), spec(engine={"capabilities": "SM89", "keep_graph": True}))
     part = Engine().run(step, "unet", bundle, tmp_path)
-    graph = part.details["graph"]
+    graph = part.details_as(EngineDetails).graph
     assert set(part.files) == {part.file, graph}
-    assert sha256_of(tmp_path / graph) == part.details["graph_sha256"]
+    assert sha256_of(tmp_path / graph) == part.details_as(EngineDetails).graph_sha256
 
 
 @pytest.mark.parametrize("low", ["fp16", "bf16"])
@@ -187,7 +190,7 @@ def test_precision_computes_in_16_bits_on_gpus_and_stores_in_them_on_cpus(bundle
     step = planned(bundle, Precision(), spec(target, low))
     assert step.config["mode"] == mode
     part = Precision().run(step, "unet", bundle, tmp_path)
-    assert part.precision == low and part.details["conversion"]["mode"] == mode
+    assert part.precision == low and part.graph.conversion is not None and part.graph.conversion.mode == mode
     assert computes_in_16_bits(part) == (mode == "compute")
     onnx.checker.check_model(str(tmp_path / part.file), full_check=True)
 
@@ -207,13 +210,13 @@ def test_a_decoder_that_overflows_in_float16_stays_in_float32_and_says_so(bundle
     onnx.save(model, file)
     step = planned(loud, Precision(), spec("tensorrt", "fp16"))
     part = Precision().run(step, "vae_decoder", loud, tmp_path / "low")
-    assert part.precision == "fp32" and "are not finite" in part.details["not_fp16"]
+    assert part.precision == "fp32" and "are not finite" in part.graph.not_fp16
     kept = onnx.load(tmp_path / "low" / part.file)
     assert not any(weight.data_type == onnx.TensorProto.FLOAT16 for weight in kept.graph.initializer)
     after = dataclasses.replace(step.after, components={**step.after.components, "vae_decoder": part})
     assert structure(after)["vae_decoder"] == structure(step.after)["vae_decoder"], "the plan's prediction holds"
     well = Precision().run(step, "vae_decoder", bundle, tmp_path / "well")
-    assert well.precision == "fp16" and "not_fp16" not in well.details
+    assert well.precision == "fp16" and not well.graph.not_fp16
 
 
 def test_a_16_bit_graph_is_proven_on_its_emulation(bundle, tmp_path):
@@ -243,7 +246,7 @@ def test_openvino_files_are_written(bundle, tmp_path):
     step = planned(bundle, OpenVino(), spec("openvino"))
     part = OpenVino().run(step, "unet", bundle, tmp_path)
     assert sorted(part.files) == ["components/unet/model.bin", "components/unet/model.xml"]
-    assert part.format == "openvino" and part.details["openvino_version"]
+    assert part.format == "openvino" and part.details_as(OpenVinoDetails).openvino_version
 
 
 @pytest.mark.parametrize(("instance", "target", "precision"), [

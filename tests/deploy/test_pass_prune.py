@@ -16,8 +16,9 @@ from deploy.core.budgets import BUDGETS, PRUNED, Budget
 from deploy.core.plan import Skip, Step, Unavailable
 from deploy.core.spec import BuildSpec
 from deploy.passes.export import Export
-from deploy.passes.prune import TEACHER, Prune
+from deploy.passes.prune import Prune
 from deploy.passes.recover import Recover
+from deploy.pruning.planning import teacher_of
 from runtimes.bundle.folder import Bundle, records_below
 from runtimes.bundle.manifest import Component
 from runtimes.errors import InputError, ParityError
@@ -48,11 +49,11 @@ def test_the_original_travels_with_the_pruned_network_until_it_has_recovered(sou
     spec = BuildSpec(prune_blocks="small", recover=5)
     pruned = Prune().plan(source.manifest, spec)
     assert isinstance(pruned, Step) and pruned.provisional, "the gate waits for the recovery"
-    assert TEACHER in pruned.after.components
+    assert teacher_of(pruned.after) in pruned.after.components
     recovered = Recover().plan(pruned.after, spec)
     assert isinstance(recovered, Step) and not recovered.provisional
     assert sorted(recovered.after.components) == sorted(source.manifest.components)
-    assert recovered.reads["unet"] == ("unet", TEACHER, "text_encoder")
+    assert recovered.reads["unet"] == ("unet", teacher_of(pruned.after), "text_encoder")
     assert [p.name for p in recovered.after.passes] == ["prune", "recover"]
 
 
@@ -73,7 +74,7 @@ def test_a_pruned_and_recovered_model_is_built_smaller_with_the_same_inputs_and_
     manifest = outcome.bundle.manifest
     assert [p.name for p in manifest.passes] == ["load", "prune", "recover", "export", "optimize"]
     unet = manifest.components["unet"]
-    assert TEACHER not in manifest.components and not list((tmp_path / "b").rglob("*teacher*"))
+    assert teacher_of(manifest) not in manifest.components and not list((tmp_path / "b").rglob("*teacher*"))
     assert unet.parameters < 0.8 * _parameters(tiny_model)
     assert [s.name for s in unet.inputs] == ["sample", "timestep", "encoder_hidden_states"]
     lost = {p["name"]: p["relative_l2"]["unet"] for p in manifest.measured["passes"] if "relative_l2" in p}
@@ -100,10 +101,11 @@ def test_importance_along_the_trajectory_and_sensitive_widths_need_only_prompts(
     monkeypatch.setattr(prune_network, "SCAN_BATCHES", 2)
     spec = BuildSpec(model=str(tiny_model), prune=0.3, prune_widths="sensitivity", verify="no")
     component = prune_folder(spec, tmp_path / "pruned")["unet"]
-    details = component.details["pruning"]["channels"]
-    assert details["method"] == "taylor" and sum(details["kept"]) < sum(details["before"])
-    for errors, width in zip(details["sensitivity"], details["before"], strict=True):
-        assert errors.pop(str(width)) == 0 and all(e > 0 for e in errors.values())
+    assert component.details.pruning is not None
+    channels = component.details.pruning.channels
+    assert channels is not None and channels.method == "taylor" and sum(channels.remaining) < sum(channels.before)
+    for errors, width in zip(channels.sensitivity, channels.before, strict=True):
+        assert errors[str(width)] == 0 and all(e > 0 for w, e in errors.items() if w != str(width))
 
 
 @needs_torch_pruning

@@ -17,7 +17,7 @@ from deploy.core.spec import BuildSpec, make_spec
 from deploy.model.source_bundle import open_origin
 from deploy.passes.precision import Precision
 from deploy.passes.quantize import Quantize
-from deploy.quantization.recipes import at_common_size
+from deploy.quantization.calibration_data import at_common_size
 from runtimes.bundle.folder import Bundle
 from runtimes.bundle.manifest import Manifest
 from runtimes.bundle.tensors import ShapeRange
@@ -125,12 +125,12 @@ def test_int8_is_a_third_of_the_bytes_and_keeps_what_is_generated(int8_bundle: B
 
 def test_the_manifest_says_what_each_layer_became_and_what_it_bought(int8_bundle: Bundle):
     unet = int8_bundle.manifest.components["unet"]
-    summary = unet.details["quantization"]
-    assert summary["recipe"] == "hybrid"
-    relief = summary["relief"]
-    assert summary["layers"]["w8a8"] == 154 - len(relief["promoted"])
-    assert 5 < len(relief["promoted"]) < 60
-    before, after = relief["relative_l2"]
+    summary = unet.graph.quantization
+    assert summary is not None and summary.recipe == "hybrid"
+    relief = summary.relief
+    assert relief is not None and summary.layers["w8a8"] == 154 - len(relief.promoted)
+    assert 5 < len(relief.promoted) < 60
+    before, after = relief.relative_l2
     assert after <= before / 2
     details = json.loads((int8_bundle.path / "components/unet/quantization.json").read_text())
     assert details["precision_map"]["conv_in/Conv"] == "float"
@@ -147,18 +147,18 @@ def test_another_recipe_uses_the_recording_again(int8_bundle: Bundle, build_cach
     spec = BuildSpec(precision="int8", calibration_samples=24, quantization="static", range_estimator="minmax",
                      verify="no")
     static = run_build(spec, tmp_path / "static", cache_root=build_cache).bundle
-    layers = static.manifest.components["unet"].details["quantization"]["layers"]
-    assert layers == {"w8a8": 159}
+    summary = static.manifest.components["unet"].graph.quantization
+    assert summary is not None and summary.layers == {"w8a8": 159}
     assert before == {p: p.stat().st_mtime_ns for p in (build_cache / "calibration").rglob("shard-*.npz")}
 
 
 def test_calibration_generates_at_the_size_that_the_shapes_call_most_common():
     spec = BuildSpec(precision="int8", shapes={"height": ShapeRange(64, 128, 256), "width": ShapeRange(64, 96, 256)})
-    facts = at_common_size(exported(spec))
-    assert (facts.height, facts.width) == (128, 96)
+    codec = at_common_size(exported(spec)).codec
+    assert (codec.height, codec.width) == (128, 96)
 
 
-def test_a_kept_layer_is_float_in_the_bundle_and_an_unknown_one_names_the_nearest(
+def test_an_exempt_layer_is_float_in_the_bundle_and_an_unknown_one_names_the_nearest(
     tiny_model: Path, build_cache: Path, tmp_path: Path
 ):
     options = {"model": str(tiny_model), "precision": "int8", "quantization": "weight-only", "verify": "no"}

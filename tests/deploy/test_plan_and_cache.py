@@ -12,13 +12,16 @@ import pytest
 from deploy.building.builder import _run_pass, workspace
 from deploy.core.pass_cache import Cache, key_of
 from deploy.core.plan import Pass, Skip, Step, load_passes, plan_all
-from deploy.core.progress import Silent
 from deploy.core.spec import BuildSpec
 from deploy.passes import PASSES
+from runtimes.bundle.details import Details
 from runtimes.bundle.folder import Bundle, records_below, write_manifest
-from runtimes.bundle.manifest import SCHEMA, Component, FileRecord, Manifest, PipelineFacts, Source, digest_of
+from runtimes.bundle.manifest import SCHEMA, Component, FileRecord, Manifest, Source, digest_of
+from runtimes.bundle.roles import Roles
 from runtimes.bundle.tensors import Axis, ShapeRange
 from runtimes.errors import DeployError, InputError
+from tests.runtimes.roles import stable_diffusion as sd_roles
+from tests.runtimes.roles import with_fact
 
 
 class Shout(Pass):
@@ -69,6 +72,11 @@ class Killed(Shout):
         return component
 
 
+def roles_of(scaling_factor: float) -> Roles:
+    """Of a pipeline whose networks are files of text: none of them has the inputs of a role."""
+    return with_fact(sd_roles(4, 8, scaling_factor, 64, 64, 16), "denoiser.component", "elsewhere")
+
+
 def make_bundle(folder: Path, **texts: str) -> Bundle:
     components = {}
     for name, text in texts.items():
@@ -77,7 +85,7 @@ def make_bundle(folder: Path, **texts: str) -> Bundle:
         file.write_text(text)
         components[name] = Component("text", f"components/{name}/model.txt", records_below(file.parent, folder), (), (),
                                      {}, "Text", "fp32", len(text))
-    manifest = Manifest(SCHEMA, "text", Source("text", {}), "onnxruntime", "fp32", PipelineFacts(4, 8, 1.0, 64, 64, 16),
+    manifest = Manifest(SCHEMA, "text", Source("text", {}), "onnxruntime", "fp32", roles_of(1.0),
                         components, (), {}, {}, {}, verified=False)
     write_manifest(folder, manifest)
     return Bundle(folder, manifest)
@@ -92,7 +100,7 @@ def bundle(tmp_path: Path) -> Bundle:
 def run(instance: Pass, bundle: Bundle, cache: Cache, folder: Path) -> tuple[Bundle, dict]:
     step = instance.plan(bundle.manifest, BuildSpec())
     assert isinstance(step, Step)
-    return _run_pass(instance, step, bundle, folder, cache, Silent())
+    return _run_pass(instance, step, bundle, folder, cache)
 
 
 def test_a_pass_is_run_once_and_then_taken_from_the_cache(bundle: Bundle, tmp_path: Path):
@@ -130,7 +138,7 @@ class Trajectory(Shout):
 @pytest.mark.parametrize("change", [
     {"files": {"scheduler/scheduler_config.json": FileRecord(2, "b")}},
     {"files": {"tokenizer/tokenizer.json": FileRecord(2, "b")}},
-    {"pipeline": PipelineFacts(4, 8, 0.5, 64, 64, 16)},
+    {"pipeline": roles_of(0.5)},
 ], ids=["scheduler", "tokenizer", "facts"])
 def test_a_pass_that_reads_the_sampling_loop_has_its_own_key_for_each_and_others_do_not(bundle: Bundle, change: Any):
     other = Bundle(bundle.path, dataclasses.replace(bundle.manifest, **change))
@@ -145,8 +153,8 @@ def test_the_passes_that_generate_or_calibrate_say_that_they_read_the_sampling_l
     assert reading == {"adapters", "prune-vae", "prune", "recover", "quantize", "precision", "engine"}
 
 
-@pytest.mark.parametrize("change", [{"class_name": "Other"}, {"details": {"library": "x"}}, {"precision": "fp16"},
-                                    {"axes": {"batch": Axis("images", ShapeRange(1, 2, 3))}}])
+@pytest.mark.parametrize("change", [{"class_name": "Other"}, {"details": Details(source_component="x")},
+                                    {"precision": "fp16"}, {"axes": {"batch": Axis("images", ShapeRange(1, 2, 3))}}])
 def test_what_a_read_component_is_counts_and_where_it_lies_does_not(bundle: Bundle, change: Any):
     step = Shout().plan(bundle.manifest, BuildSpec())
     parts = {**bundle.manifest.components, "unet": dataclasses.replace(bundle.component("unet"), **change)}
@@ -159,16 +167,16 @@ def test_what_a_read_component_is_counts_and_where_it_lies_does_not(bundle: Bund
 
 def test_calibration_recordings_know_the_facts(bundle: Bundle, monkeypatch, tmp_path: Path):
     """Two models of the same networks that scale latents differently are recorded apart."""
-    from deploy.quantization import recipes
+    from deploy.quantization.calibration_data import record_calibration
 
     seen: list[Any] = []
     monkeypatch.setattr("calibration.trajectory.recorder.record",
                         lambda *_, source, **__: seen.append(digest_of(source)))
     calibration = {"steps": 20, "strength": 0.6, "prompts": ["a cat"], "samples": 8, "guidance_scale": 5.0}
-    other = Bundle(bundle.path, dataclasses.replace(bundle.manifest, pipeline=PipelineFacts(4, 8, 0.5, 64, 64, 16)))
-    monkeypatch.setattr("runtimes.pipeline.loading.BundleSessions", lambda *_: {})
+    other = Bundle(bundle.path, dataclasses.replace(bundle.manifest, pipeline=roles_of(0.5)))
+    monkeypatch.setattr("runtimes.pipeline.bundle_sessions.BundleSessions", lambda *_: {})
     for b in (bundle, other, bundle):
-        recipes.record_calibration(b, calibration)
+        record_calibration(b, calibration)
     assert seen[0] == seen[2] != seen[1]
 
 

@@ -9,6 +9,7 @@ import pytest
 from deploy.bench import presets
 from deploy.bench.presets import Measured, Setting
 from runtimes.errors import InputError, UnavailableError
+from runtimes.system.cache_root import rooted
 
 
 def entry(steps: int, milliseconds: float, psnr: float, retrieval: float | None = None, **options) -> Measured:
@@ -50,10 +51,11 @@ def test_a_budget_that_buys_nothing_says_what_is_needed():
         presets.within(39, SEEN)
 
 
-def test_what_is_kept_comes_back(tmp_path):
+def test_what_is_saved_comes_back(tmp_path):
     measured = [*SEEN, entry(9, 95, 18.0, None, scheduler="dpm++", guidance_interval=(0.1, 0.7), cache_interval=2)]
-    presets.save("abc", measured, tmp_path)
-    assert presets.load("abc", tmp_path) == measured
+    with rooted(tmp_path):
+        presets.save("abc", measured)
+        assert presets.load("abc") == measured
     assert [p.name for p in (tmp_path / "tradeoffs").iterdir()] == ["abc.json"]
 
 
@@ -61,7 +63,7 @@ def test_what_is_kept_comes_back(tmp_path):
 def test_nothing_or_a_damaged_file_is_said_with_the_command_to_run(tmp_path, text):
     (tmp_path / "tradeoffs").mkdir()
     Path(tmp_path / "tradeoffs" / "abc.json").write_text(text)
-    with pytest.raises(UnavailableError, match="deploy tradeoffs"):
-        presets.load("abc", tmp_path)
+    with rooted(tmp_path), pytest.raises(UnavailableError, match="deploy tradeoffs"):
+        presets.load("abc")
     with pytest.raises(InputError, match="unknown quality"):
         presets.preset("best", SEEN)

@@ -64,7 +64,7 @@ def test_what_is_refused_is_named_whole(command: tuple[str, ...], cli: Cli):
 def test_progress_lines_and_errors_are_whole(capsys):
     console.say(ODD)
     console.show_error(InputError(ODD, where=f"w {ODD}", fix=f"f {ODD}"))
-    with console.BuildProgress() as progress:
+    with console.shown_progress() as progress:
         progress.working(ODD)
         progress.finished(f"done {ODD}")
     err = capsys.readouterr().err

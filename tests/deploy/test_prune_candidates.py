@@ -51,7 +51,7 @@ def test_the_largest_share_within_the_budget_is_taken(tiny_model: Path, build_ca
     assert run_build(several, tmp_path / "bundle", cache_root=build_cache).up_to_date
 
 
-def test_a_share_that_breaks_the_budget_gives_way_and_its_figures_are_kept(tiny_model: Path, build_cache: Path,
+def test_a_share_that_breaks_the_budget_gives_way_and_its_figures_are_stored(tiny_model: Path, build_cache: Path,
                                                                            tmp_path: Path, capsys):
     several = spec(tiny_model, prune_candidates=(0.4,), budget={**LENIENT, "trajectory_relative_l2": 0.01})
     built = run_build(several, tmp_path / "bundle", cache_root=build_cache).bundle

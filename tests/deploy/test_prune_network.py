@@ -12,6 +12,7 @@ from torch import nn
 from deploy.pruning.shrink.whole_blocks import remove_blocks
 from deploy.pruning.shrink.widths import config_of, levels_of, uniform_widths
 from deploy.pruning.shrink.zeroed_weights import mask_textbook, mask_two_of_four
+from runtimes.bundle.roles import Role
 from runtimes.errors import InputError
 
 needs_torch_pruning = pytest.mark.skipif(
@@ -47,7 +48,7 @@ def pruned(network, ratio=0.35, method="l2"):
     from deploy.pruning.shrink.structured import prune_network
 
     widths = uniform_widths(levels_of(config_of(network), "unet"), ratio, "unet")
-    return prune_network(network, {"unet": feeds()}, widths, scorer_of(method), "unet")
+    return prune_network(network, {Role.DENOISER: feeds()}, widths, scorer_of(method), "unet")
 
 
 def run(network):
@@ -149,7 +150,7 @@ def test_an_autoencoder_is_pruned_in_both_halves_and_loads(tmp_path):
         block_out_channels=(32, 64), down_block_types=("DownEncoderBlock2D",) * 2, norm_num_groups=8,
         up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4).requires_grad_(False)
     widths = uniform_widths(levels_of(config_of(network), "vae"), 0.5, "vae")
-    examples = {"vae_encoder": [torch.rand(1, 3, 8, 8)], "vae_decoder": [torch.rand(1, 4, 4, 4)]}
+    examples = {Role.IMAGE_ENCODER: [torch.rand(1, 3, 8, 8)], Role.IMAGE_DECODER: [torch.rand(1, 4, 4, 4)]}
     smaller = prune_network(network, examples, widths, scorer_of("l1"), "vae")
     smaller.save_pretrained(tmp_path)
     loaded = AutoencoderKL.from_pretrained(tmp_path)

@@ -23,20 +23,20 @@ def test_levels_shrink_by_whole_norm_groups_and_heads_never_grow(config, ratio):
     levels = levels_of(config, "unet")
     widths = uniform_widths(levels, ratio, "unet")
     assert abs(widths.removed - ratio) <= 0.03
-    for level, kept, heads in zip(levels, widths.kept, widths.heads, strict=True):
-        assert kept % config["norm_num_groups"] == 0 and kept % heads == 0
-        assert 1 <= heads <= level.heads and kept // heads <= level.width // level.heads
+    for level, remaining, heads in zip(levels, widths.remaining, widths.heads, strict=True):
+        assert remaining % config["norm_num_groups"] == 0 and remaining % heads == 0
+        assert 1 <= heads <= level.heads and remaining // heads <= level.width // level.heads
     equal = [(a.width == b.width) == (x == y) for a, b, x, y in zip(
-        levels, levels[1:], widths.kept, widths.kept[1:], strict=False)]
+        levels, levels[1:], widths.remaining, widths.remaining[1:], strict=False)]
     assert all(equal), "a shortcut has its convolution if and only if it had it before"
     new = pruned_config(config, widths)
-    assert new["block_out_channels"] == list(widths.kept)
-    assert levels_of(new, "unet")[0].width == widths.kept[0]
+    assert new["block_out_channels"] == list(widths.remaining)
+    assert levels_of(new, "unet")[0].width == widths.remaining[0]
 
 
 def test_heads_that_no_longer_divide_a_level_are_removed_whole():
     widths = uniform_widths(levels_of(REFERENCE, "unet"), 0.3, "unet")
-    assert widths.kept == (48, 96, 128) and widths.heads == (1, 2, 2)
+    assert widths.remaining == (48, 96, 128) and widths.heads == (1, 2, 2)
 
 
 @pytest.mark.parametrize("config", [SD15, REFERENCE, VAE])
@@ -45,7 +45,7 @@ def test_a_ratio_that_leaves_too_little_names_the_level_and_the_nearest_that_wor
     with pytest.raises(InputError, match=r"0\.99 of the \d+ channels of level 0 leaves fewer than the \d+") as caught:
         uniform_widths(levels, 0.99, "unet")
     works = float(caught.value.fix.split()[1])
-    assert all(uniform_widths(levels, works, "unet").kept)
+    assert all(uniform_widths(levels, works, "unet").remaining)
     with pytest.raises(InputError, match="leaves fewer"):
         uniform_widths(levels, works + 0.02, "unet")
 
@@ -74,12 +74,12 @@ def test_the_level_that_bears_least_keeps_most():
     weights = (10.0, 1.0, 1.0)  # an error of the first level costs ten times as much
 
     def error_of(widths):
-        return math.sqrt(sum((w * (1 - kept / level.width)) ** 2
-                             for w, kept, level in zip(weights, widths.kept, levels, strict=True)))
+        return math.sqrt(sum((w * (1 - remaining / level.width)) ** 2
+                             for w, remaining, level in zip(weights, widths.remaining, levels, strict=True)))
 
     found = scan(levels, error_of)
     assert [max(errors) for errors in found] == [64, 128, 192] and all(len(e) <= 7 for e in found)
     widths = sensitive_widths(levels, 0.3, found)
-    assert widths.kept[0] == 64 and abs(widths.removed - 0.3) <= 0.03
+    assert widths.remaining[0] == 64 and abs(widths.removed - 0.3) <= 0.03
     assert error_of(widths) < error_of(uniform_widths(levels, 0.3, "unet"))
-    assert widths == make_widths(levels, widths.kept)
+    assert widths == make_widths(levels, widths.remaining)

@@ -171,7 +171,7 @@ def test_fewer_trajectories_at_a_time_make_steps_of_as_many(monkeypatch):
     config = {"steps": 5, "prompts": [], "guidance_scale": 3.0, "keep_zeros": False}
     for more in ({}, {"batch": 8}, {"batch": 5}):
         with pytest.raises(Asked):
-            recover_network.recover_unet(source, "unet", "unet_teacher", {**config, **more})
+            recover_network.recover_denoiser(source, "unet", "unet_teacher", {**config, **more})
     assert [recipe.accumulate for _, recipe in seen] == [1, 4, 7]
     assert [len(task._replay._trajectories._latents) for task, _ in seen] == [32, 8, 5]
 

@@ -26,6 +26,7 @@ from deploy.report.sections import (
     pass_rows,
     read_metrics,
 )
+from runtimes.bundle.details import Conversion, GraphDetails, Quantization
 from runtimes.bundle.folder import Bundle, records_below, write_manifest
 from runtimes.bundle.manifest import to_json
 from runtimes.bundle.tensors import ShapeRange
@@ -49,7 +50,8 @@ def write_bundle(folder: Path, psnr_db: float = 57.25, unet: str = "weights", im
     (folder / "components" / "unet" / "quantization.json").write_text(json.dumps(LAYERS))
     component = dataclasses.replace(
         manifest.components["unet"], files=records_below(folder / "components" / "unet", folder),
-        details={"quantization": {"recipe": "auto", "layers": {"float": 1, "w8": 1, "w8a8": 1}}},
+        format="onnx", details=GraphDetails(quantization=Quantization(
+            recipe="auto", layers={"float": 1, "w8": 1, "w8a8": 1}, scheme={}, parameters={}, weight_bytes=(4, 1))),
         parity={"relative_l2": 2.5e-6, "max_abs": 1e-5, "cosine": 0.99999, "nonfinite": 0, "shapes": [[2, 4, 8, 8]]})
     parity: dict[str, Any] = {
         "images": {"psnr_db": psnr_db, "ssim": 0.9991, "count": images}, "retrieval": None, "unverified": [],
@@ -146,8 +148,10 @@ def test_large_images_are_shown_smaller_and_the_page_stays_below_5_mb(bundle: Bu
 
 def test_operators_in_16_bits_are_counted_with_the_reasons_of_the_others(bundle: Bundle):
     unet = bundle.manifest.components["unet"]
-    details = {"conversion": {"converted": {"Conv": 56, "Gemm": 4}, "kept_float32": {
-        "softmax": {"Softmax": 20}, "normalization": {"LayerNormalization": 30, "InstanceNormalization": 3}}}}
+    details = GraphDetails(conversion=Conversion(
+        precision="fp16", mode="compute", converted={"Conv": 56, "Gemm": 4}, float32={
+            "softmax": {"Softmax": 20}, "normalization": {"LayerNormalization": 30, "InstanceNormalization": 3}},
+        float32_nodes={}, casts=0, weight_bytes_before=4, weight_bytes_after=2))
     manifest = dataclasses.replace(bundle.manifest, components={"unet": dataclasses.replace(unet, details=details)})
     assert conversions(manifest) == [
         {"name": "unet", "converted": 60, "kept": 53, "reasons": "normalization 33, softmax 20"}]

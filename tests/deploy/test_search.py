@@ -10,17 +10,19 @@ from typing import Any
 
 import pytest
 
-from calibration.integers.ranges import Scheme
+from calibration.recipes import candidates, one_graph
 from deploy.building.choose import run_build
 from deploy.cli import console
 from deploy.core.budgets import Budget
-from deploy.core.pass_cache import rooted
 from deploy.core.spec import BuildSpec
-from deploy.quantization import recipes
+from deploy.quantization import precision_search
 from deploy.quantization.precision_search import Trial, Trials, search
 from runtimes.bundle.folder import Bundle
+from runtimes.bundle.roles import Conditioner, TextEncoder
 from runtimes.errors import ParityError
+from runtimes.system.cache_root import rooted
 from tests.runtimes.fakes import AFFINE, affine_bundle
+from tests.runtimes.roles import stable_diffusion, with_fact
 
 
 class FakeTrials(Trials):
@@ -85,7 +87,7 @@ def test_an_interrupted_search_generates_no_trial_twice(reference_bundle: Path, 
         generated.append(name)
         return Trial(name, unet.stat().st_size, 0.1, 30.0, 0.9, None, True)
 
-    monkeypatch.setattr(Trials, "_drawn", generate)
+    monkeypatch.setattr(Trials, "_generated", generate)
     (tmp_path / "a.onnx").write_bytes(b"a")
     (tmp_path / "b.onnx").write_bytes(b"b")
     with rooted(tmp_path):
@@ -104,8 +106,9 @@ def test_the_front_of_a_bundle_is_shown(tmp_path: Path, capsys, timed: dict[str,
     file.parent.mkdir(parents=True)
     found = {"front": [trial], "precision_map": {"conv": "int8"}, "errors": {"conv": {"int8": 0.5}}}
     file.write_text(json.dumps(found))
-    bundle: Any = SimpleNamespace(path=tmp_path, component=lambda name: SimpleNamespace(
-        details={"quantization": {"chosen": "hybrid"}}))
+    manifest = SimpleNamespace(pipeline=stable_diffusion(4, 8, 0.18215, 64, 64, 77))
+    bundle: Any = SimpleNamespace(path=tmp_path, manifest=manifest, component=lambda name: SimpleNamespace(
+        graph=SimpleNamespace(quantization=SimpleNamespace(chosen="hybrid"))))
     console.show_search(bundle)
     shown = capsys.readouterr().out
     assert "hybrid (chosen)" in shown and ("0.72" in shown) == bool(timed)
@@ -121,9 +124,12 @@ def test_a_search_quantizes_whatever_else_generates_and_takes_the_methods(tmp_pa
     """A model without prompts has no text encoder, Stable Diffusion XL two, and nothing says that one has that name."""
     parts = (*encoders, "unet", "vae_decoder", "vae_encoder")
     prepared: list[Any] = []
+    readers = tuple(TextEncoder(name, "tokenizer", 77, "last_hidden_state") for name in encoders)
+    context = "encoder_hidden_states" if encoders else ""
+    roles = with_fact(stable_diffusion(4, 8, 0.18215, 64, 64, 77), "conditioner", Conditioner(readers, context))
     file = affine_bundle(tmp_path / "b").file(AFFINE.file)
     source: Any = SimpleNamespace(
-        manifest=SimpleNamespace(pipeline=SimpleNamespace(text_encoders=encoders)), file=lambda _: file,
+        manifest=SimpleNamespace(pipeline=roles), file=lambda _: file,
         component=lambda name: SimpleNamespace(file={n: n for n in parts}[name]))
     recording: Any = SimpleNamespace(calls=lambda _: iter(()), spread=lambda *_: [])
 
@@ -131,22 +137,23 @@ def test_a_search_quantizes_whatever_else_generates_and_takes_the_methods(tmp_pa
         prepared.append(methods)
         return graph
 
-    monkeypatch.setattr("calibration.graphs.transforms.prepare", prepare)
-    monkeypatch.setattr("calibration.graphs.transforms.channel_means", lambda *_: prepared.append("means"))
-    monkeypatch.setattr("calibration.graphs.layers.find_layers", lambda _: [])
-    monkeypatch.setattr("calibration.choice.quantization_noise.predict_noise", lambda *_: {})
-    monkeypatch.setattr(recipes, "find_ranges", lambda *_: ({}, {"ranges": {}}))
-    monkeypatch.setattr(recipes, "quantize_by_recipe", lambda *_: {})
+    monkeypatch.setattr(candidates, "prepare", prepare)
+    monkeypatch.setattr(candidates, "find_layers", lambda _: [])
+    monkeypatch.setattr(candidates, "predict_noise", lambda *_: {})
+    monkeypatch.setattr(candidates, "find_ranges", lambda *_: ({}, {"ranges": {}}))
+    monkeypatch.setattr(one_graph, "channel_means", lambda *_: prepared.append("means"))
+    monkeypatch.setattr(precision_search, "quantize_by_recipe", lambda *_: {})
 
     def trials(source, low, budget, prompts):
         raise Searched(sorted(low))
 
-    monkeypatch.setattr("deploy.quantization.precision_search.Trials", trials)
-    methods = ["smoothquant", "bias-correction"]
-    config = {"recipes": dict.fromkeys(parts, "hybrid"), "keep": [], "methods": methods,
+    monkeypatch.setattr(precision_search, "Trials", trials)
+    methods = ("smoothquant", "bias-correction")
+    config = {"recipes": dict.fromkeys(parts, "hybrid"), "scheme": {}, "estimator": "mse", "keep": [],
+              "methods": list(methods), "relative_l2": 0.1,
               "search": {"budget": asdict(Budget(1, 1, 0, 0, 0)), "prompts": []}}
     with pytest.raises(Searched) as caught:
-        recipes.search_unet(source, tmp_path / "out.onnx", config, Scheme(), recording)
+        precision_search.search_denoiser(source, tmp_path / "out.onnx", config, recording)
     assert caught.value.args[0] == sorted((*encoders, "vae_decoder"))
     assert prepared == [methods, "means"]
 

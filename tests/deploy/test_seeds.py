@@ -13,7 +13,6 @@ from PIL import Image
 
 from deploy.building.builder import load_source
 from deploy.core.pass_cache import Cache
-from deploy.core.progress import Silent
 from deploy.core.spec import BuildSpec
 from deploy.model.source_bundle import open_origin
 from deploy.parity.reference.torch_sessions import reference_sessions
@@ -53,7 +52,7 @@ def make_pair(name: str, folder: Path) -> tuple[Pipeline, Any]:
     theirs.save_pretrained(folder / "model")
     spec = BuildSpec(model=str(folder / "model"))
     (folder / "work").mkdir()
-    bundle = load_source(open_origin(spec), spec, Cache(folder / "cache"), folder / "work", Silent())
+    bundle = load_source(open_origin(spec), spec, Cache(folder / "cache"), folder / "work")
     theirs.scheduler = type(theirs.scheduler).from_pretrained(folder / "model" / "scheduler")
     return assemble_pipeline(reference_sessions(bundle), bundle), theirs
 

@@ -55,7 +55,7 @@ def test_an_unknown_target_is_bad_input():
         make_spec({"target": "coreml"})
 
 
-def test_options_that_do_not_fit_together_are_told_in_our_words_alone():
+def test_options_that_do_not_fit_together_are_refused_in_our_words_alone():
     with pytest.raises(InputError) as error:
         make_spec({"text_encoder_bits": 4})
     assert error.value.what == "text_encoder_bits needs --precision int8 or auto; without, it would change nothing"

@@ -10,6 +10,7 @@ from PIL import Image
 
 from deploy.bench.presets import DRAFT_PSNR_DB
 from runtimes.bundle.folder import Bundle
+from runtimes.bundle.manifest import to_json
 from tests.deploy.conftest import Cli
 
 
@@ -28,12 +29,13 @@ def test_both_entries_are_built_verified_and_used_and_share_their_weights(
         assert parity is not None and parity["ok"] and len(parity["shapes"]) == 3
     shallow = parts["unet_shallow"]
     assert shallow.parameters < parts["unet"].parameters / 2
-    shared = shallow.details["shared_weights"]
-    assert shared["with"] == "unet" and shared["file"] == store
+    shared = shallow.graph.shared_weights
+    assert shared is not None and shared.component == "unet" and shared.file == store
+    assert to_json(shallow.details)["shared_weights"]["with"] == "unet"
     assert shallow.files[store] == parts["unet"].files[store]
     # Nearly all of its weights, in float32, lie in the other's file; what is left is graph and small constants.
-    assert 0.9 * 4 * shallow.parameters < shared["bytes"] < parts["unet"].files[store].bytes
-    assert shallow.bytes < 0.5 * shared["bytes"] + 200_000
+    assert 0.9 * 4 * shallow.parameters < shared.bytes < parts["unet"].files[store].bytes
+    assert shallow.bytes < 0.5 * shared.bytes + 200_000
     options = ("generate", "cached", "a cat", "--steps", "4", "--seed", "1")
     assert cli(*options, "-o", "plain.png").code == cli(*options, "--cache-interval", "2", "-o", "reused.png").code == 0
     assert Path("plain.png").read_bytes() != Path("reused.png").read_bytes()

@@ -12,6 +12,7 @@ import pytest
 import runtimes
 from deploy.building.choose import run_build
 from deploy.core.spec import BuildSpec, Precision
+from runtimes.bundle.details import EngineDetails
 from runtimes.bundle.folder import Bundle
 from runtimes.bundle.tensors import ShapeRange
 from runtimes.errors import UnavailableError
@@ -32,8 +33,8 @@ def test_engines_of_all_components_are_built_without_a_gpu(engines: Bundle):
         file = engines.file(component.file)
         assert file.read_bytes()[:4] == b"vtrt"
         assert file.stat().st_size > component.parameters, "weights are inside, at 2 bytes each less what is folded"
-        assert {"SM75", "SM89", "SM120", "SM121"} <= set(component.details["compute_capabilities"])
-        assert not component.details["refused_capabilities"]
+        assert {"SM75", "SM89", "SM120", "SM121"} <= set(component.details_as(EngineDetails).compute_capabilities)
+        assert not component.details_as(EngineDetails).refused_capabilities
         assert component.precision == "fp16"
 
 
@@ -62,7 +63,7 @@ def test_openvino_generates_what_onnxruntime_does_in_every_mode(tiny_model: Path
     assert {c.format for c in bundles[1].manifest.components.values()} == {"openvino"}
     assert bundles[1].manifest.parity is not None and bundles[1].manifest.parity["ok"]
     pipelines = [runtimes.load(bundle.path) for bundle in bundles]
-    height, width = pipelines[0].facts.height, pipelines[0].facts.width
+    height, width = pipelines[0].roles.codec.height, pipelines[0].roles.codec.width
     image = np.random.default_rng(0).random((height, width, 3), np.float32)
     mask = np.zeros((height, width), np.uint8)
     mask[:, width // 2:] = 255
@@ -99,8 +100,9 @@ def test_int8_engines_hold_quantizers_that_break_no_attention(tiny_model: Path, 
                      engine={"capabilities": "SM89"}, profiles=profiles)
     manifest = run_build(spec, tmp_path / "b", cache_root=build_cache).bundle.manifest
     unet = manifest.components["unet"]
-    assert unet.precision == "int8" and unet.details["compute_capabilities"] == ["SM89"]
-    assert unet.details["quantizers"]["inputs"]["Conv"] > 0
-    assert unet.details["quantizers"]["attentions"] > 0 and not unet.details["quantizers"]["broken_attentions"]
-    assert [profile["timestep"] for profile in unet.details["profiles"]] == [[[1], [2], [2]], [[2], [4], [8]]]
+    engine = unet.details_as(EngineDetails)
+    assert unet.precision == "int8" and engine.compute_capabilities == ("SM89",)
+    assert engine.quantizers is not None and engine.quantizers.inputs["Conv"] > 0
+    assert engine.quantizers.attentions > 0 and not engine.quantizers.broken_attentions
+    assert [profile["timestep"] for profile in engine.profiles] == [((1,), (2,), (2,)), ((2,), (4,), (8,))]
     assert manifest.parity is not None and not manifest.parity["broken"]

@@ -20,7 +20,9 @@ from deploy.passes.precision import Precision
 from deploy.passes.quantize import Quantize
 from deploy.report.page import reproduction
 from runtimes.backends.openvino_session import new_core
+from runtimes.bundle.details import EngineDetails
 from runtimes.bundle.folder import Bundle
+from runtimes.bundle.manifest import to_json
 from runtimes.errors import InputError, ParityError
 from tests.deploy.conftest import Cli, assert_refused
 from tests.deploy.test_pass_quantize import exported, planned
@@ -97,7 +99,7 @@ def test_inspect_report_and_details_say_it(bundles: dict[str, Bundle], cli: Cli)
     bundle = bundles["onnxruntime"]
     shown = cli("inspect", bundle.path)
     assert any(NAME in line and "int4" in line for line in shown.out.splitlines())
-    summary = bundle.component(NAME).details["quantization"]
+    summary = to_json(bundle.component(NAME).graph.quantization)
     assert summary["layers"] == {"w4": 18, "w8": 1}
     assert summary["parameters"] == {"w4": 1327104, "w8": 393216}
     assert summary["blocks"] == {"bits": 4, "inputs": 32, "operator": "MatMulNBits"}
@@ -116,10 +118,10 @@ def test_engines_read_blocks_with_positive_scales(build_cache: Path, tmp_path: P
                    engine={"keep_graph": True, "capabilities": "SM89"})
     component = run_build(spec, tmp_path / "b", cache_root=build_cache).bundle.component(NAME)
     assert component.precision == "int4"
-    assert component.details["layers"]["INT4"] == 12
+    assert component.details_as(EngineDetails).engine_layers["INT4"] == 12
     assert component.parity is not None
     assert 0.1 < component.parity["relative_l2"] < 0.28
-    graph = onnx.load(tmp_path / "b" / component.details["graph"]).graph
+    graph = onnx.load(tmp_path / "b" / component.details_as(EngineDetails).graph).graph
     tensors = {t.name: t for t in graph.initializer}
     blocks = [n for n in graph.node if n.op_type == "DequantizeLinear"]
     assert len(blocks) == 12

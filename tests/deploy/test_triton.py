@@ -26,10 +26,13 @@ from deploy.building.triton_repository import (
 from runtimes.backends.onnxruntime_session import OrtSession
 from runtimes.backends.session import SessionOptions
 from runtimes.bundle.folder import Bundle
+from runtimes.bundle.roles import SHALLOW_ENTRY, Entry
 from runtimes.bundle.tensors import Axis, ShapeRange
 from runtimes.errors import InputError, UnavailableError
 from runtimes.text.clip_tokenizer import prepare_tokenizer
+from tests.runtimes.engine_bundles import engine_details
 from tests.runtimes.fakes import write_pipeline_bundle
+from tests.runtimes.roles import with_fact
 from tests.runtimes.vocabulary import make_vocabulary
 
 CLIENT = util.find_spec("tritonclient") is not None
@@ -77,7 +80,9 @@ def test_configurations_parse_as_tritons_own_protobuf(bundle):
     assert list(made.dynamic_batching.preferred_batch_size) == [1, 8]
     assert (made.instance_group[0].count, made.instance_group[0].kind) == (2, made.instance_group[0].KIND_CPU)
     pipeline = parse_config(pipeline_config(TritonOptions()))
-    assert pipeline.backend == "python" and [i.optional for i in pipeline.input] == [False] + [True] * 7
+    assert pipeline.backend == "python"
+    assert {i.name: i.optional for i in pipeline.input} == {
+        field.name: field.name != "prompt" for field in dataclasses.fields(runtimes.Request) if field.name != "output"}
     with pytest.raises(InputError, match="not a model configuration"):
         parse_config("max_batch_size: many")
 
@@ -152,7 +157,9 @@ def test_the_served_pipeline_generates_what_the_bundle_generates(bundle, served)
 
 def test_a_bundle_with_a_step_cache_is_served_every_step_whole(bundle, tmp_path, monkeypatch):
     parts = {**bundle.manifest.components, "unet_shallow": bundle.component("unet")}
-    cached = Bundle(bundle.path, dataclasses.replace(bundle.manifest, components=parts))
+    entries = {SHALLOW_ENTRY: Entry("unet_shallow", ())}
+    roles = with_fact(bundle.manifest.pipeline, "denoiser.entries", entries)
+    cached = Bundle(bundle.path, dataclasses.replace(bundle.manifest, components=parts, pipeline=roles))
     names = export_triton(cached, tmp_path / "repo")
     assert "ldm_unet_shallow" not in names
     folder = tmp_path / "repo" / "ldm"
@@ -193,7 +200,8 @@ def test_writing_again_replaces_only_what_we_wrote(bundle, tmp_path):
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"format": "safetensors"}, "no backend for the format 'safetensors'"),
-    ({"format": "tensorrt", "details": {"builder": "tensorrt-rtx"}}, "does not load engines of TensorRT for RTX"),
+    ({"format": "tensorrt", "details": engine_details(builder="tensorrt-rtx")},
+     "does not load engines of TensorRT for RTX"),
     ({"axes": {"batch": Axis("images", ShapeRange(2, 2, 4))}}, "takes 2 rows or more, and Triton sends single ones"),
 ])
 def test_what_triton_cannot_serve_is_refused(bundle, tmp_path, changes, message):
@@ -203,7 +211,7 @@ def test_what_triton_cannot_serve_is_refused(bundle, tmp_path, changes, message)
 
 
 def test_engines_of_tensorrt_are_plans_on_a_gpu(bundle):
-    part = dataclasses.replace(bundle.component("unet"), format="tensorrt", details={"builder": "tensorrt"})
+    part = dataclasses.replace(bundle.component("unet"), format="tensorrt", details=engine_details())
     text = component_config("u", part, TritonOptions())
     assert 'backend: "tensorrt"' in text and '"model.plan"' in text and "KIND_GPU" in text
 

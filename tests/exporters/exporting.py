@@ -16,7 +16,8 @@ def component_module(source: Source, spec: ComponentSpec) -> Any:
     from exporters.source.networks import load_module, torch_component
 
     origin = source.components[spec.source_component]
-    return torch_component(spec.name, load_module(origin.folder, origin.library, origin.class_name))
+    role = family_of(source.pipeline_class).roles(source).role(spec.name)
+    return torch_component(role, load_module(origin.folder, origin.library, origin.class_name))
 
 
 def export_component(source: Source, name: str, folder: Path) -> Any:

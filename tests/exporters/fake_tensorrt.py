@@ -106,7 +106,13 @@ class _Cache:
         return self.content + b"timed;"
 
 
+class IProgressMonitor:
+    pass
+
+
 class _Config:
+    progress_monitor: IProgressMonitor | None = None
+
     def __init__(self):
         self.profiles = []
 

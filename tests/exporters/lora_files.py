@@ -102,10 +102,10 @@ def fused_by_diffusers(pipe: Any, loras: Mapping[Path, float]) -> Tensors:
 def merged_by_us(pipe: Any, loras: Mapping[Path, float]) -> Tensors:
     """Merged as `build --lora` does."""
     from exporters.adapters.lora_merging import merge
-    from runtimes.adapters.lora_files import components_of
+    from runtimes.adapters.lora_files import networks_of
 
     ours = copy_of(pipe)
     for file, scale in loras.items():
-        for component in components_of(file):
+        for component in networks_of(file):
             merge(getattr(ours, component), component, file, scale)
     return weights_of(ours)

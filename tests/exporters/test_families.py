@@ -9,10 +9,10 @@ import pytest
 
 from exporters.families import FAMILIES, family_of
 from exporters.families.open_source import open_source
-from runtimes.bundle.manifest import PipelineFacts
 from runtimes.bundle.tensors import ShapeRange
 from runtimes.errors import InputError
 from tests.exporters.pipelines import TOKENS, edit_json
+from tests.runtimes.roles import stable_diffusion as sd_roles
 
 
 def test_components_and_axes_follow_from_the_configs(pristine: Path) -> None:
@@ -38,10 +38,9 @@ def test_components_and_axes_follow_from_the_configs(pristine: Path) -> None:
         assert named == set(spec.axes)
 
 
-def test_facts(pristine: Path) -> None:
+def test_roles(pristine: Path) -> None:
     source = open_source(pristine)
-    assert family_of(source.pipeline_class).facts(source) == PipelineFacts(
-        latent_channels=4, vae_scale_factor=8, scaling_factor=0.18215, height=64, width=64, tokens=TOKENS)
+    assert family_of(source.pipeline_class).roles(source) == sd_roles(4, 8, 0.18215, 64, 64, TOKENS)
 
 
 def test_shapes_are_in_images_and_pixels(pristine: Path) -> None:
@@ -93,7 +92,7 @@ def test_other_network_class_is_refused(pipeline: Path) -> None:
     edit_json(pipeline / "model_index.json", vae=["diffusers", "VQModel"])
     source = open_source(pipeline)
     with pytest.raises(InputError, match=r"vae is a VQModel.*AutoencoderKL or AutoencoderTiny"):
-        family_of(source.pipeline_class).facts(source)
+        family_of(source.pipeline_class).roles(source)
 
 
 def test_every_known_class_has_a_family() -> None:

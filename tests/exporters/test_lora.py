@@ -270,6 +270,47 @@ def test_patterns_that_name_text_model_fit_where_transformers_5_has_no_such_name
     assert worst(merged_by_us(pipe, {one: 1.0}), theirs, weights_of(pipe)) > 0.1, "mended upstream"
 
 
+OUT_PROJ = Q_PROJ.replace("q_proj", "out_proj")
+
+
+@pytest.mark.parametrize("config", [
+    {"target_modules": [Q_PROJ]}, {"target_modules": r".*q_proj"}, {"target_modules": ["q_proj"]},
+    {"target_modules": ["q_proj", "out_proj"], "exclude_modules": ["out_proj"]}])
+def test_a_text_encoders_module_that_the_metadata_leaves_out_is_refused_as_diffusers_leaves_it_out(
+    pipes: dict[str, Any], config: dict[str, Any], tmp_path: Path
+) -> None:
+    pipe = pipes["sd"]
+    both = dotted("text_encoder", pairs(pipe, "text_encoder", (Q_PROJ, OUT_PROJ)), "text_model.")
+    file = write(tmp_path / "lora.safetensors", both, stated("text_encoder", **config))
+    theirs, plain = fused_by_diffusers(pipe, {file: 1.0}), weights_of(pipe)
+    assert {key.rsplit(".", 2)[1] for key in plain if not torch.equal(theirs[key], plain[key])} == {"q_proj"}
+    with pytest.raises(InputError, match=r"out_proj.* is of a module that the metadata leaves out"):
+        merged_by_us(pipe, {file: 1.0})
+
+
+@pytest.mark.parametrize("config", [
+    {"target_modules": "all-linear"}, {"target_modules": ["q_proj", OUT_PROJ]}, {"target_modules": r".*(q|out)_proj"},
+    {"target_modules": ["q_proj", "out_proj"], "layers_to_transform": [0, 1]},
+    {"target_modules": ["q_proj", "out_proj"], "layers_to_transform": 1, "layers_pattern": "layers"},
+    {"target_modules": ["q_proj", "out_proj"], "exclude_modules": ["fc1"]}])
+def test_a_text_encoders_modules_that_the_metadata_names_by_any_rule_of_peft_are_merged(
+    pipes: dict[str, Any], config: dict[str, Any], tmp_path: Path
+) -> None:
+    pipe = pipes["sd"]
+    both = dotted("text_encoder", pairs(pipe, "text_encoder", (Q_PROJ, OUT_PROJ)), "text_model.")
+    file = write(tmp_path / "lora.safetensors", both, stated("text_encoder", **config))
+    expected = fused_by_diffusers(pipe, {file: 1.0})
+    assert worst(merged_by_us(pipe, {file: 1.0}), expected, weights_of(pipe)) <= 2e-6
+
+
+def test_a_unet_has_what_the_tensors_say_whatever_its_target_modules_say(pipes: dict[str, Any], tmp_path: Path) -> None:
+    pipe = pipes["sd"]
+    file = write(tmp_path / "lora.safetensors", dotted("unet", pairs(pipe, "unet", (TO_Q, TO_OUT))),
+                 stated("unet", target_modules=[TO_Q]))
+    expected = fused_by_diffusers(pipe, {file: 1.0})
+    assert worst(merged_by_us(pipe, {file: 1.0}), expected, weights_of(pipe)) <= 2e-6
+
+
 def test_files_that_diffusers_fails_on_are_read(pipes: dict[str, Any], tmp_path: Path) -> None:
     """Alphas in PEFT's format; kohya's text encoder without the projection by which diffusers knows the format."""
     pipe, found = pipes["sd"], pairs(pipes["sd"], "unet", (TO_Q,))

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from exporters.families.open_source import open_source
+from runtimes.bundle.roles import Role
 from runtimes.errors import InputError
 from tests.exporters.pipelines import edit_json, edit_weights, to_old_layout
 
@@ -125,7 +126,7 @@ def test_wrappers_equal_the_pipeline_parts(pristine: Path) -> None:
 
     vae, image = load(pristine, "vae"), torch.randn(1, 3, 16, 24)
     with torch.no_grad():
-        moments = torch_component("vae_encoder", vae)(image)[0]
+        moments = torch_component(Role.IMAGE_ENCODER, vae)(image)[0]
         assert torch.equal(moments, vae.encode(image).latent_dist.parameters)
         latents = moments[:, :4]
-        assert torch.equal(torch_component("vae_decoder", vae)(latents)[0], vae.decode(latents).sample)
+        assert torch.equal(torch_component(Role.IMAGE_DECODER, vae)(latents)[0], vae.decode(latents).sample)

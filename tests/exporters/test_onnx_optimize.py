@@ -13,10 +13,12 @@ from exporters.families import family_of
 from exporters.families.open_source import open_source
 from exporters.onnx.fusions import FUSIONS
 from exporters.onnx.optimize_graph import FUSIONS_FOR, optimize_onnx
+from runtimes.bundle.roles import Role
 from runtimes.errors import BundleError
 from tests.exporters.exporting import feeds_for, relative_l2, run_onnx
 
-NAMES = ("text_encoder", "unet", "vae_encoder", "vae_decoder")
+ROLES = {"text_encoder": Role.TEXT_ENCODER, "unet": Role.DENOISER, "vae_encoder": Role.IMAGE_ENCODER,
+         "vae_decoder": Role.IMAGE_DECODER}
 SHAPES = ((2, 2, 3, 7), (1, 1, 1, 1), (3, 4, 2, 20))
 Exported = Callable[[str], Path]
 
@@ -34,11 +36,11 @@ def interface(file: Path) -> list[str]:
     return [str(value) for value in (*graph.input, *graph.output)]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ROLES)
 def test_same_interface_and_results_with_fewer_nodes(
     name: str, pristine: Path, exported: Exported, tmp_path: Path
 ) -> None:
-    report = optimize_onnx(exported(name), tmp_path / "model.onnx", name, "onnxruntime")
+    report = optimize_onnx(exported(name), tmp_path / "model.onnx", ROLES[name], "onnxruntime")
     assert all(report.fusions.values()), report.fusions
     before, after = report.to_json()["nodes"]
     assert after < before
@@ -50,7 +52,7 @@ def test_same_interface_and_results_with_fewer_nodes(
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_each_fusion_keeps_the_results(fusion: str, pristine: Path, exported: Exported, tmp_path: Path) -> None:
     fusions = ("attention", fusion) if fusion == "self_attention" else (fusion,)
-    report = optimize_onnx(exported("unet"), tmp_path / "model.onnx", "unet", "onnxruntime", fusions=fusions)
+    report = optimize_onnx(exported("unet"), tmp_path / "model.onnx", Role.DENOISER, "onnxruntime", fusions=fusions)
     assert report.fusions[fusion] > 0
     same_results(pristine, "unet", exported("unet"), tmp_path / "model.onnx")
 
@@ -58,7 +60,7 @@ def test_each_fusion_keeps_the_results(fusion: str, pristine: Path, exported: Ex
 def test_fusions_together_keep_the_results_of_biased_causal_attention(
     pristine: Path, exported: Exported, tmp_path: Path
 ) -> None:
-    report = optimize_onnx(exported("text_encoder"), tmp_path / "model.onnx", "text_encoder", "onnxruntime",
+    report = optimize_onnx(exported("text_encoder"), tmp_path / "model.onnx", Role.TEXT_ENCODER, "onnxruntime",
                            fusions=("attention", "self_attention", "skip_layer_norm", "silu"))
     assert report.fusions == {"attention": 2, "self_attention": 2, "skip_layer_norm": 5, "silu": 2}
     same_results(pristine, "text_encoder", exported("text_encoder"), tmp_path / "model.onnx")
@@ -66,20 +68,20 @@ def test_fusions_together_keep_the_results_of_biased_causal_attention(
 
 @pytest.mark.parametrize("target", ["openvino", "tensorrt", "tensorrt-rtx"])
 def test_other_targets_get_plain_onnx(target: str, exported: Exported, tmp_path: Path) -> None:
-    optimize_onnx(exported("vae_decoder"), tmp_path / "model.onnx", "vae_decoder", target)
+    optimize_onnx(exported("vae_decoder"), tmp_path / "model.onnx", Role.IMAGE_DECODER, target)
     model = onnx.load(tmp_path / "model.onnx")
     assert {node.domain for node in model.graph.node} == {""}
     assert [entry.domain for entry in model.opset_import] == [""]
 
 
 def test_same_graph_gives_the_same_bytes_and_report(exported: Exported, tmp_path: Path) -> None:
-    reports = [optimize_onnx(exported("unet"), tmp_path / f"{i}.onnx", "unet", "onnxruntime") for i in range(2)]
+    reports = [optimize_onnx(exported("unet"), tmp_path / f"{i}.onnx", Role.DENOISER, "onnxruntime") for i in range(2)]
     assert (tmp_path / "0.onnx").read_bytes() == (tmp_path / "1.onnx").read_bytes()
     assert json.dumps(reports[0].to_json()) == json.dumps(reports[1].to_json())
 
 
 def test_node_names_are_unique_and_tell_the_module(exported: Exported, tmp_path: Path) -> None:
-    optimize_onnx(exported("unet"), tmp_path / "model.onnx", "unet", "onnxruntime")
+    optimize_onnx(exported("unet"), tmp_path / "model.onnx", Role.DENOISER, "onnxruntime")
     names = [node.name for node in onnx.load(tmp_path / "model.onnx").graph.node]
     assert len(set(names)) == len(names)
     assert "down_blocks.0.attentions.0.transformer_blocks.0.attn1/MultiHeadAttention" in names
@@ -87,14 +89,14 @@ def test_node_names_are_unique_and_tell_the_module(exported: Exported, tmp_path:
 
 def test_source_is_left_as_it_was(exported: Exported, tmp_path: Path) -> None:
     before = exported("vae_encoder").read_bytes()
-    optimize_onnx(exported("vae_encoder"), tmp_path / "model.onnx", "vae_encoder", "onnxruntime")
+    optimize_onnx(exported("vae_encoder"), tmp_path / "model.onnx", Role.IMAGE_ENCODER, "onnxruntime")
     assert exported("vae_encoder").read_bytes() == before
 
 
 def test_file_that_is_not_onnx(tmp_path: Path) -> None:
     (tmp_path / "bad.onnx").write_bytes(b"\xffnot a model")
     with pytest.raises(BundleError, match="not an ONNX model"):
-        optimize_onnx(tmp_path / "bad.onnx", tmp_path / "model.onnx", "unet", "onnxruntime")
+        optimize_onnx(tmp_path / "bad.onnx", tmp_path / "model.onnx", Role.DENOISER, "onnxruntime")
 
 
 def test_table_names_known_fusions() -> None:
@@ -106,7 +108,8 @@ def test_measurement_compares_variants(exported: Exported, pristine: Path, tmp_p
 
     source = open_source(pristine)
     spec = family_of(source.pipeline_class).components(source, {})["vae_encoder"]
-    rows = measure(list(variants_of("vae_encoder", exported("vae_encoder"), tmp_path)), feeds_for(spec, 1, 1, 1, 1), 2)
+    variants = variants_of(Role.IMAGE_ENCODER, exported("vae_encoder"), tmp_path)
+    rows = measure(list(variants), feeds_for(spec, 1, 1, 1, 1), 2)
     names = [row.name for row in rows]
     assert names[0] == "as exported"
     assert {"attention", "channel_affine", "the table's choice", "onnxruntime.transformers"} <= set(names)

@@ -100,10 +100,10 @@ def test_inputs_and_outputs_stay_float32_under_their_names(source, tmp_path):
 
 def test_what_is_sensitive_stays_float32_and_is_reported_with_the_reason(source, tmp_path):
     report = convert_precision(source, tmp_path / "low.onnx", "fp16")
-    assert report.kept["normalization"] == {"InstanceNormalization": 1}
-    assert report.kept["softmax"] == {"Softmax": 1}
-    assert report.kept["trigonometric"] == {"Sin": 1}
-    assert report.kept["feeds a sine or cosine"] == {"Mul": 1}
+    assert report.float32["normalization"] == {"InstanceNormalization": 1}
+    assert report.float32["softmax"] == {"Softmax": 1}
+    assert report.float32["trigonometric"] == {"Sin": 1}
+    assert report.float32["feeds a sine or cosine"] == {"Mul": 1}
     assert report.named["constant outside float16 (up to 3e+38)"] == ("attention/mask",)
     assert report.converted == {"MatMul": 3, "Conv": 2, "Reshape": 2, "Add": 1, "Sigmoid": 1, "Transpose": 1,
                                 "Unsqueeze": 1}
@@ -177,14 +177,14 @@ def test_an_epsilon_that_float16_rounds_away_keeps_its_node_float32(tmp_path):
     assert report.named == {"constant below float16's normal range (1e-12)": ("add_eps",)}
 
 
-def test_conv_in_and_conv_out_are_kept_when_asked(source, tmp_path):
+def test_conv_in_and_conv_out_stay_float32_when_asked(source, tmp_path):
     report = convert_precision(source, tmp_path / "low.onnx", "fp16", keep_ends=True)
-    assert report.kept["first or last convolution"] == {"Conv": 2}
+    assert report.float32["first or last convolution"] == {"Conv": 2}
 
 
 def test_patterns_keep_nodes_by_their_name_or_their_weights(source, tmp_path):
     report = convert_precision(source, tmp_path / "low.onnx", "fp16", keep=("attention/*", "last"))
-    assert report.kept["asked for"] == {"MatMul": 2, "Add": 1, "Conv": 1, "Softmax": 1}
+    assert report.float32["asked for"] == {"MatMul": 2, "Add": 1, "Conv": 1, "Softmax": 1}
 
 
 def test_a_pattern_that_fits_nothing_names_the_nearest(source, tmp_path):

@@ -13,9 +13,11 @@ import pytest
 from exporters.families import family_of
 from exporters.families.open_source import open_source
 from runtimes.errors import InputError
+from runtimes.system.progress import listening
 from tests.exporters.compvis import write_single_file
 from tests.exporters.family_pipelines import write_pipeline_of
 from tests.exporters.pipelines import edit_json, edit_weights
+from tests.heard import Heard
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +127,7 @@ def test_a_pickle_is_never_opened(configs: Path, tmp_path: Path) -> None:
         convert_single_file(file, configs, tmp_path / "out")
 
 
-def test_a_file_given_as_a_model_is_told_how_to_convert(checkpoint: Path) -> None:
+def test_a_file_given_as_a_model_learns_how_to_convert(checkpoint: Path) -> None:
     with pytest.raises(InputError, match="`convert` makes one of a single-file checkpoint"):
         open_source(checkpoint)
 
@@ -171,11 +173,12 @@ def test_markers_set_the_scheduler(
     from exporters.source.single_file import convert_single_file
 
     scheduler_of(configs, prediction_type="epsilon", rescale_betas_zero_snr=False)
-    said: list[str] = []
+    heard = Heard()
     file = with_keys(checkpoint, tmp_path, **{marker: torch.zeros(0)})
-    out = convert_single_file(file, configs, tmp_path / "out", said.append)
+    with listening(heard):
+        out = convert_single_file(file, configs, tmp_path / "out")
     assert wanted.items() <= scheduler_of(out).items()
-    assert len(said) == 1 and f"the key {marker} sets" in said[0]
+    assert len(heard.said) == 1 and f"the key {marker} sets" in heard.said[0]
     assert scheduler_of(configs)["prediction_type"] == "epsilon", "the configs stay as they were"
 
 
@@ -218,11 +221,13 @@ def test_leftovers_of_training_are_named(checkpoint: Path, configs: Path, pristi
     keys = {"model_ema.diffusion_modelinput_blocks00weight": torch.ones(3), "model_ema.decay": torch.ones(()),
             "first_stage_model.loss.logvar": torch.ones(()), "global_step": torch.ones(()),
             "cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(4)}
-    said: list[str] = []
-    out = convert_single_file(with_keys(checkpoint, tmp_path, **keys), configs, tmp_path / "out", said.append)
+    heard = Heard()
+    with listening(heard):
+        out = convert_single_file(with_keys(checkpoint, tmp_path, **keys), configs, tmp_path / "out")
     assert_same(out, pristine)
-    assert [line for line in said if "model_ema.decay" in line] and [line for line in said if "loss.logvar" in line]
-    assert len(said) == 3
+    for key in ("model_ema.decay", "loss.logvar"):
+        assert [line for line in heard.said if key in line]
+    assert len(heard.said) == 3
 
 
 @pytest.mark.parametrize("key", [

@@ -31,7 +31,7 @@ def test_reads_configs_and_finds_weights(pristine: Path) -> None:
 def test_imports_nothing_heavy(pristine: Path, run_python: Callable[..., str]) -> None:
     code = ("import sys; from exporters.families.open_source import open_source; s = open_source(sys.argv[1]);"
             "from exporters.families import family_of; family = family_of(s.pipeline_class);"
-            "family.components(s, {}); family.facts(s); print(sorted({'torch', 'diffusers', 'transformers', 'onnx',"
+            "family.components(s, {}); family.roles(s); print(sorted({'torch', 'diffusers', 'transformers', 'onnx',"
             "'onnxscript', 'onnx_ir', 'onnxruntime', 'safetensors'} & set(sys.modules)))")
     assert run_python(code, pristine).strip() == "[]"
 

@@ -12,8 +12,10 @@ from exporters.families.shallow_component import shallow_weights, with_step_cach
 from exporters.onnx.optimize_graph import optimize_onnx
 from exporters.onnx.trace import export_onnx
 from exporters.source.networks import torch_component
+from runtimes.bundle.roles import Role
 from runtimes.bundle.tensors import Axis, ShapeRange, TensorSpec
 from runtimes.errors import InputError
+from tests.runtimes.roles import stable_diffusion
 
 KINDS = {
     "attention": {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
@@ -29,6 +31,9 @@ def make(kind: str) -> UNet2DConditionModel:
                                 cross_attention_dim=16, attention_head_dim=2, norm_num_groups=8, **KINDS[kind]).eval()
 
 
+ROLES = stable_diffusion(4, 8, 0.18215, 64, 64, 7)
+
+
 def specs_of(model: UNet2DConditionModel) -> dict[str, ComponentSpec]:
     rows, side = ShapeRange(1, 2, 8), ShapeRange(4, 8, 32)
     latent = ("batch", 4, "height", "width")
@@ -39,7 +44,7 @@ def specs_of(model: UNet2DConditionModel) -> dict[str, ComponentSpec]:
         (TensorSpec("out_sample", "float32", latent),),
         {"batch": Axis("images", rows), "sequence": Axis("tokens", ShapeRange(1, 7, 7)),
          "height": Axis("rows", side, 2), "width": Axis("columns", side, 2)})
-    return with_step_cache({"unet": unet}, model.config, "unet")
+    return with_step_cache({"unet": unet}, ROLES, model.config, "unet")[0]
 
 
 def inputs(batch: int, rows: int, columns: int, seed: int) -> list[torch.Tensor]:
@@ -51,8 +56,8 @@ def inputs(batch: int, rows: int, columns: int, seed: int) -> list[torch.Tensor]
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_shallow_network_with_its_own_deep_feature_is_the_whole_one(kind):
     model, fed = make(kind), inputs(2, 8, 6, 0)
-    whole = torch_component("unet", model, ("out_sample", "deep_feature"))
-    shallow = torch_component("unet_shallow", model)
+    whole = torch_component(Role.DENOISER, model, ("out_sample", "deep_feature"))
+    shallow = torch_component(Role.SHALLOW, model)
     with torch.inference_mode():
         plain = model(*fed).sample
         output, deep = whole(*fed)
@@ -67,7 +72,7 @@ def test_the_shallow_network_with_its_own_deep_feature_is_the_whole_one(kind):
 def test_the_listed_weights_are_those_that_the_shallow_network_holds(kind):
     model = make(kind)
     listed = sum(p.numel() for name, p in model.named_parameters() if name.startswith(shallow_weights(model.config)))
-    assert listed == sum(p.numel() for p in torch_component("unet_shallow", model).parameters())
+    assert listed == sum(p.numel() for p in torch_component(Role.SHALLOW, model).parameters())
 
 
 def test_both_graphs_equal_pytorch_at_other_sizes_than_traced(tmp_path):
@@ -75,14 +80,15 @@ def test_both_graphs_equal_pytorch_at_other_sizes_than_traced(tmp_path):
 
     model, fed = make("attention"), inputs(3, 6, 10, 2)
     specs = specs_of(model)
-    modules = {"unet": torch_component("unet", model, ("out_sample", "deep_feature")),
-               "unet_shallow": torch_component("unet_shallow", model)}
+    modules = {"unet": torch_component(Role.DENOISER, model, ("out_sample", "deep_feature")),
+               "unet_shallow": torch_component(Role.SHALLOW, model)}
     with torch.inference_mode():
         output, deep = (t.numpy() for t in modules["unet"](*fed))
     feeds = {s.name: t.numpy() for s, t in zip(specs["unet"].inputs, fed, strict=True)}
     for name, module in modules.items():
         export_onnx(module, specs[name], tmp_path / name)
-        optimize_onnx(tmp_path / name / "model.onnx", tmp_path / f"{name}.onnx", name, "onnxruntime")
+        optimize_onnx(tmp_path / name / "model.onnx", tmp_path / f"{name}.onnx",
+                      Role.DENOISER if name == "unet" else Role.SHALLOW, "onnxruntime")
         session = ort.InferenceSession(tmp_path / f"{name}.onnx", providers=["CPUExecutionProvider"])
         found = session.run(None, feeds if name == "unet" else {**feeds, "deep_feature": deep})
         for a, b in zip(found, (output, deep), strict=False):
@@ -90,8 +96,9 @@ def test_both_graphs_equal_pytorch_at_other_sizes_than_traced(tmp_path):
 
 
 def test_a_model_without_a_unet_is_refused():
+    specs = {"unet": specs_of(make("attention"))["unet"]}
     with pytest.raises(InputError, match="only a U-Net"):
-        with_step_cache({}, {"up_block_types": ["UpBlock2D"]}, "here")
+        with_step_cache(specs, ROLES, {}, "here")
 
 
 @pytest.mark.parametrize(("key", "value"), [

@@ -22,10 +22,11 @@ def streamed(folder: Path, name: str, out: Path) -> Path:
     from exporters.source.networks import torch_component
 
     source = open_source(folder)
-    spec = family_of(source.pipeline_class).components(source, {})[name]
+    family = family_of(source.pipeline_class)
+    spec, role = family.components(source, {})[name], family.roles(source).role(name)
     origin = source.components[spec.source_component]
     module, stored = unread_module(origin.folder, origin.library, origin.class_name)
-    return export_onnx(torch_component(name, module), spec, out, stored=stored).file
+    return export_onnx(torch_component(role, module), spec, out, stored=stored).file
 
 
 @pytest.mark.parametrize(("name", "weights", "dtype"), [

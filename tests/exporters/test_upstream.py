@@ -80,8 +80,8 @@ def test_a_mode_that_diffusers_lacks_has_the_guidance_of_the_one_it_has(written)
 def test_old_sample_size_is_corrected_by_the_classes_that_correct_it(model, name, side):
     folder = model(name)
     edit_json(folder / UNET, _diffusers_version="0.6.0", sample_size=32)
-    facts = open_origin(BuildSpec(model=str(folder))).manifest.pipeline
-    assert (facts.height, facts.width) == (side * facts.vae_scale_factor,) * 2
+    codec = open_origin(BuildSpec(model=str(folder))).manifest.pipeline.codec
+    assert (codec.height, codec.width) == (side * codec.factor,) * 2
 
 
 @pytest.mark.parametrize(("kind", "outdated", "text", "mask"), [
@@ -212,7 +212,7 @@ def test_xl_with_one_of_tokenizer_and_text_encoder_is_refused(model, name):
 def test_null_in_model_index_is_false_as_diffusers_takes_it(model, value):
     folder = model("xl")
     edit_json(folder / INDEX, force_zeros_for_empty_prompt=value)
-    assert not open_origin(BuildSpec(model=str(folder))).manifest.pipeline.zero_empty_negative
+    assert open_origin(BuildSpec(model=str(folder))).manifest.pipeline.conditioner.empty_negative == "text"
 
 
 @pytest.mark.parametrize(("part", "keys"), [
@@ -260,7 +260,7 @@ def test_corrections_are_said(model):
 def test_a_bundle_whose_shapes_leave_out_the_models_own_size_makes_another_and_says_so(written):
     spec = BuildSpec(model=str(written("sd2")), shapes={"height": ShapeRange(16, 24, 24)})
     manifest = open_origin(spec).manifest
-    assert (manifest.pipeline.height, manifest.pipeline.width) == (24, 32)
+    assert (manifest.pipeline.codec.height, manifest.pipeline.codec.width) == (24, 32)
     assert "--shapes leave out the model's own 32 x 32" in manifest.measured["notes"][0]
 
 
@@ -274,7 +274,7 @@ def test_sizes_that_the_unet_does_not_halve_evenly_are_made_where_they_are_wante
     for name in ("height", "width"):
         axis = manifest.components["unet"].axes[name]
         assert axis.multiple == multiple
-        assert getattr(manifest.pipeline, name) // manifest.pipeline.vae_scale_factor in axis.range
+        assert getattr(manifest.pipeline.codec, name) // manifest.pipeline.codec.factor in axis.range
 
 
 def test_an_unconditional_unet_refuses_a_size_that_it_cannot_halve(model):

@@ -2,7 +2,7 @@
 
     python -m tests.fuzz 500 --seed 3 --json report.json      cases 3,000,000 to 3,000,499
     python -m tests.fuzz --replay case.json                    one case again, both sides in full
-    python -m tests.fuzz --planted                             25 faults put into our code, each found?
+    python -m tests.fuzz --planted                             faults put into our code, each found?
 """
 
 from __future__ import annotations

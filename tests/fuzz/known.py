@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+from runtimes.schedulers import CLASS_NAMES
 from tests.fuzz.case import Case, Request
 from tests.fuzz.theirs import make_latents
 
@@ -113,6 +115,8 @@ def own_alphas(file: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(file)
+    if not all(key.startswith("lora_") for key in tensors):
+        return  # PEFT's, whose metadata holds the scales
     for key in [key for key in tensors if key.endswith(".alpha")]:
         stem, alpha = key.removesuffix(".alpha"), float(tensors.pop(key).double().reshape(-1)[0])
         down, up = f"{stem}.lora_down.weight", f"{stem}.lora_up.weight"
@@ -129,17 +133,54 @@ ENDS = {"conv_in": "conv_in", "input_blocks_0_0": "conv_in", "conv_out": "conv_o
 
 
 def named_ends(file: Path) -> None:
-    """Write a kohya LoRA that changes nothing but a U-Net's ends anew under PEFT's names, its alphas multiplied in."""
+    """Write a kohya LoRA that changes a U-Net's ends, and text encoders, anew under PEFT's names, its alphas
+    multiplied in.
+    """
     from safetensors.torch import load_file, save_file
 
     own_alphas(file)
     tensors, named = load_file(file), {}
     for key, tensor in tensors.items():
-        stem, part = key.removeprefix("lora_unet_").split(".", 1)
-        if stem not in ENDS:
+        stem, part = key.split(".", 1)
+        module = f"unet.{ENDS[end]}" if (end := stem.removeprefix("lora_unet_")) in ENDS else _of_text(stem)
+        if module is None:
             return
-        named[f"unet.{ENDS[stem]}.{part.replace('lora_down', 'lora_A').replace('lora_up', 'lora_B')}"] = tensor
+        named[f"{module}.{part.replace('lora_down', 'lora_A').replace('lora_up', 'lora_B')}"] = tensor
     save_file(named, file)
+
+
+def _of_text(stem: str) -> str | None:
+    """A text encoder's module by PEFT's name, None if it is something else."""
+    import re
+
+    found = re.fullmatch(r"lora_te(\d?)_text_model_encoder_layers_(\d+)_(self_attn|mlp)_(\w+)", stem)
+    if found is None:
+        return None
+    encoder = "text_encoder_2" if found[1] == "2" else "text_encoder"
+    return f"{encoder}.text_model.encoder.layers.{found[2]}.{found[3]}.{found[4]}"
+
+
+def _exact_roots(pipe: Any, request: Request, generators: list[Any]) -> dict[str, Any]:
+    """Noise levels by square roots that are rounded correctly."""
+    import torch
+
+    set_timesteps, power = pipe.scheduler.set_timesteps, torch.Tensor.__pow__
+
+    def rounded(base: Any, exponent: Any) -> Any:
+        return base.double().sqrt().to(base.dtype) if exponent == 0.5 else power(base, exponent)
+
+    @wraps(set_timesteps)
+    def exact(*args: Any, **kwargs: Any) -> None:
+        with patch.object(torch.Tensor, "__pow__", rounded):
+            set_timesteps(*args, **kwargs)
+
+    pipe.scheduler.set_timesteps = exact
+    return {}
+
+
+def _method(case: Case) -> str | None:
+    named = case.model.edits.get("model_index.json", {}).get("scheduler", ("diffusers", ""))
+    return case.request.scheduler or CLASS_NAMES.get(named[1])
 
 
 def torch_from(array: Any) -> Any:
@@ -154,6 +195,12 @@ def _has_words(case: Case) -> bool:
 
 
 KNOWN: tuple[KnownFault, ...] = (
+    KnownFault(
+        "the last bit of torch's square roots decides a middle of KDPM2 ancestral",
+        "schedulers/scheduling_k_dpm_2_ancestral_discrete.py:331 (sigmas_next**2 - sigmas_up**2)",
+        "where levels are far apart, as karras makes two of them, their difference has two digits in float32, and "
+        "torch's roots are off by a last bit that depends on the processor. Ours are rounded correctly.",
+        lambda case: _method(case) == "kdpm2-ancestral", _exact_roots),
     KnownFault(
         "under a mask one image is encoded once for all results",
         "pipelines/stable_diffusion/pipeline_stable_diffusion_inpaint.py:751 (_encode_vae_image: a generator for each "

@@ -14,7 +14,7 @@ from runtimes.errors import DeployError
 from tests.fuzz.case import Case
 from tests.fuzz.models import other_vae, root
 from tests.fuzz.theirs import SIZES, make_latents
-from tests.fuzz.trace import Recorded, Stopped, Trace
+from tests.fuzz.trace import Recorded, Stopped, Trace, record_codes
 from tests.fuzz.weight_files import OF_VARIANTS
 
 
@@ -29,13 +29,17 @@ def run(case: Case, folder: Path, files: Mapping[str, Path], pictures: Mapping[s
     try:
         pipeline = assemble(case, folder, files, work, trace, cache or root() / "cache")
         stage = "request"
-        trace.result = _call(pipeline, case, pictures)
+        with record_codes(trace):
+            trace.result = _call(pipeline, case, pictures)
         return trace
     except Exception as error:  # a crash is a finding, not the fuzzer's end
         deploy = isinstance(error, DeployError)
         code = int(getattr(error, "exit_code", 1)) if deploy else 1
-        return Stopped(stage, type(error).__name__, str(getattr(error, "what", error)),
-                       str(getattr(error, "where", "")), code, bool(trace.calls))
+        where = str(getattr(error, "where", ""))
+        if stage == "request" and case.request.scheduler is not None and where == "scheduler_config.json":
+            where = "scheduler"  # which the request names: nobody could know when the model was read
+        return Stopped(stage, type(error).__name__, str(getattr(error, "what", error)), where, code,
+                       bool(trace.calls))
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -53,14 +57,14 @@ def make_spec(case: Case, folder: Path, files: Mapping[str, Path]) -> Any:
         embedding=tuple(f"{files[f'embedding{i}']}:{e.token}" for i, e in enumerate(case.embeddings)), **options)
 
 
-def _shapes(case: Case, facts: Any) -> dict[str, ShapeRange]:
+def _shapes(case: Case, factor: int) -> dict[str, ShapeRange]:
     """Who wants a size that a bundle of default --shapes has not builds one that has; both sides stay in one place."""
     request, picture = case.request, case.request.image if case.request.mode == "image" else None
     width, height = picture.size[:2] if picture else (None, None)
     if picture and picture.orientation > 4 and picture.form in ("png", "jpeg", "tiff"):  # files are turned upright
         width, height = height, width
     wanted = {"height": request.height or height, "width": request.width or width}
-    rounded = {name: size // facts.vae_scale_factor * facts.vae_scale_factor for name, size in wanted.items() if size}
+    rounded = {name: size // factor * factor for name, size in wanted.items() if size}
     return {name: ShapeRange(size, size, size) for name, size in rounded.items() if size}
 
 
@@ -68,21 +72,20 @@ def assemble(case: Case, folder: Path, files: Mapping[str, Path], work: Path, tr
     """The pipeline over PyTorch sessions, as parity's reference has it."""
     from deploy.building.builder import load_source
     from deploy.core.pass_cache import Cache
-    from deploy.core.progress import Silent
     from deploy.model.source_bundle import open_origin
     from deploy.parity.reference.torch_sessions import reference_sessions
     from deploy.parity.reference.trajectories import assemble_pipeline
 
     spec = make_spec(case, folder, files)
-    spec = spec.model_copy(update={"shapes": _shapes(case, open_origin(spec).manifest.pipeline)})
-    bundle = load_source(open_origin(spec), spec, Cache(cache), work, Silent())
+    spec = spec.model_copy(update={"shapes": _shapes(case, open_origin(spec).manifest.pipeline.codec.factor)})
+    bundle = load_source(open_origin(spec), spec, Cache(cache), work)
     sessions = reference_sessions(bundle)
     recorded = {name: Recorded(session, bundle.component(name), trace) for name, session in sessions.items()}
     return assemble_pipeline(recorded, bundle)
 
 
 def _call(pipeline: Any, case: Case, pictures: Mapping[str, Any]) -> np.ndarray[Any, Any]:
-    from runtimes.pipeline.conditioner import SizeConditions
+    from runtimes.pipeline.request_fields import SizeConditions
 
     request = case.request
     options: dict[str, Any] = {
@@ -96,10 +99,10 @@ def _call(pipeline: Any, case: Case, pictures: Mapping[str, Any]) -> np.ndarray[
     if request.last < 1:
         options["part"] = (0.0, request.last)
     if request.latents:
-        facts = pipeline.facts
-        height, width = request.height or facts.height, request.width or facts.width
-        factor = facts.vae_scale_factor
-        options["latents"] = make_latents(request, facts.latent_channels, height // factor, width // factor)
+        codec = pipeline.roles.codec
+        height, width = request.height or codec.height, request.width or codec.width
+        factor = codec.factor
+        options["latents"] = make_latents(request, codec.latent_channels, height // factor, width // factor)
     if request.sizes != "none":
         wanted: dict[str, Any] = {k: SIZES[k] for k in SIZES if request.sizes in (k, "all")}
         if request.sizes == "all" and case.request.mode == "image":

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from tests.runtimes.roles import with_fact
+
 MOST = 300  # cases within which each has to be found
 
 Wrap = Callable[[Any], Any]
@@ -112,7 +114,7 @@ def _swapped_sizes(original: Any) -> Any:
 
 
 def _second_timestep(original: Any) -> Any:
-    return lambda self, sample, timestep, i: original(self, sample, timestep + 1, i)
+    return lambda self, job, sample, timestep, *rest: original(self, job, sample, timestep + 1, *rest)
 
 
 def _later_start(original: Any) -> Any:
@@ -124,8 +126,23 @@ def _later_start(original: Any) -> Any:
     return check
 
 
-def _reversed_order(images: Any) -> Any:
-    return images[::-1]
+def _other_entry(codes: Any) -> Any:
+    """One latent of each image gets entry 0, or 1 where it had that."""
+    codes = codes.clone()
+    codes[:, 1, 1] = (codes[:, 1, 1] == 0).long()
+    return codes
+
+
+def _longer_entries(original: Any) -> Any:
+    def make(self: Any, model: Any, outputs: tuple[str, ...] = ()) -> None:
+        original(self, model, outputs)
+        self.codebook.weight.data *= 1.02
+
+    return make
+
+
+def _reversed_order(results: Any) -> Any:
+    return [images[::-1] for images in results]
 
 
 FAULTS: Mapping[str, Fault] = {
@@ -136,20 +153,20 @@ FAULTS: Mapping[str, Fault] = {
                                       replace(self, scale=self.scale + 1), uncond, cond)),
     "guidance below 1": Fault("runtimes.pipeline.guidance:Guidance.active", lambda original: lambda self, i, total: (
         self.scale > 2 and original(self, i, total))),
-    "the guidance rescaling": Fault("runtimes.pipeline.guidance:_deviation",
-        _changed_result(lambda found: found * 1.1)),
+    # A factor would cancel: the formula divides two deviations.
+    "the guidance rescaling": Fault("runtimes.pipeline.guidance:_deviation", _changed_result(np.sqrt)),
     "a LoRA's scale": Fault("runtimes.adapters.lora_files:parse_lora",
         _changed_result(lambda found: (found[0], found[1] ** 2))),
     "a LoRA's alphas": Fault("runtimes.adapters.lora_files:_by_module", _changed_result(_without_alphas)),
     "an embedding's further vectors": Fault("runtimes.text.clip_tokenizer:_words_of_several_vectors",
                                             _changed_result(_second_vector_dropped)),
-    "a flipped mask": Fault("runtimes.pipeline.request:to_mask", _changed_result(lambda mask: 1 - mask)),
-    "the mask's threshold": Fault("runtimes.pipeline.request:to_mask", _changed_argument(
+    "a flipped mask": Fault("runtimes.pipeline.resolved:to_mask", _changed_result(lambda mask: 1 - mask)),
+    "the mask's threshold": Fault("runtimes.pipeline.resolved:to_mask", _changed_argument(
         0, lambda mask: mask * 0.9 if isinstance(mask, np.ndarray) else mask.convert("L").point(lambda v: v * 0.9))),
-    "the channels' order": Fault("runtimes.pipeline.request:to_pixels",
+    "the channels' order": Fault("runtimes.pipeline.resolved:to_pixels",
         _changed_result(lambda pixels: pixels[::-1].copy())),
     "the posterior's mode": Fault("runtimes.codec.autoencoder:encode", _mode_of_posterior),
-    "a timestep": Fault("runtimes.pipeline.guidance:GuidedUnet.__call__", _second_timestep),
+    "a timestep": Fault("runtimes.pipeline.job:Asked.__init__", _second_timestep),
     "the VAE's scaling factor": Fault("runtimes.codec.autoencoder:unscaled",
         _changed_result(lambda latents: latents * 1.02)),
     "the order of time_ids": Fault("runtimes.pipeline.conditioner:SizeConditions.numbers", _swapped_sizes),
@@ -160,16 +177,20 @@ FAULTS: Mapping[str, Fault] = {
     "clip_sample": Fault("runtimes.pipeline.diffusion:from_config", _config(clip_sample=True)),
     "steps_offset": Fault("runtimes.pipeline.diffusion:from_config", _config(steps_offset=0)),
     "prediction_type": Fault("runtimes.pipeline.diffusion:from_config", _config(prediction_type="epsilon")),
-    "the negative prompt": Fault("runtimes.pipeline.diffusion:check_request", _changed_result(_negative_ignored)),
-    "the images' order": Fault("runtimes.pipeline.diffusion:Pipeline._finished", _changed_result(_reversed_order)),
+    "the negative prompt": Fault("runtimes.pipeline.diffusion:resolve", _changed_result(_negative_ignored)),
+    "the images' order": Fault("runtimes.pipeline.diffusion:decode_jobs", _changed_result(_reversed_order)),
     "a seed": Fault("runtimes.pipeline.diffusion:NoiseStreams",
         lambda original: lambda seeds: original([s + 1 for s in seeds])),
     "strength": Fault("runtimes.schedulers.settings:Settings.check_start", _later_start),
-    "the default size": Fault("runtimes.pipeline.request:_size", _changed_argument(
-        0, lambda facts: replace(facts, height=facts.height // 2, width=facts.width // 2))),
-    "zeros for no negative prompt": Fault("runtimes.pipeline.diffusion:gather", _changed_argument(
-        1, lambda facts: replace(facts, zero_empty_negative=not facts.zero_empty_negative))),
+    "the default size": Fault("runtimes.pipeline.resolved:_size", _changed_argument(
+        0, lambda roles: roles.sized(roles.codec.height // 2, roles.codec.width // 2))),
+    "zeros for no negative prompt": Fault("runtimes.pipeline.conditioner:Conditioner.__init__", _changed_argument(
+        1, lambda roles: with_fact(roles, "conditioner.empty_negative",
+                                   {"text": "zeros", "zeros": "text"}[roles.conditioner.empty_negative]))),
     "eta": Fault("runtimes.pipeline.diffusion:begin_part", _changed_argument(4, lambda eta: 0.0)),
+    "the nearest entry of a codebook": Fault("exporters.source.named_inputs:VqDecoder.nearest",
+        _changed_result(_other_entry)),
+    "the size of a codebook's entries": Fault("exporters.source.named_inputs:VqDecoder.__init__", _longer_entries),
     "another variant of the weights": Fault("exporters.source.model_folder:find_weights", lambda original: (
         lambda folder, library, variant="": original(folder, library, variant or "fp16"))),
 }
@@ -198,7 +219,7 @@ def find(names: list[str]) -> dict[str, tuple[int, str] | None]:
     from tests.fuzz.choices import Choices
     from tests.fuzz.models import root
     from tests.fuzz.run import prepared
-    from tests.fuzz.verdict import judge
+    from tests.fuzz.verdict import SAME, judge
 
     found: dict[str, tuple[int, str] | None] = dict.fromkeys(names)
     for number in range(MOST):
@@ -213,7 +234,7 @@ def find(names: list[str]) -> dict[str, tuple[int, str] | None]:
             for name in (name for name, at in found.items() if at is None):
                 with planted(FAULTS[name]):
                     faulty = judge(ours.run(*given, cache=root() / "caches" / name), other)
-                if faulty.status not in ("equal", "flat"):
+                if faulty.status not in SAME:
                     found[name] = number + 1, faulty.reason
                     print(f"{name}: found after {number + 1} cases: {faulty.reason}", flush=True)
     return found

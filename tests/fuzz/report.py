@@ -9,9 +9,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-PASSED = ("equal", "flat", "refused", "refused by both", "known fault", "unverified")
+PASSED = ("equal", "flat", "near tie", "refused", "refused by both", "known fault", "unverified")
 MOST_REFUSED = 0.05  # of what diffusers runs
 MET = 20  # times in 2,000 cases
+_WITH_REASONS = ("refused", "near tie", "known fault", "unverified", "refused by both", "different", "fuzzer broke")
 _SHOWN = 25
 
 
@@ -68,7 +69,7 @@ class Report:
         lines = [f"cases {self.tried}, {self.seconds:.0f} s of work, diffusers ran {self.diffusers_ran}"]
         lines += [f"  {count:5d}  {status}" for status, count in self.statuses.most_common()]
         lines.append(f"  refused of what diffusers runs: {self.refused_share:.1%} (at most {MOST_REFUSED:.0%})")
-        for status in ("refused", "known fault", "unverified", "refused by both", "different", "fuzzer broke"):
+        for status in _WITH_REASONS:
             if status in self.reasons:
                 lines += ["", f"{status}:"]
                 lines += [f"  {count:5d}  {reason}" for reason, count in self.reasons[status].most_common(_SHOWN)]

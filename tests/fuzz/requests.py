@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from runtimes.schedulers import SCHEDULERS
+from runtimes.schedulers import CLASS_NAMES, SCHEDULERS
 from tests.fuzz.case import Embedding, Model, Picture, Request
 from tests.fuzz.choices import Choices
 
@@ -20,7 +20,7 @@ PROMPTS = (
     "a\u00a0cat\u3000dog", "\U0001d4d0\U0001d4eb\U0001d4ec", "<cat",
 )
 WITH_WORDS = ("a {} on the house", "{}", "{}{} cat", "a {}s, ({}:1.2)", "big{} {}_1", "{}!", "A {} B")
-WITH_ETA = ("DDIMScheduler", "TCDScheduler")
+WITH_ETA = ("ddim", "tcd")
 GUIDANCE = (4.0, None, 1.0, 0.0, 7.5, 1.5, -1.0)
 # pixels: multiples of 8 that a U-Net halves evenly and others, and numbers that diffusers refuses
 SIZES = (None, (32, 32), (48, 32), (40, 56), (24, 40), (64, 64), (16, 16), (8, 24))
@@ -57,6 +57,8 @@ def choose(choices: Choices, model: Model, embeddings: tuple[Embedding, ...]) ->
     negative = None if model.kind == "ldm" else _negative(choices, model, embeddings, len(prompts))
     if model.kind == "ldm-text":
         negative = None
+    scheduler = choices.pick("request.scheduler", (None, *SCHEDULERS), often=3 * len(SCHEDULERS))
+    method = scheduler or CLASS_NAMES.get(model.edits["model_index.json"]["scheduler"][1])
     return Request(
         mode=mode, prompts=prompts, negative=negative, images_per_prompt=copies,
         steps=choices.pick("request.steps", (2, 1, 3, 5, 9)) + (0 if mode == "text" else 3),
@@ -64,13 +66,13 @@ def choose(choices: Choices, model: Model, embeddings: tuple[Embedding, ...]) ->
         rescale=choices.pick("request.guidance_rescale", (0.0, 0.7, 1.0), often=2)
         if mode == "text" and not plain else 0.0,
         eta=choices.pick("request.eta", (0.0, 1.0, 0.3), often=1)
-        if choices.invalid == "eta" or model.edits["model_index.json"]["scheduler"][1] in WITH_ETA else 0.0,
+        if choices.invalid == "eta" or method in WITH_ETA else 0.0,
         seeds=tuple(choices.pick("request.seed", (0, 1, 2**31, 2**40 + 7)) + i for i in range(count)),
         latents=latents, height=size and size[0], width=size and size[1],
         strength=None if mode == "text" else 0.0 if choices.invalid == "strength"
         else choices.pick("request.strength", STRENGTHS),
         image=image, mask=mask,
-        scheduler=choices.pick("request.scheduler", (None, *SCHEDULERS), often=3 * len(SCHEDULERS)),
+        scheduler=scheduler,
         output=choices.pick("request.output", ("numpy", "pil", *(() if plain else ("latents",))), often=2),
         sizes=choices.pick("request.sizes", SIZE_CONDITIONS) if model.kind in ("xl", "refiner") else "none",
         last=choices.pick("request.last", (1.0, 0.8, 0.5), often=3) if model.kind == "xl" and mode == "text" else 1.0)

@@ -16,7 +16,7 @@ from tests.fuzz.case import Case
 from tests.fuzz.models import root
 from tests.fuzz.requests import make_picture
 from tests.fuzz.trace import Stopped, Trace
-from tests.fuzz.verdict import Verdict
+from tests.fuzz.verdict import SAME, Verdict
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def run_case(case: Case) -> tuple[Verdict, Trace | Stopped, Trace | Stopped]:
         for tried in [*([fault] for fault in faults), *([faults] if len(faults) > 1 else [])]:
             adapted = _mended(files.files, [fault.mend_lora for fault in tried if fault.mend_lora is not None])
             mended = theirs.run(case, files.folder, adapted, files.pictures, [fault.mend for fault in tried])
-            if verdict.judge(mine, mended).status in ("equal", "flat"):
+            if verdict.judge(mine, mended).status in SAME:
                 names = " and ".join(fault.name for fault in tried)
                 return replace(found, status="known fault", reason=names), mine, other
     return found, mine, other

@@ -39,7 +39,7 @@ def run(case: Case, folder: Path, files: Mapping[str, Path], pictures: Mapping[s
             pipe = _load(case, folder)
             _adapt(pipe, case, files)
             stage = "request"
-            record_diffusers(pipe, trace)
+            record_diffusers(pipe, trace, eight_bit=case.request.output == "pil")
             generators = make_generators(case.request)
             more = {k: v for mend in mends for k, v in mend(pipe, case.request, generators).items()}
             trace.result = _call(pipe, case.request, pictures, generators, **more)

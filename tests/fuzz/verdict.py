@@ -7,14 +7,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tests.fuzz.trace import Array, Stopped, Trace
+from tests.fuzz.trace import Array, Codebook, Stopped, Trace
 
 PSNR_DB = 60.0
 CONTRAST = 0.05  # images of less standard deviation prove nothing
 # Relative L2: conditions are float32 sums in another order; a sample adds up the rounding of all steps before.
 CONDITIONS, SAMPLES, TIMESTEPS = 1e-4, 1e-3, 1e-5
+ROUNDING = 16 * 2.0**-24  # of a squared distance in float32, relative to the squared lengths that it is a sum of
 # Places in the model's files: what is wrong there must be said when it is built.
 OF_THE_MODEL = ("scheduler_config", "unet", "vae", "text_encoder", "tokenizer", "model_index")
+
+
+SAME = ("equal", "flat", "near tie")  # statuses of cases in which both sides do the same
 
 
 @dataclass(frozen=True)
@@ -22,8 +26,9 @@ class Verdict:
     """How a case ended.
 
     Attributes:
-        status: "equal"; "flat": equal without contrast; "refused": by us, in one line, in time; "refused by both";
-            "unverified": only ours runs it; "known fault": of diffusers; "different": a failure.
+        status: "equal"; "flat": equal without contrast; "near tie": equal but for entries of a codebook between which
+            rounding decides; "refused": by us, in one line, in time; "refused by both"; "unverified": only ours runs
+            it; "known fault": of diffusers; "different": a failure.
         reason: what differs first, or why it was refused, without numbers and names of files.
         detail: the same with them.
         diffusers_runs: whether diffusers gave a finite result.
@@ -54,10 +59,44 @@ def judge(mine: Trace | Stopped, theirs: Trace | Stopped) -> Verdict:
         return Verdict("unverified", f"diffusers: {normalized(_why(theirs))}", _why(theirs), False)
     assert isinstance(theirs, Trace)
     if (found := first_difference(mine, theirs)) is not None:
+        if found[0] == "images" and theirs.codebook is not None:
+            return _judge_codes(mine, theirs, theirs.codebook, found)
         return Verdict("different", found[0], f"{found[0]}: {found[1]}")
     assert theirs.result is not None
     flat = theirs.result.ndim == 4 and theirs.result.shape[-1] == 3 and theirs.result.std() < CONTRAST
     return Verdict("flat" if flat else "equal")
+
+
+def _judge_codes(mine: Trace, theirs: Trace, codebook: Codebook, found: tuple[str, str]) -> Verdict:
+    """Images of a model with a codebook differ although the latents before the codebook agree.
+
+    A latent nearly as near to a second entry may get either, since both sides round: by the difference of their
+    latents, and by how they compute distances (torch.cdist keeps |z|^2, of which the difference of two entries is a
+    small part where latents are large). Every other entry must be the same, and diffusers' decoder must make our image
+    of the entries that we chose: a fault in the lookup, the scale or the decoder is neither.
+    """
+    latents, expected = (np.concatenate(side.decoded).astype(np.float64) for side in (mine, theirs))
+    ours, other = (np.concatenate(side.codes) for side in (mine, theirs))
+    rows, moved = _rows(latents), np.linalg.norm(_rows(latents) - _rows(expected), axis=1)
+    entries = codebook.entries.astype(np.float64)
+    near, second = entries[ours], entries[other]
+    gap = np.abs(np.sum((rows - near) ** 2, axis=1) - np.sum((rows - second) ** 2, axis=1))
+    longest = np.linalg.norm(rows, axis=1) + np.maximum(np.linalg.norm(near, axis=1), np.linalg.norm(second, axis=1))
+    tied = gap <= ROUNDING * longest**2 + 2 * moved * np.linalg.norm(near - second, axis=1)
+    if not tied.all():
+        detail = f"{np.sum(~tied)} of {len(ours)} latents have an entry that no rounding explains"
+        return Verdict("different", "entries of the codebook", f"entries of the codebook: {detail}")
+    assert mine.result is not None
+    batch, _, height, width = latents.shape
+    image = codebook.image_of(ours.reshape(batch, height, width))
+    if (figure := psnr(mine.result, image)) < PSNR_DB:
+        return Verdict("different", found[0], f"{found[0]}: {found[1]}; {figure:.1f} dB of the same entries")
+    return Verdict("near tie", "entries of a codebook between which rounding decides",
+                   f"{np.sum(ours != other)} of {len(ours)} entries; {figure:.1f} dB of the same entries")
+
+
+def _rows(latents: Array) -> Array:
+    return latents.transpose(0, 2, 3, 1).reshape(-1, latents.shape[1])
 
 
 def _why(side: Trace | Stopped) -> str:

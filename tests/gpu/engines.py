@@ -13,6 +13,8 @@ from exporters.tensorrt.engine_options import EngineOptions, make_profiles
 from runtimes.backends.onnxruntime_session import OrtSession
 from runtimes.backends.session import Session, SessionOptions
 from runtimes.backends.tensorrt.engine_session import TensorRtSession
+from runtimes.system.device import Device
+from tests.runtimes.engine_bundles import engine_details
 from tests.runtimes.fakes import AFFINE, affine_bundle, affine_model, write_bundle
 
 W = np.arange(12, dtype=np.float32).reshape(4, 3)
@@ -27,10 +29,10 @@ def affine_session(folder: Path, builder: str) -> TensorRtSession:
     options = EngineOptions(builder=builder, capabilities=("current",) if builder == "tensorrt-rtx" else ())
     report = build_engine(graph, graph.with_name("engine.trt"), make_profiles(AFFINE.inputs, AFFINE.axes), options)
     part = dataclasses.replace(AFFINE, format="tensorrt", file="components/affine/engine.trt",
-                               details={**report.to_json(), "gpu": ""})
-    return TensorRtSession(write_bundle(folder, {"affine": part}), "affine", SessionOptions("cuda"))
+                               details=engine_details(**report.to_json(), gpu=""))
+    return TensorRtSession(write_bundle(folder, {"affine": part}), "affine", SessionOptions(Device("cuda")))
 
 
 def ort_session(folder: Path, device: str) -> Session:
     """The graph on one of ONNX Runtime's providers."""
-    return OrtSession(affine_bundle(folder), "affine", SessionOptions(device))
+    return OrtSession(affine_bundle(folder), "affine", SessionOptions(Device(device)))

@@ -20,11 +20,11 @@ HERE = Gpu("NVIDIA Fake", (8, 9), 4 << 30)
 
 @pytest.fixture
 def cuda(monkeypatch) -> FakeCuda:
-    fake = FakeCuda(HERE.memory_bytes)
+    fake = FakeCuda(HERE.memory_bytes, gpus=[HERE])
     importlib.import_module("cuda.bindings.runtime")
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", fake)
-    monkeypatch.setattr(runtimes.system.nvidia, "find_gpu", lambda ordinal=0: HERE)
-    monkeypatch.setattr(cuda_device, "find_gpu", lambda ordinal=0: HERE)
+    monkeypatch.setattr(runtimes.system.nvidia, "find_gpu", fake.find_gpu)
+    monkeypatch.setattr(cuda_device, "find_gpu", fake.find_gpu)
     return fake
 
 
@@ -71,6 +71,6 @@ def test_a_library_that_is_not_there_is_said_and_does_not_hide_a_failure(capsys)
     assert "UNVERIFIED A: because tensorrt does not load here" in capsys.readouterr().out
 
 
-def test_no_check_is_begun_after_the_limit(capsys):
+def test_no_check_starts_after_the_limit(capsys):
     assert main({GPU: lambda: "fine", "A": lambda: "fine"}, limit_seconds=-1) == 4
     assert "because -1 s are over" in capsys.readouterr().out

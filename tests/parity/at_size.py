@@ -14,7 +14,6 @@ from pathlib import Path
 from deploy.building.against_diffusers import AgainstDiffusers, upstream_of
 from deploy.building.builder import load_source
 from deploy.core.pass_cache import Cache
-from deploy.core.progress import Silent
 from deploy.core.spec import make_spec
 from deploy.model.source_bundle import open_origin
 from deploy.parity.upstream.levels import in_words
@@ -33,7 +32,7 @@ def main() -> None:
         folder = asked.folder or write_model(asked.model, work / "model", asked.dtype)
         spec = make_spec({"model": str(folder)})
         (work / "work").mkdir()
-        source = load_source(open_origin(spec), spec, Cache(work / "cache"), work / "work", Silent())
+        source = load_source(open_origin(spec), spec, Cache(work / "cache"), work / "work")
         diffusers = AgainstDiffusers(upstream_of(spec), source, Cache(work / "cache"))
         began = time.perf_counter()
         levels = diffusers.source_levels()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,13 @@ from exporters.families import family_of
 from exporters.families.open_source import open_source
 from exporters.source.model_folder import link_component
 from runtimes.backends.session import Session, SessionOptions
+from runtimes.bundle.details import SourceDetails
 from runtimes.bundle.folder import Bundle, link_or_copy, records_below, write_manifest
 from runtimes.bundle.manifest import SCHEMA, Component, Manifest, Source
 from runtimes.bundle.tensors import ShapeRange
 from runtimes.text.clip_tokenizer import prepare_tokenizer
 from tests.exporters.pipelines import edit_json, edit_weights, write_pipeline
+from tests.runtimes.roles import with_fact
 
 SHAPES = {"batch": ShapeRange(1, 1, 3), "height": ShapeRange(32, 64, 128), "width": ShapeRange(32, 64, 128)}
 
@@ -53,11 +55,11 @@ def source_bundle(model: Path, out: Path, shapes: Mapping[str, ShapeRange] = SHA
         components[name] = Component(
             format="safetensors", file=f"components/{spec.source_component}/model.safetensors", files={},
             inputs=spec.inputs, outputs=spec.outputs, axes=spec.axes, class_name=part.class_name, precision="fp32",
-            parameters=part.parameters, details={"library": part.library, "source_component": spec.source_component},
-            parity={})
+            parameters=part.parameters, parity={},
+            details=SourceDetails(library=part.library, source_component=spec.source_component))
     manifest = Manifest(
         schema=SCHEMA, family=source.family, source=Source("tiny", {}), target="onnxruntime", precision="fp32",
-        pipeline=family_of(source.pipeline_class).facts(source), components=components, passes=(), files={}, tools={},
+        pipeline=family_of(source.pipeline_class).roles(source), components=components, passes=(), files={}, tools={},
         spec={},
         verified=False, parity={})
     return finished(out, manifest)
@@ -74,17 +76,28 @@ def finished(folder: Path, manifest: Manifest) -> Bundle:
     return Bundle.open(folder)
 
 
-def changed(source: Bundle, out: Path, change: Callable[[Path], None] = lambda _: None, **facts: Any) -> Bundle:
-    """A copy of a bundle whose files `change` has edited."""
+def changed(source: Bundle, out: Path, change: Callable[[Path], None] = lambda _: None,
+            roles: Mapping[str, Any] | None = None) -> Bundle:
+    """A copy of a bundle whose files `change` has edited, with other facts at the given paths of its roles."""
     shutil.copytree(source.path, out)
     change(out)
-    return finished(out, replace(source.manifest, pipeline=replace(source.manifest.pipeline, **facts)))
+    pipeline = source.manifest.pipeline
+    for path, fact in (roles or {}).items():
+        pipeline = with_fact(pipeline, path, fact)
+    return finished(out, replace(source.manifest, pipeline=pipeline))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Behaviour(SourceDetails):
+    """Of the format "fake": how a `FakeSession` misbehaves."""
+
+    behaviour: str
 
 
 def misbehaving(source: Bundle, name: str, behaviour: str) -> Bundle:
     """The bundle with one component run by a `FakeSession` (the format is registered by the fixture `fake_format`)."""
     component = source.component(name)
-    details = {**component.details, "behaviour": behaviour}
+    details = component.details.become(Behaviour, behaviour=behaviour)
     components = {**source.manifest.components, name: replace(component, format="fake", details=details)}
     return Bundle(source.path, replace(source.manifest, components=components))
 
@@ -110,7 +123,7 @@ class FakeSession(Session):
         super().__init__(name, component)
         loadable = {name: replace(component, format="safetensors")}
         true = Bundle(bundle.path, replace(bundle.manifest, components=loadable))
-        self._inner, self._behaviour = TorchSession(true, name), component.details["behaviour"]
+        self._inner, self._behaviour = TorchSession(true, name), component.details_as(Behaviour).behaviour
 
     def _run(self, feeds):
         first = next(iter(feeds.values()))

@@ -14,7 +14,8 @@ from deploy.parity.effort import LIMIT_MACS, choose, image_macs
 from deploy.parity.options import ParityOptions
 from deploy.parity.reference.planned_shapes import halved_sizes, plan_runs
 from deploy.parity.verdict import verify
-from runtimes.bundle.manifest import Component, PipelineFacts
+from runtimes.bundle.manifest import Component
+from runtimes.bundle.roles import Roles
 from runtimes.bundle.tensors import ShapeRange
 from runtimes.errors import InputError
 from tests.parity.test_gate import FP32
@@ -45,7 +46,8 @@ def test_stable_diffusion_is_compared_quickly_and_says_why():
     effort = choose("auto", DEFAULTS, SD15, FACTS)
     assert effort.level == "quick" and effort.options.small
     assert 1 <= len(effort.options.prompts) and effort.options.height == effort.options.width == 256
-    assert image_macs(effort.options, SD15, (32, 32)) <= LIMIT_MACS < image_macs(DEFAULTS, SD15, (64, 64))
+    assert image_macs(effort.options, SD15, FACTS, (32, 32)) <= LIMIT_MACS
+    assert LIMIT_MACS < image_macs(DEFAULTS, SD15, FACTS, (64, 64))
     assert "would take an estimated 6" in effort.text and "T multiply-accumulates" in effort.text
     assert effort.to_json()["level"] == "quick" and effort.to_json()["text"] == effort.text
 
@@ -73,7 +75,7 @@ def test_large_networks_meet_the_common_size_once_with_the_smallest_batch_and_ot
 
 
 def test_without_images_only_the_components_are_compared(source, reference, options):
-    facts: PipelineFacts = source.manifest.pipeline
+    facts: Roles = source.manifest.pipeline
     result = verify(reference, source, FP32, choose("components", options, source.manifest.components, facts))
     found = result.to_json()
     assert result.ok and set(found["components"]) == {"text_encoder", "unet", "vae_encoder", "vae_decoder"}

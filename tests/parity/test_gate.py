@@ -18,6 +18,7 @@ from runtimes.backends.session import SessionOptions
 from runtimes.bundle.folder import Bundle
 from runtimes.bundle.manifest import digest_of
 from runtimes.errors import ParityError
+from runtimes.system.device import Device
 from tests.exporters.pipelines import edit_json
 from tests.parity.pipelines import changed, double_one_weight, misbehaving
 
@@ -184,7 +185,7 @@ def test_another_tokenizer_is_named(source, reference, options, copied):
 
 
 def test_another_scaling_factor_is_named(source, reference, options, copied):
-    candidate = changed(source, copied, scaling_factor=0.5)
+    candidate = changed(source, copied, roles={"codec.scaling_factor": 0.5})
     with pytest.raises(ParityError, match=r"scaling_factor: 0\.18215 -> 0\.5"):
         enforce(check_pipeline(reference, candidate, FP32, options), FP32, "package")
 
@@ -264,12 +265,12 @@ def test_a_missing_device_is_unverified(source, reference, options, monkeypatch)
     from runtimes.errors import UnavailableError
 
     def unavailable(bundle, name, session_options):
-        assert session_options.device == "cuda"
+        assert session_options.device == Device("cuda")
         raise UnavailableError("no NVIDIA driver", where=name)
 
     monkeypatch.setattr(components, "open_candidate", unavailable)
     monkeypatch.setattr(pipelines, "open_candidate", unavailable)
-    result = verify(reference, source, FP32, Effort("full", replace(options, session=SessionOptions("cuda"))))
+    result = verify(reference, source, FP32, Effort("full", replace(options, session=SessionOptions(Device("cuda")))))
     assert not result.ok and not result.broken
     assert result.unverified[0] == "text_encoder: text_encoder: no NVIDIA driver"
     assert len(result.unverified) == 5

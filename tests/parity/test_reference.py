@@ -11,7 +11,7 @@ import torch
 from deploy.parity.reference.torch_sessions import TorchSession, reference_sessions
 from exporters.source.networks import load_module
 from runtimes.bundle.folder import Bundle
-from runtimes.errors import BundleError, InputError
+from runtimes.errors import BundleError, DeployError, InputError
 
 
 def feeds_of(source: Bundle, name: str, **sizes: int) -> dict[str, np.ndarray]:
@@ -83,7 +83,7 @@ def test_closing_frees_the_weights(source):
     session.close()
     session.close()
     assert alive() is None
-    with pytest.raises(BundleError, match="closed"):
+    with pytest.raises(DeployError, match="the session is closed"):
         session.run(feeds_of(source, "unet", batch=1, height=4, width=4, sequence=5))
 
 

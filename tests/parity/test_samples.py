@@ -78,7 +78,7 @@ def test_spread_never_repeats():
             assert len(set(spread(count, wanted))) == min(count, wanted)
 
 
-def test_first_middle_and_last_call_are_kept():
+def test_first_middle_and_last_call_are_sampled():
     fitted = fit(UNET, [call(t) for t in range(5)], {"batch": 2, "height": 4, "width": 4, "sequence": 5})
     assert [f["timestep"][0] for f in fitted] == [0, 2, 4]
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 
 from deploy.parity.reference.planned_shapes import plan_runs
-from runtimes.bundle.manifest import Component, PipelineFacts
+from runtimes.bundle.manifest import Component
 from runtimes.bundle.tensors import Axis, ShapeRange, TensorSpec
 from runtimes.errors import InputError
+from tests.runtimes.roles import stable_diffusion as sd_roles
 
-FACTS = PipelineFacts(4, 8, 0.18215, 512, 512, 77)
+FACTS = sd_roles(4, 8, 0.18215, 512, 512, 77)
 
 
 def component(*shape: int | str, **axes: tuple[ShapeRange, int]) -> Component:

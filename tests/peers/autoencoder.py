@@ -19,7 +19,7 @@ from rich.console import Console
 from calibration.trajectory.inner_tensors import compare
 from deploy.building.choose import run_build
 from deploy.core.spec import BuildSpec
-from deploy.quantization.recipes import plan_calibration, record_calibration
+from deploy.quantization.calibration_data import plan_calibration, record_calibration
 from runtimes.bundle.folder import Bundle
 from tests.peers.replaced import BASE, Judge, add_latencies, measuring_options, table_of
 from tests.peers.results import new_report, save, show
@@ -76,7 +76,7 @@ def graph(bundle: Bundle) -> Path:
 
 def macs(bundle: Bundle) -> int:
     """Multiply-accumulates of the decoder at the smallest size, counted by the export."""
-    return int(bundle.component(DECODER).details["macs"])
+    return bundle.component(DECODER).graph.macs or 0
 
 
 if __name__ == "__main__":

@@ -20,11 +20,12 @@ from typing import Any
 from rich.console import Console
 
 from calibration.integers.ranges import Scheme
+from calibration.recipes.one_graph import Settings, quantize_graph
+from calibration.targets import SCHEMES
 from calibration.trajectory.recorder import Recording
 from deploy.building.choose import run_build
 from deploy.core.spec import BuildSpec
-from deploy.passes.quantize import SCHEMES
-from deploy.quantization.recipes import plan_calibration, quantize_component, record_calibration
+from deploy.quantization.calibration_data import plan_calibration, record_calibration
 from runtimes.bundle.folder import Bundle
 from runtimes.errors import UnavailableError
 from tests.peers.prepare import derived
@@ -109,10 +110,10 @@ def ours(recipe: str, estimator: str = "mse", methods: tuple[str, ...] = (), out
             if runtime == "openvino" and (recipe == "dynamic" or context.options.ablation):
                 continue
             scheme = Scheme(**{**SCHEMES[runtime], **({} if outputs else {"quantize_outputs": False})})
-            config = {"keep": [], "estimator": estimator, "methods": list(methods)}
+            settings = Settings(scheme, estimator, tuple(methods))
             recording = context.recording if recipe in ("hybrid", "static") else None
             made[runtime] = context.file(row, runtime)
-            quantize_component(graph, made[runtime], recipe, config, scheme, "unet", recording)
+            quantize_graph(graph, made[runtime], recipe, settings, "unet", recording)
         return made
 
     return make
@@ -165,7 +166,7 @@ def pruned(ratio: float, *, recovered: bool = False, **more: Any) -> Make:
             folder = context.file(row, runtime).parent / "bundle"
             component = (bundle := run_build(spec, folder).bundle).component("unet")
             made[runtime] = bundle.file(component.file)
-            context.macs_shares[row] = component.details["macs"] / context.bundle.component("unet").details["macs"]
+            context.macs_shares[row] = (component.graph.macs or 0) / (context.bundle.component("unet").graph.macs or 1)
         return made
 
     return make

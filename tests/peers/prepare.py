@@ -103,7 +103,6 @@ def exported_unet(spec: BuildSpec, folder: Path, cache_root: Path) -> Path:
     """
     from deploy.building.builder import load_source, workspace
     from deploy.core.pass_cache import Cache
-    from deploy.core.progress import Silent
     from deploy.model.source_bundle import open_origin
     from deploy.passes.export import Export
 
@@ -113,7 +112,7 @@ def exported_unet(spec: BuildSpec, folder: Path, cache_root: Path) -> Path:
         for left in (partial, folder):
             shutil.rmtree(left, ignore_errors=True)
         with workspace(cache.root) as work:
-            source = load_source(open_origin(spec), spec, cache, work, Silent())
+            source = load_source(open_origin(spec), spec, cache, work)
             step: Any = Export().plan(source.manifest, spec)
             Export().run(step, "unet", source, partial)
         partial.rename(folder)

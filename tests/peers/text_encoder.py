@@ -28,7 +28,6 @@ from rich.table import Table
 
 from deploy.bench.contest import spread
 from deploy.building.choose import run_build
-from deploy.core.pass_cache import default_root
 from deploy.core.spec import REFERENCE, BuildSpec
 from deploy.parity.metrics import relative_l2
 from deploy.parity.options import gallery_for, options_for
@@ -36,9 +35,10 @@ from deploy.parity.pipelines import check_pipeline
 from deploy.parity.reference.answers import Reference
 from deploy.quantization.precision_search import ANYTHING, candidate_bundle
 from deploy.reference_models import subject_names
-from runtimes.backends.session import Session, SessionOptions, open_session
+from runtimes.backends.session import Session, SessionOptions
 from runtimes.bundle.folder import Bundle, committed
-from runtimes.pipeline.bundle_sessions import BundleSessions
+from runtimes.pipeline.bundle_sessions import BundleSessions, open_session
+from runtimes.system.cache_root import cache_home
 from tests.deploy.real_size import write_model
 from tests.peers.results import new_report, save, show
 
@@ -78,7 +78,7 @@ def main() -> int:
 
 def clip_model() -> Path:
     """SD 1.5's text encoder beside small networks, written the first time: 0.5 GB below the cache."""
-    model = default_root() / "at-size" / "text"
+    model = cache_home() / "at-size" / "text"
     if not model.is_dir():
         log.print("writing CLIP ViT-L", style="dim")
         with committed(model) as partial:

@@ -27,15 +27,17 @@ from deploy.bench.contest import spread
 from deploy.bench.worker import Worker, WorkerError
 from deploy.building.choose import run_build
 from deploy.cli.bench_table import shown
-from deploy.core.pass_cache import COMPONENT_FILE, default_root
+from deploy.core.pass_cache import COMPONENT_FILE
 from deploy.core.spec import BuildSpec, covering, parse_shapes
 from deploy.parity.metrics import relative_l2
+from runtimes.bundle.details import EngineDetails
 from runtimes.bundle.folder import Bundle, committed
+from runtimes.system.cache_root import cache_home
 from tests.deploy.real_size import write_model
 from tests.peers.prepare import exported_unet
 from tests.peers.results import new_report, save, show
 
-FOLDER = default_root() / "at-size"
+FOLDER = cache_home() / "at-size"
 # Calibration samples at the most common size: small here, since ranges of random weights tell nothing anyway.
 SHAPES = "batch=1:1:1,height=64:64:512,width=64:64:512"
 YARDSTICK = "ONNX Runtime fp32"
@@ -127,7 +129,7 @@ def show_engines(options: argparse.Namespace) -> None:
         first = first or cost["bytes"]
         table.add_row(precision, f"{cost['bytes'] / 1e6:.0f}", f"{cost['bytes'] / first:.2f}", f"{cost['seconds']:.0f}",
                       f"{cost['peak_rss_bytes'] / 1e9:.1f}",
-                      " ".join(bundle.component("unet").details["compute_capabilities"]))
+                      " ".join(bundle.component("unet").details_as(EngineDetails).compute_capabilities))
         shutil.rmtree(bundle.path)
     Console(width=None if sys.stdout.isatty() else 140, markup=False, emoji=False).print(table)
 

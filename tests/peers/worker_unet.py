@@ -36,8 +36,9 @@ def torch_eager() -> Call:
 
 def bundle_session() -> Call:
     """SOURCE is a bundle."""
-    from runtimes.backends.session import SessionOptions, open_session
+    from runtimes.backends.session import SessionOptions
     from runtimes.bundle.folder import Bundle
+    from runtimes.pipeline.bundle_sessions import open_session
 
     session = open_session(Bundle.open(SOURCE), "unet", SessionOptions(threads=THREADS))
     return lambda feeds: next(iter(session.run(feeds).values()))

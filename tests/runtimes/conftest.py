@@ -47,11 +47,11 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
     """The fake CUDA runtime; whatever a test does, nothing may stay behind on the GPU."""
-    from tests.runtimes.fake_gpu import GPU, FakeCuda
+    from tests.runtimes.fake_gpu import FakeCuda
 
     fake = FakeCuda()
     monkeypatch.setattr(cuda_device, "load_runtime", lambda: fake)
-    monkeypatch.setattr(cuda_device, "find_gpu", lambda ordinal=0: GPU)
+    monkeypatch.setattr(cuda_device, "find_gpu", fake.find_gpu)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     yield fake
     gc.collect()

@@ -11,12 +11,12 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from runtimes.bundle.manifest import PipelineFacts
 from runtimes.bundle.tensors import Axis, ShapeRange, TensorSpec
 from runtimes.pipeline.diffusion import Pipeline
 from runtimes.schedulers import SCHEDULERS
 from runtimes.text.clip_tokenizer import ClipTokenizer, prepare_tokenizer
 from tests.runtimes.fakes import FakeSession, axes, component
+from tests.runtimes.roles import stable_diffusion
 from tests.runtimes.scheduler_reference import CLASSES
 from tests.runtimes.vocabulary import make_vocabulary
 
@@ -105,7 +105,7 @@ def ours(networks, config, folder, batch: int = 8) -> Pipeline:
             component((spec("latent_sample", CHANNELS, *grid),), (spec("sample", 3, "h", "w"),), axes(rows, latent))),
     }
     sessions = {name: FakeSession(name, part, numpy_in(function)) for name, (function, part) in parts.items()}
-    facts = PipelineFacts(CHANNELS, FACTOR, vae.config.scaling_factor, 32, 32, TOKENS)
+    facts = stable_diffusion(CHANNELS, FACTOR, vae.config.scaling_factor, 32, 32, TOKENS)
     return Pipeline(sessions, facts, config, ClipTokenizer.load(folder / "ours", TOKENS))
 
 

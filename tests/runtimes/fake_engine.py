@@ -209,6 +209,7 @@ class ICudaEngine:
         return [(low, 4), (low, 4), (high, 4)]
 
     def create_execution_context(self, option: Any = ExecutionContextAllocationStrategy.STATIC) -> Any:
+        self.cuda.here()
         if self.contexts_left == 0:
             self.refuse(ErrorCodeTRT.FAILED_ALLOCATION, "Requested amount of GPU memory (2048 bytes)")
             return None
@@ -274,6 +275,8 @@ def module(engine: ICudaEngine | None, *, version: str = "11.4.0", validity: tup
 
         def deserialize_cuda_engine(self, serialized_engine: Any) -> ICudaEngine | None:
             assert bytes(serialized_engine[1:4]) == b"trt"
+            if engine is not None:
+                engine.cuda.here()  # "bound to a specific GPU when it is instantiated"
             if engine is None or (engine.host_code and not self.engine_host_code_allowed):
                 if self.error_recorder is not None:
                     self.error_recorder.report_error(ErrorCodeTRT.INVALID_ARGUMENT, "the plan is not for this runtime")

@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 from cuda.bindings import runtime as real
 
+from runtimes.errors import UnavailableError
 from runtimes.system.nvidia import Gpu
 
 GPU = Gpu("NVIDIA Fake", (8, 9), 1 << 20)
+SECOND_GPU = Gpu("NVIDIA Fake 2", (8, 9), 1 << 20)
 ERROR = real.cudaError_t
 ALIGNMENT = 256  # "any address of a variable ... is always aligned to at least 256 bytes" (CUDA C++ guide, 5.3.2)
 
@@ -57,10 +59,14 @@ class Recording:
 
 @dataclass
 class FakeCuda:
-    """The functions that `CudaDevice` calls. Every one answers as cuda-bindings does: a tuple, the status first."""
+    """The functions that `CudaDevice` calls. Every one answers as cuda-bindings does: a tuple, the status first.
+
+    Memory and streams are of the GPU `ordinal`; whoever uses them must have made it the thread's current one.
+    """
 
     memory_bytes: int = 1 << 20
     ordinal: int = 0
+    gpus: list[Gpu] = field(default_factory=lambda: [GPU, SECOND_GPU])
     log: list[str] = field(default_factory=list)
     allocations: dict[int, np.ndarray] = field(default_factory=dict)
     streams: set[int] = field(default_factory=set)
@@ -97,24 +103,34 @@ class FakeCuda:
         self.invalidated = True
         return True
 
-    def _here(self) -> None:
+    def find_gpu(self, ordinal: int = 0) -> Gpu:
+        """In place of `runtimes.system.nvidia.find_gpu`, which asks the driver."""
+        if ordinal >= len(self.gpus):
+            raise UnavailableError(f"CUDA shows {len(self.gpus)} GPUs, number {ordinal} is not among them")
+        return self.gpus[ordinal]
+
+    def here(self) -> None:
+        """Refuse a thread that has another GPU."""
         current = getattr(self._current, "ordinal", 0)
         assert current == self.ordinal, f"device {current} is current in this thread, the memory is of {self.ordinal}"
 
     @strict
     def cudaSetDevice(self, device: int) -> Any:
+        if not 0 <= device < len(self.gpus):
+            return self._answer(ERROR.cudaErrorInvalidDevice)
         self._current.ordinal = device
         return self._answer(ERROR.cudaSuccess)
 
     @strict
     def cudaStreamCreateWithFlags(self, flags: int) -> Any:
-        self._here()
+        self.here()
         assert flags == real.cudaStreamNonBlocking
         self.streams.add(7)
         return self._answer(ERROR.cudaSuccess, real.cudaStream_t(7))
 
     @strict
     def cudaStreamDestroy(self, stream: int) -> Any:
+        self.here()
         self.streams.remove(int(stream))
         return self._answer(ERROR.cudaSuccess)
 
@@ -128,7 +144,7 @@ class FakeCuda:
 
     @strict
     def cudaMalloc(self, size: int) -> Any:
-        self._here()
+        self.here()
         if self._illegal_while_capturing():
             return self._answer(ERROR.cudaErrorStreamCaptureUnsupported, 0)
         if sum(a.nbytes for a in self.allocations.values()) + size > self.memory_bytes:
@@ -145,6 +161,7 @@ class FakeCuda:
 
     @strict
     def cudaFree(self, devPtr: int) -> Any:
+        self.here()
         if self._illegal_while_capturing():
             return self._answer(ERROR.cudaErrorStreamCaptureUnsupported)
         del self.allocations[devPtr]
@@ -165,7 +182,7 @@ class FakeCuda:
     @strict
     def cudaMemcpyAsync(self, dst: int, src: int, count: int, kind: Any, stream: int) -> Any:
         assert int(stream) in self.streams
-        self._here()
+        self.here()
         kinds = real.cudaMemcpyKind
         if kind == kinds.cudaMemcpyDeviceToDevice:
             self.submit(lambda: np.copyto(self.view(dst, count), self.view(src, count)))
@@ -178,7 +195,7 @@ class FakeCuda:
 
     def submit(self, work: Callable[[], None]) -> None:
         """A kernel: runs at once, or is recorded."""
-        self._here()
+        self.here()
         if self.capturing is not None:
             self.capturing.append(work)
         else:
@@ -227,7 +244,7 @@ class FakeCuda:
     @strict
     def cudaGraphLaunch(self, graph: Recording, stream: int) -> Any:
         assert graph.alive and int(stream) in self.streams
-        self._here()
+        self.here()
         self.log.append("launch")
         for work in graph.work:
             work()

@@ -14,13 +14,14 @@ from onnx import TensorProto, helper, numpy_helper
 
 from runtimes.backends.session import Session
 from runtimes.bundle.folder import Bundle, records_below, write_manifest
-from runtimes.bundle.manifest import SCHEMA, Component, Manifest, PipelineFacts, Source
+from runtimes.bundle.manifest import SCHEMA, Component, Manifest, Source
+from runtimes.bundle.roles import SHALLOW_ENTRY, Entry, Roles
 from runtimes.bundle.tensors import Axis, ShapeRange, TensorSpec
 from runtimes.pipeline.diffusion import Pipeline
+from tests.runtimes.roles import stable_diffusion
 
 CHANNELS, FACTOR, TOKENS, WIDTH = 2, 4, 5, 3
-FACTS = PipelineFacts(latent_channels=CHANNELS, vae_scale_factor=FACTOR, scaling_factor=0.5, height=32, width=32,
-                      tokens=TOKENS)
+FACTS = stable_diffusion(CHANNELS, FACTOR, 0.5, 32, 32, TOKENS)
 DDIM = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
         "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
 
@@ -116,6 +117,34 @@ def tokenize(texts):
     return np.array([row + [0] * (TOKENS - len(row)) for row in rows], np.int64)
 
 
+def cached_pipeline(**limits: Any) -> Pipeline:
+    """A fake U-Net of two entries: the deep feature is the prompt's shift, which the shallow one adds."""
+    sessions = fake_sessions(**limits)
+    part = sessions["unet"].component
+    feature = TensorSpec("deep_feature", "float32", ("batch", CHANNELS, "height", "width"))
+
+    def deep(sample, timestep, encoder_hidden_states):
+        return np.tanh(sample) * 0.7 + encoder_hidden_states.mean(axis=(1, 2))[:, None, None, None] * 0.3
+
+    class Whole(FakeSession):
+        def _run(self, feeds):
+            return {**super()._run(feeds), "deep_feature": deep(**feeds).astype(np.float32)}
+
+    def shallow(sample, timestep, encoder_hidden_states, deep_feature):
+        moved = np.roll(sample, 1, axis=3) * 0.2
+        return (deep_feature + moved + timestep[:, None, None, None] / 5000).astype(np.float32)
+
+    sessions["unet"] = Whole("unet", dataclasses.replace(part, outputs=(*part.outputs, feature)), unet)
+    sessions["unet_shallow"] = FakeSession(
+        "unet_shallow", dataclasses.replace(part, inputs=(*part.inputs, feature)), shallow)
+    return Pipeline(sessions, with_a_shallow_entry(FACTS), DDIM, tokenize)
+
+
+def with_a_shallow_entry(roles: Roles) -> Roles:
+    entries = {SHALLOW_ENTRY: Entry("unet_shallow", ("deep_feature",))}
+    return dataclasses.replace(roles, denoiser=dataclasses.replace(roles.denoiser, entries=entries))
+
+
 # ---- graphs and bundles ------------------------------------------------------------------------------------------
 
 
@@ -144,7 +173,7 @@ AFFINE = component((TensorSpec("x", "float32", ("batch", 4)),), (TensorSpec("y",
                    {"batch": Axis("rows", ShapeRange(1, 2, 8))}, file="components/affine/model.onnx")
 
 
-def write_bundle(folder: Path, parts: Mapping[str, Component], facts: PipelineFacts = FACTS) -> Bundle:
+def write_bundle(folder: Path, parts: Mapping[str, Component], roles: Roles = FACTS) -> Bundle:
     """Finish a folder whose components' files lie in components/NAME, as the build does."""
     extra = {**records_below(folder / "tokenizer", folder), **records_below(folder / "scheduler", folder)}
     listed = {}
@@ -152,7 +181,7 @@ def write_bundle(folder: Path, parts: Mapping[str, Component], facts: PipelineFa
         records = records_below(folder / "components" / name, folder)
         listed[name] = dataclasses.replace(part, files=records, parity={})
     manifest = Manifest(schema=SCHEMA, family="stable-diffusion", source=Source("fake", {}), target="onnxruntime",
-                        precision="fp32", pipeline=facts, components=listed, passes=(), files=extra, tools={}, spec={},
+                        precision="fp32", pipeline=roles, components=listed, passes=(), files=extra, tools={}, spec={},
                         verified=False, parity={})
     write_manifest(folder, manifest)
     return Bundle.open(folder)
@@ -174,24 +203,26 @@ def write_json(file: Path, value: Any) -> None:
     file.write_text(json.dumps(value), encoding="utf-8")
 
 
-def write_pipeline_bundle(folder: Path, vocabulary: int) -> Bundle:
-    """A bundle of four ONNX graphs of a few nodes; the caller has written tokenizer/."""
+def write_pipeline_bundle(folder: Path, vocabulary: int, *, shallow: bool = False) -> Bundle:
+    """A bundle of ONNX graphs of a few nodes; the caller has written tokenizer/."""
     f, i = TensorProto.FLOAT, TensorProto.INT64
     node, latent = helper.make_node, ["batch", CHANNELS, "height", "width"]
     table = np.sin(np.arange(vocabulary * WIDTH, dtype=np.float32)).reshape(vocabulary, WIDTH)
+    outputs = [("out_sample", f, latent), ("deep_feature", f, latent)]
+    constants = {"last": np.array([1, 2], np.int64), "column": np.array([-1, 1, 1, 1], np.int64),
+                 "thousands": np.float32(5000)}
     graphs = {
         "text_encoder": graph(
             [("input_ids", i, ["batch", TOKENS])], [("last_hidden_state", f, ["batch", TOKENS, WIDTH])],
             [node("Gather", ["table", "input_ids"], ["last_hidden_state"])], {"table": table}),
         "unet": graph(
             [("sample", f, latent), ("timestep", f, ["batch"]),
-             ("encoder_hidden_states", f, ["batch", TOKENS, WIDTH])], [("out_sample", f, latent)],
+             ("encoder_hidden_states", f, ["batch", TOKENS, WIDTH])], outputs if shallow else outputs[:1],
             [node("ReduceMean", ["encoder_hidden_states", "last"], ["mean"], keepdims=1),
              node("Reshape", ["mean", "column"], ["shift"]), node("Tanh", ["sample"], ["tanh"]),
              node("Div", ["timestep", "thousands"], ["t"]), node("Reshape", ["t", "column"], ["time"]),
-             node("Add", ["tanh", "shift"], ["sum"]), node("Add", ["sum", "time"], ["out_sample"])],
-            {"last": np.array([1, 2], np.int64), "column": np.array([-1, 1, 1, 1], np.int64),
-             "thousands": np.float32(5000)}),
+             node("Add", ["tanh", "shift"], ["deep_feature"]), node("Add", ["deep_feature", "time"], ["out_sample"])],
+            constants),
         "vae_encoder": graph(
             [("sample", f, ["batch", 3, "height", "width"])],
             [("latent_parameters", f, ["batch", 2 * CHANNELS, "h", "w"])],
@@ -204,11 +235,25 @@ def write_pipeline_bundle(folder: Path, vocabulary: int) -> Bundle:
              node("Resize", ["rgb", "", "scales"], ["sample"], mode="nearest")],
             {"channels": np.array([0, 1, 0], np.int64), "scales": np.array([1, 1, FACTOR, FACTOR], np.float32)}),
     }
+    declared, roles = components(), FACTS
+    if shallow:
+        graphs["unet_shallow"] = graph(
+            [("sample", f, latent), ("timestep", f, ["batch"]), ("encoder_hidden_states", f, ["batch", TOKENS, WIDTH]),
+             ("deep_feature", f, latent)], [("out_sample", f, latent)],
+            [node("ReduceMean", ["encoder_hidden_states", "last"], ["mean"], keepdims=1),
+             node("Reshape", ["mean", "column"], ["shift"]), node("Mul", ["sample", "shift"], ["product"]),
+             node("Div", ["timestep", "thousands"], ["t"]), node("Reshape", ["t", "column"], ["time"]),
+             node("Add", ["deep_feature", "product"], ["sum"]), node("Add", ["sum", "time"], ["out_sample"])],
+            constants)
+        unet, deep = declared["unet"], TensorSpec("deep_feature", "float32", ("batch", CHANNELS, "height", "width"))
+        declared["unet"] = dataclasses.replace(unet, outputs=(*unet.outputs, deep))
+        declared["unet_shallow"] = dataclasses.replace(unet, inputs=(*unet.inputs, deep))
+        roles = with_a_shallow_entry(FACTS)
     parts = {}
-    for name, part in components().items():
+    for name, part in declared.items():
         file = folder / "components" / name / "model.onnx"
         file.parent.mkdir(parents=True)
         onnx.save(graphs[name], file)
         parts[name] = dataclasses.replace(part, file=file.relative_to(folder).as_posix())
     write_json(folder / "scheduler" / "scheduler_config.json", DDIM)
-    return write_bundle(folder, parts)
+    return write_bundle(folder, parts, roles)

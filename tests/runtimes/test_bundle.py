@@ -112,7 +112,7 @@ def test_only_blobs_of_the_bundles_own_repository_are_read(folder, tmp_path, rep
         Bundle.open(snapshot)
 
 
-@pytest.mark.parametrize(("schema", "fix"), [(2, "upgrade"), (0, "build the bundle again"), ("1", "again"), (None, "")])
+@pytest.mark.parametrize(("schema", "fix"), [(3, "upgrade"), (0, "build the bundle again"), ("1", "again"), (None, "")])
 def test_another_schema_says_what_to_do(folder, schema, fix):
     edit(folder, lambda m: m.update(schema=schema))
     with pytest.raises(BundleError, match="schema") as caught:
@@ -120,10 +120,20 @@ def test_another_schema_says_what_to_do(folder, schema, fix):
     assert fix in caught.value.fix
 
 
+def test_a_bundle_of_the_first_schema_names_the_command_that_builds_it_again(folder):
+    edit(folder, lambda m: m.update(
+        schema=1, spec={"target": "openvino", "precision": "fp16", "shapes": {"batch": "1:2:8"}, "step_cache": True},
+        measured={"source_path": "/models/my model", "adapters": {"lora": ["a.safetensors:0.5"]}}))
+    with pytest.raises(BundleError) as caught:
+        Bundle.open(folder)
+    assert caught.value.fix.endswith("python -m deploy build '/models/my model' --target openvino --precision fp16 "
+                                     "--shapes batch=1:2:8 --step-cache --lora a.safetensors:0.5")
+
+
 @pytest.mark.parametrize(("change", "message"), [
     (lambda m: m.pop("family"), "missing family"),
     (lambda m: m.update(surprise=1), "unknown key surprise"),
-    (lambda m: m["pipeline"].update(height="64"), r"pipeline.height: expected int, found '64'"),
+    (lambda m: m["pipeline"]["codec"].update(height="64"), r"pipeline.codec.height: expected int, found '64'"),
     (lambda m: m["components"]["affine"]["axes"]["batch"].update(range=[1]), "axes.batch.range"),
     (lambda m: m.update(components=[]), "components"),
 ])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 from pathlib import Path
@@ -94,15 +95,12 @@ def test_a_damaged_note_and_a_folder_that_cannot_be_written_cost_only_the_time(
 
 
 def test_generate_hashes_once_and_again_when_it_is_asked_to(folder: Path, hashed: list[str], monkeypatch) -> None:
-    from types import SimpleNamespace
-
     from deploy.cli import generate
 
-    request = SimpleNamespace(bundle=folder, safety="off", hint="latency", pin_threads=False, preview=None,
-                              output=folder.parent / "out.png", save_latents=None)
+    run = generate.Run(bundle=folder, output=folder.parent / "out.png")
     monkeypatch.setattr(generate, "prompts_of", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     for check, read in ((False, True), (False, False), (True, True)):
         hashed.clear()
         with pytest.raises(KeyboardInterrupt):
-            generate.generate_files(SimpleNamespace(**vars(request), check=check))  # type: ignore[arg-type]
+            generate.generate_files(dataclasses.replace(run, check=check), {})
         assert ("model.onnx" in hashed) == read

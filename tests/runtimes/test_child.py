@@ -34,7 +34,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_the_exit_code_and_the_last_words_are_told(folder: Path) -> None:
+def test_the_exit_code_and_the_last_words_are_reported(folder: Path) -> None:
     assert run_child("a_child", folder / "ends", folder / "log") == 5
     assert last_words(folder / "log") == "working"
 

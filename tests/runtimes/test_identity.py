@@ -11,9 +11,11 @@ import pytest
 
 from runtimes.system import compute_identity
 from runtimes.system.compute_identity import runtime_identity
+from runtimes.system.device import CPU, Device
 from runtimes.system.nvidia import Gpu
 
-GPU = Gpu("NVIDIA A", (8, 9), 80 << 30)
+ASKED = (CPU, "tensorrt"), (Device("tensorrt"), "onnx"), (CPU, "onnx")
+GPU, OTHER = Gpu("NVIDIA A", (8, 9), 80 << 30), Gpu("NVIDIA C", (9, 0), 80 << 30)
 
 
 @pytest.fixture
@@ -27,7 +29,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
         return str(found["versions"][name])
 
     (tmp_path / "version").write_text("NVRM version: 550.1\nGCC\n")
-    monkeypatch.setattr(compute_identity, "gpu_or_none", lambda: found["gpu"])
+    monkeypatch.setattr(compute_identity, "gpu_or_none", lambda ordinal=0: found["gpu"] if ordinal == 0 else OTHER)
     monkeypatch.setattr(compute_identity, "cuda_version", lambda: found["cuda"])
     monkeypatch.setattr("runtimes.system.compute_identity.metadata.version", version)
     monkeypatch.setattr(compute_identity, "DRIVER_FILE", tmp_path / "version")
@@ -49,25 +51,32 @@ def change(machine: dict[str, Any], what: str) -> None:
 
 @pytest.mark.parametrize("what", ["GPU", "memory", "no GPU", "driver", "CUDA", "TensorRT", "TensorRT for RTX"])
 def test_an_engines_proof_is_of_this_gpu_driver_and_release(machine: dict[str, Any], what: str):
-    before = [runtime_identity(*asked) for asked in (("cpu", "tensorrt"), ("tensorrt", "onnx"), ("cpu", "onnx"))]
+    before = [runtime_identity(*asked) for asked in ASKED]
     change(machine, what)
-    after = [runtime_identity(*asked) for asked in (("cpu", "tensorrt"), ("tensorrt", "onnx"), ("cpu", "onnx"))]
+    after = [runtime_identity(*asked) for asked in ASKED]
     assert before[0] != after[0]
     assert (before[1] != after[1]) == (what != "TensorRT for RTX"), "that provider is not asked for"
     assert before[2] == after[2], "a CPU's proof does not depend on the GPU beside it"
 
 
 def test_a_proof_on_a_cpu_is_of_its_model_and_instructions_and_of_their_limits(machine, monkeypatch):
-    before = runtime_identity("cpu", "onnx")
+    before = runtime_identity(CPU, "onnx")
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
-    limited = runtime_identity("cpu", "onnx")
+    limited = runtime_identity(CPU, "onnx")
     monkeypatch.setattr(compute_identity, "processor", lambda: "another")
-    assert len({json.dumps(found) for found in (before, limited, runtime_identity("cpu", "onnx"))}) == 3
+    assert len({json.dumps(found) for found in (before, limited, runtime_identity(CPU, "onnx"))}) == 3
     assert before["libraries"]["onnxruntime"] == "1.20" and before["libraries"]["onnxruntime-gpu"] == "absent"
     assert "gpu" not in before
 
 
 def test_this_machines_own_identity_is_json_and_the_same_twice():
-    for asked in (("cpu", "onnx"), ("cpu", "openvino"), ("cpu", "tensorrt"), ("cuda", "onnx"), ("cpu", "safetensors")):
+    for asked in ((CPU, "onnx"), (CPU, "openvino"), (CPU, "tensorrt"), (Device("cuda"), "onnx"), (CPU, "safetensors")):
         found = runtime_identity(*asked)
         assert json.loads(json.dumps(found)) == found == runtime_identity(*asked)
+
+
+@pytest.mark.parametrize(("kind", "format_"), [("cuda", "tensorrt"), ("tensorrt", "onnx")])
+def test_a_proof_on_the_second_gpu_is_of_that_gpu(machine: dict[str, Any], kind: str, format_: str):
+    first, second = (runtime_identity(Device(kind, index), format_) for index in (0, 1))
+    assert (first["device"], second["device"]) == (kind, f"{kind}:1")
+    assert (first["gpu"], second["gpu"]) == ("NVIDIA A, 8.9", "NVIDIA C, 9.0")

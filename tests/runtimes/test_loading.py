@@ -11,11 +11,11 @@ import pytest
 from transformers import CLIPTokenizer
 
 import runtimes
-from runtimes.backends.session import SessionOptions, open_session
+from runtimes.backends.session import SessionOptions
 from runtimes.bundle.folder import Bundle
-from runtimes.errors import BundleError, UnavailableError
-from runtimes.pipeline import loading
-from runtimes.pipeline.bundle_sessions import BundleSessions
+from runtimes.errors import BundleError, DeployError, UnavailableError
+from runtimes.pipeline import bundle_sessions, loading
+from runtimes.pipeline.bundle_sessions import BundleSessions, open_session
 from runtimes.text.clip_tokenizer import prepare_tokenizer
 from tests.runtimes.fakes import AFFINE, affine_bundle, write_pipeline_bundle
 from tests.runtimes.vocabulary import make_vocabulary
@@ -53,7 +53,7 @@ def test_the_encoder_is_loaded_when_an_image_comes_and_once_for_all_threads(bund
         opened.append(name)
         return open_session(bundle, name, options)
 
-    monkeypatch.setattr(loading, "open_session", recorded)
+    monkeypatch.setattr(bundle_sessions, "open_session", recorded)
     pipeline = runtimes.load(bundle, threads=1)
     assert opened == ["text_encoder", "unet", "vae_decoder"]
     image = np.zeros((32, 32, 3))
@@ -100,6 +100,23 @@ def test_sessions_are_a_mapping_of_the_components(bundle):
     sessions = BundleSessions(Bundle.open(bundle), SessionOptions(threads=1))
     assert set(sessions) == {"text_encoder", "unet", "vae_encoder", "vae_decoder"} and len(sessions) == 4
     assert sessions["unet"] is sessions["unet"]
+
+
+def test_closing_closes_what_is_loaded_and_loads_nothing(bundle, monkeypatch):
+    opened: list[str] = []
+
+    def recorded(bundle, name, options):
+        opened.append(name)
+        return open_session(bundle, name, options)
+
+    monkeypatch.setattr(bundle_sessions, "open_session", recorded)
+    sessions = BundleSessions(Bundle.open(bundle), SessionOptions(threads=1))
+    unet = sessions["unet"]
+    sessions.close()
+    assert opened == ["unet"]
+    with pytest.raises(DeployError, match="the session is closed"):
+        unet.run({})
+    assert sessions["unet"] is not unet
 
 
 def test_importing_is_quick_and_brings_no_backend(run_python):

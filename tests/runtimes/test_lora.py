@@ -16,7 +16,7 @@ from peft.utils.other import get_pattern_key
 from safetensors.numpy import save_file
 
 from runtimes.adapters.lora_config import LoraConfig, read_config
-from runtimes.adapters.lora_files import components_of, read_factors
+from runtimes.adapters.lora_files import networks_of, read_factors
 from runtimes.adapters.lora_names import from_original, name_of, spellings
 from runtimes.bundle.safetensors_reader import read_floats, read_header, read_number
 from runtimes.errors import InputError
@@ -79,14 +79,14 @@ def test_a_key_without_a_place_is_refused_by_name_and_kind(
 ) -> None:
     file = lora(tmp_path, PAIR | extra)
     with pytest.raises(InputError, match=words):
-        for component in components_of(file):
+        for component in networks_of(file):
             read(file, component)
 
 
 @pytest.mark.parametrize(("down", "up", "words"), [
     (shaped(2, 5), shaped(6, 2), "does not fit"), (shaped(2, 4), shaped(5, 2), "does not fit"),
     (shaped(3, 4), shaped(6, 2), "does not fit"), (shaped(2, 2, 2), shaped(6, 2), "does not fit"),
-    (shaped(4), shaped(6, 1), "no matrices"), (shaped(0, 4), shaped(6, 0), "no matrices"),
+    (shaped(4), shaped(6, 1), "not matrices"), (shaped(0, 4), shaped(6, 0), "no matrices"),
     (shaped(2, 4) * np.nan, shaped(6, 2), "NaN or infinity"), (shaped(2, 4), shaped(6, 2) * np.inf, "NaN or infinity"),
 ])
 def test_matrices_that_fit_nothing_are_refused(down: np.ndarray, up: np.ndarray, words: str, tmp_path: Path) -> None:

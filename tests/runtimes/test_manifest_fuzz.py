@@ -19,11 +19,21 @@ OTHERS: tuple[Any, ...] = (None, True, 0, -1, 1.5, 10**400, "x", "", [], ["x"], 
 PARITY = {"relative_l2": 1e-6, "max_abs": 1e-6, "cosine": 1.0, "nonfinite": 0, "shapes": [[1, 4]],
           "worst_output": "y", "worst_shape": [1, 4], "budget": 1e-4, "ok": True}
 DETAILS = {
-    "library": "diffusers", "macs": 100, "not_fp16": "it overflows", "executed": False, "not_executed": "no GPU",
+    "source_component": "unet", "opset": 20, "macs": 100, "not_fp16": "it overflows", "executed": False,
+    "not_executed": "no GPU",
     "builder": "tensorrt", "builder_version": "10", "gpu": "", "compute_capabilities": ["SM86"],
-    "refused_capabilities": {"SM75": "too old"}, "shared_weights": {"file": "components/unet/w", "with": "unet"},
+    "refused_capabilities": {"SM75": "too old"}, "profiles": [{"x": [[1, 4], [1, 4], [2, 4]]}],
+    "options": {"builder": "tensorrt", "stripped": True}, "layers": {"CONVOLUTION": 3}, "graph_sha256": "a",
+    "compiled_component_sha256": "b", "weights": "components/unet/model.onnx",
+    "shared_weights": {"file": "components/unet/w", "with": "unet", "tensors": 1, "bytes": 8, "own_bytes": 4},
     "quantizers": {"inputs": {"Conv": 3}, "attentions": 2, "broken_attentions": ["a"]},
-    "quantization": {"recipe": "hybrid", "layers": {"w8a8": 3}},
+    "quantization": {"recipe": "hybrid", "layers": {"w8a8": 3}, "scheme": {"signed": True, "weight_limit": 127},
+                     "parameters": {"w8a8": 30}, "weight_bytes": [120, 30],
+                     "relief": {"promoted": {"conv": "w8"}, "trials": 2, "relative_l2": [0.2, 0.1]}},
+    "pruning": {"parameters_before": 9, "channels": {"method": "l2", "before": [8], "kept": [4], "removed": 0.5}},
+    "recovery": {"steps": 3, "device": "cpu", "relative_l2_before": 0.2, "relative_l2_after": 0.1},
+    "conversion": {"precision": "fp16", "mode": "compute", "converted": {"Conv": 3}, "kept_float32": {"a": {"b": 1}},
+                   "kept_nodes": {"a": ["n"]}, "casts": 1, "weight_bytes_before": 4, "weight_bytes_after": 2},
 }
 MEASURED = {
     "passes": [{"name": "quantize", "seconds": 1.0, "peak_rss_bytes": 10, "reused": 0, "bytes_in": 5, "bytes_out": 4,
@@ -117,7 +127,7 @@ def test_a_value_of_another_type_is_refused_by_its_key_path(manifest, part, caps
     for path in paths(manifest):
         if (path[0] == part) != bool(part) or (not part and path[0] in ("components", "measured", "parity")):
             continue
-        if len(path) > 1 and path[0] == "components" and path[1] not in ("unet", "vae_decoder"):
+        if len(path) > 1 and path[0] == "components" and path[1] != "unet":
             continue
         texts = [(value, replaced(manifest, path, value)) for value in OTHERS] + [("gone", removed(manifest, path))]
         for value, text in texts:

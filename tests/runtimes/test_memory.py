@@ -16,6 +16,7 @@ from runtimes.pipeline.diffusion import Pipeline
 from runtimes.pipeline.memory_budget import MARGIN, MemoryBudget, MemoryModel, fit
 from runtimes.pipeline.memory_measurement import memory_model
 from runtimes.system.byte_sizes import parse_bytes
+from runtimes.system.device import Device
 from tests.conftest import ROOT
 from tests.runtimes.fakes import DDIM, FACTS, calls_of, fake_sessions, tokenize
 
@@ -29,9 +30,9 @@ def made(c: float, b: float, q: float) -> list[list[float]]:
 
 @pytest.mark.parametrize("costs", [(5 * MB, 1e4, 10.0), (0.0, 1e4, 0.0), (9 * MB, 0.0, 50.0)])
 def test_what_calls_take_is_found_from_a_few(costs):
-    model = fit({"base": 100 * MB, "unet": made(*costs), "vae_decoder": made(0, 1e3, 0)})
-    np.testing.assert_allclose(model.costs["unet"], costs, rtol=1e-6, atol=1)
-    assert model.peak_bytes([{"unet": 16}], 1024) == pytest.approx(
+    model = fit({"base": 100 * MB, "denoiser": made(*costs), "decoder": made(0, 1e3, 0)})
+    np.testing.assert_allclose(model.costs["denoiser"], costs, rtol=1e-6, atol=1)
+    assert model.peak_bytes([{"denoiser": 16}], 1024) == pytest.approx(
         100 * MB + MARGIN * (costs[0] + costs[1] * 16 * 1024 + costs[2] * 16 * 1024**2))
 
 
@@ -39,8 +40,8 @@ def test_more_never_costs_less_whatever_was_measured():
     noisy = [[rows, area, growth + noise * MB] for (rows, area, growth), noise in
              zip(made(1 * MB, 1e3, 0), (0, 9, 8, 6, 4, 2), strict=True)]
     for points in (noisy, noisy[:1], noisy[:2]):
-        model = fit({"base": 100 * MB, "unet": points, "vae_decoder": points})
-        peaks = [model.peak_bytes([{"unet": rows, "vae_decoder": rows}], 64) for rows in (1, 2, 4, 8)]
+        model = fit({"base": 100 * MB, "denoiser": points, "decoder": points})
+        peaks = [model.peak_bytes([{"denoiser": rows, "decoder": rows}], 64) for rows in (1, 2, 4, 8)]
         assert sorted(peaks) == peaks and peaks[0] >= 100 * MB
 
 
@@ -48,14 +49,14 @@ def test_calls_that_fit_into_freed_memory_do_not_flatten_the_slope():
     """Six calls below what loading had left free, then a straight line."""
     line = [[rows, area, max(3 * MB, 8e3 * rows * area - 13 * MB)] for rows, area in
             ((1, 16), (2, 16), (1, 64), (2, 64), (4, 64), (1, 1024), (2, 1024), (4, 1024), (8, 1024))]
-    model = fit({"base": 100 * MB, "unet": line, "vae_decoder": line})
+    model = fit({"base": 100 * MB, "denoiser": line, "decoder": line})
     expected = 100 * MB + MARGIN * (8e3 * 65536 - 13 * MB)
-    assert model.peak_bytes([{"unet": 64}], 1024) == pytest.approx(expected, rel=0.01)
+    assert model.peak_bytes([{"denoiser": 64}], 1024) == pytest.approx(expected, rel=0.01)
 
 
 def pipeline(megabytes: float) -> Pipeline:
     """One row of 64 latents costs 1 MB in the U-Net and 2 MB in the decoder."""
-    model = MemoryModel(10 * MB, {"unet": (0, MB / 64, 0), "vae_decoder": (0, 2 * MB / 64, 0)})
+    model = MemoryModel(10 * MB, {"denoiser": (0, MB / 64, 0), "decoder": (0, 2 * MB / 64, 0)})
     return Pipeline(fake_sessions(), FACTS, DDIM, tokenize, memory=MemoryBudget(int(megabytes * MB), model))
 
 
@@ -91,14 +92,14 @@ def test_no_size_is_refused(text):
 
 def test_only_this_processs_memory_can_be_budgeted(reference_bundle):
     with pytest.raises(InputError, match="not that of cuda"):
-        memory_model(runtimes.Bundle.open(reference_bundle), SessionOptions("cuda"))
+        memory_model(runtimes.Bundle.open(reference_bundle), SessionOptions(Device("cuda")))
 
 
 def test_a_process_stays_below_its_budget_and_is_measured_once(reference_bundle, tmp_path, monkeypatch):
     """Eight images of four times the pixels in two calls."""
     monkeypatch.setenv("LDM_DEPLOY_CACHE", str(tmp_path))
     model = memory_model(runtimes.Bundle.open(reference_bundle), SessionOptions(threads=1, keep_graphs=True))
-    budget = int(model.peak_bytes([{"unet": 8, "vae_decoder": 4}], 256) + 0.5 * MB) + 24 * 8 * 128 * 128
+    budget = int(model.peak_bytes([{"denoiser": 8, "decoder": 4}], 256) + 0.5 * MB) + 24 * 8 * 128 * 128
     code = ("import sys, json, runtimes; from runtimes.system.process_memory import peak_rss_bytes\n"
             "seen = []\n"
             "pipeline = runtimes.load(sys.argv[1], threads=1, memory_budget=int(sys.argv[2]))\n"

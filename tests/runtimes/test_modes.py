@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from threading import Event
 from typing import Any
 
@@ -10,13 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from runtimes.bundle.tensors import TensorSpec
 from runtimes.errors import CancelledError, InputError
-from runtimes.pipeline.denoising import Step
 from runtimes.pipeline.diffusion import Pipeline
+from runtimes.pipeline.job import Step
 from runtimes.text.prompt_weighting import parse
 from tests.runtimes import fakes
-from tests.runtimes.fakes import CHANNELS, DDIM, FACTS, FakeSession, calls_of, fake_sessions, tokenize
+from tests.runtimes.fakes import CHANNELS, DDIM, FACTS, FakeSession, cached_pipeline, calls_of, fake_sessions, tokenize
 
 NUMPY: dict[str, Any] = {"steps": 4, "output": "numpy"}
 SIZE = (32, 32)
@@ -132,7 +130,7 @@ def test_previews_have_the_colours_of_the_decoder():
     latents = np.random.default_rng(1).standard_normal((2, CHANNELS, 4, 6)).astype(np.float32)
     shown = pipeline.preview(latents)
     assert shown.shape == (2, 4, 6, 3) and shown.dtype == np.uint8
-    decoded = decoder.run({"latent_sample": latents / np.float32(FACTS.scaling_factor)})["sample"]
+    decoded = decoder.run({"latent_sample": latents / np.float32(FACTS.codec.scaling_factor)})["sample"]
     wanted = np.clip(decoded[:, :, ::4, ::4].transpose(0, 2, 3, 1) / 2 + 0.5, 0, 1) * 255
     assert np.abs(shown - wanted).max() <= 1
     calls = len(calls_of(pipeline, "vae_decoder"))
@@ -168,32 +166,8 @@ def test_absurd_weights_are_refused():
         parse("(cat:1000)")
 
 
-def cached(**limits: Any) -> Pipeline:
-    """A fake U-Net of two entries: the deep feature is the prompt's shift, which the shallow one adds."""
-    sessions = fake_sessions(**limits)
-    unet = sessions["unet"]
-    feature = TensorSpec("deep_feature", "float32", ("batch", CHANNELS, "height", "width"))
-
-    def deep(sample, timestep, encoder_hidden_states):
-        return np.tanh(sample) * 0.7 + encoder_hidden_states.mean(axis=(1, 2))[:, None, None, None] * 0.3
-
-    class Whole(FakeSession):
-        def _run(self, feeds):
-            return {**super()._run(feeds), "deep_feature": deep(**feeds).astype(np.float32)}
-
-    def shallow(sample, timestep, encoder_hidden_states, deep_feature):
-        moved = np.roll(sample, 1, axis=3) * 0.2
-        return (deep_feature + moved + timestep[:, None, None, None] / 5000).astype(np.float32)
-
-    part = unet.component
-    sessions["unet"] = Whole("unet", dataclasses.replace(part, outputs=(*part.outputs, feature)), fakes.unet)
-    sessions["unet_shallow"] = FakeSession(
-        "unet_shallow", dataclasses.replace(part, inputs=(*part.inputs, feature)), shallow)
-    return Pipeline(sessions, FACTS, DDIM, tokenize)
-
-
 def test_the_deep_layers_run_at_every_third_step_only():
-    pipeline = cached()
+    pipeline = cached_pipeline()
     images = pipeline(["x", "y"], seed=0, steps=8, cache_interval=3, output="numpy")
     whole, shallow = ([call["timestep"][0] for call in calls_of(pipeline, name)] for name in ("unet", "unet_shallow"))
     assert whole == sorted({*whole, *shallow}, reverse=True)[::3] and len(whole) + len(shallow) == 8
@@ -203,7 +177,7 @@ def test_the_deep_layers_run_at_every_third_step_only():
 
 
 def test_a_change_of_guidance_computes_the_deep_layers_anew():
-    pipeline = cached()
+    pipeline = cached_pipeline()
     pipeline("x", seed=0, steps=8, cache_interval=4, guidance_interval=(0.25, 0.75), output="numpy")
     assert [len(call["sample"]) for call in calls_of(pipeline, "unet")] == [1, 2, 1]
     assert [len(call["sample"]) for call in calls_of(pipeline, "unet_shallow")] == [1, 2, 2, 2, 1]
@@ -211,12 +185,12 @@ def test_a_change_of_guidance_computes_the_deep_layers_anew():
 
 def test_each_part_of_a_cut_batch_keeps_its_own_deep_feature():
     options: dict[str, Any] = {"seed": 0, "steps": 6, "cache_interval": 2, "output": "latents"}
-    np.testing.assert_allclose(cached(batch=2)(["x", "y", "z"], **options), cached()(["x", "y", "z"], **options),
-                               rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(cached_pipeline(batch=2)(["x", "y", "z"], **options),
+                               cached_pipeline()(["x", "y", "z"], **options), rtol=1e-6, atol=1e-6)
 
 
 def test_reusing_deep_features_needs_a_bundle_built_for_it():
     with pytest.raises(InputError, match="--step-cache"):
         make()("x", cache_interval=2)
     with pytest.raises(InputError, match="cache_interval"):
-        cached()("x", cache_interval=0)
+        cached_pipeline()("x", cache_interval=0)

@@ -35,7 +35,7 @@ def plain_ddim(prompt: str, negative: str, steps: int, scale: float, seed: int) 
         now, after = signal[t], signal[before] if before >= 0 else signal[0]
         original = (x - np.sqrt(1 - now) * noise) / np.sqrt(now)
         x = np.sqrt(after) * original + np.sqrt(1 - after) * noise
-    return np.clip(fakes.vae_decoder(x / FACTS.scaling_factor) / 2 + 0.5, 0, 1).transpose(0, 2, 3, 1)[0]
+    return np.clip(fakes.vae_decoder(x / FACTS.codec.scaling_factor) / 2 + 0.5, 0, 1).transpose(0, 2, 3, 1)[0]
 
 
 def test_images_equal_a_plain_reimplementation():

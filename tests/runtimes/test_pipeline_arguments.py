@@ -57,4 +57,4 @@ def test_a_part_may_be_any_pair_of_numbers(part: Any):
 
 def test_a_part_is_read_once():
     """An iterator has two numbers once; what was checked is what is used."""
-    Pipeline(fake_sessions(), FACTS, DDIM, tokenize)(**{**BASE, "steps": 4}, part=iter((0, 0.5)))  # type: ignore[arg-type]
+    Pipeline(fake_sessions(), FACTS, DDIM, tokenize)(**{**BASE, "steps": 4}, part=iter((0, 0.5)))

@@ -206,7 +206,7 @@ def test_eta_equals_diffusers(name, prediction, eta):
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_noise_for_the_kept_part_of_an_image_is_that_of_the_next_timestep_as_in_diffusers_inpainting(name):
+def test_noise_for_the_unpainted_part_of_an_image_is_that_of_the_next_timestep_as_in_diffusers_inpainting(name):
     if name == "pndm":
         configs = [base_config(name), base_config(name, skip_prk_steps=False)]
     else:

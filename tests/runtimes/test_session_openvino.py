@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 import threading
 from importlib import util
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import pytest
 
-from runtimes.backends.openvino_session import OpenVinoSession, cache_folder, properties
+from runtimes.backends.openvino_session import OpenVinoSession, available_device, cache_folder, properties
 from runtimes.backends.session import SessionOptions
 from runtimes.bundle.folder import Bundle
-from runtimes.errors import BundleError, InputError, UnavailableError
+from runtimes.errors import BundleError, DeployError, InputError, UnavailableError
+from runtimes.system.device import Device
 from tests.runtimes.fakes import AFFINE, affine_model, write_bundle
 
 INSTALLED = util.find_spec("openvino") is not None
@@ -91,7 +93,7 @@ def test_threads_may_share_a_session(bundle, hint):
 
 
 @needs_openvino
-def test_what_was_compiled_is_kept_for_the_next_process(bundle, tmp_path):
+def test_what_was_compiled_is_stored_for_the_next_process(bundle, tmp_path):
     for _ in range(2):
         OpenVinoSession(bundle, "affine", CPU).run({"x": X})
     assert len(list((tmp_path / "xdg" / "ldm-deploy" / "openvino").rglob("*.blob"))) == 1
@@ -101,10 +103,32 @@ def test_what_was_compiled_is_kept_for_the_next_process(bundle, tmp_path):
 @pytest.mark.parametrize(("device", "kind", "message"), [
     ("cuda", InputError, "a bundle for OpenVINO does not run on 'cuda'.*one of cpu, gpu"),
     ("npu", UnavailableError, "finds no NPU here, only CPU"),
+    ("gpu:1", UnavailableError, r"finds no GPU\.1 here, only CPU"),
+    ("GPU.0", UnavailableError, "finds no GPU here, only CPU"),
 ])
 def test_a_device_that_is_not_there_is_named(bundle, device, kind, message):
     with pytest.raises(kind, match=message):
-        OpenVinoSession(bundle, "affine", SessionOptions(device))
+        OpenVinoSession(bundle, "affine", SessionOptions(Device.parse(device)))
+
+
+@needs_openvino
+@pytest.mark.parametrize(("device", "name"), [("gpu", "GPU"), ("gpu:0", "GPU"), ("gpu:1", "GPU.1"), ("auto", "AUTO")])
+def test_devices_are_named_as_openvino_names_them(monkeypatch, device, name):
+    """openvino docs, GPU device: "GPU is an alias for GPU.0"; with several, available_devices has GPU.0 and GPU.1."""
+    monkeypatch.setattr("runtimes.backends.openvino_session.openvino_core",
+                        lambda: SimpleNamespace(available_devices=["CPU", "GPU.0", "GPU.1"]))
+    assert available_device(Device.parse(device)) == name
+
+
+@needs_openvino
+def test_a_closed_session_says_so_and_has_let_go_of_its_model(bundle):
+    session = OpenVinoSession(bundle, "affine", CPU)
+    session.run({"x": X})
+    session.close()
+    session.close()
+    assert not {"_compiled", "_requests"} & set(vars(session))
+    with pytest.raises(DeployError, match="the session is closed"):
+        session.run({"x": X})
 
 
 @needs_openvino

@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 
 from runtimes.backends.batching import RowRunner
-from runtimes.backends.tensorrt import contexts, engine_session
-from runtimes.backends.tensorrt.cuda_device import CudaDevice
+from runtimes.backends.session import SessionOptions
+from runtimes.backends.tensorrt import contexts
 from runtimes.backends.tensorrt.engine_session import TensorRtSession
-from runtimes.errors import BundleError, DeployError, InputError, OutOfMemoryError
+from runtimes.errors import BundleError, DeployError, InputError, OutOfMemoryError, UnavailableError
+from runtimes.system.device import Device
+from runtimes.system.nvidia import Gpu
 from tests.runtimes.engine_bundles import LIMITS, OPTIONS, PROFILES, make_bundle, use
 from tests.runtimes.fake_engine import ROW_BYTES, B, DataType, ErrorCodeTRT, ICudaEngine, W, module
 from tests.runtimes.fake_gpu import ERROR, FakeCuda
@@ -76,8 +78,8 @@ def test_each_captured_graph_has_a_context_that_is_never_changed_again(session, 
     assert cuda.log.count("capture") == 4 and engine.contexts_left == 99 - 5
 
 
-def test_only_so_many_graphs_are_kept(cuda, engine, session, monkeypatch):
-    monkeypatch.setattr(contexts, "GRAPHS_KEPT", 2)
+def test_only_so_many_graphs_are_stored(cuda, engine, session, monkeypatch):
+    monkeypatch.setattr(contexts, "MOST_GRAPHS", 2)
     for count in (8, 1, 2, 3, 4):
         for _ in range(3):
             run(session, count)
@@ -290,14 +292,48 @@ def test_threads_may_share_a_session(session):
     assert wrong == []
 
 
-def test_every_thread_that_runs_a_session_is_moved_to_its_gpu(engine, cuda, monkeypatch, tmp_path):
+SECOND = SessionOptions(Device("cuda", 1))
+
+
+def test_every_thread_that_runs_a_session_is_moved_to_its_gpu(engine, cuda, tmp_path):
     """cuda-bindings, cudaSetDevice: "Sets `device` as the current device for the calling host thread"."""
     cuda.ordinal = 1
-    monkeypatch.setattr(engine_session, "open_device", lambda: CudaDevice(1))
-    session = TensorRtSession(make_bundle(tmp_path / "b"), "affine", OPTIONS)
+    session = TensorRtSession(make_bundle(tmp_path / "b"), "affine", SECOND)
     results: list[Any] = []
     thread = threading.Thread(target=lambda: results.append(session.run({"x": X})["y"]))
     thread.start()
     thread.join()
     np.testing.assert_allclose(results[0], X @ W + B)
-    session.close()
+    thread = threading.Thread(target=session.close)
+    thread.start()
+    thread.join()
+    assert cuda.leaks() == []
+
+
+def test_an_engine_is_loaded_recorded_and_released_on_the_gpu_that_was_asked_for(engine, cuda, tmp_path):
+    """The fake refuses to allocate, copy, load, run and free while another GPU is the thread's current one."""
+    cuda.ordinal = 1
+    with TensorRtSession(make_bundle(tmp_path / "b"), "affine", SECOND) as session:
+        for _ in range(4):
+            run(session, 2)
+            cuda.cudaSetDevice(0)  # by another library in this thread
+    assert cuda.log.count("launch") == 2 and cuda.leaks() == []
+
+
+def test_an_engine_for_the_second_gpu_is_compared_with_the_second_gpu(engine, cuda, tmp_path):
+    cuda.ordinal, cuda.gpus = 1, [cuda.gpus[0], Gpu("NVIDIA Other", (9, 0), 1 << 20)]
+    with pytest.raises(UnavailableError, match=r"NVIDIA Other is SM90, the engine was built on NVIDIA Fake, 8.9"):
+        TensorRtSession(make_bundle(tmp_path / "b"), "affine", SECOND)
+    assert cuda.leaks() == []
+
+
+def test_a_gpu_that_is_not_there_is_named_before_anything_is_allocated(engine, cuda, tmp_path):
+    with pytest.raises(UnavailableError, match="CUDA shows 2 GPUs, number 2 is not among them"):
+        TensorRtSession(make_bundle(tmp_path / "b"), "affine", SessionOptions(Device("tensorrt", 2)))
+    assert cuda.log == []
+
+
+@pytest.mark.parametrize("device", ["gpu", "npu", "auto", "tensorrt-rtx:1"])
+def test_a_device_that_engines_do_not_run_on_is_refused(engine, cuda, tmp_path, device):
+    with pytest.raises(InputError, match=r"an engine of tensorrt does not run on .* use tensorrt or cuda"):
+        TensorRtSession(make_bundle(tmp_path / "b"), "affine", SessionOptions(Device.parse(device)))

@@ -19,7 +19,7 @@ from runtimes.backends.tensorrt.engine_session import TensorRtSession
 from runtimes.errors import BundleError, UnavailableError
 from runtimes.system.nvidia import gpu_or_none
 from tests.runtimes import fake_engine
-from tests.runtimes.engine_bundles import LIMITS, OPTIONS, make_bundle, use
+from tests.runtimes.engine_bundles import LIMITS, OPTIONS, engine_details, make_bundle, use
 from tests.runtimes.fake_engine import B, EngineInvalidityDiagnostics, EngineValidity, ICudaEngine, W, module
 from tests.runtimes.fakes import AFFINE, write_bundle
 
@@ -85,7 +85,7 @@ def rtx(engine: ICudaEngine | None, validity: tuple[EngineValidity, int] = (Engi
     return module(engine, version="1.7.1.116", validity=validity)
 
 
-def test_rtx_records_graphs_itself_and_its_kernels_are_kept_on_disk(cuda, monkeypatch, tmp_path):
+def test_rtx_records_graphs_itself_and_its_kernels_are_stored_on_disk(cuda, monkeypatch, tmp_path):
     engine = ICudaEngine(cuda, LIMITS)
     use(monkeypatch, rtx(engine))
     bundle = make_bundle(tmp_path / "b", **RTX)
@@ -175,7 +175,7 @@ def test_an_engine_on_a_real_gpu_computes_the_same(tmp_path):
     file = bundle.path / "components/affine/engine.trt"
     report = build_engine(file.with_name("model.onnx"), file, make_profiles(AFFINE.inputs, AFFINE.axes),
                           EngineOptions(builder=builder, capabilities=capabilities))
-    part = dataclasses.replace(bundle.component("affine"), details={**report.to_json(), "gpu": ""})
+    part = dataclasses.replace(bundle.component("affine"), details=engine_details(**report.to_json(), gpu=""))
     session = TensorRtSession(write_bundle(bundle.path, {"affine": part}), "affine", OPTIONS)
     for rows in (1, 2, 2, 2, 8, 1):
         x = np.random.default_rng(rows).standard_normal((rows, 4)).astype(np.float32)

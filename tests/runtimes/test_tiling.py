@@ -11,10 +11,9 @@ from PIL import Image
 
 from runtimes.codec.tiling import Tiling
 from runtimes.errors import InputError
-from runtimes.pipeline.conditioner import Conditions
 from runtimes.pipeline.diffusion import Pipeline
-from runtimes.pipeline.guidance import Guidance, GuidedUnet
-from tests.runtimes.fakes import CHANNELS, DDIM, FACTOR, FACTS, calls_of, fake_sessions, tokenize
+from runtimes.pipeline.request import Request
+from tests.runtimes.fakes import CHANNELS, DDIM, FACTOR, FACTS, cached_pipeline, calls_of, fake_sessions, tokenize
 
 SHAPES = [((8, 8), (8, 8)), ((16, 8), (8, 8)), ((13, 29), (8, 4)), ((9, 9), (8, 8)), ((64, 64), (8, 8))]
 
@@ -60,10 +59,9 @@ def test_tiles_lie_elsewhere_at_every_step_and_still_cover_the_whole(shape, tile
 
 def test_tiles_stay_where_they_were_while_deep_features_are_reused():
     """The deep feature of a tile belongs to its place."""
-    conditions = Conditions([np.zeros((2, 3), np.float32)], [np.ones((2, 3), np.float32)])
-    unet = GuidedUnet(fake_sessions()["unet"], conditions, Guidance(5.0, interval=(0.25, 0.75)), 8,
-                      shallow=fake_sessions()["unet"], cache_interval=3)
-    assert [unet.whole_steps(i) for i in range(8)] == [1, 1, 2, 2, 2, 3, 4, 4]
+    request = Request("x", steps=8, guidance_interval=(0.25, 0.75), cache_interval=3, tile=32, height=64, width=64)
+    (job,) = cached_pipeline().prepare([request])
+    assert [job.whole_steps(i) for i in range(8)] == [1, 1, 2, 2, 2, 3, 4, 4]
 
 
 def test_tiles_that_disagree_blend_without_a_step():

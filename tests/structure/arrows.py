@@ -126,6 +126,12 @@ def files_in(root: Path = ROOT) -> dict[str, int]:
     return counts
 
 
+def named_files(root: Path = ROOT) -> list[str]:
+    """Modules that are files and have a name of their own choice: the passes are named after what they do to users."""
+    return [name for name, file in modules(root).items()
+            if file.stem not in ("__init__", "__main__") and not name.startswith("deploy.passes.")]
+
+
 def look_alikes(names: Iterable[str]) -> list[tuple[str, str]]:
     """Pairs of modules of one name, or of names that differ by an ending of one or two words' forms only."""
     stems: dict[str, list[str]] = defaultdict(list)

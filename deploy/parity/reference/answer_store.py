@@ -1,4 +1,4 @@
-"""Arrays on disk by content key, so that the reference runs once per source model and settings, not once a verify."""
+"""Stores arrays on disk by content key, so that the reference runs once per source model and settings."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ Arrays = dict[str, np.ndarray[Any, Any]]
 
 class Store:
     """`<root>/parity/<sha256 of what the arrays depend on>.npz`; safe for several processes, entries appear by rename.
+
+    Every array is stored as it is, whatever its shape and dtype: network inputs and outputs, latents, pixels.
 
     Args:
         root: cache folder, or None to keep everything in memory for as long as the store lives.

@@ -1,4 +1,4 @@
-"""What the reference answers: recorded component calls and generated images, computed once and kept in a `Store`."""
+"""Computes the reference's answers once, and stores them: recorded component calls and generated images."""
 
 from __future__ import annotations
 
@@ -15,20 +15,19 @@ from deploy.parity.reference.answer_store import Store
 from deploy.parity.reference.call_recorder import Recorder
 from deploy.parity.reference.planned_shapes import Possible, Run, always
 from deploy.parity.reference.sample_feeds import Feeds, Sample, cast, fit, pack, unpack
-from deploy.parity.reference.session_pool import close
 from deploy.parity.reference.trajectories import Trajectory, TrajectoryRequest, assemble_pipeline, generate
 from runtimes.backends.session import Session
 from runtimes.bundle.folder import Bundle
 from runtimes.bundle.manifest import Component, to_json
+from runtimes.bundle.roles import Role
 from runtimes.codec.autoencoder import to_uint8
 from runtimes.codec.pixels import to_pil
 from runtimes.codec.safety_checker import CLIP_INPUT, SAFETY_CHECKER
 from runtimes.errors import InputError
-from runtimes.pipeline.guidance import SHALLOW
+from runtimes.pipeline.bundle_sessions import BundleSessions
 from runtimes.pipeline.loading import load_preprocessing
 
 VERSION = 2  # raised whenever the same key would mean other arrays
-DECODER, ENCODER = "vae_decoder", "vae_encoder"
 
 Opener = Callable[[Bundle, int], Mapping[str, Session]]
 
@@ -40,7 +39,7 @@ class Reference:
 
     Args:
         bundle: the source bundle, in the format "safetensors".
-        cache: folder that answers are kept in across processes; None keeps them in memory.
+        cache: folder that answers are stored in across processes; None holds them in memory.
         keep_bytes: see `ParityOptions`.
         opener: gives the sessions of the bundle of which at most so many are loaded at once;
             `deploy.parity.reference.torch_sessions.reference_sessions` by default.
@@ -75,7 +74,7 @@ class Reference:
         Args:
             name: of the component.
             component: the candidate's record: its dtypes and fixed sizes are fitted to.
-            runs: from `shapes.plan_runs`.
+            runs: from `planned_shapes.plan_runs`.
             options: prompts, guidance and steps of the recording.
 
         Raises:
@@ -147,7 +146,7 @@ class Reference:
         try:
             for index, run in enumerate(runs):
                 pipeline = assemble_pipeline(recorders, self.bundle)  # a new one: a cache would hide repeated prompts
-                interval = 2 if SHALLOW in sessions else 1  # so that both of the U-Net's entries are called
+                interval = 2 if self.bundle.manifest.pipeline.denoiser.shallow else 1  # so that both entries are called
                 request = _recording_request(run, options)
                 request = replace(request, cache_interval=interval, steps=max(request.steps, interval))
                 generated = generate(pipeline, request)
@@ -161,10 +160,12 @@ class Reference:
 
     def _fed(self, name: str, recorders: Mapping[str, Recorder], images: np.ndarray[Any, Any]) -> list[Feeds]:
         """A component's calls; of those that text to image never calls, what they would be fed with its images."""
+        roles = self.bundle.manifest.pipeline
         if name == SAFETY_CHECKER:
             return [{CLIP_INPUT: load_preprocessing(self.bundle)(to_pil(to_uint8(images)))}]
-        if name == ENCODER and not recorders[name].calls and DECODER in recorders:
-            return _images(recorders[name].component, recorders[DECODER])
+        decoder = recorders.get(roles.codec.decoder.component)
+        if roles.role(name) is Role.IMAGE_ENCODER and not recorders[name].calls and decoder is not None:
+            return _images(recorders[name].component, decoder)
         return recorders[name].calls
 
 
@@ -181,7 +182,7 @@ def _recording_request(run: Run, options: ParityOptions) -> TrajectoryRequest:
 
 
 def _images(encoder: Component, decoder: Recorder) -> list[Feeds]:
-    """What the decoder drew as the encoder's input: text to image never encodes an image."""
+    """The decoder's images as the encoder's input, since text to image never encodes an image."""
     source, target = decoder.component.outputs[0].name, encoder.inputs[0].name
     return [{target: np.clip(result[source], -1, 1)} for result in decoder.results]
 
@@ -193,6 +194,9 @@ def _torch_sessions(bundle: Bundle, capacity: int) -> Mapping[str, Session]:
 
 
 def _close_all(sessions: Mapping[str, Session]) -> None:
+    if isinstance(sessions, BundleSessions):
+        sessions.close()  # asking for each would load those that nobody has called
+        return
     for session in sessions.values():
-        close(session)
+        session.close()
 

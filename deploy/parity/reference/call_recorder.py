@@ -1,4 +1,4 @@
-"""A session that remembers the inputs of its calls: how real inputs are taken from a running pipeline."""
+"""A session that records the inputs of its calls, to take real inputs from a running pipeline."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.backends.session import Arrays, Session
+from runtimes.backends.session import Arrays, Session, WrappedSession
 
 
-class Recorder(Session):
-    """Wraps a session; what it returns is the wrapped session's result.
+class Recorder(WrappedSession):
+    """Passes calls through and keeps copies of what went in and came out.
 
     Attributes:
         calls: feeds of every call since the last `clear`, copied, in order.
@@ -18,15 +18,14 @@ class Recorder(Session):
     """
 
     def __init__(self, inner: Session) -> None:
-        super().__init__(inner.name, inner.component)
-        self._inner = inner
+        super().__init__(inner)
         self.calls: list[dict[str, np.ndarray[Any, Any]]] = []
         self.results: list[dict[str, np.ndarray[Any, Any]]] = []
 
     def _run(self, feeds: Arrays) -> dict[str, np.ndarray[Any, Any]]:
         # Copies: a sampler may reuse its buffers from step to step.
         self.calls.append({name: array.copy() for name, array in feeds.items()})
-        outputs = self._inner.run(feeds)
+        outputs = super()._run(feeds)
         self.results.append({name: array.copy() for name, array in outputs.items()})
         return outputs
 

@@ -1,4 +1,4 @@
-"""Which shapes are compared: per component the common one, the smallest, and one that nothing was traced at.
+"""Plans the shapes that are compared: per component the common one, the smallest, and one that nothing was traced at.
 
 Sizes are planned for the pipeline first (images, latent rows, latent columns), because the inputs of all components
 are recorded from the same run; each component then gets its own batch and sequence out of its own ranges.
@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from runtimes.bundle.manifest import Component, PipelineFacts
+from runtimes.bundle.manifest import Component
+from runtimes.bundle.roles import Role, Roles
 from runtimes.bundle.tensors import Axis, ShapeRange, TensorSpec
 from runtimes.codec.safety_checker import CLIP_INPUT
 from runtimes.errors import InputError
@@ -60,11 +61,11 @@ def batch_range(component: Component) -> ShapeRange:
 
 
 def always(name: str, sizes: Mapping[str, int]) -> bool:
-    """Takes every component to run at every size."""
+    """Answers that every component runs at every size."""
     return True
 
 
-def plan_runs(components: Mapping[str, Component], facts: PipelineFacts, denoiser: str = "unet", *,
+def plan_runs(components: Mapping[str, Component], roles: Roles, *,
               small: bool = False, possible: Possible = always) -> tuple[Run, ...]:
     """Runs that give every component at least three distinct shapes, as far as its axes leave a choice.
 
@@ -73,8 +74,7 @@ def plan_runs(components: Mapping[str, Component], facts: PipelineFacts, denoise
 
     Args:
         components: of the candidate: its ranges are the promise that is checked.
-        facts: of the pipeline.
-        denoiser: the component whose batch guidance doubles.
+        roles: of the pipeline; guidance doubles the denoiser's batch.
         small: for networks that take minutes a call: the most common size once, with the smallest batch, since
             activations are largest there (an unfused attention holds batch x heads x 4096 x 4096 scores); the most
             common batch at the smallest size; the others next to the smallest.
@@ -84,17 +84,17 @@ def plan_runs(components: Mapping[str, Component], facts: PipelineFacts, denoise
     Raises:
         InputError: the components' ranges have no latent size in common.
     """
-    rows, columns = (replace(_latent_sizes(components, facts, dimension), small=small) for dimension in (2, 3))
+    rows, columns = (replace(_latent_sizes(components, roles, dimension), small=small) for dimension in (2, 3))
     runs: list[Run] = []
     for number in range(MAX_RUNS):
         height = rows.pick(number)
         start = height, columns.pick(number, avoid=height)
         candidates = (start, *zip(rows.above(start[0]), columns.above(start[1]), strict=False))
-        found = (_possible_run(components, number, spatial, facts, denoiser, small, possible) for spatial in candidates)
+        found = (_possible_run(components, number, spatial, roles, small, possible) for spatial in candidates)
         run = next((run for run in found if run is not None), None)
         if run is None:  # the reference will say what PyTorch refuses
-            sizes = {name: _sizes(c, name, number, start, facts, small) for name, c in components.items()}
-            run = _run(components, sizes, start, facts, denoiser)
+            sizes = {name: _sizes(c, name, number, start, roles, small) for name, c in components.items()}
+            run = _run(components, sizes, start, roles)
         if all(other.sizes != run.sizes for other in runs):
             runs.append(replace(run, once=small and number == 0))
         if all(len({tuple(run.sizes[name].items()) for run in runs}) >= SHAPES for name in components):
@@ -141,13 +141,13 @@ class _Choice:
         return max((a for a in self.allowed if 2 * a <= size), default=self.allowed[0])
 
 
-def halved_sizes(components: Mapping[str, Component], facts: PipelineFacts) -> list[tuple[int, int]]:
+def halved_sizes(components: Mapping[str, Component], roles: Roles) -> list[tuple[int, int]]:
     """Latent rows and columns of the most common image, then of ever smaller ones, each about half as high and wide.
 
     Raises:
         InputError: the components' ranges have no latent size in common.
     """
-    rows, columns = (_latent_sizes(components, facts, dimension) for dimension in (2, 3))
+    rows, columns = (_latent_sizes(components, roles, dimension) for dimension in (2, 3))
     sizes = [(rows.opt, columns.opt)]
     while (smaller := (rows.half(sizes[-1][0]), columns.half(sizes[-1][1]))) != sizes[-1]:
         sizes.append(smaller)
@@ -161,21 +161,21 @@ def _choice(span: ShapeRange, multiple: int) -> _Choice:
     return _Choice(allowed, min(allowed, key=lambda size: abs(size - span.opt)))
 
 
-def _unit(name: str, facts: PipelineFacts) -> int:
+def _unit(name: str, roles: Roles) -> int:
     """Size along a spatial axis of a component per latent row or column."""
-    return facts.vae_scale_factor if name == "vae_encoder" else 1
+    return roles.codec.factor if roles.role(name) is Role.IMAGE_ENCODER else 1
 
 
-def _latent_sizes(components: Mapping[str, Component], facts: PipelineFacts, dimension: int) -> _Choice:
+def _latent_sizes(components: Mapping[str, Component], roles: Roles, dimension: int) -> _Choice:
     """Latent rows (dimension 2) or columns (3) that every component takes."""
-    common = (facts.height if dimension == 2 else facts.width) // facts.vae_scale_factor
+    common = (roles.codec.height if dimension == 2 else roles.codec.width) // roles.codec.factor
     allowed: set[int] | None = None
     for name, component in components.items():
         spec = spatial_spec(component)
         if spec is None:
             continue
         span, multiple = range_of(component, spec.shape[dimension])
-        unit = _unit(name, facts)
+        unit = _unit(name, roles)
         common = span.opt // unit
         sizes = {s // unit for s in range(span.min, span.max + 1) if s % unit == 0 and s % multiple == 0}
         allowed = sizes if allowed is None else allowed & sizes
@@ -189,7 +189,7 @@ def _latent_sizes(components: Mapping[str, Component], facts: PipelineFacts, dim
 
 
 def _sizes(
-    component: Component, name: str, number: int, spatial: tuple[int, int], facts: PipelineFacts, small: bool
+    component: Component, name: str, number: int, spatial: tuple[int, int], roles: Roles, small: bool
 ) -> dict[str, int]:
     spec = spatial_spec(component)
     fixed = dict(zip(spec.shape[2:], spatial, strict=True)) if spec is not None else {}
@@ -197,7 +197,7 @@ def _sizes(
     sizes = {}
     for axis_name in _axes_of(component):
         if axis_name in fixed:
-            sizes[axis_name] = fixed[axis_name] * _unit(name, facts)
+            sizes[axis_name] = fixed[axis_name] * _unit(name, roles)
             continue
         axis: Axis = component.axes[axis_name]
         turn = {0: 1, 1: 0}.get(number, number) if small and axis_name == batch else number
@@ -206,21 +206,21 @@ def _sizes(
 
 
 def _possible_run(
-    components: Mapping[str, Component], number: int, spatial: tuple[int, int], facts: PipelineFacts, denoiser: str,
-    small: bool, possible: Possible,
+    components: Mapping[str, Component], number: int, spatial: tuple[int, int], roles: Roles, small: bool,
+    possible: Possible,
 ) -> Run | None:
-    """A run at these latents whose calls the source can make: those that are recorded and those that are compared."""
+    """A run at these latents, none of whose calls the source refuses: those that are recorded and those compared."""
     sizes = {}
     for name, component in components.items():
-        wanted = _sizes(component, name, number, spatial, facts, small)
+        wanted = _sizes(component, name, number, spatial, roles, small)
         fitting = next((s for s in _with_larger_batches(component, wanted) if possible(name, s)), None)
         if fitting is None:
             return None
         sizes[name] = fitting
-    run = _run(components, sizes, spatial, facts, denoiser)
+    run = _run(components, sizes, spatial, roles)
     for name, component in components.items():
         batch = component.inputs[0].shape[0]
-        rows = run.images * (2 if name == denoiser and run.guided else 1)
+        rows = run.images * (2 if roles.role(name) is Role.DENOISER and run.guided else 1)
         if isinstance(batch, str) and not possible(name, {**sizes[name], batch: rows}):
             return None
     return run
@@ -243,25 +243,26 @@ def _axes_of(component: Component) -> list[str]:
 
 def _run(
     components: Mapping[str, Component], sizes: Mapping[str, Mapping[str, int]], spatial: tuple[int, int],
-    facts: PipelineFacts, denoiser: str,
+    roles: Roles,
 ) -> Run:
     """As few images as fill every component's batch; rows are repeated where guidance cannot double the batch."""
-    guided = denoiser in components and batch_range(components[denoiser]).max >= 2
+    denoiser = components.get(roles.denoiser.component)
+    guided = denoiser is not None and batch_range(denoiser).max >= 2
     wanted = 1
     for name, component in components.items():
         batch = component.inputs[0].shape[0]
         size = sizes[name].get(batch, 1) if isinstance(batch, str) else batch
         if spatial_spec(component) is not None:  # prompts and rows of other calls make up a text encoder's batch
-            wanted = max(wanted, -(-size // 2) if name == denoiser and guided else size)
-    images = min(wanted, images_at_once(components, denoiser))
-    factor = facts.vae_scale_factor
+            wanted = max(wanted, -(-size // 2) if roles.role(name) is Role.DENOISER and guided else size)
+    images = min(wanted, images_at_once(components, roles))
+    factor = roles.codec.factor
     return Run(images, spatial[0] * factor, spatial[1] * factor, guided, sizes)
 
 
-def images_at_once(components: Mapping[str, Component], denoiser: str = "unet", wanted: int = 8) -> int:
+def images_at_once(components: Mapping[str, Component], roles: Roles, wanted: int = 8) -> int:
     """How many images the components take in one batch, with guidance, up to `wanted`."""
     limits = [wanted]
     for name, component in components.items():
         largest = batch_range(component).max
-        limits.append(max(1, largest // 2) if name == denoiser else largest)
+        limits.append(max(1, largest // 2) if roles.role(name) is Role.DENOISER else largest)
     return min(limits)

@@ -1,4 +1,7 @@
-"""Real inputs at chosen shapes: recorded from runs of the reference pipeline, cut or repeated to each planned size."""
+"""Fits real inputs, recorded from runs of the reference pipeline, to each planned shape by cutting or repeating them.
+
+Every array has the shape and dtype that the component's TensorSpec says at the planned sizes.
+"""
 
 from __future__ import annotations
 

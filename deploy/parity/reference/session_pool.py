@@ -1,4 +1,4 @@
-"""Sessions opened when first run and freed again, so that a comparison never holds more networks than it must."""
+"""Opens sessions when they are first run and frees them again, so that few networks are in memory at once."""
 
 from __future__ import annotations
 
@@ -11,13 +11,6 @@ from runtimes.backends.session import Arrays, Session
 from runtimes.bundle.manifest import Component
 
 
-def close(session: Session) -> None:
-    """Free a session's weights now, where its backend can; otherwise they go with its last reference."""
-    closing = getattr(session, "close", None)
-    if callable(closing):
-        closing()
-
-
 class PooledSession(Session):
     """A session that its pool opens when it is run, and may free between two calls."""
 
@@ -28,8 +21,7 @@ class PooledSession(Session):
     def _run(self, feeds: Arrays) -> dict[str, np.ndarray[Any, Any]]:
         return self._pool.opened(self.name).run(feeds)
 
-    def close(self) -> None:
-        """Free the session below; the next run opens it again."""
+    def _close(self) -> None:
         self._pool.free(self.name)
 
 
@@ -65,9 +57,9 @@ class SessionPool:
         """Close one session if it is loaded."""
         session = self._open.pop(name, None)
         if session is not None:
-            close(session)
+            session.close()
 
     def close(self) -> None:
-        """Close all of them."""
+        """Close all that are loaded; a later run opens them again."""
         for name in list(self._open):
             self.free(name)

@@ -1,4 +1,4 @@
-"""The parity reference: components of a source bundle run by PyTorch in float32. The only torch file of `deploy`."""
+"""The parity reference: runs components of a source bundle by PyTorch in float32."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from exporters.adapters.lora_merging import merge
 from exporters.source.networks import empty_module, load_module, torch_component
 from runtimes.adapters.lora_inputs import own_file
 from runtimes.backends.session import Arrays, Session
+from runtimes.bundle.details import SourceDetails
 from runtimes.bundle.folder import Bundle
 from runtimes.bundle.manifest import Component
 from runtimes.errors import BundleError, DeployError, UnavailableError
@@ -42,22 +43,20 @@ class TorchSession(Session):
     def __init__(self, bundle: Bundle, name: str) -> None:
         component = bundle.component(name)
         super().__init__(name, _unbounded(component))
-        library = component.details.get("library")
-        if component.format != SOURCE_FORMAT or not isinstance(library, str):
+        details = component.details
+        if component.format != SOURCE_FORMAT or not isinstance(details, SourceDetails):
             raise BundleError(f"{component.format!r} is not a format that PyTorch runs", where=f"{bundle.path}: {name}",
                               fix="give the source model, a diffusers folder")
         folder = bundle.file(component.file).parent
         try:
-            network = load_module(folder, library, component.class_name, check=False)  # the pass `load` did
-            if "lora" in component.details:  # an input of the graphs; here it is merged
-                merge(network, name, bundle.file(own_file(name)), 1.0)
-            self._module: Any = torch_component(name, network, [output.name for output in component.outputs])
+            network = load_module(folder, details.library, component.class_name, check=False)  # the pass `load` did
+            if details.lora:  # an input of the graphs; here it is merged
+                merge(network, bundle.manifest.pipeline.adapter(name), bundle.file(own_file(name)), 1.0)
+            self._module: Any = torch_component(bundle.manifest.pipeline.role(name), network, component.gives)
         except (MemoryError, RuntimeError) as error:
             raise _translated(error, name) from error
 
     def _run(self, feeds: Arrays) -> dict[str, np.ndarray[Any, Any]]:
-        if self._module is None:
-            raise BundleError("the session was closed", where=self.name)
         tensors = [torch.from_numpy(np.ascontiguousarray(feeds[spec.name])) for spec in self.component.inputs]
         try:
             with torch.inference_mode():
@@ -67,12 +66,9 @@ class TorchSession(Session):
         pairs = zip(self.component.outputs, outputs, strict=True)
         return {spec.name: output.contiguous().numpy().copy() for spec, output in pairs}
 
-    def close(self) -> None:
-        """Free the weights; running it again is an error."""
-        if self._module is None:
-            return
+    def _close(self) -> None:
         alive = weakref.ref(self._module)
-        self._module = None
+        del self._module
         if alive() is not None:  # in a reference cycle; the next network needs its memory now
             gc.collect()
 
@@ -104,8 +100,9 @@ class SizeTrial:
         self._modules: dict[str, Any] = {}
 
     def possible(self, name: str, sizes: Mapping[str, int]) -> bool:
-        """Whether a component runs at these sizes; True where the device meta cannot tell, or it is no network of
-        images or latents.
+        """Whether a component runs at these sizes; True where the device meta cannot tell.
+
+        Only networks of images or latents are tried; others are taken to run at any size.
 
         Args:
             name: of the component.
@@ -123,10 +120,10 @@ class SizeTrial:
 
     def _empty(self, name: str, component: Component) -> Any:
         try:
-            network, _ = empty_module(self._bundle.file(component.file).parent, str(component.details.get("library")),
-                                      component.class_name)
-            outputs = [output.name for output in component.outputs]
-            return torch_component(name, network.to("meta"), outputs).requires_grad_(False)
+            network, _ = empty_module(self._bundle.file(component.file).parent,
+                                      component.details_as(SourceDetails).library, component.class_name)
+            role = self._bundle.manifest.pipeline.role(name)
+            return torch_component(role, network.to("meta"), component.gives).requires_grad_(False)
         except (KeyError, NotImplementedError, DeployError):
             return None  # loading it says what is wrong
 
@@ -148,7 +145,7 @@ def _unbounded(component: Component) -> Component:
 
 
 def _translated(error: BaseException, name: str) -> Exception:
-    """Out of memory as what it is; anything else is a shape that the network itself refuses."""
+    """Our error for one of PyTorch's: out of memory, else a shape that the network itself refuses."""
     text = str(error).partition("\n")[0]
     if isinstance(error, MemoryError) or "alloc" in text:
         return UnavailableError("not enough memory for the PyTorch reference", where=name,

@@ -1,4 +1,4 @@
-"""Generating a set of prompts with any pipeline and keeping the latents of every step: what two pipelines differ in."""
+"""Generates a set of prompts with any pipeline and records the latents of every step, to compare two pipelines by."""
 
 from __future__ import annotations
 
@@ -46,19 +46,21 @@ class Trajectory:
 
     Attributes:
         latents: (steps, B, C, H/f, W/f) float32 after each step, or (0,) if they were not wanted.
-        images: (B, H, W, 3) float32 in 0..1.
+        images: (B, H, W, 3) float32, pixels in 0..1.
+
+    Every array that is stored keeps its shape and dtype: latents and pixels as the attributes say.
     """
 
     latents: np.ndarray[Any, Any]
     images: np.ndarray[Any, Any]
 
     def to_arrays(self) -> dict[str, np.ndarray[Any, Any]]:
-        """For `Store`."""
+        """The attributes by name, for `Store`."""
         return {"latents": self.latents, "images": self.images}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray[Any, Any]]) -> Trajectory:
-        """From `Store`."""
+        """The trajectory whose `to_arrays` a `Store` holds."""
         return cls(arrays["latents"], arrays["images"])
 
 
@@ -96,7 +98,7 @@ def _generate_batch(pipeline: Pipeline, request: TrajectoryRequest) -> Trajector
     def keep(step: Step) -> None:
         latents.append(step.latents.copy())
 
-    prompts = request.prompts if pipeline.facts.text_encoders else [""] * len(request.prompts)
+    prompts = request.prompts if pipeline.roles.encoders else [""] * len(request.prompts)
     images = pipeline(
         prompts, steps=request.steps, guidance_scale=request.guidance_scale, seed=request.seed,
         height=request.height, width=request.width, scheduler=request.scheduler, cache_interval=request.cache_interval,

@@ -1,4 +1,4 @@
-"""What diffusers is asked to load, as a record. No torch."""
+"""A record of what diffusers is asked to load. No torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What both sides are asked: a few requests for each mode that reach everything a pipeline prepares."""
+"""The requests that both sides get: a few for each mode, which reach everything that a pipeline prepares."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loading with diffusers itself: the user's folder with adapters and autoencoder, as its documentation says.
+"""Loads the user's folder, with adapters and autoencoder, by diffusers itself, as its documentation says.
 
 Imports torch and diffusers; import it inside the function that needs it.
 """
@@ -17,14 +17,16 @@ from safetensors.torch import load_file
 from deploy.parity.upstream.asked_model import Upstream
 from deploy.parity.upstream.recorded_networks import Network
 from exporters.adapters.lora_differences import DIFFERENCES, differences
-from exporters.adapters.textual_inversion import read_embedding
+from exporters.adapters.textual_inversion import encoder_widths, read_embedding
 from exporters.families.open_source import open_source
 from exporters.quiet import quiet
 from exporters.source.diffusers_pipeline import upstream_pipeline
 from exporters.source.model_folder import Source, read_json
-from runtimes.adapters.lora_inputs import DETAILS, own_file
+from runtimes.adapters.lora_inputs import own_file
+from runtimes.bundle.details import SourceDetails
 from runtimes.bundle.folder import Bundle
 from runtimes.bundle.manifest import Component
+from runtimes.bundle.roles import TextEncoder
 from runtimes.codec.safety_checker import SAFETY_CHECKER
 from runtimes.errors import DeployError
 
@@ -37,7 +39,7 @@ class CannotLoadError(Exception):
 
 @contextmanager
 def upstream_errors() -> Iterator[None]:
-    """Whatever diffusers, transformers or PEFT raise as one kind of error; what they log and warn of is left out."""
+    """Turn whatever diffusers, transformers or PEFT raise into one kind of error; silence logs and warnings."""
     try:
         with quiet(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -117,21 +119,20 @@ def loader_faults(upstream: Upstream) -> list[str]:
             for name in sorted({name for file, _ in upstream.loras for name in differences(file)})]
 
 
-def load_words(upstream: Upstream, pipe: Any, name: str, encoder: Any) -> None:
+def load_words(upstream: Upstream, source: Bundle, pipe: Any, reader: TextEncoder, encoder: Any) -> None:
     """All embeddings into one text encoder and its tokenizer.
 
     Args:
         upstream: the model.
+        source: the same as a bundle.
         pipe: has the tokenizer.
-        name: of the text encoder.
+        reader: the text encoder's role.
         encoder: the network that gets them, or one with a table of the same size.
 
     Raises:
         CannotLoadError: diffusers refuses one.
     """
-    tokenizer = getattr(pipe, name.replace("text_encoder", "tokenizer"))
-    widths = {part: int(found.config["hidden_size"]) for part, found in source_of(upstream).components.items()
-              if part.startswith("text_encoder")}
+    tokenizer, name, widths = getattr(pipe, reader.tokenizer), reader.adapter, encoder_widths(source.manifest)
     with upstream_errors():
         for file, token in upstream.embeddings:
             embedding = read_embedding(file, token, widths)
@@ -153,19 +154,21 @@ def check_noise(pipe: Any) -> None:
 
 def part_of(component: Component) -> str:
     """A component's name in model_index.json."""
-    return str(component.details["source_component"])
+    return component.details.source_component
 
 
 def network_of(bundle: Bundle, name: str) -> Network:
     """Where a source bundle has a component."""
     component = bundle.component(name)
-    beside = bundle.file(own_file(name)) if DETAILS in component.details else None
-    return Network(bundle.file(component.file).parent, component.details["library"], component.class_name, name, beside)
+    beside = bundle.file(own_file(name)) if component.details.lora else None
+    return Network(bundle.file(component.file).parent, component.details_as(SourceDetails).library,
+                   component.class_name, bundle.manifest.pipeline.adapter(name), beside)
 
 
 def small_encoder(encoder: Any) -> Any:
-    """A text encoder of one narrow layer with a real table of the same size: embeddings are loaded into its tokenizer
-    without the large network."""
+    """A text encoder of one narrow layer with a real table of the same size.
+
+    Embeddings can be loaded into its tokenizer without the large network."""
     config = encoder.config
     return transformers.CLIPTextModel(transformers.CLIPTextConfig(
         vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=1, num_hidden_layers=1,

@@ -1,4 +1,4 @@
-"""Level *feeds*: what diffusers' pipeline feeds its networks, ours feeds them too, in every mode, call by call.
+"""Level *feeds*: compares, in every mode and call by call, what diffusers' pipeline and ours feed their networks.
 
 Imports torch; import it inside the function that needs it.
 """
@@ -20,7 +20,6 @@ from deploy.parity.reference.call_recorder import Recorder
 from deploy.parity.upstream.asked_model import Upstream
 from deploy.parity.upstream.asked_requests import Asked, plan_requests
 from deploy.parity.upstream.diffusers_loading import (
-    VAES,
     CannotLoadError,
     check_noise,
     load_pipeline,
@@ -31,12 +30,13 @@ from deploy.parity.upstream.diffusers_loading import (
     source_of,
     upstream_errors,
 )
-from deploy.parity.upstream.our_side import DECODER, DENOISER, ENCODER, recorded_pipeline
+from deploy.parity.upstream.our_side import recorded_pipeline, upstream_names
 from deploy.parity.upstream.recorded_networks import Calls, autoencoder, denoiser, text_encoder
 from exporters.families import family_of
 from exporters.source.diffusers_pipeline import as_loaded, upstream_class
 from runtimes.backends.session import Session
 from runtimes.bundle.folder import Bundle
+from runtimes.bundle.roles import Role
 from runtimes.errors import DeployError
 
 Array = np.ndarray[Any, Any]
@@ -112,17 +112,17 @@ def compare_feeds(upstream: Upstream, source: Bundle, bundle: Bundle, networks: 
         upstream: the model as its user has it.
         source: the same model after the passes `load` and `adapters`; text encoders and the autoencoder's encoder of
             both sides have its weights.
-        bundle: whose facts, tokenizers and scheduler are on trial: the source, or a bundle made from it.
+        bundle: whose roles, tokenizers and scheduler are on trial: the source, or a bundle made from it.
         networks: of the source, by PyTorch.
     """
-    report, facts = FeedsReport(), bundle.manifest.pipeline
+    report, codec = FeedsReport(), bundle.manifest.pipeline.codec
     sides: dict[str, Theirs] = {}
     moved = _has_moved(upstream, bundle)
-    for asked in plan_requests(8 * facts.vae_scale_factor, min(facts.height, facts.width)):
+    for asked in plan_requests(8 * codec.factor, min(codec.height, codec.width)):
         if asked.mode in report.unverified:
             continue
         if asked.size is None and moved:
-            asked = replace(asked, size=(facts.height, facts.width))
+            asked = replace(asked, size=(codec.height, codec.width))
         try:
             if asked.mode not in sides:
                 sides[asked.mode] = Theirs(upstream, source, asked.mode)
@@ -139,15 +139,16 @@ def compare_feeds(upstream: Upstream, source: Bundle, bundle: Bundle, networks: 
         except DeployError as error:
             report.different.append(Difference(asked.name, "refusal", 0, str(error), "runs it"))
             continue
-        _compare(report, asked, theirs, _recorded(recorders, source), facts.latent_channels, side.tolerance)
+        _compare(report, asked, theirs, _recorded(recorders, source), codec.latent_channels, side.tolerance)
     return report
 
 
 def _has_moved(upstream: Upstream, bundle: Bundle) -> bool:
-    """Whether the model's own size is none that the bundle makes, which the build has said."""
+    """Whether the bundle cannot make the model's own size; the build has reported it."""
     model = as_loaded(source_of(upstream))
-    own, axes = family_of(model.pipeline_class).facts(model), bundle.component(DENOISER).axes
-    sides = {"height": own.height // own.vae_scale_factor, "width": own.width // own.vae_scale_factor}
+    own = family_of(model.pipeline_class).roles(model).codec
+    axes = bundle.component(bundle.manifest.pipeline.denoiser.component).axes
+    sides = {"height": own.height // own.factor, "width": own.width // own.factor}
     return any(rows not in axes[name].range or rows % axes[name].multiple for name, rows in sides.items())
 
 
@@ -166,24 +167,25 @@ class Theirs:
         if upstream_class(source_of(upstream), mode) is None:
             raise CannotLoadError("diffusers has no pipeline for it")
         self._calls, parts = Calls(), {}
-        facts = source.manifest.pipeline
+        roles = source.manifest.pipeline
         for name, component in source.manifest.components.items():
-            part, network = part_of(component), network_of(source, name)
-            if name == DENOISER:
-                parts[part] = denoiser(network, self._calls, facts.latent_channels)
-            elif name in facts.text_encoders:
+            part, network, role = part_of(component), network_of(source, name), roles.role(name)
+            if role is Role.DENOISER:
+                parts[part] = denoiser(network, self._calls, roles.codec.latent_channels)
+            elif role is Role.TEXT_ENCODER:
                 parts[part] = text_encoder(network, self._calls, name)
-            elif part in VAES:
-                parts[part] = autoencoder(network, self._calls, facts.vae_scale_factor)
+            elif role in (Role.IMAGE_ENCODER, Role.IMAGE_DECODER):
+                parts[part] = autoencoder(network, self._calls, roles.codec.factor)
         self._pipe = load_pipeline(upstream, mode, parts)
         check_noise(self._pipe)
-        for name in facts.text_encoders if upstream.embeddings else ():
-            load_words(upstream, self._pipe, name, small_encoder(parts[part_of(source.component(name))]))
+        for reader in roles.conditioner.encoders if upstream.embeddings else ():
+            part = part_of(source.component(reader.component))
+            load_words(upstream, source, self._pipe, reader, small_encoder(parts[part]))
         self.tolerance = OF_SAMPLER.get(type(self._pipe.scheduler).__name__, TOLERANCE)
         self.parameters = frozenset(inspect.signature(self._pipe.__call__).parameters)
 
     def run(self, asked: Asked) -> Calls:
-        """What one request feeds.
+        """What one request feeds the networks.
 
         Raises:
             CannotLoadError: diffusers does not run it.
@@ -197,7 +199,7 @@ class Theirs:
 
 @contextmanager
 def _without_remarks() -> Iterator[None]:
-    """A prompt is too long on purpose; nobody has to be told."""
+    """Silence our warnings: a prompt is too long on purpose."""
     logger = logging.getLogger("runtimes")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -209,12 +211,17 @@ def _without_remarks() -> Iterator[None]:
 
 def _recorded(recorders: Mapping[str, Recorder], source: Bundle) -> Calls:
     """Our calls in the form of theirs."""
-    encoders = source.manifest.pipeline.text_encoders
+    roles = source.manifest.pipeline
+    denoiser = roles.denoiser.component
+
+    def rows(name: str, tensor: str) -> list[Array]:
+        return [row for call in recorders[name].calls for row in call[tensor]] if name in recorders else []
+
     return Calls(
-        denoiser=recorders[DENOISER].calls,
-        text={name: [row for call in recorders[name].calls for row in call["input_ids"]] for name in encoders},
-        encoded=[row for call in recorders[ENCODER].calls for row in call["sample"]] if ENCODER in recorders else [],
-        decoded=[row for call in recorders[DECODER].calls for row in call["latent_sample"]])
+        denoiser=[upstream_names(source.component(denoiser), call) for call in recorders[denoiser].calls],
+        text={reader.component: rows(reader.component, reader.ids) for reader in roles.conditioner.encoders},
+        encoded=rows(roles.codec.encoder.component, roles.codec.encoder.input),
+        decoded=rows(roles.codec.decoder.component, roles.codec.decoder.input))
 
 
 def _compare(report: FeedsReport, asked: Asked, theirs: Calls, ours: Calls, channels: int, within: float) -> None:

@@ -1,4 +1,4 @@
-"""Level *images*: diffusers' whole pipeline against ours at float32, then against the compiled bundle's.
+"""Level *images*: compares images of diffusers' pipeline with ours at float32, then with the compiled bundle's.
 
 Imports torch; import it inside the function that needs it.
 """
@@ -24,6 +24,7 @@ from deploy.parity.upstream.diffusers_loading import (
     load_pipeline,
     load_words,
     loader_faults,
+    part_of,
     source_of,
     upstream_errors,
 )
@@ -100,8 +101,8 @@ def _theirs(upstream: Upstream, source: Bundle, asked: Asked) -> tuple[Array, fr
     pipe = load_pipeline(upstream, asked.mode, {}, read=tuple(model.components), dtype=torch.float32)
     check_noise(pipe)
     load_loras(upstream, pipe)
-    for name in source.manifest.pipeline.text_encoders if upstream.embeddings else ():
-        load_words(upstream, pipe, name, getattr(pipe, name))
+    for reader in source.manifest.pipeline.conditioner.encoders if upstream.embeddings else ():
+        load_words(upstream, source, pipe, reader, getattr(pipe, part_of(source.component(reader.component))))
     parameters = frozenset(inspect.signature(pipe.__call__).parameters)
     asked = asked.fitted(parameters)
     generators = [torch.Generator().manual_seed(asked.seed + i) for i in range(len(asked.prompts))]

@@ -1,4 +1,4 @@
-"""The three levels that compare with diffusers itself, as one report: figures, one clear error, JSON. No torch here."""
+"""Runs the three levels that compare with diffusers itself, and reports them: figures, one clear error, JSON."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def identity(upstream: Upstream) -> dict[str, Any]:
 
 
 def _code_digest() -> str:
-    """Of the runtime that is on trial and of what compares: a proof of other code proves nothing."""
+    """Digest of the code of the runtime and of the comparison: a proof by other code proves nothing."""
     digest = hashlib.sha256()
     for folder in (Path(runtimes.__file__).parent, Path(__file__).parent):
         for file in sorted(folder.rglob("*.py")):

@@ -1,4 +1,4 @@
-"""Our side of the *feeds* level: the bundle's own pipeline over a stand-in denoiser and recorded networks. No torch."""
+"""Our side of the *feeds* level: the bundle's pipeline over a stand-in denoiser and recorded networks. No torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from runtimes.bundle.folder import Bundle
 from runtimes.bundle.manifest import Component
 from runtimes.pipeline.diffusion import Pipeline
 
-DENOISER, ENCODER, DECODER = "unet", "vae_encoder", "vae_decoder"
+_Array = np.ndarray[Any, Any]
 
 
 class StandInSession(Session):
@@ -25,7 +25,13 @@ class StandInSession(Session):
         output = self.component.outputs[0]
         channels = output.shape[1]
         assert isinstance(channels, int)
-        return {output.name: stand_in(feeds, channels)}
+        return {output.name: stand_in(upstream_names(self.component, feeds), channels)}
+
+
+def upstream_names(component: Component, feeds: Mapping[str, _Array]) -> dict[str, _Array]:
+    """Feeds of a network, shape and dtype as its TensorSpecs say, by the names diffusers has for them."""
+    theirs = dict(zip((spec.name for spec in component.inputs), component.takes, strict=True))
+    return {theirs[name]: array for name, array in feeds.items()}
 
 
 class GreySession(Session):
@@ -59,9 +65,10 @@ def recorded_pipeline(bundle: Bundle, networks: Mapping[str, Session]) -> tuple[
     Raises:
         DeployError: what the bundle holds cannot be read.
     """
-    factor = bundle.manifest.pipeline.vae_scale_factor
+    roles = bundle.manifest.pipeline
+    denoiser, decoder = roles.denoiser.component, roles.codec.decoder.component
     stand_ins: dict[str, Session] = {
-        DENOISER: StandInSession(DENOISER, networks[DENOISER].component),
-        DECODER: GreySession(DECODER, networks[DECODER].component, factor)}
+        denoiser: StandInSession(denoiser, networks[denoiser].component),
+        decoder: GreySession(decoder, networks[decoder].component, roles.codec.factor)}
     recorders = {name: Recorder(stand_ins.get(name, session)) for name, session in networks.items()}
     return assemble_pipeline(recorders, bundle), recorders

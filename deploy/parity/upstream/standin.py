@@ -1,4 +1,4 @@
-"""A denoiser that costs nothing: one fixed smooth function of everything that a denoiser is fed. No torch.
+"""A stand-in for a denoiser that costs nothing: one fixed smooth function of all its inputs. No torch.
 
 Both sides of the *feeds* level call it, so whatever they do differently shows: a wrong timestep or condition in the
 call itself, wrong guidance or a wrong sampler in the sample of the next call. A constant or random noise would hide the
@@ -24,8 +24,8 @@ def stand_in(feeds: Mapping[str, Array], channels: int) -> NDArray[np.float32]:
     """What the stand-in predicts.
 
     Args:
-        feeds: `sample` (B, C, H, W), `timestep` (B,) or a single number, and any conditions (B, ...), all of them
-            numbers; computed in float64.
+        feeds: `sample` (B, C, H, W), noisy latents, `timestep` (B,) or a single number, and any conditions (B, ...),
+            all of any real dtype; computed in float64.
         channels: of the result.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Level *weights*: every tensor that diffusers and PEFT would run, adapters included, equals ours. One at a time.
+"""Level *weights*: compares every tensor that diffusers and PEFT would run, adapters included, with ours, one by one.
 
 diffusers loads each network by its own loader, memory-mapped; LoRAs are loaded by `load_lora_weights` on a pipeline
 without weights, so that PEFT says what it would add to which (`get_delta_weight`), and embeddings by
@@ -33,8 +33,8 @@ from deploy.parity.upstream.diffusers_loading import (
 )
 from exporters.adapters.lora_merging import levels_of, matrices_of
 from exporters.source.networks import empty_module
-from runtimes.adapters.lora_files import Factors, components_of, read_factors
-from runtimes.adapters.lora_inputs import DETAILS, own_file
+from runtimes.adapters.lora_files import Factors, networks_of, read_factors
+from runtimes.adapters.lora_inputs import own_file
 from runtimes.bundle.folder import Bundle
 from runtimes.bundle.safetensors_reader import read_header
 from runtimes.codec.safety_checker import SAFETY_CHECKER
@@ -86,13 +86,14 @@ def _compare_network(report: WeightsReport, upstream: Upstream, source: Bundle, 
     part = part_of(source.component(name))
     try:
         dtype = _stored_dtype(upstream, part)
-        if part == SAFETY_CHECKER:  # pipelines have it judge images, which nothing here asks of them
+        if part == SAFETY_CHECKER:  # a part of the pipeline that judges images, which no request here has it do
             theirs = load_safety_checker(upstream, dtype)
         else:
             pipe = load_pipeline(upstream, "text", {}, read=[part], dtype=dtype)
             theirs = getattr(pipe, part)
-        if upstream.embeddings and name in source.manifest.pipeline.text_encoders:
-            load_words(upstream, pipe, name, theirs)
+        reader = source.manifest.pipeline.text_encoder(name)
+        if upstream.embeddings and reader is not None:
+            load_words(upstream, source, pipe, reader, theirs)
     except CannotLoadError as error:
         report.unverified.append(f"{part}: diffusers does not load it: {error}")
         return
@@ -147,7 +148,7 @@ class _Ours:
 
     def __init__(self, source: Bundle, name: str) -> None:
         network = network_of(source, name)
-        self._name = name
+        self._adapter = network.adapter
         module, self._places = empty_module(network.folder, network.library, network.class_name)
         state = module.state_dict()
         self._shapes = {key: tensor.shape for key, tensor in state.items()}
@@ -155,15 +156,15 @@ class _Ours:
         self._tied = {key: other for key, other in dict(tied).items() if key in state and key not in self._places}
         self.names = frozenset(self._places) | frozenset(self._tied)
         self._modules = matrices_of(module), levels_of(module)
-        beside = DETAILS in source.component(name).details
+        beside = source.component(name).details.lora is not None
         self._beside: Mapping[str, Factors] = self._factors(source.file(own_file(name)), 1.0) if beside else {}
 
     def _factors(self, file: Path, scale: float) -> dict[str, Factors]:
-        return read_factors(file, self._name, scale, *self._modules)
+        return read_factors(file, self._adapter, scale, *self._modules)
 
     def adapted(self, upstream: Upstream) -> set[str]:
         """The tensors that we change, by the LoRAs' names."""
-        return {f"{place}.weight" for file, scale in upstream.loras if self._name in components_of(file)
+        return {f"{place}.weight" for file, scale in upstream.loras if self._adapter in networks_of(file)
                 for place in self._factors(file, scale)}
 
     def tensor(self, key: str) -> Any:

@@ -1,4 +1,4 @@
-"""What a pruned U-Net learns: to answer like the one it was cut from, along the teacher's own trajectories."""
+"""Teaches a pruned U-Net to answer like the one it was cut from, along the teacher's own trajectories."""
 
 from __future__ import annotations
 
@@ -38,6 +38,8 @@ class Distillation:
     plus attention transfer between blocks (Zagoruyko & Komodakis 2017, arXiv:1612.03928, eq. 2): where in the image
     each block is active must match, whatever number of channels it is active with.
 
+    Every array is one of `Replay`, features or indices of its shapes and dtypes, or the loss, a float32 scalar.
+
     Args:
         student, teacher: networks with diffusers' block names, on the trajectories' device; the teacher is frozen.
         trajectories: of the teacher; made with `observed(teacher)` as its teacher.
@@ -52,7 +54,7 @@ class Distillation:
         self._student, self._recipe, self._guidance = Observed(student), recipe, guidance_scale
 
     def loss(self) -> tuple[Tensor, float]:
-        """Of a mixed batch: the loss, and the prediction's error relative to the teacher's variance."""
+        """The loss of a mixed batch, a scalar, and the prediction's error relative to the teacher's variance."""
         batch, wanted = self._replay.mixed()
         with self._student.recording() as found:
             output = self._student(batch.sample, batch.timestep, batch.states)

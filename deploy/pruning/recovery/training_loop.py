@@ -1,4 +1,4 @@
-"""The training loop of every recovery: optimizer, learning rate, averaged weights, checkpoint. Not what is learned."""
+"""The training loop of every recovery: optimizer, learning rate, averaged weights, checkpoints."""
 
 from __future__ import annotations
 
@@ -47,22 +47,22 @@ class Schedule:
 
 
 class Task(Protocol):
-    """What a network learns, and from what: a stream of losses that can be gone on from.
+    """What a network learns, and from what: a stream of losses that can be resumed.
 
     Attributes:
-        network: learns.
+        network: the network that learns.
     """
 
     network: nn.Module
 
     def loss(self) -> tuple[Tensor, float]:
-        """The loss of the next batch, a scalar with a gradient, and the error that is reported."""
+        """The loss of the next batch, a float32 scalar with a gradient, and the error that is reported."""
 
     def state(self) -> dict[str, Tensor]:
-        """What the stream goes on from, under names of its own in the checkpoint."""
+        """What the stream resumes from, by names of its own: indices and activations, of any shape and dtype."""
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on from the `state` among a checkpoint's tensors."""
+        """Resume from the `state` among a checkpoint's tensors: indices and activations, of any shape and dtype."""
 
 
 class Training:
@@ -71,7 +71,7 @@ class Training:
     Args:
         task: what is learned.
         schedule: how long and how fast.
-        folder: receives the checkpoint; a checkpoint of the same schedule there is gone on from.
+        folder: receives the checkpoint; training resumes from a checkpoint of the same schedule there.
         keep_zeros: weights that are zero now stay zero: a mask survives training.
     """
 
@@ -90,7 +90,7 @@ class Training:
         """Train to the last step.
 
         Args:
-            report: told the number of steps done and the task's error.
+            report: called with the number of steps done and the task's error.
 
         Returns:
             the network with the averaged weights, in eval mode, without gradients.

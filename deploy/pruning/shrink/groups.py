@@ -1,8 +1,8 @@
-"""Groups of coupled channels of a network, found with torch-pruning, and what each must keep to stay well-formed.
+"""Finds groups of coupled channels of a network with torch-pruning, and what each must keep to stay well-formed.
 
 DepGraph (Fang et al. 2023, arXiv:2301.12900): removing an output channel of one layer removes that channel from
-every layer it is added to, concatenated with, normalized in or read by. torch-pruning traces those couplings; here
-is what it cannot know: which groups a diffusers config lets shrink together, and how evenly.
+every layer it is added to, concatenated with, normalized in or read by. torch-pruning traces those couplings; this
+module adds what it cannot know: which groups a diffusers config lets shrink together, and how evenly.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class ChannelGroup:
 
     @property
     def width(self) -> int:
-        """Channels now."""
+        """Number of channels before pruning."""
         return len(self.group[0].idxs)
 
 
@@ -55,7 +55,7 @@ class Graph:
 
     Args:
         module: a wrapped component of `exporters.source.networks.torch_component`; its layers are pruned in place.
-        feeds: example inputs in order, the smallest the network takes.
+        feeds: example inputs in order, any values in float32, with shapes of the smallest size that the network takes.
         widths: levels of the network.
         norm_groups: of its group normalizations.
         where: names the network in messages.
@@ -93,9 +93,9 @@ class Graph:
                                       where=self._where, fix="this is a bug of ldm-deploy: report it")
                 group.prune()
 
-    def kept(self, entry: ChannelGroup) -> int:
-        """How many channels a group keeps."""
-        return self._widths.kept[entry.level] * entry.factor
+    def remaining(self, entry: ChannelGroup) -> int:
+        """How many channels of a group remain."""
+        return self._widths.remaining[entry.level] * entry.factor
 
     def heads(self, entry: ChannelGroup) -> tuple[int, int]:
         """Attention heads of a group now and after."""
@@ -126,7 +126,7 @@ class Graph:
 
     def _checked(self, entry: ChannelGroup) -> ChannelGroup:
         expected = self._widths.levels[entry.level].width * entry.factor
-        if entry.width != expected or (self.kept(entry) % entry.parts and entry.kind != "attention"):
+        if entry.width != expected or (self.remaining(entry) % entry.parts and entry.kind != "attention"):
             raise InputError(f"{entry.layer} has {entry.width} channels, which do not follow from its level's width",
                              where=self._where, fix="use prune_blocks or mask instead")
         return entry

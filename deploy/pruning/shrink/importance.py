@@ -1,4 +1,4 @@
-"""How much each channel of a coupled group matters: magnitude, or the loss's change along the sampler's trajectory."""
+"""Scores how much each channel of a coupled group matters: by magnitude, or by the loss along the trajectory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TIMESTEPS, GENERATED_AT_ONCE = 25, 16
 
 
 def scorer_of(method: Method) -> Callable[[Any], Tensor]:
-    """What scores a group of torch-pruning: (N,) float32, comparable between channels of one group.
+    """A function from a group of torch-pruning to scores, (N,) float32, comparable between channels of one group.
 
     l1: Li et al. 2017, arXiv:1608.08710; l2: He et al. 2018, arXiv:1808.06866, both summed over all coupled layers
     (arXiv:2301.12900). taylor: |weight x gradient| (Molchanov et al. 2019, arXiv:1906.10771), of the gradients that

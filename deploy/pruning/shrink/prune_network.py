@@ -1,4 +1,4 @@
-"""All prunings of one network in their order, and the pruned network on disk."""
+"""Applies all prunings of one network in their order, and writes the pruned network."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from deploy.pruning.shrink.zeroed_weights import mask_textbook, mask_two_of_four
 from deploy.pruning.teacher.denoising_runs import Batch
 from deploy.pruning.teacher.original import Teacher, example_feeds, load_source_module
 from runtimes.bundle.folder import Bundle
+from runtimes.bundle.roles import Role
 
 SCAN_BATCHES, SCAN_SIZE = 16, 8
 STORED = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def prune_unet(source: Bundle, name: str, config: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+def prune_denoiser(source: Bundle, name: str, config: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Remove blocks, then channels, then single weights of a denoising network.
 
     Args:
@@ -71,8 +72,8 @@ def _narrowed(network: Any, source: Bundle, name: str, config: Mapping[str, Any]
     from deploy.pruning.shrink.widths import Widths, config_of, levels_of, uniform_widths
 
     levels, ratio = levels_of(config_of(network), name), config["prune"]
-    widths = uniform_widths(levels, ratio, name)  # before any image is generated: it refuses what cannot be
-    feeds = {name: example_feeds(source.component(name))}
+    widths = uniform_widths(levels, ratio, name)  # before any image is generated: it refuses impossible ratios
+    feeds = {Role.DENOISER: example_feeds(source.component(name))}
     scorer = scorer_of(config["method"])
     by_generating = config["method"] == "taylor" or config["widths"] == "sensitivity"
     teacher = Teacher.load(source, name, config["prompts"], config["guidance_scale"]) if by_generating else None
@@ -89,8 +90,8 @@ def _narrowed(network: Any, source: Bundle, name: str, config: Mapping[str, Any]
         errors = scan(levels, error_of)
         widths = sensitive_widths(levels, ratio, errors)
         details["sensitivity"] = [{str(w): round(e, 5) for w, e in sorted(level.items())} for level in errors]
-    details |= {"before": [level.width for level in levels], "kept": list(widths.kept), "heads": list(widths.heads),
-                "removed": round(widths.removed, 4)}
+    details |= {"before": [level.width for level in levels], "kept": list(widths.remaining),
+                "heads": list(widths.heads), "removed": round(widths.removed, 4)}
     return prune_network(network, feeds, widths, scorer, name), details
 
 

@@ -1,4 +1,4 @@
-"""Whole blocks removed from a U-Net, in the manner of BK-SDM (Kim et al. 2023, arXiv:2305.15798, section 3)."""
+"""Removes whole blocks from a U-Net, in the manner of BK-SDM (Kim et al. 2023, arXiv:2305.15798, section 3)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from runtimes.errors import InputError
 
 
 def remove_blocks(network: Any, kind: str, where: str) -> Any:
-    """A copy of a network without some of its blocks; it loads with diffusers, whose config can say all of these.
+    """A copy of a network without some of its blocks; it loads with diffusers, whose config can describe all of these.
 
     Args:
         network: UNet2DConditionModel; left as it is.
@@ -79,8 +79,8 @@ def _renamed(name: str, layers: int, depth: int, kind: str) -> str | None:
         block -= side == "up"
     inner = re.match(r"(resnets|attentions)\.(\d+)\.(.*)", rest)
     if inner is not None:
-        kept = {0: 0} if side == "down" else {0: 0, layers: 1}
-        number = kept.get(int(inner[2]))
+        numbers = {0: 0} if side == "down" else {0: 0, layers: 1}
+        number = numbers.get(int(inner[2]))
         if number is None:
             return None
         rest = f"{inner[1]}.{number}.{inner[3]}"

@@ -1,4 +1,4 @@
-"""How much the output bears at each level: one width pruned at a time, then the shape expected to hurt least."""
+"""Measures how much pruning the output bears at each level, and chooses the widths expected to hurt least."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def scan(levels: Sequence[Level], error_of: Callable[[Widths], float]) -> list[d
             continue
         found[level.width] = {level.width: 0.0}
         for width in _thinned(level.choices[:-1]):
-            kept = [width if other.width == level.width else other.width for other in levels]
-            if fit_together(levels, kept):
-                found[level.width][width] = error_of(make_widths(levels, kept))
+            remaining = [width if other.width == level.width else other.width for other in levels]
+            if fit_together(levels, remaining):
+                found[level.width][width] = error_of(make_widths(levels, remaining))
     return [found[level.width] for level in levels]
 
 
@@ -45,11 +45,11 @@ def sensitive_widths(levels: Sequence[Level], ratio: float, errors: Sequence[Err
     """
     total = sum(level.width for level in levels)
 
-    def misfit(kept: Sequence[int]) -> float:
-        return abs(1 - sum(kept) / total - ratio)
+    def misfit(remaining: Sequence[int]) -> float:
+        return abs(1 - sum(remaining) / total - ratio)
 
-    def error(kept: Sequence[int]) -> float:
-        return sum(e[width] ** 2 for e, width in zip(errors, kept, strict=True))
+    def error(remaining: Sequence[int]) -> float:
+        return sum(e[width] ** 2 for e, width in zip(errors, remaining, strict=True))
 
     shapes = [s for s in itertools.product(*(sorted(e) for e in errors))
               if sum(s) < total and fit_together(levels, s)]

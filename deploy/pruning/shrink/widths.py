@@ -1,4 +1,4 @@
-"""Which widths a pruned network gets: the levels of a diffusers config, what they can shrink to, the new config.
+"""Chooses the widths of a pruned network: levels of a diffusers config, what they can shrink to, the new config.
 
 diffusers builds a network from its config, so a pruned one loads with `from_pretrained` only if the config can say
 its shape. A config has one width per resolution level (`block_out_channels`), the heads of each level, and one number
@@ -55,18 +55,18 @@ class Widths:
 
     Attributes:
         levels: as they are.
-        kept: channels that each level keeps.
-        heads: attention heads that each level keeps.
+        remaining: channels of each level after pruning.
+        heads: attention heads of each level after pruning.
     """
 
     levels: tuple[Level, ...]
-    kept: tuple[int, ...]
+    remaining: tuple[int, ...]
     heads: tuple[int, ...]
 
     @property
     def removed(self) -> float:
         """Share of all levels' channels that goes, 0 to 1."""
-        return 1 - sum(self.kept) / sum(level.width for level in self.levels)
+        return 1 - sum(self.remaining) / sum(level.width for level in self.levels)
 
 
 def config_of(network: Any) -> dict[str, Any]:
@@ -120,50 +120,51 @@ def uniform_widths(levels: Sequence[Level], ratio: float, where: str) -> Widths:
     around = [_neighbours(level.choices, level.width * (1 - ratio)) for level in levels]
     total = sum(level.width for level in levels)
 
-    def misfit(kept: Sequence[int]) -> tuple[float, float]:
-        uneven = sum((k / level.width - 1 + ratio) ** 2 for k, level in zip(kept, levels, strict=True))
-        return abs(sum(kept) - (1 - ratio) * total), uneven
+    def misfit(remaining: Sequence[int]) -> tuple[float, float]:
+        uneven = sum((k / level.width - 1 + ratio) ** 2 for k, level in zip(remaining, levels, strict=True))
+        return abs(sum(remaining) - (1 - ratio) * total), uneven
 
     fitting = [k for k in itertools.product(*around) if fit_together(levels, k)]
     if not fitting:
         raise InputError(f"{ratio:g} would make neighbouring levels equally wide, or equal ones unequal, which changes "
                          "the shortcuts between them", where=where, fix=f"prune {_nearest(levels, ratio):.2f}")
-    kept = min(fitting, key=misfit)
-    if all(width == level.width for level, width in zip(levels, kept, strict=True)):
+    remaining = min(fitting, key=misfit)
+    if all(width == level.width for level, width in zip(levels, remaining, strict=True)):
         raise InputError(f"{ratio:g} removes nothing: channels go in steps of {levels[0].step}", where=where,
                          fix=_lowest_fix(levels))
-    return make_widths(levels, kept)
+    return make_widths(levels, remaining)
 
 
 def _nearest(levels: Sequence[Level], ratio: float) -> float:
     """The share nearest to the one asked for whose widths fit together."""
     total = sum(level.width for level in levels)
     fitting = {sum(k) for k in itertools.product(*(level.choices for level in levels)) if fit_together(levels, k)}
-    return min((1 - kept / total for kept in fitting if kept < total), key=lambda share: abs(share - ratio))
+    return min((1 - left / total for left in fitting if left < total), key=lambda share: abs(share - ratio))
 
 
-def fit_together(levels: Sequence[Level], kept: Sequence[int]) -> bool:
+def fit_together(levels: Sequence[Level], remaining: Sequence[int]) -> bool:
     """Whether neighbouring levels are as equal or unequal as before.
 
     Where two are unequal, diffusers puts a convolution into the first shortcut between them; where they are equal,
     none. A pruned network can neither lose nor gain one.
     """
     return all((a.width == b.width) == (x == y)
-               for (a, b), (x, y) in zip(itertools.pairwise(levels), itertools.pairwise(kept), strict=True))
+               for (a, b), (x, y) in zip(itertools.pairwise(levels), itertools.pairwise(remaining), strict=True))
 
 
-def make_widths(levels: Sequence[Level], kept: Sequence[int]) -> Widths:
+def make_widths(levels: Sequence[Level], remaining: Sequence[int]) -> Widths:
     """The shape with these widths, each one of its level's choices."""
-    return Widths(tuple(levels), tuple(kept), tuple(level.heads_at(k) for level, k in zip(levels, kept, strict=True)))
+    heads = (level.heads_at(width) for level, width in zip(levels, remaining, strict=True))
+    return Widths(tuple(levels), tuple(remaining), tuple(heads))
 
 
 def pruned_config(config: Mapping[str, Any], widths: Widths) -> dict[str, Any]:
     """The config from which diffusers builds the pruned network."""
-    new = {**config, "block_out_channels": list(widths.kept)}
+    new = {**config, "block_out_channels": list(widths.remaining)}
     if config["_class_name"] == UNET:
         new[_heads_key(config)] = list(widths.heads)
         if config.get("time_embedding_dim"):
-            new["time_embedding_dim"] = config["time_embedding_dim"] * widths.kept[0] // widths.levels[0].width
+            new["time_embedding_dim"] = config["time_embedding_dim"] * widths.remaining[0] // widths.levels[0].width
     return new
 
 

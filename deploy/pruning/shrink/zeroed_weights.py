@@ -1,4 +1,4 @@
-"""Pruning that zeroes weights and keeps every shape: the textbook recipe, and 2:4 for sparse tensor cores.
+"""Prunes by zeroing weights, which keeps every shape: the textbook recipe, and 2:4 for sparse tensor cores.
 
 Zeros save nothing by themselves: the file is as large and a dense kernel as slow. They pay where the file is
 compressed, and on NVIDIA GPUs from Ampere on with TensorRT's sparse kernels (2:4).
@@ -40,7 +40,7 @@ def mask_two_of_four(network: nn.Module) -> None:
 
 
 def two_of_four(weight: Tensor) -> Tensor:
-    """(O, I, ...) -> mask of the same shape, 1 for the two largest of every four along I."""
+    """Weights (O, I, ...) -> mask of the same shape and dtype, 1 for the two largest of every four along I."""
     groups = weight.detach().abs().movedim(1, -1).unflatten(-1, (-1, 4))
     mask = torch.zeros_like(groups).scatter(-1, groups.topk(2, dim=-1).indices, 1)
     return mask.flatten(-2).movedim(-1, 1)

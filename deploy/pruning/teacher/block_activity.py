@@ -1,4 +1,4 @@
-"""A U-Net whose blocks' activity can be recorded: what attention transfer compares."""
+"""Records the activity of a U-Net's blocks, which attention transfer compares."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class Observed:
             block.register_forward_hook(self._hook(name))
 
     def __call__(self, sample: Tensor, timestep: Tensor, states: Tensor) -> Tensor:
-        """(B, C, H, W), (B,), (B, S, D) -> (B, C, H, W)."""
+        """The prediction: latents (B, C, H, W), timesteps (B,), embedded prompts (B, S, D), float32 -> (B, C, H, W)."""
         output: Tensor = self.network(sample, timestep, states, return_dict=False)[0]
         return output
 
     @contextmanager
     def recording(self) -> Iterator[dict[str, Tensor]]:
-        """Collect the activity map of every block, by name, of the calls inside."""
+        """Collect the activations of every block, by name, of the call inside: `activity`'s maps (B, H * W) float32."""
         self._found = {}
         try:
             yield self._found
@@ -49,7 +49,7 @@ class Observed:
 
 
 def activity(features: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, H W): mean square over the channels, divided by its mean over the image."""
+    """Features (B, C, H, W) float32 -> (B, H * W): mean square over channels, divided by its mean over the image."""
     maps = features.square().mean(1).flatten(1)
     return maps / maps.mean(1, keepdim=True).clamp(min=1e-6)
 

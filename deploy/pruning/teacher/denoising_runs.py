@@ -1,4 +1,4 @@
-"""The teacher's own trajectories: what pruning is judged on and recovery learns from. Needs prompts, no images."""
+"""Runs the teacher's own trajectories, which pruning is judged on and recovery learns from: prompts suffice."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ from runtimes.errors import InputError
 from runtimes.schedulers.noise_levels import cumulative_alphas, make_betas, rescale_zero_terminal_snr
 from runtimes.schedulers.prediction import EPSILON, SAMPLE, V_PREDICTION
 
-STEPS = (15, 30)  # a trajectory's steps are generated from here, so that no timestep is left out
+STEPS = (15, 30)  # the number of a trajectory's steps is sampled from here, so that no timestep is left out
 
 
 @dataclass(frozen=True)
 class Diffusion:
     """Noise schedule and meaning of the network's output.
+
+    Every array of samples, noise or predictions is (B, C, H, W) float32, latents or standard-normal noise; timesteps
+    are (B,) int64.
 
     Attributes:
         alphas: (T,) float32, cumulative products, signal variance at each timestep.
@@ -53,12 +56,12 @@ class Diffusion:
         return alphas.sqrt(), (1 - alphas).sqrt()
 
     def noised(self, original: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
-        """x_t of a clean sample, (B, C, H, W)."""
+        """x_t of clean samples at the noise levels of their timesteps."""
         alpha, sigma = self.levels(timestep)
         return alpha * original + sigma * noise
 
     def target(self, original: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
-        """What a perfect network would put out, (B, C, H, W)."""
+        """The output of a perfect network."""
         alpha, sigma = self.levels(timestep)
         return {EPSILON: noise, SAMPLE: original, V_PREDICTION: alpha * noise - sigma * original}[self.prediction]
 
@@ -100,7 +103,7 @@ class Trajectories:
     Args:
         teacher: (sample, timestep, states) -> (B, C, H, W).
         diffusion: how to get from one step to the next.
-        prompts: (N, S, D) float32 text embeddings, generated in random order. empty: (S, D) of no prompt.
+        prompts: (N, S, D) float32 text embeddings, used in random order. empty: (S, D) of no prompt.
         shape: (C, H, W) of the latents.
         guidance_scale: the usual one of the model.
         size: trajectories at a time: a batch holds two calls of each.
@@ -116,7 +119,7 @@ class Trajectories:
         self._shape, self._guidance, self._seed = shape, guidance_scale, seed
         self.size, self.device = size, prompts.device
         self._last = len(diffusion.alphas) - 1
-        self._generated = 0
+        self._started = 0
         self._latents = torch.empty(size, *shape, device=self.device)
         # prompt, steps, shift of the timesteps, steps done
         self._plans = torch.zeros(size, 4, dtype=torch.int64)
@@ -131,7 +134,7 @@ class Trajectories:
 
     @torch.no_grad()
     def advance(self) -> Batch:
-        """Ask the teacher once for every trajectory; images that end with it are kept in `finished`, (C, H, W) each."""
+        """Ask the teacher once for every trajectory; latents that end with it go to `finished`, (C, H, W) each."""
         device = self.device
         now, after = (self._timesteps(offset).to(device) for offset in (0, 1))
         prompts = self._plans[:, 0].to(device)
@@ -148,34 +151,34 @@ class Trajectories:
         return Batch(sample, timestep, states, output, prompts)
 
     def states(self, prompts: Tensor) -> Tensor:
-        """(B,) int64 numbers of prompts -> (2B, S, D): theirs, then as many of no prompt."""
+        """Indices of prompts, (B,) int64 -> embeddings (2B, S, D) float32: theirs, then as many of no prompt."""
         return torch.cat([self._prompts[prompts], self._empty.expand(len(prompts), -1, -1)])
 
     def generate(self, count: int) -> Tensor:
-        """The next `count` finished images, (count, C, H, W)."""
+        """The latents of the next `count` finished images, (count, C, H, W) float32."""
         while len(self.finished) < count:
             self.advance()
         generated, self.finished = self.finished[:count], self.finished[count:]
         return torch.stack(generated)
 
     def state(self) -> dict[str, Tensor]:
-        """What the stream goes on from."""
-        return {"latents": self._latents, "plans": self._plans, "drawn": torch.tensor(self._generated)}
+        """What the stream resumes from: latents (size, C, H, W) float32, plans (size, 4) int64, a counter () int64."""
+        return {"latents": self._latents, "plans": self._plans, "drawn": torch.tensor(self._started)}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from a `state`."""
+        """Resume from a `state`, whose latents and plans have the shapes and dtypes given there."""
         self._latents = state["latents"].to(self.device)
-        self._plans, self._generated = state["plans"].clone(), int(state["drawn"])
+        self._plans, self._started = state["plans"].clone(), int(state["drawn"])
 
     def _begin(self, row: int) -> None:
-        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self._generated)
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self._started)
         steps = int(torch.randint(*STEPS, (), generator=generator))
         half = math.ceil(self._last / steps / 2)
         self._plans[row] = torch.tensor([
             int(torch.randint(len(self._prompts), (), generator=generator)), steps,
             int(torch.randint(-half, half, (), generator=generator)), 0])
         self._latents[row] = torch.randn(self._shape, generator=generator).to(self._latents.device)
-        self._generated += 1
+        self._started += 1
 
     def _timesteps(self, offset: int) -> Tensor:
         """(size,) int64: evenly spaced from the last down, all but the first shifted; -1 is the clean image."""

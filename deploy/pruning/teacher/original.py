@@ -1,4 +1,4 @@
-"""The original network as a teacher: loaded from a source bundle with everything that generating with it needs."""
+"""Loads the original network as a teacher, from a source bundle, with everything that generating with it needs."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from deploy.pruning.teacher.block_activity import Observed
 from deploy.pruning.teacher.denoising_runs import Diffusion, Trajectories
 from exporters.source.networks import load_module, torch_component
+from runtimes.bundle.details import SourceDetails
 from runtimes.bundle.folder import Bundle
 from runtimes.bundle.manifest import Component
+from runtimes.bundle.roles import Role
 from runtimes.errors import InputError
 from runtimes.pipeline.loading import load_tokenizers, scheduler_config
-
-CALLS = ["sample", "timestep", "encoder_hidden_states"]
 
 
 @dataclass(frozen=True)
@@ -55,19 +55,23 @@ class Teacher:
         Raises:
             InputError: a network with other inputs than sample, timestep and text, or channels that are not noise.
         """
-        component, facts = bundle.component(name), bundle.manifest.pipeline
-        inputs = [spec.name for spec in component.inputs]
-        if inputs != CALLS or component.inputs[0].shape[1] != facts.latent_channels:
-            raise InputError(f"{name} reads {', '.join(inputs)}: only {', '.join(CALLS)} can be generated with here",
-                             where="pruning", fix="prune it with --prune-method l2 and without --recover")
+        component, roles = bundle.component(name), bundle.manifest.pipeline
+        inputs, codec = [spec.name for spec in component.inputs], roles.codec
+        calls = [roles.denoiser.sample, roles.denoiser.timestep, roles.conditioner.context]
+        if inputs != calls or component.inputs[0].shape[1] != codec.latent_channels or len(roles.encoders) != 1:
+            raise InputError(f"{name} reads {', '.join(inputs)}: only a sample, a timestep and hidden states of one "
+                             "text encoder can be generated with here", where="pruning",
+                             fix="prune it with --prune-method l2 and without --recover")
         network = load_source_module(bundle, component).to(device)
-        encoder = torch_component("text_encoder", load_source_module(bundle, bundle.component("text_encoder")))
+        (reader,) = roles.conditioner.encoders
+        text = bundle.component(reader.component)
+        encoder = torch_component(Role.TEXT_ENCODER, load_source_module(bundle, text), text.gives)
+        hidden = [spec.name for spec in text.outputs].index(reader.hidden)
         ids = torch.from_numpy(load_tokenizers(bundle)[0]([*prompts, ""]))
         with torch.no_grad():
-            states = torch.cat([encoder(part)[0] for part in ids.split(64)]).to(device)
-        factor = facts.vae_scale_factor
+            states = torch.cat([encoder(part)[hidden] for part in ids.split(64)]).to(device)
         return cls(network, Observed(network), Diffusion.from_config(scheduler_config(bundle)), states[:-1], states[-1],
-                   (facts.latent_channels, facts.height // factor, facts.width // factor), guidance_scale)
+                   (codec.latent_channels, codec.height // codec.factor, codec.width // codec.factor), guidance_scale)
 
     def trajectories(self, size: int, seed: int = 0) -> Trajectories:
         """`size` trajectories at a time."""
@@ -77,12 +81,15 @@ class Teacher:
 
 def load_source_module(bundle: Bundle, component: Component) -> Any:
     """A component's network, float32, in eval mode, without gradients."""
-    library = component.details["library"]
+    library = component.details_as(SourceDetails).library
     return load_module(bundle.file(component.file).parent, library, component.class_name)
 
 
 def example_feeds(component: Component) -> list[Tensor]:
-    """The smallest inputs that a component promises to take, in order, float32 from 0 to 1 with a fixed seed."""
+    """The smallest inputs that a component promises to take, in order, with a fixed seed.
+
+    Each is float32, uniform from 0 to 1, with the shape of its TensorSpec.
+    """
     generator = torch.Generator().manual_seed(0)
     feeds = []
     for spec in component.inputs:

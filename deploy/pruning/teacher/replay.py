@@ -1,4 +1,4 @@
-"""A memory of the sampler's calls, which a student learns from in mixed order."""
+"""Remembers the sampler's calls, which a student learns from in mixed order."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ class Replay:
     """The last calls of the teacher's samples, sampled from at random (experience replay, Lin 1992, Mach. Learn. 8).
 
     Successive calls show the same images at neighbouring timesteps: learned in that order, what one set of images
-    taught is unlearned with the next. Of a call little is kept: latents, answers, activity maps, the number of its
+    taught is unlearned with the next. Of a call little is stored: latents, answers, activity maps, the number of its
     prompt.
+
+    Every array of a batch is as `Batch` says; activity maps are (2B, H * W) float32 of mean 1, those with
+    prompts first. A state holds the same features in pairs, (calls, 2, ...), and indices () int64.
 
     Args:
         teacher: the trajectories' teacher, which records what its blocks do.
@@ -51,13 +54,13 @@ class Replay:
         return batch, {name.removeprefix(_MAPS): _stacked(v) for name, v in found.items() if name.startswith(_MAPS)}
 
     def state(self) -> dict[str, Tensor]:
-        """What the stream goes on from."""
+        """What the stream resumes from, by name."""
         counts = {"asked": torch.tensor(self._asked), "mixed": torch.tensor(self._mixed)}
         return (counts | {_TRAJECTORIES + name: value for name, value in self._trajectories.state().items()}
                 | {_MEMORY + name: value for name, value in self._memory.items()})
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from a `state`."""
+        """Resume from a `state`."""
         self._asked, self._mixed = int(state["asked"]), int(state["mixed"])
         self._trajectories.restore(_below(_TRAJECTORIES, state))
         device = self._trajectories.device
@@ -68,11 +71,11 @@ class Replay:
             batch = self._trajectories.advance()
         self._trajectories.finished.clear()
         trajectories = self._trajectories.size
-        kept = {"sample": batch.sample[:trajectories], "timestep": batch.timestep[:trajectories],
+        stored = {"sample": batch.sample[:trajectories], "timestep": batch.timestep[:trajectories],
                 "prompt": batch.prompts,
                 "output": _pairs(batch.output)} | {_MAPS + name: _pairs(values) for name, values in maps.items()}
         first = self._asked % self._turns * trajectories
-        for name, values in kept.items():
+        for name, values in stored.items():
             if name not in self._memory:
                 self._memory[name] = values.new_empty(self._turns * trajectories, *values.shape[1:])
             self._memory[name][first : first + trajectories] = values

@@ -3,6 +3,7 @@
 Needs `pip install ldm-deploy` in the Python that Triton's backend uses; no torch.
 """
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from runtimes.bundle.manifest import MANIFEST_FILE, parse
 from runtimes.errors import DeployError, UnavailableError
 from runtimes.pipeline.diffusion import Pipeline
 from runtimes.pipeline.loading import load_tokenizers, scheduler_config
+from runtimes.pipeline.request import Request
 
 
 class TritonSession(Session):
@@ -59,13 +61,21 @@ class Sessions(Mapping):
         return len(self._sessions)
 
 
-def value(request, name):
-    """One optional input, or None."""
-    tensor = pb_utils.get_input_tensor_by_name(request, name)
-    if tensor is None:
-        return None
-    item = tensor.as_numpy().reshape(-1)[0]
-    return item.decode() if isinstance(item, bytes) else item.item() if hasattr(item, "item") else item
+def fields_of(request):
+    """The fields of a request that are there, as `Request.from_mapping` takes them."""
+    found = {}
+    for declared in dataclasses.fields(Request):
+        kind = declared.metadata["kind"]
+        tensor = None if kind.tensor is None else pb_utils.get_input_tensor_by_name(request, declared.name)
+        if tensor is None:
+            continue
+        array = tensor.as_numpy()
+        if kind.array:
+            found[declared.name] = array
+            continue
+        values = [v.decode() if isinstance(v, bytes) else v.item() if hasattr(v, "item") else v for v in array.flat]
+        found[declared.name] = values[0] if len(values) == 1 else values
+    return found
 
 
 class TritonPythonModel:
@@ -87,10 +97,7 @@ class TritonPythonModel:
     def answer(self, request):
         """One request's images, (images, height, width, 3) uint8, or its error."""
         try:
-            prompts = [p.decode() for p in pb_utils.get_input_tensor_by_name(request, "prompt").as_numpy().reshape(-1)]
-            names = ("negative_prompt", "steps", "guidance_scale", "seed", "height", "width", "scheduler")
-            options = {name: found for name in names if (found := value(request, name)) is not None}
-            images = self.pipeline(prompts, **options)
+            images = self.pipeline(Request.from_mapping(fields_of(request), files=False))
         except (DeployError, UnicodeDecodeError) as error:
             return pb_utils.InferenceResponse(output_tensors=[], error=pb_utils.TritonError(str(error)))
         pixels = np.stack([np.asarray(image) for image in images])

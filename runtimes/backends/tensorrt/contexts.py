@@ -1,4 +1,4 @@
-"""Execution contexts of one engine: shapes set, bounds checked before it writes, calls recorded as CUDA graphs."""
+"""Execution contexts of one TensorRT engine: sets shapes, checks bounds, records calls as CUDA graphs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from runtimes.backends.tensorrt.cuda_device import CudaDevice
 from runtimes.backends.tensorrt.engine_errors import TensorRtErrors
-from runtimes.backends.tensorrt.engine_plan import GRAPHS_KEPT, BufferPlan, Shape, Shapes, shape_key
+from runtimes.backends.tensorrt.engine_plan import MOST_GRAPHS, BufferPlan, Shape, Shapes, shape_key
 from runtimes.bundle.manifest import Component
 from runtimes.bundle.tensors import DTYPES
 from runtimes.errors import BundleError, DeployError
@@ -78,7 +78,7 @@ class Contexts:
 
         Args:
             profile: index of the optimization profile that holds the shapes.
-            feeds: inputs by name, as the component's specs say.
+            feeds: inputs by name, with shape and dtype as their TensorSpecs say.
 
         Returns:
             outputs by name, fresh arrays.
@@ -211,7 +211,7 @@ class Contexts:
             self._give_up_recording(error)
             return
         self._recorded[key] = prepared
-        if len(self._recorded) > GRAPHS_KEPT:
+        if len(self._recorded) > MOST_GRAPHS:
             self._device.release(self._recorded.popitem(last=False)[1].graph)
 
     def _give_up_recording(self, error: DeployError) -> None:

@@ -1,4 +1,4 @@
-"""The few CUDA calls that running an engine takes, by cuda-bindings: one stream, memory, captured graphs."""
+"""The few CUDA calls that running an engine needs, through cuda-bindings: one stream, memory, captured graphs."""
 
 from __future__ import annotations
 
@@ -26,6 +26,9 @@ class CudaDevice:
     def __init__(self, ordinal: int = 0) -> None:
         """Open it.
 
+        Args:
+            ordinal: which one, in this process's count: 0 is the first that CUDA_VISIBLE_DEVICES leaves.
+
         Raises:
             UnavailableError: cuda-bindings, the driver or the GPU is missing.
         """
@@ -39,7 +42,10 @@ class CudaDevice:
         self.stream = int(self._checked(self._cuda.cudaStreamCreateWithFlags(self._cuda.cudaStreamNonBlocking)))
 
     def activate(self) -> None:
-        """Make it the GPU of the calling thread: CUDA keeps that for each thread, and starts at the first GPU."""
+        """Make it the GPU of the calling thread: CUDA keeps that for each thread, and starts at the first GPU.
+
+        It stays so: setting another one back would make CUDA open that one, too (cudaSetDevice, from CUDA 12 on).
+        """
         self._checked(self._cuda.cudaSetDevice(self._ordinal))
 
     def allocate(self, size: int) -> int:
@@ -58,12 +64,12 @@ class CudaDevice:
         self._checked(self._cuda.cudaFree(address))
 
     def upload(self, address: int, array: np.ndarray[Any, Any]) -> None:
-        """Copy a contiguous array to the device, in stream order."""
+        """Copy a contiguous array, any values of any shape and dtype, to the device, in stream order."""
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
         self._checked(self._cuda.cudaMemcpyAsync(address, array.ctypes.data, array.nbytes, kind, self.stream))
 
     def download(self, array: np.ndarray[Any, Any], address: int) -> None:
-        """Copy from the device into a contiguous array, in stream order."""
+        """Copy from the device into a contiguous array, any values of any shape and dtype, in stream order."""
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
         self._checked(self._cuda.cudaMemcpyAsync(array.ctypes.data, address, array.nbytes, kind, self.stream))
 

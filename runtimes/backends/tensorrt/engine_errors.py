@@ -1,4 +1,4 @@
-"""What TensorRT says went wrong: its error recorder, and what it recorded as one of our errors."""
+"""Records what TensorRT reports, and turns it into our errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What running an engine needs decided, without a GPU: which profile, where buffers lie, what is refused."""
+"""Decides, without a GPU, how an engine runs: which profile, where buffers lie, what is refused."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from runtimes.bundle.details import EngineDetails
 from runtimes.bundle.manifest import Component
 from runtimes.bundle.tensors import DTYPES
 from runtimes.errors import BundleError, InputError, UnavailableError
 
-MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}  # details["builder"] -> module that runs its engines
+MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}  # builder -> module that runs its engines
 PACKAGES = {"tensorrt": "pip install 'ldm-deploy[tensorrt]'", "tensorrt-rtx": "pip install 'ldm-deploy[tensorrt-rtx]'"}
 ALIGNMENT = 256  # what cudaMalloc gives, and TensorRT asks for
-GRAPHS_KEPT = 8  # captured CUDA graphs per engine, each with an execution context of its own
+MOST_GRAPHS = 8  # captured CUDA graphs per engine, each with an execution context of its own
 # TensorRT's DataType -> how a TensorSpec says it.
 TYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT8": "int8", "INT32": "int32", "INT64": "int64",
          "BOOL": "bool", "UINT8": "uint8"}
@@ -58,14 +58,11 @@ def profiles_of(component: Component, where: str) -> tuple[Profile, ...]:
     Raises:
         BundleError: missing or malformed.
     """
-    try:
-        return tuple(
-            {name: ShapeLimits(*(tuple(int(n) for n in shape) for shape in shapes)) for name, shapes in profile.items()}
-            for profile in component.details["profiles"]
-        )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    stated = component.details_as(EngineDetails).profiles
+    if not stated or any(len(shapes) != 3 for profile in stated for shapes in profile.values()):
         raise BundleError("the manifest does not state the engine's profiles", where=where,
-                          fix="build the bundle again") from error
+                          fix="build the bundle again")
+    return tuple({name: ShapeLimits(*shapes) for name, shapes in profile.items()} for profile in stated)
 
 
 def check_engine_profiles(stated: Sequence[Profile], found: Sequence[Profile], where: str) -> None:
@@ -185,11 +182,11 @@ def check_builder(component: Component, where: str) -> str:
     Raises:
         BundleError: the manifest names none that we know.
     """
-    builder = component.details.get("builder")
+    builder = component.details_as(EngineDetails).builder
     if builder not in MODULES:
         raise BundleError(f"the engine's builder is {builder!r}, expected one of {', '.join(MODULES)}", where=where,
                           fix="build the bundle again")
-    return str(builder)
+    return builder
 
 
 def check_version(component: Component, installed: str, where: str) -> None:
@@ -198,11 +195,11 @@ def check_version(component: Component, installed: str, where: str) -> None:
     Raises:
         UnavailableError: says both versions.
     """
-    built = str(component.details.get("builder_version", ""))
-    compatible = bool(component.details.get("options", {}).get("version_compatible"))
+    engine = component.details_as(EngineDetails)
+    builder, built = engine.builder, engine.builder_version
+    compatible = engine.options.version_compatible
     same = built.split(".")[0] == installed.split(".")[0] if compatible else built == installed
     if not same:
-        builder = component.details.get("builder", "tensorrt")
         raise UnavailableError(f"the engine was built by {builder} {built}, here is {installed}", where=where,
                                fix=f"pip install {builder}=={built}, or build the bundle again")
 
@@ -214,16 +211,16 @@ def check_gpu(component: Component, name: str, capability: tuple[int, int], wher
         UnavailableError: names the GPU and what the engine was built for.
     """
     here = f"SM{capability[0]}{capability[1]}"
-    built_for = list(component.details.get("compute_capabilities", []))
+    engine = component.details_as(EngineDetails)
+    built_for = engine.compute_capabilities
     if built_for and "current" not in built_for:
         if here not in built_for:
-            refused = component.details.get("refused_capabilities", {})
+            refused = engine.refused_capabilities
             why = f"; the builder refused {here}: {refused[here]}" if here in refused else ""
             raise UnavailableError(f"{name} is {here}, the engine is for {', '.join(built_for)}{why}", where=where,
                                    fix="build on this machine, or with this GPU among the engine's capabilities")
         return
-    gpu = str(component.details.get("gpu", ""))
-    portable = component.details.get("options", {}).get("hardware", "none") != "none"
+    gpu, portable = engine.gpu, engine.options.hardware != "none"
     if gpu and not portable and not gpu.endswith(f"{capability[0]}.{capability[1]}"):
         raise UnavailableError(f"{name} is {here}, the engine was built on {gpu}", where=where,
                                fix="build the bundle on this machine")
@@ -276,8 +273,3 @@ def runtime_cache_file(folder: Path, component: Component, gpu: str, installed: 
     """Where TensorRT-RTX's kernels of one engine on one GPU are kept; another engine, GPU or release has another."""
     key = hashlib.sha256("\0".join((component.sha256, gpu, installed)).encode()).hexdigest()[:32]
     return folder / f"{key}.rtxcache"
-
-
-def known(details: Mapping[str, Any], option: str) -> bool:
-    """Whether the engine was built with an on/off option."""
-    return bool(details.get("options", {}).get(option))

@@ -1,4 +1,4 @@
-"""TensorRT and TensorRT for RTX: one engine, checked against the manifest before it runs. Decisions: tensorrt_plan."""
+"""The session that runs an engine of TensorRT or TensorRT for RTX, checked against the manifest before it runs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import mmap
 import os
 import threading
 import weakref
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,26 +29,27 @@ from runtimes.backends.tensorrt.engine_plan import (
     check_validity,
     check_version,
     choose_profile,
-    known,
     plan_buffers,
     profiles_of,
     runtime_cache_file,
 )
+from runtimes.bundle.details import EngineDetails
 from runtimes.bundle.folder import Bundle
 from runtimes.bundle.manifest import Component
-from runtimes.errors import BundleError, DeployError, UnavailableError
+from runtimes.errors import BundleError, DeployError, InputError, UnavailableError
 from runtimes.system.cache_root import cache_home
 from runtimes.system.cache_store import use
+from runtimes.system.device import Device
 
 RTX_RECORDS = "TensorRT for RTX records by itself"
 STREAMED = "weights are streamed, which a CUDA graph cannot hold"
 
 
 class TensorRtSession(Session):
-    """A component as a TensorRT engine. It runs on the GPU, whatever device is asked for: it has no other code.
+    """A component as a TensorRT engine. It has code for GPUs alone: the default device, the CPU, means the first GPU.
 
     Calls are serialized: they share one set of buffers. Shapes that come again are recorded as a CUDA graph, and later
-    calls replay it (`tensorrt_contexts`); TensorRT for RTX does the same inside, and keeps the kernels that it compiles
+    calls replay it (`contexts`); TensorRT for RTX does the same inside, and keeps the kernels that it compiles
     for the user's GPU in a file.
     """
 
@@ -56,6 +58,7 @@ class TensorRtSession(Session):
 
         Raises:
             BundleError: the file is damaged, or the manifest does not describe it.
+            InputError: it does not run on that kind of device.
             UnavailableError: TensorRT, the driver or GPU memory is missing, or it is another GPU's or release's engine.
         """
         component = bundle.component(name)
@@ -66,12 +69,13 @@ class TensorRtSession(Session):
         self._profiles = profiles_of(component, name)
         plan_buffers(component, name)  # refuses what has no size, before a driver is asked
         builder = check_builder(component, name)
+        check_device(builder, options.device, name)
         trt = load_module(builder, name)
         check_version(component, trt.__version__, name)
-        weights = component.details.get("weights")
+        weights = component.details_as(EngineDetails).weights
         self._lock = threading.Lock()
         self._loaded: _Loaded | None = _Loaded(name, component, builder, trt, file,
-                                               bundle.file(weights) if weights else None)
+                                               bundle.file(weights) if weights else None, options.device.index)
         self._closing = weakref.finalize(self, self._loaded.close)
         self._closing.atexit = False  # the driver is gone by then
 
@@ -84,27 +88,28 @@ class TensorRtSession(Session):
         profile = choose_profile(self._profiles, {s.name: feeds[s.name].shape for s in self.component.inputs},
                                  self.name)
         with self._lock:
-            if self._loaded is None:
-                raise DeployError("the session is closed", where=self.name)
+            assert self._loaded is not None  # `run` refuses a closed session
             return self._loaded.run(profile, feeds)
 
-    def close(self) -> None:
-        """Give graphs, contexts, memory, the stream and the engine back; once is enough, more does nothing."""
-        with self._lock:
-            self._loaded = None
-            self._closing()
+    def _close(self) -> None:
+        self._loaded = None
+        self._closing()  # graphs, contexts, memory, the stream and the engine
 
 
 class _Loaded:
-    """What an open session holds on the GPU, released as a whole: also when loading fails half-way."""
+    """What an open session holds on the GPU, released as a whole: also when loading fails half-way.
+
+    An engine belongs to the GPU that was current when it was deserialized, and its contexts with it; whichever thread
+    runs them must have made that GPU its own (TensorRT's documentation, "How do I use TensorRT on multiple GPUs?").
+    """
 
     def __init__(self, name: str, component: Component, builder: str, trt: Any, file: Path,
-                 weights: Path | None) -> None:
+                 weights: Path | None, gpu: int) -> None:
         self._name, self._component, self._trt = name, component, trt
         self._cache: Any = None
         self._cache_file: Path | None = None
         self._shapes_seen: set[tuple[tuple[int, ...], ...]] = set()
-        self._device = open_device()
+        self._device = CudaDevice(gpu)
         try:
             check_gpu(component, self._device.name, self._device.capability, name)
             self._errors = TensorRtErrors(trt, name)
@@ -129,6 +134,8 @@ class _Loaded:
 
     def close(self) -> None:
         """Release everything, in the order that TensorRT asks for: contexts, engine, runtime; CUDA's last."""
+        with suppress(DeployError):  # a GPU that has failed has nothing left to give back
+            self._device.activate()
         contexts = getattr(self, "contexts", None)
         if contexts is not None:
             contexts.close()
@@ -137,8 +144,8 @@ class _Loaded:
 
     def _load(self, file: Path, weights: Path | None) -> Any:
         """Deserialize from mapped memory, fill in the weights of a stripped engine, and compare with the manifest."""
-        details = self._component.details
-        if known(details, "version_compatible"):
+        options = self._component.details_as(EngineDetails).options
+        if options.version_compatible:
             self._runtime.engine_host_code_allowed = True  # such plans hold the lean runtime, which is code
         with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
             self._check_validity(content)
@@ -149,13 +156,13 @@ class _Loaded:
                 raise error
             raise UnavailableError(f"TensorRT does not load the engine: {error.what}", where=self._name,
                                    fix="build the bundle on this machine")
-        if weights is not None and known(details, "stripped"):
+        if weights is not None and options.stripped:
             refitter = self._trt.Refitter(engine, self._logger)
             parser = self._trt.OnnxParserRefitter(refitter, self._logger)
             if not (parser.refit_from_file(str(weights)) and refitter.refit_cuda_engine()):
                 raise BundleError(f"the weights of {weights.name} do not fit the engine", where=self._name,
                                   fix="build the bundle again")
-        if known(details, "weight_streaming"):
+        if options.weight_streaming:
             # The binding drops the setter's answer: what was not taken shows when it is read back.
             engine.weight_streaming_budget_v2 = budget = engine.get_weight_streaming_automatic_budget()
             if engine.weight_streaming_budget_v2 != budget:
@@ -195,7 +202,7 @@ class _Loaded:
         plan = plan_buffers(self._component, self._name)
         if builder == "tensorrt":
             strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
-            streamed = STREAMED if known(self._component.details, "weight_streaming") else ""
+            streamed = STREAMED if self._component.details_as(EngineDetails).options.weight_streaming else ""
             return Contexts(self._component, self._device, self._errors, plan,
                             lambda: self._engine.create_execution_context(strategy),
                             most_memory=int(self._engine.device_memory_size_v2), not_recorded=streamed)
@@ -222,13 +229,15 @@ class _Loaded:
             partial.unlink(missing_ok=True)
 
 
-def open_device() -> CudaDevice:
-    """The GPU.
+def check_device(builder: str, device: Device, where: str) -> None:
+    """Refuse a device that engines of this builder know nothing of.
 
     Raises:
-        UnavailableError: cuda-bindings, the driver or a GPU is missing.
+        InputError: names those that they run on.
     """
-    return CudaDevice()
+    if device.kind not in ("cpu", "cuda", builder):
+        raise InputError(f"an engine of {builder} does not run on {device.kind!r}", where=f"{where}, device",
+                         fix=f"leave it out, or use {builder} or cuda, with the GPU's number: {builder}:1")
 
 
 def load_module(builder: str, where: str) -> Any:

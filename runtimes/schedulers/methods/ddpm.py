@@ -37,8 +37,10 @@ class Ddpm(ThresholdSettings):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Ddpm:
-        """See `Settings.from_config`. A variance_type of null, which configs of DPM-Solver and SA-Solver hold, is to
-        DDPMScheduler._get_variance what fixed_small is."""
+        """See `Settings.from_config`.
+
+        A variance_type of null, which configs of DPM-Solver and SA-Solver hold, means fixed_small to
+        DDPMScheduler._get_variance."""
         return super().from_config({k: v for k, v in config.items() if v is not None or k != "variance_type"})
 
     def _run(self, steps: int, first: int, eta: float) -> DdpmRun:

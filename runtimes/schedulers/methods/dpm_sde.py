@@ -42,7 +42,7 @@ class DpmSde(SecondOrderSettings):
         return DpmSdeRun(self, calls, np.append(doubled(levels[:-1].astype(np.float32)), np.float32(0)), first)
 
     def schedule(self, steps: int) -> tuple[Float32 | Float64, Float64]:
-        """As the others, but for timesteps in double precision."""
+        """As `SecondOrderSettings.schedule`, always float64: timesteps (steps,), noise levels (steps + 1,)."""
         timesteps: Float64 = noise_levels.spaced_timesteps(
             self.timestep_spacing, steps, self.num_train_timesteps, self.steps_offset
         )

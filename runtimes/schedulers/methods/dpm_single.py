@@ -1,7 +1,7 @@
 """DPM-Solver, singlestep: Lu et al., DPM-Solver, arXiv 2206.00927, section 3, and DPM-Solver++, arXiv 2211.01095, 4.1.
 
-Steps come in groups of `solver_order`: each of a group starts from where the group began, with the outputs since. Their
-number of model calls is that of the steps.
+Steps come in groups of `solver_order`: each of a group starts from where the group began, with the outputs since.
+There is one model call a step.
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ class DpmSolverSingle(DpmSolverSettings):
                              fix="set thresholding to false or algorithm_type to dpmsolver++")
 
     def orders(self, steps: int) -> list[int]:
-        """The order of each step: 1, 2, 3, 1, 2, 3, ..., which ends lower where steps are left over or the last is to
-        zero noise."""
+        """The order of each step: 1, 2, 3, 1, 2, 3, ...
+
+        It ends lower where steps are left over or the last one is to zero noise."""
         size = self.solver_order
         whole = [1 + k % size for k in range(steps)]
         if not self.lower_order_final and steps % size == 0 and self.final_sigmas_type != "zero":

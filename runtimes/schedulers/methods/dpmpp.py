@@ -82,13 +82,16 @@ class DpmSolverPP(DpmSolverSettings):
         return super().spreads or self.use_lu_lambdas
 
     def spread(self, levels: Float64 | Float32, steps: int) -> Float64:
-        """Karras' before Lu's, and the others after."""
+        """Karras' formula before Lu's, the others after: noise levels (steps,) float64."""
         if self.use_lu_lambdas and not self.use_karras_sigmas:
             return noise_levels.lu_sigmas(self.training_sigmas, steps)
         return super().spread(levels, steps)
 
     def rounded(self, timesteps: Float64) -> Timesteps:
-        """As diffusers: Karras' and Lu's to the nearest, the cosine schedule excepted."""
+        """Timesteps (n,) int64 of (n,) float64 ones: rounded to the nearest or cut off, as diffusers does.
+
+        Those of Karras' and Lu's levels are rounded, but not over the cosine schedule.
+        """
         nearest = (self.use_karras_sigmas or self.use_lu_lambdas) and self.beta_schedule != "squaredcos_cap_v2"
         return (timesteps.round() if nearest else timesteps).astype(np.int64)
 

@@ -51,7 +51,10 @@ class Kdpm2Run(ExplodingRun):
     """One run of DPM-Solver-2."""
 
     def __init__(self, settings: Kdpm2, calls: Float32, levels: Float32, middles: Float32, first: int) -> None:
-        """Call the model at `calls`; `levels` are those of the steps, with a middle between each two."""
+        """Call the model at `calls`, (2n - 1,) but the `first` of them.
+
+        `levels`, (n + 1,) float32, are those of the steps, `middles`, (n,) float32, lie between each two.
+        """
         super().__init__(settings, calls, np.append(doubled(levels[:-1]), np.float32(0)), first)
         self._middles = np.repeat(middles, 2)[first:]
         self._before: Float32 | None = None  # the sample that the step under way started from

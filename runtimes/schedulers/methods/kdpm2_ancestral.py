@@ -30,7 +30,12 @@ class Kdpm2Ancestral(Kdpm2):
 
 
 class Kdpm2AncestralRun(Kdpm2Run):
-    """One run: as `Kdpm2Run` to below the next noise level, then fresh noise up to it."""
+    """One run: as `Kdpm2Run` to below the next noise level, then fresh noise up to it.
+
+    Attributes:
+        ups: (calls + 1,) float32, noise level that is added at the end of each step, once for each of its model calls.
+        downs: (calls + 1,) float32, noise level below the next one that each step goes down to.
+    """
 
     ups: Float32
     downs: Float32

@@ -41,7 +41,7 @@ class Pndm(Settings):
         return PndmRun(self, self.calls(steps), first, self.num_train_timesteps // steps)
 
     def calls(self, steps: int) -> npt.NDArray[np.int64]:
-        """The timestep of each model call: more than `steps`."""
+        """The timestep of each model call: (n,) int64, n above `steps`."""
         timesteps = self.whole_timesteps(steps)
         if self.skip_prk_steps:
             return np.concatenate([timesteps[:1], timesteps[1:2], timesteps[1:]])
@@ -119,7 +119,7 @@ class PndmRun(RunBase):
 
 
 def adams_bashforth(outputs: list[Float32]) -> Float32:
-    """Extrapolated slope from one to four outputs, newest last."""
+    """Extrapolated slope from one to four model outputs, (B, C, H, W) float32 each, newest last."""
     newest = outputs[::-1]
     if len(newest) == 1:
         return newest[0]

@@ -76,7 +76,7 @@ class SaSolverRun(LambdaRun):
     def __init__(self, settings: SaSolver, steps: int, first: int) -> None:
         """Leave out the `first` of `steps` steps."""
         super().__init__(settings, steps, first, memory=max(settings.predictor_order, settings.corrector_order - 1))
-        # of images; the samples' are `_points`
+        # (alpha, sigma) that noise is added to an image at; those of samples are `_points`
         self._levels = settings.visited(self.timesteps.astype(np.int64), 0, clips=True)[1]
         self._solver = settings
         self._before: tuple[Float32, Float32] | None = None  # sample and noise of the step before
@@ -94,7 +94,7 @@ class SaSolverRun(LambdaRun):
         return len(self.timesteps) - i if self._solver.lower_order_final else 4
 
     def needs_noise(self, i: int) -> bool:
-        """Every step, used or not: so diffusers samples."""
+        """Every step, used or not, as diffusers samples it."""
         return True
 
     def step(self, model_output: Float32, i: int, sample: Float32, noise: Float32 | None = None) -> Float32:
@@ -121,12 +121,12 @@ class SaSolverRun(LambdaRun):
             moved = moved + weight * output
         h, one = t.lam - s.lam, np.float32(1)
         if self._solver.predicts_original:
-            kept = exp(-np.float32(tau) * h) * (t.sigma / s.sigma)
+            stays = exp(-np.float32(tau) * h) * (t.sigma / s.sigma)
             fresh = t.sigma * root(one - exp(np.float32(-2 * tau) * h))
         else:
-            kept = t.alpha / s.alpha
+            stays = t.alpha / s.alpha
             fresh = np.float32(tau) * t.sigma * root(exp(np.float32(2) * h) - one)
-        return kept * sample + moved + fresh * noise
+        return stays * sample + moved + fresh * noise
 
     def _weights(self, i: int, order: int, *, ahead: bool = False) -> list[np.float32]:
         """What each output, newest first, adds to the step from point i; `ahead` counts the one at its end."""

@@ -27,7 +27,7 @@ class Tcd(DistilledSettings):
 
 
 class TcdRun(RunBase):
-    """One run. `eta` is the paper's gamma; 0, which pipelines pass by default, is deterministic."""
+    """One run. `eta` is the paper's gamma; at 0, which pipelines pass by default, it is deterministic."""
 
     def __init__(self, scheduler: Tcd, timesteps: npt.NDArray[np.int64], first: int, eta: float) -> None:
         """Take the steps at `timesteps`, (n,) int64 descending, but the `first` of them."""
@@ -49,5 +49,5 @@ class TcdRun(RunBase):
         denoised = alpha_below * original + sigma_below * epsilon
         if not self.needs_noise(i):
             return denoised
-        kept = np.float32(config.alphas_cumprod[after] / config.alphas_cumprod[below])
-        return root(kept) * denoised + root(np.float32(1) - kept) * required(noise)
+        signal = np.float32(config.alphas_cumprod[after] / config.alphas_cumprod[below])
+        return root(signal) * denoised + root(np.float32(1) - signal) * required(noise)

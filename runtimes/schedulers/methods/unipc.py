@@ -102,7 +102,7 @@ class UniPcRun(LambdaRun):
         return self._first + i not in self._solver.disable_corrector
 
     def _order(self, i: int) -> int:
-        """Lower at the start for want of a memory, and at the end for stability."""
+        """Lower at the start, where few outputs are known, and at the end for stability."""
         left = len(self.timesteps) - i if self._solver.lower_order_final else self._solver.solver_order
         return min(self._solver.solver_order, i + 1, left)
 

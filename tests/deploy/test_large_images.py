@@ -27,10 +27,10 @@ def test_large_images_need_the_memory_of_a_tile_and_have_no_seams(reference_bund
 def test_decoding_in_tiles_adds_no_seam_to_what_decoding_the_whole_gives(reference_bundle):
     pipeline = runtimes.load(reference_bundle, threads=1, check_hashes=False)
     latents = pipeline("flowers and leaves", seed=1, steps=8, height=128, width=128, output="latents")
-    decoder, facts = pipeline.sessions["vae_decoder"], pipeline.facts
-    whole = autoencoder.decode(decoder, latents, facts)[0]
-    side, tile = (size // facts.vae_scale_factor for size in (128, TILE))
-    tiled = autoencoder.decode_tiled(decoder, latents, facts, Tiling((side, side), (tile, tile)))[0]
+    decoder, codec = pipeline.sessions["vae_decoder"], pipeline.roles.codec
+    whole = autoencoder.decode(decoder, latents, codec)[0]
+    side, tile = (size // codec.factor for size in (128, TILE))
+    tiled = autoencoder.decode_tiled(decoder, latents, codec, Tiling((side, side), (tile, tile)))[0]
     assert np.sqrt(np.mean((tiled - whole) ** 2)) < 0.05  # its attention and norms see a tile, not the whole
     for axis in (0, 1):
         for beside in (True, False):

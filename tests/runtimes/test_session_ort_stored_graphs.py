@@ -10,7 +10,7 @@ import onnxruntime as ort
 import pytest
 
 from runtimes.backends import optimized_graphs
-from runtimes.backends.session import Session, SessionOptions, open_session
+from runtimes.backends.session import Session, SessionOptions
 from runtimes.bundle.folder import Bundle
 from runtimes.errors import BundleError
 from tests.runtimes.fakes import affine_bundle
@@ -44,10 +44,10 @@ def entries(kept: Path) -> list[Path]:
 
 
 def load(bundle: Bundle) -> Session:
-    return open_session(bundle, "affine", SessionOptions(threads=1, keep_graphs=True))
+    return Session.open(bundle, "affine", SessionOptions(threads=1, keep_graphs=True))
 
 
-def test_the_second_load_takes_what_the_first_kept_and_computes_the_same(tmp_path, kept, opened):
+def test_the_second_load_takes_what_the_first_stored_and_computes_the_same(tmp_path, kept, opened):
     bundle = affine_bundle(tmp_path / "b")
     first = load(bundle).run({"x": X})["y"]
     np.testing.assert_allclose(first, Y, rtol=1e-6)
