@@ -1,4 +1,4 @@
-"""The engine: a queue, and a worker that advances, one denoising step at a time, all requests that fit beside each other.
+"""The engine: a queue, and a worker that advances all requests that fit beside each other, one step at a time.
 
     with Engine({"emoji": runtimes.load("build/reference-onnxruntime-fp32")}) as engine:
         tickets = [engine.submit(Request("a red apple", steps=n), "emoji") for n in (4, 10, 25)]
@@ -49,7 +49,8 @@ class Engine:
     """Requests in, tickets out. Any thread may submit; a context manager that drains at its end."""
 
     def __init__(self, models: Mapping[str, Steppable], *, most_waiting: int = MOST_WAITING,
-                 most_images: int = MOST_IMAGES, watch: Callable[[str, float], None] = lambda name, value: None) -> None:
+                 most_images: int = MOST_IMAGES, watch: Callable[[str, float], None] = lambda name, value: None,
+                 ) -> None:
         """Start the worker.
 
         Args:

@@ -1,4 +1,4 @@
-"""`Ticket`: one request within an engine, as its client holds it: progress, cancel, the result, for threads and asyncio."""
+"""`Ticket`: one request within an engine, as its client holds it: progress, cancel, result; for threads and asyncio."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The bounded queue in front of an engine: priorities that age, deadlines, and how long a refused client should wait."""
+"""The bounded queue in front of an engine: priorities that age, deadlines, and when a refused client may come again."""
 
 from __future__ import annotations
 
