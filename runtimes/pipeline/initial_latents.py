@@ -15,8 +15,8 @@ from runtimes.codec import autoencoder
 from runtimes.codec.autoencoder import Moments
 from runtimes.codec.tiling import Tiling
 from runtimes.errors import InputError
-from runtimes.pipeline.noise import NoiseStreams
-from runtimes.pipeline.resolved import Resolved
+from runtimes.inputs.noise import NoiseStreams
+from runtimes.inputs.resolved import Resolved
 from runtimes.schedulers import Run
 
 Float32 = NDArray[np.float32]

@@ -14,12 +14,12 @@ from runtimes.backends.batching import RowRunner, all_finite
 from runtimes.backends.profile import Profile
 from runtimes.codec.tiling import Tiling
 from runtimes.errors import CancelledError, ParityError
+from runtimes.inputs.noise import NoiseStreams
+from runtimes.inputs.request import Request
+from runtimes.inputs.resolved import Resolved
 from runtimes.pipeline.conditioner import Conditions
 from runtimes.pipeline.guidance import Guidance
 from runtimes.pipeline.initial_latents import Start
-from runtimes.pipeline.noise import NoiseStreams
-from runtimes.pipeline.request import Request
-from runtimes.pipeline.resolved import Resolved
 from runtimes.pipeline.watched_sessions import WatchedSessions
 from runtimes.schedulers import Run
 
