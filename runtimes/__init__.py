@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from runtimes.backends.profile import Profile
     from runtimes.bundle.folder import Bundle
     from runtimes.errors import BundleError, CancelledError, DeployError, InputError, ParityError, UnavailableError
+    from runtimes.inputs.request import Request
+    from runtimes.inputs.request_fields import SizeConditions
     from runtimes.pipeline.diffusion import Pipeline
     from runtimes.pipeline.job import Step
     from runtimes.pipeline.loading import load
-    from runtimes.pipeline.request import Request
-    from runtimes.pipeline.request_fields import SizeConditions
 
 __all__ = ["Bundle", "BundleError", "CancelledError", "DeployError", "InputError", "ParityError", "Pipeline", "Profile",
            "Request", "SizeConditions", "Step", "UnavailableError", "load"]
@@ -28,8 +28,8 @@ _MODULES = {
     "Bundle": "bundle.folder",
     "Pipeline": "pipeline.diffusion",
     "Profile": "backends.profile",
-    "Request": "pipeline.request",
-    "SizeConditions": "pipeline.request_fields",
+    "Request": "inputs.request",
+    "SizeConditions": "inputs.request_fields",
     "Step": "pipeline.job",
     "load": "pipeline.loading",
 }

@@ -21,7 +21,7 @@ from runtimes.bundle.manifest import MANIFEST_FILE, Component, dumps
 from runtimes.bundle.roles import Role
 from runtimes.bundle.tensors import TensorSpec
 from runtimes.errors import InputError, UnavailableError
-from runtimes.pipeline.request import Request
+from runtimes.inputs.request import Request
 
 PIPELINE_TEMPLATE = Path(__file__).parents[1] / "templates" / "triton" / "model.py"
 MAP_FILE = "triton.json"  # component -> name of its model, read by the pipeline

@@ -22,8 +22,8 @@ from runtimes.bundle.folder import check_file
 from runtimes.bundle.manifest import DEFAULT_STEPS
 from runtimes.codec.safety_checker import SAFETY_CHECKER
 from runtimes.errors import InputError
-from runtimes.pipeline.noise import resolve_seeds
-from runtimes.pipeline.request import Request
+from runtimes.inputs.noise import resolve_seeds
+from runtimes.inputs.request import Request
 from runtimes.system.byte_sizes import parse_bytes
 from runtimes.system.device import Device
 from runtimes.system.process_memory import peak_rss_bytes

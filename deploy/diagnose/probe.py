@@ -11,12 +11,12 @@ from runtimes.backends.batching import run_rows
 from runtimes.backends.session import Session
 from runtimes.bundle.folder import Bundle
 from runtimes.codec import autoencoder
+from runtimes.inputs.request import Request
+from runtimes.inputs.request_fields import SizeConditions
+from runtimes.inputs.resolved import resolve
 from runtimes.pipeline.conditioner import Conditioner, Conditions
 from runtimes.pipeline.initial_latents import inpaints
 from runtimes.pipeline.loading import load_tokenizers, scheduler_config
-from runtimes.pipeline.request import Request
-from runtimes.pipeline.request_fields import SizeConditions
-from runtimes.pipeline.resolved import resolve
 from runtimes.schedulers.methods.ddim import Ddim
 from runtimes.schedulers.prediction import to_epsilon
 from runtimes.text.prompt_cache import PromptCache

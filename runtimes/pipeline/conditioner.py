@@ -1,4 +1,4 @@
-"""What the denoiser takes besides sample and timestep: the prompt as one or two text encoders read it, pooled
+"""Makes the denoiser's inputs besides sample and timestep: the prompt as one or two text encoders read it, pooled
 embeddings, and sizes as numbers (Stable Diffusion XL, arXiv 2307.01952, section 2.2)."""
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from runtimes.backends.session import Session
 from runtimes.bundle.roles import Roles
-from runtimes.pipeline.request_fields import SizeConditions
-from runtimes.pipeline.resolved import Resolved
+from runtimes.inputs.request_fields import SizeConditions
+from runtimes.inputs.resolved import Resolved
 from runtimes.text.prompt_cache import PromptCache
 from runtimes.text.prompt_encoder import Embedder, PromptStyle, Tokenize
 
@@ -24,7 +24,7 @@ class Conditions:
     """One entry for each of the B images.
 
     Attributes:
-        cond: (tokens, width) float32 each; (0, 0) for a pipeline without prompts.
+        cond: embedded prompts, (tokens, width) float32 each; (0, 0) for a pipeline without prompts.
         uncond: the same for the negative prompts, or None without guidance.
         added, added_uncond: further inputs of the denoiser by name, (B, n) float32 each.
     """

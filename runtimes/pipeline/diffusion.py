@@ -22,6 +22,10 @@ from runtimes.bundle.roles import ModeFacts, Roles
 from runtimes.codec.preview import Colours, fit
 from runtimes.codec.safety_checker import Preprocessing, flags
 from runtimes.errors import InputError
+from runtimes.inputs.noise import NoiseStreams
+from runtimes.inputs.request import Request, described
+from runtimes.inputs.request_fields import SizeConditions
+from runtimes.inputs.resolved import Resolved, resolve, size_for
 from runtimes.pipeline.base_and_refiner import begin_part
 from runtimes.pipeline.batch_facts import BatchFacts
 from runtimes.pipeline.conditioner import Conditioner
@@ -31,10 +35,6 @@ from runtimes.pipeline.guidance import Guidance
 from runtimes.pipeline.initial_latents import Pixels, Start, begin, encode_all, inpaints, to_encode
 from runtimes.pipeline.job import Job, OnStep, Plan, Step, Stop
 from runtimes.pipeline.memory_budget import MemoryBudget
-from runtimes.pipeline.noise import NoiseStreams
-from runtimes.pipeline.request import Request, described
-from runtimes.pipeline.request_fields import SizeConditions
-from runtimes.pipeline.resolved import Resolved, resolve, size_for
 from runtimes.pipeline.watched_sessions import WatchedSessions
 from runtimes.schedulers import Scheduler, from_config
 from runtimes.text.prompt_cache import CacheStats, PromptCache

@@ -24,8 +24,8 @@ from deploy.parity.reference.trajectories import assemble_pipeline
 from runtimes.bundle.folder import Bundle
 from runtimes.bundle.tensors import ShapeRange
 from runtimes.errors import InputError
+from runtimes.inputs.request_fields import SizeConditions
 from runtimes.pipeline.diffusion import Pipeline
-from runtimes.pipeline.request_fields import SizeConditions
 from tests.deploy.conftest import Cli
 from tests.exporters.family_pipelines import make_pipeline
 from tests.runtimes.diffusers_reference import psnr

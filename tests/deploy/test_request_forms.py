@@ -16,9 +16,9 @@ import runtimes
 from deploy.building.triton_repository import request_inputs
 from deploy.cli.generate import Run, generate_options, request_options
 from runtimes.errors import InputError
+from runtimes.inputs.request import Request, described
+from runtimes.inputs.request_fields import SizeConditions
 from runtimes.pipeline.diffusion import Pipeline
-from runtimes.pipeline.request import Request, described
-from runtimes.pipeline.request_fields import SizeConditions
 
 FIELDS = {field.name: field for field in dataclasses.fields(Request)}
 # A value of each field as JSON and YAML hold it, and as the command line does.

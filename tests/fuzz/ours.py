@@ -85,7 +85,7 @@ def assemble(case: Case, folder: Path, files: Mapping[str, Path], work: Path, tr
 
 
 def _call(pipeline: Any, case: Case, pictures: Mapping[str, Any]) -> np.ndarray[Any, Any]:
-    from runtimes.pipeline.request_fields import SizeConditions
+    from runtimes.inputs.request_fields import SizeConditions
 
     request = case.request
     options: dict[str, Any] = {

@@ -16,8 +16,8 @@ import numpy as np
 from rich.table import Table
 
 import runtimes
+from runtimes.inputs.request import Request
 from runtimes.pipeline.diffusion import Pipeline
-from runtimes.pipeline.request import Request
 from tests.peers.results import new_report, save, show
 
 STEPS = (4, 10, 25)  # of the jobs, in turn

@@ -22,10 +22,10 @@ import numpy as np
 
 import runtimes
 from runtimes.errors import CancelledError
+from runtimes.inputs.request import Request
+from runtimes.inputs.resolved import pixel_limits
 from runtimes.pipeline.diffusion import Pipeline
 from runtimes.pipeline.job import Job, Step
-from runtimes.pipeline.request import Request
-from runtimes.pipeline.resolved import pixel_limits
 from runtimes.schedulers import SCHEDULERS
 
 ROOT = Path(__file__).resolve().parents[2]

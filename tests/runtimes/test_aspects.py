@@ -8,7 +8,7 @@ import pytest
 
 from runtimes.bundle.tensors import ShapeRange
 from runtimes.errors import InputError
-from runtimes.pipeline.aspect_ratios import BUCKETS, nearest_size, parse_aspect
+from runtimes.inputs.aspect_ratios import BUCKETS, nearest_size, parse_aspect
 from runtimes.pipeline.diffusion import Pipeline
 from tests.runtimes.fakes import DDIM, FACTS, fake_sessions, tokenize
 

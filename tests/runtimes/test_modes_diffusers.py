@@ -11,7 +11,7 @@ import torch
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline, StableDiffusionPipeline
 from PIL import Image
 
-from runtimes.pipeline.noise import NoiseStreams
+from runtimes.inputs.noise import NoiseStreams
 from runtimes.text.prompt_encoder import MAX_WINDOWS
 from tests.runtimes.diffusers_reference import (
     CHANNELS,

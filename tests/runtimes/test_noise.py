@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from runtimes.errors import InputError
-from runtimes.pipeline import noise
-from runtimes.pipeline.noise import NoiseStreams, NormalGenerator, resolve_seeds
+from runtimes.inputs import noise
+from runtimes.inputs.noise import NoiseStreams, NormalGenerator, resolve_seeds
 
 SEEDS = (0, 1, 7, 2**31, 2**32 - 1, 2**32, 2**32 + 7, 2**63 - 1, 2**63, 2**64 - 1, -1, -7, -(2**63))
 like_torch = pytest.mark.skipif(

@@ -10,8 +10,8 @@ import pytest
 
 from runtimes.backends.profile import Profile
 from runtimes.errors import BundleError, InputError, ParityError
+from runtimes.inputs.noise import NoiseStreams
 from runtimes.pipeline.diffusion import Pipeline, Step
-from runtimes.pipeline.noise import NoiseStreams
 from tests.runtimes import fakes
 from tests.runtimes.fakes import CHANNELS, DDIM, FACTS, calls_of, fake_sessions, tokenize
 

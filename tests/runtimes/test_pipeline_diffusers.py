@@ -12,7 +12,7 @@ from diffusers import StableDiffusionImg2ImgPipeline
 from PIL import Image
 
 from runtimes.errors import InputError
-from runtimes.pipeline.noise import NoiseStreams
+from runtimes.inputs.noise import NoiseStreams
 from tests.runtimes.diffusers_reference import (
     CHANNELS,
     NEGATIVES,

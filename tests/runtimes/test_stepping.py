@@ -13,11 +13,11 @@ import pytest
 
 import runtimes
 from runtimes.errors import CancelledError, InputError, ParityError
+from runtimes.inputs.request import Request
 from runtimes.pipeline.batch_facts import BatchFact, BatchFacts
 from runtimes.pipeline.diffusion import Pipeline
 from runtimes.pipeline.job import Job
 from runtimes.pipeline.memory_budget import MemoryBudget, MemoryModel
-from runtimes.pipeline.request import Request
 from runtimes.schedulers import SCHEDULERS
 from tests.runtimes import fakes, schedules
 from tests.runtimes.fakes import DDIM, FACTS, FakeSession, cached_pipeline, calls_of, fake_sessions, tokenize

@@ -11,8 +11,8 @@ from PIL import Image
 
 from runtimes.codec.tiling import Tiling
 from runtimes.errors import InputError
+from runtimes.inputs.request import Request
 from runtimes.pipeline.diffusion import Pipeline
-from runtimes.pipeline.request import Request
 from tests.runtimes.fakes import CHANNELS, DDIM, FACTOR, FACTS, cached_pipeline, calls_of, fake_sessions, tokenize
 
 SHAPES = [((8, 8), (8, 8)), ((16, 8), (8, 8)), ((13, 29), (8, 4)), ((9, 9), (8, 8)), ((64, 64), (8, 8))]

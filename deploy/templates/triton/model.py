@@ -15,9 +15,9 @@ from runtimes.backends.session import Session
 from runtimes.bundle.folder import Bundle
 from runtimes.bundle.manifest import MANIFEST_FILE, parse
 from runtimes.errors import DeployError, UnavailableError
+from runtimes.inputs.request import Request
 from runtimes.pipeline.diffusion import Pipeline
 from runtimes.pipeline.loading import load_tokenizers, scheduler_config
-from runtimes.pipeline.request import Request
 
 
 class TritonSession(Session):

@@ -1,4 +1,4 @@
-"""A request against a bundle: sizes and defaults found, images opened, everything spread out to one entry per image."""
+"""Resolves a request for a bundle: finds sizes and defaults, opens images, and makes one entry for each image."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from runtimes.bundle.tensors import ShapeRange
 from runtimes.codec.pixels import ImageLike, Opened, open_image, open_mask, size_of, to_mask, to_pixels
 from runtimes.codec.tiling import Tiling
 from runtimes.errors import BundleError, InputError
-from runtimes.pipeline.aspect_ratios import nearest_size, parse_aspect
-from runtimes.pipeline.noise import resolve_seeds
-from runtimes.pipeline.request import Request
-from runtimes.pipeline.request_fields import LARGEST_SIDE, whole
+from runtimes.inputs.aspect_ratios import nearest_size, parse_aspect
+from runtimes.inputs.noise import resolve_seeds
+from runtimes.inputs.request import Request
+from runtimes.inputs.request_fields import LARGEST_SIDE, whole
 
 MAX_TILED_SIDE = 8192
 

@@ -1,6 +1,6 @@
-"""What the fields of a request may hold: each kind of value is checked here, read from text, and named to Triton.
+"""The kinds of values that a request's fields hold: how each is checked, read from text, and named to Triton.
 
-The fields themselves are in `runtimes.pipeline.request`.
+The fields themselves are in `runtimes.inputs.request`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtimes.errors import InputError
-from runtimes.pipeline.aspect_ratios import parse_aspect
-from runtimes.pipeline.noise import checked_seed
+from runtimes.inputs.aspect_ratios import parse_aspect
+from runtimes.inputs.noise import checked_seed
 from runtimes.text.clip_tokenizer import check_text
 
 MOST = 10_000  # of steps, images and whatever else is counted: more is a slip of the pen, and takes all memory

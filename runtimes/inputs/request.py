@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from runtimes.bundle.manifest import DEFAULT_STEPS
 from runtimes.codec.pixels import ImageLike
 from runtimes.errors import InputError
-from runtimes.pipeline import request_fields as kinds
-from runtimes.pipeline.noise import resolve_seeds
-from runtimes.pipeline.request_fields import MOST, Kind, SizeConditions, whole
+from runtimes.inputs import request_fields as kinds
+from runtimes.inputs.noise import resolve_seeds
+from runtimes.inputs.request_fields import MOST, Kind, SizeConditions, whole
 from runtimes.schedulers import SCHEDULERS
 
 OUTPUTS = ("pil", "numpy", "latents")
