@@ -17,13 +17,13 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol
 
 from runtimes.errors import CancelledError, DeployError, InputError, UnavailableError
-from runtimes.pipeline.noise import resolve_seeds
+from runtimes.inputs.noise import resolve_seeds
 from runtimes.serving.ticket import Progress, Ticket
 from runtimes.serving.waiting import Waiting
 
 if TYPE_CHECKING:
+    from runtimes.inputs.request import Request
     from runtimes.pipeline.job import Job
-    from runtimes.pipeline.request import Request
 
 MOST_WAITING, MOST_IMAGES = 256, 8
 IDLE_SECONDS = 0.5

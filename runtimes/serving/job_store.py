@@ -8,7 +8,6 @@ every change of status names the statuses it may come from. The database runs in
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -24,25 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from runtimes.errors import InputError, UnavailableError
+from runtimes.serving.state_folder import connected, owned, sync_folder
 
 QUEUED, RUNNING = "queued", "running"
 COMPLETED, FAILED, CANCELLED = "completed", "failed", "cancelled"
 OPEN, ENDED = (QUEUED, RUNNING), (COMPLETED, FAILED, CANCELLED)
-SCHEMA_VERSION = 1
 RESERVE_BYTES = 64_000_000  # accepting stops before the disk is full, so that what was accepted can still be finished
-_TABLES = """
-CREATE TABLE IF NOT EXISTS jobs (
-    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, status TEXT NOT NULL, model TEXT NOT NULL,
-    owner TEXT NOT NULL, request TEXT NOT NULL, priority INTEGER NOT NULL, deadline REAL, created REAL NOT NULL,
-    ended REAL, engine TEXT NOT NULL DEFAULT '', lease REAL, attempts INTEGER NOT NULL DEFAULT 0,
-    reason TEXT NOT NULL DEFAULT '', result TEXT NOT NULL DEFAULT '{}', idempotency TEXT) STRICT;
-CREATE UNIQUE INDEX IF NOT EXISTS by_idempotency ON jobs (owner, idempotency) WHERE idempotency IS NOT NULL;
-CREATE INDEX IF NOT EXISTS by_status ON jobs (status, priority DESC, number);
-CREATE TABLE IF NOT EXISTS images (
-    sha256 TEXT NOT NULL, job TEXT NOT NULL REFERENCES jobs (id) ON DELETE CASCADE, place INTEGER NOT NULL,
-    bytes INTEGER NOT NULL, kind TEXT NOT NULL, PRIMARY KEY (job, place)) STRICT;
-CREATE INDEX IF NOT EXISTS by_sha256 ON images (sha256);
-"""
 
 
 class FullError(UnavailableError):
@@ -122,8 +108,8 @@ class JobStore:
         self._reserve, self._clock, self._checkpoint = reserve_bytes, clock, checkpoint
         self._lock = threading.RLock()
         with ExitStack() as opened:
-            opened.enter_context(_owned(folder, self._images))
-            self._database = opened.enter_context(closing(_connected(folder)))
+            opened.enter_context(owned(folder, self._images))
+            self._database = opened.enter_context(closing(connected(folder)))
             with self._change() as database:
                 database.execute("UPDATE jobs SET status=?, engine='', lease=NULL WHERE status=?", (QUEUED, RUNNING))
             for partial in self._images.glob("*.partial"):
@@ -357,7 +343,7 @@ class JobStore:
                     os.fsync(stream.fileno())
                 self._checkpoint("before the image's rename")
                 partial.rename(file)
-                _sync_folder(self._images)
+                sync_folder(self._images)
             except OSError as error:
                 partial.unlink(missing_ok=True)
                 if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -379,44 +365,3 @@ class JobStore:
             row["id"], row["status"], row["model"], row["owner"], json.loads(row["request"]), row["priority"],
             row["created"], row["deadline"], row["ended"], row["attempts"], row["reason"], json.loads(row["result"]),
             tuple(StoredImage(i["sha256"], i["bytes"], i["kind"]) for i in images))
-
-
-def _sync_folder(folder: Path) -> None:
-    """The names in a folder on disk, as `os.fsync` puts a file's bytes there."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def _owned(folder: Path, images: Path) -> Iterator[None]:
-    """Make the folders, and hold them against every other process."""
-    try:
-        images.mkdir(parents=True, exist_ok=True)
-        lock = (folder / "lock").open("a")
-    except OSError as error:
-        raise UnavailableError(f"it cannot be written: {error.strerror}", where=str(folder)) from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UnavailableError("another server has it open", where=str(folder),
-                                   fix="stop that one, or give this one another --state") from error
-        yield
-
-
-def _connected(folder: Path) -> sqlite3.Connection:
-    database = sqlite3.connect(folder / "jobs.sqlite3", isolation_level=None, check_same_thread=False)
-    database.row_factory = sqlite3.Row
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=10000"):
-        database.execute(f"PRAGMA {pragma}")
-    version = database.execute("PRAGMA user_version").fetchone()[0]
-    if version > SCHEMA_VERSION:
-        database.close()
-        raise InputError(f"it was written by a newer version (schema {version})", where=str(folder),
-                         fix="upgrade ldm-deploy, or give another --state")
-    database.executescript(_TABLES)
-    database.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
-    return database

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from runtimes.pipeline.request import Request
+    from runtimes.inputs.request import Request
 
 _NUMBERS = itertools.count()
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from runtimes.errors import CancelledError, InputError, ParityError, UnavailableError
+from runtimes.inputs.request import Request
 from runtimes.pipeline.diffusion import Pipeline
-from runtimes.pipeline.request import Request
 from runtimes.serving.engine import Engine, preview_steps
 from runtimes.serving.ticket import Progress, Ticket
 from runtimes.serving.waiting import AGING_SECONDS, QueueFullError, Waiting
