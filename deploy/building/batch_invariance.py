@@ -36,7 +36,7 @@ Arrays = Mapping[str, NDArray[Any]]
 MEASURED_ROLES = (Role.TEXT_ENCODER, Role.DENOISER, Role.SHALLOW, Role.IMAGE_ENCODER, Role.IMAGE_DECODER)
 VERSION = 1  # raised whenever the same key would mean other figures
 MEASURED_FILE = "measured.json"
-TOKENS = 64  # ids below this are in every vocabulary, also of networks made for a test
+TOKENS = 32  # ids below this are in every vocabulary, those of tests too
 ENOUGH_SECONDS = 20.0  # of a component at the sizes that it is mostly called with; else at its smallest
 
 
