@@ -135,7 +135,7 @@ class Request:
         """Check every field by its kind, then what fields say of each other."""
         for declared in fields(self):
             value = getattr(self, declared.name)
-            if value is not None or declared.default is not None:
+            if value is not declared.default:
                 kind: Kind = declared.metadata["kind"]
                 object.__setattr__(self, declared.name, kind.check(value, declared.name, declared.metadata))
         self._check_counts()
