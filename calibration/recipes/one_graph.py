@@ -183,7 +183,8 @@ def find_ranges(graph: Path, assignment: Mapping[str, str], settings: Settings, 
                 ) -> tuple[dict[str, Range], dict[str, Any]]:
     """Ranges of every activation that the assignment quantizes; the same rounded, and their drift, as JSON."""
     tensors = tensors_to_observe(ir.load(graph), assignment, settings.scheme)
-    seen = observe(graph, tensors, lambda: recording.calls(name), histograms=settings.estimator != "minmax")
+    seen = observe(graph, tensors, lambda: recording.calls(name), histograms=settings.estimator != "minmax",
+                   timestep=recording.timestep)
     ranges = estimate(seen, settings.estimator, settings.scheme)
     rounded = {tensor: [float(f"{end:.6g}") for end in ends] for tensor, ends in sorted(ranges.items())}
     return ranges, {"ranges": rounded, "drift": drift(seen)}

@@ -17,7 +17,6 @@ from runtimes.bundle.folder import link_or_copy
 
 Feeds = dict[str, np.ndarray[Any, Any]]
 Calls = Callable[[], Iterable[Feeds]]
-TIMESTEP = "timestep"
 
 
 @contextmanager
@@ -48,8 +47,8 @@ def probed(file: Path, tensors: Sequence[str], threads: int = 0) -> Iterator[Cal
         yield run
 
 
-def observe(file: Path, tensors: Sequence[str], calls: Calls, *, histograms: bool, threads: int = 0,
-            ) -> dict[str, Observed]:
+def observe(file: Path, tensors: Sequence[str], calls: Calls, *, histograms: bool, timestep: str = "",
+            threads: int = 0) -> dict[str, Observed]:
     """Statistics of inner tensors over recorded calls, which are gone through once, or twice with histograms.
 
     Args:
@@ -57,14 +56,15 @@ def observe(file: Path, tensors: Sequence[str], calls: Calls, *, histograms: boo
         tensors: names.
         calls: gives the recorded feeds anew each time it is called.
         histograms: fill `Observed.counts`; min-max needs none.
+        timestep: input (B,) that says where in the schedule a call is; "" for a graph that has none.
     """
     seen = {name: Observed() for name in tensors}
     if not seen:
         return seen
     with probed(file, tensors, threads) as run:
         for feeds in calls():
-            timestep = feeds.get(TIMESTEP)
-            stratum = None if timestep is None else stratum_of(float(timestep.flat[0]))
+            at = feeds.get(timestep)
+            stratum = None if at is None else stratum_of(float(at.flat[0]))
             for name, values in run(feeds).items():
                 seen[name].extend(values, stratum)
         for feeds in calls() if histograms else ():

@@ -52,11 +52,13 @@ class Recording:
         folder: holds shard-NNNN.npz.
         shards: how many.
         identity: sha256 of everything that decides the content; what a quantized component's manifest names.
+        timestep: input of the denoiser that says where in the schedule a call is.
     """
 
     folder: Path
     shards: int
     identity: str
+    timestep: str = ""
 
     def calls(self, component: str) -> Iterator[Feeds]:
         """Recorded calls of one component in the order they were made, one shard in memory at a time.
@@ -79,7 +81,8 @@ class Recording:
 
 
 def record(sessions: Mapping[str, Session], assemble: Assemble, episodes: tuple[Episode, ...], root: Path, *,
-           source: Any, guidance_scale: float, steps: int = STEPS, strength: float = STRENGTH) -> Recording:
+           source: Any, guidance_scale: float, timestep: str = "", steps: int = STEPS,
+           strength: float = STRENGTH) -> Recording:
     """Run the pipeline and keep what its networks are fed; what was recorded before, also by a killed run, is kept.
 
     The U-Net's calls hold both guidance branches (rows: unconditional, then conditional). Text encoder and decoder are
@@ -94,6 +97,7 @@ def record(sessions: Mapping[str, Session], assemble: Assemble, episodes: tuple[
         root: folder of all recordings, one folder in it for each identity.
         source: JSON value that identifies the networks, tokenizer and scheduler.
         guidance_scale: of classifier-free guidance.
+        timestep: input of the denoiser that is one, for the recording.
         steps, strength: as given to `plan_episodes`.
 
     Raises:
@@ -103,7 +107,7 @@ def record(sessions: Mapping[str, Session], assemble: Assemble, episodes: tuple[
     identity = digest_of({"version": VERSION, "source": source, "guidance": guidance_scale, "steps": steps,
                           "strength": strength, "episodes": [asdict(e) for e in episodes]})
     folder = root / identity
-    recording = Recording(folder, len(episodes), identity)
+    recording = Recording(folder, len(episodes), identity, timestep)
     taps = {name: _Tap(session) for name, session in sessions.items()}
     listener().working("recording what the networks are fed, to calibrate with")
     with translated_disk_errors(folder):

@@ -76,7 +76,8 @@ def record_calibration(source: Bundle, calibration: Mapping[str, Any]) -> Record
                 **pipeline_identity(manifest)}
     return record(dict(BundleSessions(source, SessionOptions())), lambda sessions: assemble_pipeline(sessions, source),
                   episodes, cache_home() / "calibration", source=identity,
-                  guidance_scale=calibration["guidance_scale"], steps=steps, strength=strength)
+                  guidance_scale=calibration["guidance_scale"], timestep=manifest.pipeline.denoiser.timestep,
+                  steps=steps, strength=strength)
 
 
 def at_common_size(manifest: Manifest) -> Roles:

@@ -1,4 +1,4 @@
-"""`Session`: one loaded component, numpy in and out, from open to close; what every backend shares, and their table."""
+"""`Session`: one loaded component, numpy in and out, from open to close. With what backends share, and their table."""
 
 from __future__ import annotations
 

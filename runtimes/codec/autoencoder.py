@@ -1,4 +1,4 @@
-"""Latents and pixels: the two halves of the autoencoder, in chunks of the batch they were built for."""
+"""Encodes pixels to latents and decodes latents to pixels, in chunks of the batch the autoencoder was built for."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def decode(decoder: Session, latents: Float32, codec: Codec, at_once: int | None
 
 
 def decode_tiled(decoder: Session, latents: Float32, codec: Codec, tiling: Tiling) -> Float32:
-    """As `decode`, tile by tile and blended, one image in a call: (B, H, W, 3) float32 in 0..1."""
+    """As `decode`, tile by tile and blended, one image in a call: pixels (B, H, W, 3) float32 in 0..1."""
     tiles = (decode(decoder, tile, codec, 1).transpose(0, 3, 1, 2) for tile in tiling.cut(latents))
     return tiling.join(tiles, codec.factor).transpose(0, 2, 3, 1)
 
@@ -110,7 +110,7 @@ def to_unit(sample: Float32, where: str) -> Float32:
 
 
 def to_uint8(pixels: Float32) -> NDArray[np.uint8]:
-    """(B, H, W, 3) float32 in 0..1 to uint8 in 0..255, halves to even as diffusers' `numpy_to_pil`."""
+    """Pixels (B, H, W, 3) float32 in 0..1 to uint8 in 0..255, halves to even as diffusers' `numpy_to_pil`."""
     return np.rint(pixels * 255).astype(np.uint8)
 
 

@@ -1,4 +1,4 @@
-"""Latents to colours without the decoder: a linear map, fitted to the bundle's own decoder."""
+"""Turns latents to colours without the decoder, by a linear map fitted to the bundle's own decoder."""
 
 from __future__ import annotations
 

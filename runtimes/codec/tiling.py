@@ -1,4 +1,4 @@
-"""Images larger than the networks were built for, from overlapping tiles that are blended smoothly.
+"""Makes images larger than the networks were built for, from overlapping tiles that are blended smoothly.
 
 Bar-Tal et al., MultiDiffusion, arXiv 2302.08113: at every step each tile is predicted on its own and the predictions
 are averaged where tiles overlap, eq. 5 with weights that fall off towards a tile's border. The autoencoder's halves

@@ -1,4 +1,4 @@
-"""Random numbers bit for bit as `torch.randn` samples them from a CPU generator, one stream per image. No global state.
+"""Samples random numbers, bit for bit those of `torch.randn` with a CPU generator, in one stream for each image.
 
 A seed means what it means in PyTorch and diffusers, and an image is the same alone or within a batch. The arithmetic is
 ATen's (`native/cpu/DistributionTemplates.h`, `core/DistributionsHelper.h`), in its AVX2 form: what every x86 CPU since

@@ -1,4 +1,4 @@
-"""What the fields of a request may hold: each kind of value is checked here, read from text, and named to Triton.
+"""The kinds of values that a request's fields hold: how each is checked, read from text, and named to Triton.
 
 The fields themselves are in `runtimes.inputs.request`.
 """

@@ -1,4 +1,4 @@
-"""A request against a bundle: sizes and defaults found, images opened, everything spread out to one entry per image."""
+"""Resolves a request for a bundle: finds sizes and defaults, opens images, and makes one entry for each image."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A part of a run: the base model denoises the first share of the noise schedule, a refiner the rest.
+"""Cuts a run in parts: the base model denoises the first share of the noise schedule, a refiner the rest.
 
 Shares are of the training schedule, as `denoising_end` of diffusers' StableDiffusionXLPipeline and `denoising_start` of
 its StableDiffusionXLImg2ImgPipeline count them.

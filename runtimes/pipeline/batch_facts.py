@@ -1,4 +1,4 @@
-"""Whether a row's numbers depend on the rows that share its call: what was measured, and what follows.
+"""Says whether a row's numbers depend on the rows that share its call: what was measured, and what follows.
 
 Measuring is `deploy.building.batch_invariance`.
 """

@@ -1,4 +1,4 @@
-"""The components of a bundle as sessions, each loaded when it is first asked for."""
+"""Opens the components of a bundle as sessions, each when it is first asked for."""
 
 from __future__ import annotations
 

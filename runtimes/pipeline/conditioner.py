@@ -1,4 +1,4 @@
-"""What the denoiser takes besides sample and timestep: the prompt as one or two text encoders read it, pooled
+"""Makes the denoiser's inputs besides sample and timestep: the prompt as one or two text encoders read it, pooled
 embeddings, and sizes as numbers (Stable Diffusion XL, arXiv 2307.01952, section 2.2)."""
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Conditions:
     """One entry for each of the B images.
 
     Attributes:
-        cond: (tokens, width) float32 each; (0, 0) for a pipeline without prompts.
+        cond: embedded prompts, (tokens, width) float32 each; (0, 0) for a pipeline without prompts.
         uncond: the same for the negative prompts, or None without guidance.
         added, added_uncond: further inputs of the denoiser by name, (B, n) float32 each.
     """

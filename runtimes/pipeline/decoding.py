@@ -1,4 +1,4 @@
-"""Latents of finished jobs to images, several jobs in a call of the decoder."""
+"""Decodes the latents of finished jobs to images, several jobs in a call of the decoder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The denoiser over the rows of many jobs: which share a call, what they are fed, and what comes back to whom."""
+"""Runs the denoiser over the rows of many jobs: decides which share a call, feeds them, and hands out the results."""
 
 from __future__ import annotations
 

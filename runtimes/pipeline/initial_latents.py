@@ -1,4 +1,4 @@
-"""What denoising starts from: noise, a noised image, and what inpainting leaves of one."""
+"""Makes what denoising starts from: noise, or an image with noise, and the parts of it that inpainting leaves."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Pixels:
-    """What a start needs encoded.
+    """The pixels that a start needs encoded.
 
     Attributes:
         original: the initial images, (K, 3, H, W) float32 in -1..1, or None.
@@ -124,7 +124,7 @@ def begin(
         wanted: the request.
         run: of the scheduler.
         noise: the request's streams.
-        original, masked: the encoded pixels of `to_encode`.
+        original, masked: the encoded pixels of `to_encode`: mean and deviation, (K, C, H/f, W/f) float32 each.
     """
     codec = roles.codec
     image = None if original is None else _latents(codec, original, wanted.image_of, wanted, noise)

@@ -1,4 +1,4 @@
-"""`Job`: one request under way, from its first noise to latents without any. Networks are called by others."""
+"""`Job`, the state of one request from its first noise to clean latents; it calls no network itself."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ class Job:
 
     @property
     def latents(self) -> Float32:
-        """(B, C, H/f, W/f) float32 as of now, read-only."""
+        """The latents as of now, (B, C, H/f, W/f) float32, read-only."""
         return _read_only(self._sample)
 
     @property
@@ -289,7 +289,10 @@ class Asked:
 
 
 class Features:
-    """Deep features of the rows of a job, as the denoiser's whole entry gave them, by name: (branches * n, ...)."""
+    """Deep features of the rows of a job, as the denoiser's whole entry gave them, by name: (branches * n, ...).
+
+    Every array has the shape and dtype that the denoiser's TensorSpec says, for these rows: features of any scale.
+    """
 
     def __init__(self) -> None:
         self._stored: dict[Rows, dict[str, NDArray[Any]]] = {}

@@ -1,4 +1,4 @@
-"""A bundle on disk to a pipeline that runs it."""
+"""Loads a bundle from disk as a pipeline that runs it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much memory a bundle's calls take: a model fitted to measurements, and how many images fit into a budget.
+"""Predicts how much memory a bundle's calls take, from measurements, and how many images fit into a budget.
 
     peak = base + sum over denoiser and decoder of (c + b * rows * area + q * rows * area^2)
 

@@ -1,4 +1,4 @@
-"""How much memory a bundle's calls take on this machine, measured in a process of its own and cached.
+"""Measures how much memory a bundle's calls take on this machine, in a process of its own, and caches it.
 
 The process is `python -m runtimes.pipeline.memory_measurement REQUEST.json`, which leaves what it measured beside the
 request.

@@ -1,4 +1,4 @@
-"""The sessions of one job: they can be stopped and are timed, and one that is missing is named."""
+"""Wraps the sessions of one job, so that they can be stopped and timed, and a missing one is named."""
 
 from __future__ import annotations
 

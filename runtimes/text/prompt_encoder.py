@@ -1,4 +1,4 @@
-"""Prompts to embeddings: tokenize, look up, and run the text encoder for what is new."""
+"""Embeds prompts: tokenizes them, looks them up, and runs the text encoder for what is new."""
 
 from __future__ import annotations
 

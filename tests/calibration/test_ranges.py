@@ -71,7 +71,7 @@ def test_an_unknown_estimator_is_refused():
 def test_ranges_are_recorded_for_each_part_of_the_schedule(tmp_path: Path):
     graph = write_graph(tmp_path / "model.onnx")
     found = drift(observe(graph, ["sample", "d"], lambda: ({**c, "timestep": c["timestep"] * 1000} for c in calls(10)),
-                          histograms=False))
+                          timestep="timestep", histograms=False))
     assert [row[0] for row in found["sample"]] == list(range(STRATA))
     assert found["sample"][-1][2] > 1.5 * found["sample"][0][2]  # the inputs' spread grows with the timestep
 

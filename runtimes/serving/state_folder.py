@@ -1,0 +1,77 @@
+"""The folder of a server's state: held by one process, with a database whose commits are on disk when they return."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from runtimes.errors import InputError, UnavailableError
+
+SCHEMA_VERSION = 1
+TABLES = """
+CREATE TABLE IF NOT EXISTS jobs (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, status TEXT NOT NULL, model TEXT NOT NULL,
+    owner TEXT NOT NULL, request TEXT NOT NULL, priority INTEGER NOT NULL, deadline REAL, created REAL NOT NULL,
+    ended REAL, engine TEXT NOT NULL DEFAULT '', lease REAL, attempts INTEGER NOT NULL DEFAULT 0,
+    reason TEXT NOT NULL DEFAULT '', result TEXT NOT NULL DEFAULT '{}', idempotency TEXT) STRICT;
+CREATE UNIQUE INDEX IF NOT EXISTS by_idempotency ON jobs (owner, idempotency) WHERE idempotency IS NOT NULL;
+CREATE INDEX IF NOT EXISTS by_status ON jobs (status, priority DESC, number);
+CREATE TABLE IF NOT EXISTS images (
+    sha256 TEXT NOT NULL, job TEXT NOT NULL REFERENCES jobs (id) ON DELETE CASCADE, place INTEGER NOT NULL,
+    bytes INTEGER NOT NULL, kind TEXT NOT NULL, PRIMARY KEY (job, place)) STRICT;
+CREATE INDEX IF NOT EXISTS by_sha256 ON images (sha256);
+"""
+
+
+def sync_folder(folder: Path) -> None:
+    """The names in a folder on disk, as `os.fsync` puts a file's bytes there."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def owned(folder: Path, images: Path) -> Iterator[None]:
+    """Make the folders, and hold them against every other process.
+
+    Raises:
+        UnavailableError: another process holds them, or they cannot be written.
+    """
+    try:
+        images.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "lock").open("a")
+    except OSError as error:
+        raise UnavailableError(f"it cannot be written: {error.strerror}", where=str(folder)) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UnavailableError("another server has it open", where=str(folder),
+                                   fix="stop that one, or give this one another --state") from error
+        yield
+
+
+def connected(folder: Path) -> sqlite3.Connection:
+    """The database of a folder, made if it is absent: WAL mode, `synchronous=FULL`.
+
+    Raises:
+        InputError: a newer version wrote it.
+    """
+    database = sqlite3.connect(folder / "jobs.sqlite3", isolation_level=None, check_same_thread=False)
+    database.row_factory = sqlite3.Row
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=10000"):
+        database.execute(f"PRAGMA {pragma}")
+    version = database.execute("PRAGMA user_version").fetchone()[0]
+    if version > SCHEMA_VERSION:
+        database.close()
+        raise InputError(f"it was written by a newer version (schema {version})", where=str(folder),
+                         fix="upgrade ldm-deploy, or give another --state")
+    database.executescript(TABLES)
+    database.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+    return database

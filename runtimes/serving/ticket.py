@@ -1,0 +1,137 @@
+"""`Ticket`: one request within an engine, as its client holds it: progress, cancel, result; for threads and asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+from collections.abc import AsyncIterator, Callable, Generator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from runtimes.inputs.request import Request
+
+_NUMBERS = itertools.count()
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A request went on by a step.
+
+    Attributes:
+        index: steps that are finished, 1 to total.
+        total: of all.
+        preview: (B, H/f, W/f, 3) uint8 of what the latents show, or None where none was asked for.
+    """
+
+    index: int
+    total: int
+    preview: NDArray[np.uint8] | None = None
+
+
+class Ticket:
+    """One request that an engine accepted. Awaitable; any thread may read and cancel it.
+
+    Attributes:
+        request: with its seeds resolved.
+        model: name of the bundle.
+        priority: higher ones run first.
+        deadline: of `time.monotonic`, after which it is not started any more; None for none.
+        created, started, ended: of `time.monotonic`, None before.
+        previews: which steps show one: after those of these indices.
+        number: order of arrival.
+    """
+
+    def __init__(self, request: Request, model: str, *, priority: int = 0, deadline: float | None = None,
+                 previews: frozenset[int] = frozenset(), on_cancel: Callable[[], None] = lambda: None) -> None:
+        """Take a number."""
+        self.request, self.model, self.priority, self.deadline = request, model, priority, deadline
+        self.previews, self._on_cancel = previews, on_cancel
+        self.number, self.created = next(_NUMBERS), monotonic()
+        self.started: float | None = None
+        self.ended: float | None = None
+        self.progress: Progress | None = None
+        self.cancelled = False
+        self.future: Future[Any] = Future()
+        self._watchers: list[Callable[[Progress | None], None]] = []
+        self._lock = threading.Lock()
+
+    @property
+    def images(self) -> int:
+        """How many it asks for."""
+        return self.request.count
+
+    @property
+    def status(self) -> str:
+        """queued, running, completed, failed or cancelled."""
+        if not self.future.done():
+            return "queued" if self.started is None else "running"
+        if self.cancelled:
+            return "cancelled"
+        return "failed" if self.future.exception() is not None else "completed"
+
+    def result(self, timeout: float | None = None) -> Any:
+        """The images, once they are there.
+
+        Raises:
+            DeployError: why there are none.
+            TimeoutError: not within so many seconds.
+        """
+        return self.future.result(timeout)
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        return asyncio.wrap_future(self.future).__await__()
+
+    def cancel(self) -> None:
+        """End it: at once while it waits, else at its next step."""
+        self.cancelled = True
+        self._on_cancel()
+
+    def watch(self, watcher: Callable[[Progress | None], None]) -> None:
+        """Call `watcher` after every step from now on, in the engine's thread, and with None at the end."""
+        with self._lock:
+            if not self.future.done():
+                self._watchers.append(watcher)
+                return
+        watcher(None)
+
+    async def events(self) -> AsyncIterator[Progress]:
+        """Every step from now on; ends with the request, however that ends."""
+        loop, queue = asyncio.get_running_loop(), asyncio.Queue[Progress | None]()
+
+        def put(event: Progress | None) -> None:
+            loop.call_soon_threadsafe(queue.put_nowait, event)
+
+        self.watch(put)
+        while (event := await queue.get()) is not None:
+            yield event
+
+    # ---- the engine's side ---------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """It runs now."""
+        self.started = monotonic()
+
+    def step(self, progress: Progress) -> None:
+        """It went on."""
+        self.progress = progress
+        for watcher in list(self._watchers):
+            watcher(progress)
+
+    def end(self, result: Any = None, error: BaseException | None = None) -> None:
+        """It has images, or an error."""
+        with self._lock:
+            self.ended = monotonic()
+            watchers, self._watchers = self._watchers, []
+            if error is not None:
+                self.future.set_exception(error)
+            else:
+                self.future.set_result(result)
+        for watcher in watchers:
+            watcher(None)

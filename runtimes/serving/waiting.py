@@ -1,0 +1,133 @@
+"""The bounded queue in front of an engine: priorities that age, deadlines, and when a refused client may come again."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Collection
+from time import monotonic
+
+from runtimes.errors import UnavailableError
+from runtimes.serving.ticket import Ticket
+
+AGING_SECONDS = 10.0  # waited, they count as one priority
+SMOOTHING = 0.2
+
+
+class QueueFullError(UnavailableError):
+    """The queue holds as many requests as it may.
+
+    Attributes:
+        retry_after: seconds until a place should be free, from the measured rate.
+    """
+
+    def __init__(self, length: int, retry_after: float) -> None:
+        """Say when to come again."""
+        super().__init__(f"{length} requests are waiting", where="queue",
+                         fix=f"ask again in {math.ceil(retry_after)} seconds")
+        self.retry_after = retry_after
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (0, self.retry_after)
+
+
+class Waiting:
+    """Tickets that no worker has taken yet. Safe to share between threads.
+
+    The next is the one of the highest priority, to which every ten seconds of waiting add one: no request waits for
+    ever, however many of higher priority come.
+    """
+
+    def __init__(self, most: int, clock: Callable[[], float] = monotonic) -> None:
+        """Hold at most `most` tickets."""
+        self._most, self._clock = most, clock
+        self._tickets: list[Ticket] = []
+        self._changed = threading.Condition()
+        self._seconds_each = 1.0  # of service for one image, smoothed
+
+    def __len__(self) -> int:
+        return len(self._tickets)
+
+    def put(self, ticket: Ticket) -> None:
+        """Let a ticket wait.
+
+        Raises:
+            QueueFullError: as many wait as may.
+        """
+        with self._changed:
+            if len(self._tickets) >= self._most:
+                raise QueueFullError(len(self._tickets), self.retry_after())
+            self._tickets.append(ticket)
+            self._changed.notify_all()
+
+    def take(self, models: Collection[str], images: int) -> list[Ticket]:
+        """The next tickets for a worker.
+
+        A ticket of more images than there is room for is not overtaken by later ones: it would wait for ever.
+
+        Args:
+            models: that the worker may run now.
+            images: room that it has; one ticket is given even if it needs more than an empty worker has.
+        """
+        with self._changed:
+            taken: list[Ticket] = []
+            for ticket in sorted(self._tickets, key=self._rank):
+                if ticket.model not in models:
+                    continue
+                if ticket.images > images:
+                    break
+                taken.append(ticket)
+                images -= ticket.images
+            self._remove(taken)
+            return taken
+
+    def first(self) -> Ticket | None:
+        """The ticket whose turn is next, which stays."""
+        with self._changed:
+            return min(self._tickets, key=self._rank, default=None)
+
+    def drop_ended(self) -> list[Ticket]:
+        """Remove and return tickets that were cancelled or whose deadline has passed."""
+        with self._changed:
+            now = self._clock()
+            ended = [t for t in self._tickets if t.cancelled or (t.deadline is not None and t.deadline < now)]
+            self._remove(ended)
+            return ended
+
+    def drain(self) -> list[Ticket]:
+        """Remove and return all."""
+        with self._changed:
+            left, self._tickets = self._tickets, []
+            return left
+
+    def wait(self, seconds: float) -> None:
+        """Until something comes, at most so long."""
+        with self._changed:
+            if not self._tickets:
+                self._changed.wait(seconds)
+
+    def wake(self) -> None:
+        """End every `wait`."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def position(self, ticket: Ticket) -> int:
+        """How many come before a ticket; 0 for the next and for one that waits no more."""
+        with self._changed:
+            ranked = sorted(self._tickets, key=self._rank)
+            return ranked.index(ticket) if ticket in ranked else 0
+
+    def served(self, images: int, seconds: float) -> None:
+        """Learn the rate: so many images took so long, the worker being busy."""
+        self._seconds_each += SMOOTHING * (seconds / images - self._seconds_each)
+
+    def retry_after(self) -> float:
+        """Seconds in which one place of the queue becomes free: what the request that is next needs."""
+        first = min(self._tickets, key=self._rank, default=None)
+        return max(self._seconds_each * (first.images if first else 1), 1.0)
+
+    def _rank(self, ticket: Ticket) -> tuple[float, int]:
+        return -(ticket.priority + (self._clock() - ticket.created) / AGING_SECONDS), ticket.number
+
+    def _remove(self, gone: list[Ticket]) -> None:
+        self._tickets = [ticket for ticket in self._tickets if ticket not in gone]
