@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 
 from runtimes.backends.batching import row_range
 from runtimes.backends.session import Session, WrappedSession
-from runtimes.bundle.manifest import Manifest, digest_of
+from runtimes.bundle.manifest import Component, Manifest, digest_of
 from runtimes.bundle.tensors import ShapeRange
 from runtimes.system.compute_identity import runtime_identity
 from runtimes.system.device import CPU, Device
 
+DYNAMIC = "w8a8-dynamic"  # `calibration.graphs.layers.DYNAMIC`, the precision of layers with such ranges
 LEAST_DB = 30.0  # below it, company decides what an image shows: ranges of dynamic INT8 over all rows of a call
 
 
@@ -41,10 +42,12 @@ class BatchFacts:
     Attributes:
         measured: by component; nothing of those that are missing.
         deterministic: an image must not depend on its company in any bit.
+        ranged: components whose activations have ranges found at run time, those of all rows of a call together.
     """
 
     measured: Mapping[str, BatchFact] = field(default_factory=dict)
     deterministic: bool = False
+    ranged: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, manifest: Manifest, device: Device = CPU, *, deterministic: bool = False) -> BatchFacts:
@@ -61,7 +64,8 @@ class BatchFacts:
                 for kind in {manifest.components[name].format for name in measured}}
         return cls({name: BatchFact(fact["exact"], fact.get("decibels"), fact["fixed"])
                     for name, fact in measured.items()
-                    if fact["runtime"] == here[manifest.components[name].format]}, deterministic)
+                    if fact["runtime"] == here[manifest.components[name].format]}, deterministic,
+                   frozenset(name for name, component in manifest.components.items() if _is_ranged(component)))
 
     def exact(self, component: str) -> bool:
         """Whether it was measured that company changes nothing."""
@@ -70,7 +74,9 @@ class BatchFacts:
     def shares(self, component: str) -> bool:
         """Whether rows of several jobs may share a call."""
         fact = self.measured.get(component)
-        if fact is None or fact.exact:
+        if fact is None:
+            return component not in self.ranged
+        if fact.exact:
             return True
         if self.deterministic:
             return fact.fixed
@@ -79,6 +85,11 @@ class BatchFacts:
     def sessions(self, sessions: Mapping[str, Session]) -> Mapping[str, Session]:
         """The sessions, with one number of rows for all calls of those that need it to be deterministic."""
         return _Fixed(sessions, self) if self.deterministic else sessions
+
+
+def _is_ranged(component: Component) -> bool:
+    quantization = component.graph.quantization
+    return quantization is not None and quantization.layers.get(DYNAMIC, 0) > 0
 
 
 class _Fixed(Mapping[str, Session]):

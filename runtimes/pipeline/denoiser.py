@@ -120,15 +120,21 @@ class DenoiserCalls:
         return 1
 
     def _call(self, component: str, pieces: list[Piece]) -> None:
-        """Run one call and give each job its part; what goes wrong is the error of all whose rows were in it."""
+        """Run one call and give each job its part. If it fails, each runs alone: what fails then is that job's own."""
         pieces = [piece for piece in pieces if piece.asked.job.live()]
         if not pieces:
             return
         try:
             outputs = self._run(component, pieces)
         except Exception as error:
+            by_job: dict[int, list[Piece]] = {}
             for piece in pieces:
-                piece.asked.job.fail(error)
+                by_job.setdefault(id(piece.asked.job), []).append(piece)
+            if len(by_job) == 1:
+                pieces[0].asked.job.fail(error)
+                return
+            for own in by_job.values():
+                self._call(component, own)
             return
         prediction, at = outputs[self._roles.denoiser.output], 0
         if prediction.dtype != np.float32:

@@ -13,7 +13,7 @@ from deploy.core.pass_cache import Cache
 from runtimes.bundle.folder import Bundle
 from runtimes.bundle.tensors import ShapeRange
 from runtimes.errors import BundleError
-from runtimes.pipeline.batch_facts import BatchFacts
+from runtimes.pipeline.batch_facts import DYNAMIC, BatchFacts
 from tests.runtimes.fakes import FakeSession, fake_sessions, unet
 from tests.runtimes.schedules import make_bundle
 
@@ -86,3 +86,18 @@ def test_a_measurement_of_another_type_is_refused_when_the_bundle_is_opened(bund
     manifest = dataclasses.replace(bundle.manifest, measured={"batch": {"unet": {"exact": "yes", "fixed": True}}})
     with pytest.raises(BundleError, match=r"measured.batch.unet.exact"):
         parse(dumps(manifest), "manifest.json")
+
+
+def test_rows_of_dynamic_int8_never_share_unless_they_were_measured_to_be_exact(bundle):
+    from calibration.graphs.layers import DYNAMIC as LAYER
+    from runtimes.bundle.details import GraphDetails, Quantization
+
+    assert LAYER == DYNAMIC
+    quantization = Quantization(recipe="dynamic", scheme={}, layers={DYNAMIC: 3, "float": 1}, parameters={},
+                                weight_bytes=(4, 1))
+    manifest = bundle.manifest
+    components = {**manifest.components, "unet": dataclasses.replace(
+        manifest.components["unet"], details=GraphDetails(quantization=quantization))}
+    unknown = dataclasses.replace(manifest, components=components, measured={})
+    assert not BatchFacts.of(unknown).shares("unet") and BatchFacts.of(unknown).shares("vae_decoder")
+    assert BatchFacts.of(dataclasses.replace(manifest, measured={})).shares("unet")

@@ -19,12 +19,15 @@ from runtimes.serving.waiting import AGING_SECONDS, QueueFullError, Waiting
 from tests.runtimes.fakes import DDIM, FACTS, fake_sessions, tokenize
 
 
-def pipeline(slow: float = 0.0) -> Pipeline:
+def pipeline(slow: float = 0.0, refused: str = "") -> Pipeline:
+    """Numpy functions; the denoiser takes `slow` seconds more, and raises where a row is of the prompt `refused`."""
     sessions = fake_sessions(batch=16)
     unet = sessions["unet"].function
 
     def slowed(**feeds):
         time.sleep(slow)
+        if refused and (feeds["encoder_hidden_states"][:, 0, 0] == np.sin(np.float32(len(refused)))).any():
+            raise UnavailableError("the device refuses", where="unet")
         return unet(**feeds)
 
     sessions["unet"].function = slowed
@@ -75,6 +78,14 @@ def test_a_fault_of_one_never_ends_another():
         with pytest.raises(InputError, match="height"):
             unfit.result(30)
         assert [t.status for t in tickets] == ["completed", "failed", "failed", "completed"]
+
+
+def test_what_one_request_breaks_in_a_shared_call_is_that_requests_error_alone():
+    with Engine({"m": pipeline(0.002, "bad")}) as engine:
+        tickets = [engine.submit(request(text, guidance_scale=1.0, steps=9), "m") for text in ("good", "bad", "fine.")]
+        assert tickets[0].result(30).shape == tickets[2].result(30).shape
+        with pytest.raises(UnavailableError, match="refuses"):
+            tickets[1].result(30)
 
 
 def test_cancelling_ends_a_waiting_request_at_once_and_a_running_one_at_its_next_step():
