@@ -90,7 +90,8 @@ def from_dataclass(described: Any, *names: str) -> list[Option]:
     options = []
     for field in dataclasses.fields(described):
         if field.name in names if names else "help" in field.metadata:
-            kind, choices = command_line_type(hints[field.name])
+            said = field.metadata
+            kind, choices = (said["type"], ()) if "type" in said else command_line_type(hints[field.name])
             default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
             given = {"choices": choices, "default": "" if default is dataclasses.MISSING else default, "type": kind}
             options.append(Option(field.name, **{**given, **field.metadata}))

@@ -25,7 +25,7 @@ from runtimes.errors import InputError
 from runtimes.inputs.noise import resolve_seeds
 from runtimes.inputs.request import Request
 from runtimes.system.byte_sizes import parse_bytes
-from runtimes.system.device import Device
+from runtimes.system.device import CPU, Device
 from runtimes.system.process_memory import peak_rss_bytes
 
 if TYPE_CHECKING:
@@ -66,8 +66,8 @@ class Run:
                             flags=("--metadata/--no-metadata",))
     lora: tuple[str, ...] = option((), "LoRA in place of the bundle's, FILE or FILE:SCALE, of a bundle built with "
                                    "--lora-mode swap; may be given again")
-    device: str = option("cpu", "where the bundle runs: cpu, cuda, tensorrt or tensorrt-rtx; with OpenVINO cpu, gpu, "
-                         "npu or auto")
+    device: Device = option(CPU, "where the bundle runs: cpu, cuda, tensorrt or tensorrt-rtx; with OpenVINO cpu, gpu, "
+                            "npu or auto; the second GPU is cuda:1", type=str, default="cpu")
     threads: int = option(0, "CPU threads, 0 being one for each core", least=0)
     hint: str = option("latency", "how OpenVINO shares the cores: each call has all of them, or calls run side by side",
                        choices=("latency", "throughput"))
@@ -79,7 +79,8 @@ class Run:
                           flags=("-o", "--output"))
 
     def __post_init__(self) -> None:
-        """Refuse what is no choice or out of range."""
+        """Read the device; refuse what is no choice or out of range."""
+        object.__setattr__(self, "device", Device.parse(self.device))
         for declared in dataclasses.fields(self):
             value, said = getattr(self, declared.name), declared.metadata
             name = f"--{declared.name.replace('_', '-')}"
@@ -208,7 +209,7 @@ def check_session(run: Run, bundle: Bundle) -> None:
     formats = {component.format for component in bundle.manifest.components.values()}
     if run.hint != "latency" and "openvino" not in formats:
         raise InputError(f"only OpenVINO takes the hint {run.hint!r}", where="--hint", fix="leave it out")
-    if run.pin_threads and (Device.parse(run.device).kind != "cpu" or "tensorrt" in formats):
+    if run.pin_threads and (run.device.kind != "cpu" or "tensorrt" in formats):
         raise InputError("threads are pinned on a CPU only", where="--pin-threads", fix="leave it out")
 
 

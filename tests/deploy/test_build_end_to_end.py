@@ -234,7 +234,7 @@ def test_a_mask_repaints_a_part_and_a_preview_is_written(reference_bundle: Path,
     with Image.open("preview.png") as preview, Image.open("fox.png") as fox:
         assert preview.size == fox.size == (64, 64)
     assert_refused(cli("generate", reference_bundle, "a dog", "--mask", "mask.png"), "without an image")
-    assert_refused(cli("generate", reference_bundle, "a dog", "--guidance-interval", "1"), "first:last")
+    assert_refused(cli("generate", reference_bundle, "a dog", "--guidance-interval", "1"), "not a pair")
 
 
 def test_a_png_says_how_it_was_made_unless_asked_not_to(reference_bundle: Path, cli: Cli):

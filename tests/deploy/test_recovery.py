@@ -166,7 +166,8 @@ def test_fewer_trajectories_at_a_time_make_steps_of_as_many(monkeypatch):
     monkeypatch.setattr(Teacher, "load", lambda *_: generated)
     monkeypatch.setattr(recover_network, "load_source_module", lambda *_: copy.deepcopy(teacher.network))
     monkeypatch.setattr(recover_network, "train", train)
-    source: Any = SimpleNamespace(component=lambda name: SimpleNamespace(sha256=name), manifest=None)
+    source: Any = SimpleNamespace(component=lambda name: SimpleNamespace(sha256=name),
+                                  manifest=SimpleNamespace(pipeline=SimpleNamespace(encoders=("text_encoder",))))
     monkeypatch.setattr(recover_network, "pipeline_identity", lambda _: "")
     config = {"steps": 5, "prompts": [], "guidance_scale": 3.0, "keep_zeros": False}
     for more in ({}, {"batch": 8}, {"batch": 5}):

@@ -91,7 +91,7 @@ def test_a_missing_builder_stops_the_build_before_any_work(tiny_model: Path, tmp
     monkeypatch.setattr("exporters.tensorrt.engine_builder.installed", lambda builder: False)
     with pytest.raises(UnavailableError, match="no TensorRT builder is installed"):
         run_build(BuildSpec(model=str(tiny_model), target="tensorrt"), tmp_path / "b", cache_root=tmp_path / "cache")
-    assert not (tmp_path / "b").exists() and not (tmp_path / "cache").exists()
+    assert not (tmp_path / "b").exists() and not (tmp_path / "cache" / "passes").exists()
 
 
 def test_int8_engines_hold_quantizers_that_break_no_attention(tiny_model: Path, build_cache: Path, tmp_path: Path):

@@ -160,7 +160,11 @@ def test_a_model_without_a_text_encoder_is_refused_before_any_work():
 def test_both_text_encoders_of_xl_are_stored_in_4_bits():
     spec = spec_of()
     manifest = exported(spec)
-    manifest = replace(manifest, components={**manifest.components, "text_encoder_2": manifest.components[NAME]})
+    conditioner = manifest.pipeline.conditioner
+    second = replace(conditioner.encoders[0], component="text_encoder_2", tokenizer="tokenizer_2")
+    roles = replace(manifest.pipeline, conditioner=replace(conditioner, encoders=(*conditioner.encoders, second)))
+    manifest = replace(manifest, pipeline=roles,
+                       components={**manifest.components, "text_encoder_2": manifest.components[NAME]})
     step = Quantize().plan(manifest, spec)
     assert isinstance(step, Step)
     assert {n for n, recipe in step.config["recipes"].items() if recipe == "weight-only-4"} == {NAME, "text_encoder_2"}

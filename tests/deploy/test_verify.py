@@ -19,7 +19,7 @@ from deploy.parity.effort import Effort
 from deploy.parity.options import ParityOptions
 from deploy.parity.pipelines import PipelineReport
 from deploy.parity.verdict import Verification
-from tests.runtimes.fakes import AFFINE, affine_bundle, write_bundle
+from tests.runtimes.fakes import AFFINE, FACTS, affine_bundle, cached_pipeline, write_bundle
 
 
 class Asked(Exception):
@@ -32,13 +32,15 @@ def test_the_source_is_opened_with_what_the_bundle_was_built_with(tmp_path: Path
         raise Asked(spec.step_cache, spec.safety_checker)
 
     monkeypatch.setattr(module, "open_origin", asked)
+    pipeline = cached_pipeline()
+    known = {part: session.component for part, session in pipeline.sessions.items()}
     parts = {}
     for part in ("unet", name):
         file = tmp_path / "b" / "components" / part / "model.onnx"
         file.parent.mkdir(parents=True)
         file.write_bytes(b"graph")
-        parts[part] = replace(AFFINE, file=f"components/{part}/model.onnx")
-    bundle = write_bundle(tmp_path / "b", parts)
+        parts[part] = replace(known.get(part, AFFINE), file=f"components/{part}/model.onnx")
+    bundle = write_bundle(tmp_path / "b", parts, pipeline.roles if option == "step_cache" else FACTS)
     with pytest.raises(Asked) as caught:
         module.verify_bundle(bundle.path, str(tmp_path))
     assert caught.value.args == (option == "step_cache", option == "safety_checker")

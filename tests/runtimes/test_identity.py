@@ -60,6 +60,7 @@ def test_an_engines_proof_is_of_this_gpu_driver_and_release(machine: dict[str, A
 
 
 def test_a_proof_on_a_cpu_is_of_its_model_and_instructions_and_of_their_limits(machine, monkeypatch):
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
     before = runtime_identity(CPU, "onnx")
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
     limited = runtime_identity(CPU, "onnx")

@@ -86,7 +86,7 @@ def test_a_key_without_a_place_is_refused_by_name_and_kind(
 @pytest.mark.parametrize(("down", "up", "words"), [
     (shaped(2, 5), shaped(6, 2), "does not fit"), (shaped(2, 4), shaped(5, 2), "does not fit"),
     (shaped(3, 4), shaped(6, 2), "does not fit"), (shaped(2, 2, 2), shaped(6, 2), "does not fit"),
-    (shaped(4), shaped(6, 1), "not matrices"), (shaped(0, 4), shaped(6, 0), "no matrices"),
+    (shaped(4), shaped(6, 1), "not matrices"), (shaped(0, 4), shaped(6, 0), "not matrices"),
     (shaped(2, 4) * np.nan, shaped(6, 2), "NaN or infinity"), (shaped(2, 4), shaped(6, 2) * np.inf, "NaN or infinity"),
 ])
 def test_matrices_that_fit_nothing_are_refused(down: np.ndarray, up: np.ndarray, words: str, tmp_path: Path) -> None:
