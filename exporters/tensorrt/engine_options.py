@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from runtimes.backends.tensorrt.engine_plan import MODULES
+from runtimes.bundle.details import BuilderOptions
 from runtimes.bundle.tensors import Axis, ShapeRange, TensorSpec
 from runtimes.errors import InputError
 
@@ -20,8 +21,10 @@ Sizes = Mapping[str, ShapeRange]  # axis -> range
 
 
 @dataclass(frozen=True)
-class EngineOptions:
-    """Options of one engine; each default is the builder's own, except that TF32 is off.
+class EngineOptions(BuilderOptions):
+    """Options of one engine as a bundle records them, refused where a builder does not take them.
+
+    Each default is the builder's own, except that TF32 is off.
 
     Attributes:
         capabilities: of tensorrt-rtx: "SM89" and the like, ("current",) for the GPU of this machine, or () for all
@@ -39,21 +42,6 @@ class EngineOptions:
         auxiliary_streams: at most this many extra streams; -1 leaves it to the builder.
         graph_capturable: refuse networks that would allocate at run time, which CUDA graphs do not survive.
     """
-
-    builder: str = "tensorrt-rtx"
-    capabilities: tuple[str, ...] = ()
-    workspace_bytes: int = 0
-    optimization_level: int = -1
-    tf32: bool = False
-    version_compatible: bool = False
-    hardware: str = "none"
-    refittable: bool = False
-    stripped: bool = False
-    weight_streaming: bool = False
-    sparse_weights: bool = False
-    tiling: str = "none"
-    auxiliary_streams: int = -1
-    graph_capturable: bool = False
 
     def __post_init__(self) -> None:
         for name, value, known in (("builder", self.builder, tuple(MODULES)), ("hardware", self.hardware, HARDWARE),
