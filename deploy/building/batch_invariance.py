@@ -6,36 +6,29 @@ are those of all rows together. `runtimes.pipeline.batch_facts` reads what is me
 
 from __future__ import annotations
 
-import json
 import math
-import sys
-import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from deploy.core.isolation import ABOVE_BYTES
+from deploy.core.isolation import ABOVE_BYTES, call_isolated, from_request, to_request
 from deploy.core.pass_cache import Cache
 from runtimes.backends.batching import row_range
 from runtimes.backends.session import FORMATS, Session, SessionOptions
-from runtimes.bundle.folder import Bundle, read_object
-from runtimes.bundle.manifest import MANIFEST_FILE, digest_of, dumps, from_json, parse, to_json
+from runtimes.bundle.folder import Bundle
+from runtimes.bundle.manifest import digest_of, from_json, to_json
 from runtimes.bundle.roles import Role
 from runtimes.bundle.tensors import DTYPES
-from runtimes.errors import UnavailableError
+from runtimes.errors import DeployError, UnavailableError
 from runtimes.pipeline.bundle_sessions import open_session
-from runtimes.system.child_process import as_child, last_words, run_child
 from runtimes.system.compute_identity import runtime_identity
 
 Arrays = Mapping[str, NDArray[Any]]
 MEASURED_ROLES = (Role.TEXT_ENCODER, Role.DENOISER, Role.SHALLOW, Role.IMAGE_ENCODER, Role.IMAGE_DECODER)
 VERSION = 1  # raised whenever the same key would mean other figures
-MEASURED_FILE = "measured.json"
 IN_EVERY_VOCABULARY = 2  # token numbers below this
 ENOUGH_SECONDS = 20.0  # of a component at the sizes that it is mostly called with; else at its smallest
 
@@ -76,13 +69,19 @@ def _measured(bundle: Bundle, name: str, options: SessionOptions) -> dict[str, A
     if bundle.component(name).bytes <= ABOVE_BYTES:
         with open_session(bundle, name, options) as session:
             return measure_rows(session)
-    with tempfile.TemporaryDirectory(prefix="ldm-rows-") as folder:
-        request, log = Path(folder) / "request.json", Path(folder) / "log"
-        request.write_text(json.dumps({"bundle": str(bundle.path.resolve()), "manifest": dumps(bundle.manifest),
-                                       "name": name, "options": asdict(options)}), encoding="utf-8")
-        if run_child("deploy.building.batch_invariance", request, log):
-            raise UnavailableError(f"its rows could not be measured: {last_words(log)}", where=name)
-        return read_object(request.with_name(MEASURED_FILE))
+    request = {"bundle": to_request(bundle), "name": name, "options": to_json(options)}
+    try:
+        found, _ = call_isolated("deploy.building.batch_invariance:measure_request", request, name)
+    except DeployError as error:
+        raise UnavailableError(f"its rows could not be measured: {error.what}", where=name) from error
+    return dict(found)
+
+
+def measure_request(request: Mapping[str, Any]) -> dict[str, Any]:
+    """What a child process does for a large component: `measure_rows` of the one that is asked for."""
+    options: SessionOptions = from_json(SessionOptions, request["options"], "options")
+    with open_session(from_request(request["bundle"]), request["name"], options) as session:
+        return measure_rows(session)
 
 
 def measure_rows(session: Session) -> dict[str, Any]:
@@ -148,17 +147,3 @@ def _decibels(lone: Arrays, outputs: Arrays, place: int) -> float:
             energy, error = np.square(alone).sum(), np.square(alone - other).sum()
             least = min(least, 10 * math.log10(energy / error) if energy > 0 else 0.0)
     return least
-
-
-def main(file: Path) -> None:
-    """Measure the component of a request, in a process of its own."""
-    request = read_object(file)
-    bundle = Bundle(Path(request["bundle"]), parse(request["manifest"], MANIFEST_FILE))
-    options: SessionOptions = from_json(SessionOptions, request["options"], "options")
-    with open_session(bundle, request["name"], options) as session:
-        file.with_name(MEASURED_FILE).write_text(json.dumps(measure_rows(session)), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    with as_child():
-        main(Path(sys.argv[1]))
