@@ -111,7 +111,7 @@ class JobStore:
             opened.enter_context(owned(folder, self._images))
             self._database = opened.enter_context(closing(connected(folder)))
             with self._change() as database:
-                database.execute("UPDATE jobs SET status=?, engine='', lease=NULL WHERE status=?", (QUEUED, RUNNING))
+                _put_back(database)
             for partial in self._images.glob("*.partial"):
                 partial.unlink(missing_ok=True)
             self._opened = opened.pop_all()
@@ -175,8 +175,7 @@ class JobStore:
         """
         now, marks = self._clock(), ",".join("?" * len(models))
         with self._change() as database:
-            database.execute("UPDATE jobs SET status=?, engine='', lease=NULL WHERE status=? AND lease<?",
-                             (QUEUED, RUNNING, now))
+            _put_back(database, "AND lease<?", now)
             database.execute("UPDATE jobs SET status=?, ended=?, reason=? WHERE status=? AND deadline<?",
                              (FAILED, now, "its deadline passed before it was started", QUEUED, now))
             rows = database.execute(f"SELECT id FROM jobs WHERE status=? AND model IN ({marks}) "
@@ -232,8 +231,7 @@ class JobStore:
     def requeue(self, identity: str) -> None:
         """Put a running job back: its engine drains, or found no room for its images."""
         with self._change() as database:
-            database.execute("UPDATE jobs SET status=?, engine='', lease=NULL WHERE id=? AND status=?",
-                             (QUEUED, identity, RUNNING))
+            _put_back(database, "AND id=?", identity)
 
     def job(self, identity: str) -> StoredJob:
         """A job by its id.
@@ -365,3 +363,9 @@ class JobStore:
             row["id"], row["status"], row["model"], row["owner"], json.loads(row["request"]), row["priority"],
             row["created"], row["deadline"], row["ended"], row["attempts"], row["reason"], json.loads(row["result"]),
             tuple(StoredImage(i["sha256"], i["bytes"], i["kind"]) for i in images))
+
+
+def _put_back(database: sqlite3.Connection, condition: str = "", *values: object) -> None:
+    """Queue running jobs again: all of them, or those of a further condition."""
+    database.execute(f"UPDATE jobs SET status=?, engine='', lease=NULL WHERE status=? {condition}",
+                     (QUEUED, RUNNING, *values))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import sqlite3
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from runtimes.errors import InputError, UnavailableError
+from runtimes.system.cache_store import lock_file
 
 SCHEMA_VERSION = 1
 TABLES = """
@@ -49,11 +49,9 @@ def owned(folder: Path, images: Path) -> Iterator[None]:
     except OSError as error:
         raise UnavailableError(f"it cannot be written: {error.strerror}", where=str(folder)) from error
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if not lock_file(lock, exclusive=True, wait=False):
             raise UnavailableError("another server has it open", where=str(folder),
-                                   fix="stop that one, or give this one another --state") from error
+                                   fix="stop that one, or give this one another --state")
         yield
 
 

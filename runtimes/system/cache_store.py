@@ -107,7 +107,7 @@ def sweep(parent: Path) -> None:
     """Remove the scratch folders of processes that are gone."""
     for lock in parent.glob("*.lock"):
         with suppress(OSError), lock.open("a") as stream:
-            if _flock(stream, exclusive=True, wait=False):
+            if lock_file(stream, exclusive=True, wait=False):
                 shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
                 lock.unlink(missing_ok=True)
     for folder in parent.glob("*"):
@@ -232,7 +232,7 @@ def _held_since(parent: Path) -> float:
     began = []
     for lock in parent.glob("*.lock"):
         with suppress(OSError), lock.open("a") as stream:
-            if not _flock(stream, exclusive=True, wait=False):
+            if not lock_file(stream, exclusive=True, wait=False):
                 began.append(lock.stat().st_mtime_ns)
     return min(began, default=float("inf"))
 
@@ -243,7 +243,7 @@ def _new_lock(parent: Path) -> Iterator[Path]:
     while True:
         lock = parent / f"{secrets.token_hex(8)}.lock"
         with lock.open("x") as stream:
-            _flock(stream, exclusive=True, wait=True)
+            lock_file(stream, exclusive=True, wait=True)
             if lock.exists():
                 yield lock
                 return
@@ -258,12 +258,12 @@ def _guarded(folder: Path, *, exclusive: bool) -> Iterator[None]:
         yield
         return
     with stream:
-        _flock(stream, exclusive=exclusive, wait=True)
+        lock_file(stream, exclusive=exclusive, wait=True)
         yield
 
 
-def _flock(stream: IO[str], *, exclusive: bool, wait: bool) -> bool:
-    """Lock an open file until it is closed; False if another holds it, or the system has no such locks."""
+def lock_file(stream: IO[str], *, exclusive: bool, wait: bool) -> bool:
+    """Lock an open file until it is closed; False if another process holds it, or the system has no such locks."""
     if sys.platform == "win32":
         return wait
     try:
