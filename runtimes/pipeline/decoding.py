@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -13,10 +12,8 @@ from runtimes.backends.session import Session
 from runtimes.bundle.roles import Codec
 from runtimes.codec import autoencoder
 from runtimes.codec.pixels import to_pil
-from runtimes.errors import InputError
-from runtimes.pipeline.job import Job
+from runtimes.pipeline.job import Job, images_at_once, sessions_of
 from runtimes.pipeline.memory_budget import MemoryBudget
-from runtimes.pipeline.watched_sessions import WatchedSessions
 
 Pixels = NDArray[np.float32] | NDArray[np.uint8]
 
@@ -50,30 +47,35 @@ def decode_jobs(
             groups.setdefault(i if alone else wanted.latent_shape, []).append(job)
     for group in groups.values():
         distinct = list(dict.fromkeys(group))
-        try:
-            decoded = _decoded(sessions, codec, distinct, memory)
-        except Exception as error:
-            for job in distinct:
-                job.fail(error)
-            decoded = [[]] * len(distinct)
+        decoded = _decoded_or_failed(sessions, codec, distinct, memory)
         found |= {id(job): _result(job, chunks) for job, chunks in zip(distinct, decoded, strict=True)}
     return [found[id(job)] for job in jobs]
+
+
+def _decoded_or_failed(
+    sessions: Mapping[str, Session], codec: Codec, jobs: list[Job], memory: MemoryBudget | None
+) -> list[list[Pixels]]:
+    """As `_decoded`. If that fails, each runs alone: what fails then is that job's own error."""
+    try:
+        return _decoded(sessions, codec, jobs, memory)
+    except Exception as error:
+        if len(jobs) == 1:
+            jobs[0].fail(error)
+            return [[]]
+        return [_decoded_or_failed(sessions, codec, [job], memory)[0] for job in jobs]
 
 
 def _decoded(
     sessions: Mapping[str, Session], codec: Codec, jobs: list[Job], memory: MemoryBudget | None
 ) -> list[list[Pixels]]:
     """The images of jobs of one size, in chunks: (n, H, W, 3) each."""
-    profiles = {id(job.plan.profile): job.plan.profile for job in jobs if job.plan.profile is not None}
-    lone = len(jobs) == 1
-    watched = jobs[0].plan.sessions if lone else WatchedSessions(sessions, None, *profiles.values())
-    decoder, tiling = watched[codec.decoder.component], jobs[0].plan.wanted.tiling
+    decoder, tiling = sessions_of(jobs, sessions)[codec.decoder.component], jobs[0].plan.wanted.tiling
     if tiling is not None:
         return [[_form(jobs[0], autoencoder.decode_tiled(decoder, jobs[0].latents, codec, tiling))]]
-    latents = jobs[0].latents if lone else np.concatenate([job.latents for job in jobs])
+    latents = jobs[0].latents if len(jobs) == 1 else np.concatenate([job.latents for job in jobs])
     owners = [job for job in jobs for _ in job.plan.wanted.seeds]
     chunks: dict[int, list[Pixels]] = {id(job): [] for job in jobs}
-    for part, sample in autoencoder.decoded(decoder, latents, codec, _at_once(jobs, memory)):
+    for part, sample in autoencoder.decoded(decoder, latents, codec, images_at_once(jobs, memory, len(owners), 1)):
         for job in dict.fromkeys(owners[part]):
             rows = [i for i, owner in enumerate(owners[part]) if owner is job]
             if job.live():
@@ -83,17 +85,6 @@ def _decoded(
                 except Exception as error:
                     job.fail(error)
     return [chunks[id(job)] for job in jobs]
-
-
-def _at_once(jobs: list[Job], memory: MemoryBudget | None) -> int | None:
-    if len(jobs) == 1 or memory is None:
-        return jobs[0].plan.at_once
-    one = jobs[0].plan.wanted
-    count = sum(len(job.plan.wanted.seeds) for job in jobs)
-    with suppress(InputError):  # each of them fits alone
-        area = one.latent_shape[1] * one.latent_shape[2]
-        return memory.images_at_once(count, 1, area, count * one.height * one.width)
-    return 1
 
 
 def _form(job: Job, pixels: NDArray[np.float32]) -> Pixels:

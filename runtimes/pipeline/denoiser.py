@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +12,8 @@ from numpy.typing import NDArray
 from runtimes.backends.batching import RowRunner, row_range, slices
 from runtimes.backends.session import Session
 from runtimes.bundle.roles import NEGATIVE, Roles
-from runtimes.errors import InputError
-from runtimes.pipeline.job import Asked, Job, Rows
+from runtimes.pipeline.job import Asked, Job, Rows, images_at_once, profiles_of, sessions_of
 from runtimes.pipeline.memory_budget import MemoryBudget
-from runtimes.pipeline.watched_sessions import WatchedSessions
 
 Float32 = NDArray[np.float32]
 
@@ -106,18 +103,9 @@ class DenoiserCalls:
         return self._most[component]
 
     def _images_at_once(self, pieces: list[Piece]) -> int | None:
-        lone = all(piece.asked is pieces[0].asked for piece in pieces)
-        if lone or self._memory is None:
-            return pieces[0].asked.job.plan.at_once if lone else None
-        jobs = {id(piece.asked.job): piece.asked.job for piece in pieces}
-        wanted = [job.plan.wanted for job in jobs.values()]
-        copies = 2 if any(one.negatives for one in wanted) else 1
-        pixels = sum(len(one.seeds) * one.height * one.width for one in wanted)
-        count = sum(len(piece.rows) for piece in pieces)
-        with suppress(InputError):  # each of them fits alone
-            _, rows, columns = wanted[0].latent_shape
-            return self._memory.images_at_once(count, copies, rows * columns, pixels)
-        return 1
+        jobs = _jobs_of(pieces)
+        copies = 2 if any(job.plan.wanted.negatives for job in jobs) else 1
+        return images_at_once(jobs, self._memory, sum(len(piece.rows) for piece in pieces), copies)
 
     def _call(self, component: str, pieces: list[Piece]) -> None:
         """Run one call and give each job its part. If it fails, each runs alone: what fails then is that job's own."""
@@ -127,14 +115,12 @@ class DenoiserCalls:
         try:
             outputs = self._run(component, pieces)
         except Exception as error:
-            by_job: dict[int, list[Piece]] = {}
-            for piece in pieces:
-                by_job.setdefault(id(piece.asked.job), []).append(piece)
-            if len(by_job) == 1:
-                pieces[0].asked.job.fail(error)
+            jobs = _jobs_of(pieces)
+            if len(jobs) == 1:
+                jobs[0].fail(error)
                 return
-            for own in by_job.values():
-                self._call(component, own)
+            for job in jobs:
+                self._call(component, [piece for piece in pieces if piece.asked.job is job])
             return
         prediction, at = outputs[self._roles.denoiser.output], 0
         if prediction.dtype != np.float32:
@@ -151,14 +137,11 @@ class DenoiserCalls:
                 job.deep.put(piece.rows, {name: outputs[name][part] for name in shallow.features})
 
     def _run(self, component: str, pieces: list[Piece]) -> dict[str, NDArray[Any]]:
-        jobs = {id(piece.asked.job): piece.asked.job for piece in pieces}
-        lead, width = pieces[0].asked.job, sum(piece.width for piece in pieces)
-        profiles = {id(job.plan.profile): job.plan.profile for job in jobs.values() if job.plan.profile is not None}
-        key = component, width, len(jobs) > 1, *profiles
+        jobs = _jobs_of(pieces)
+        lead, width = jobs[0], sum(piece.width for piece in pieces)
+        key = component, width, len(jobs) > 1, *map(id, profiles_of(jobs))
         if key not in lead.runners:
-            sessions = lead.plan.sessions if len(jobs) == 1 else WatchedSessions(
-                self._sessions, None, *profiles.values())
-            lead.runners[key] = RowRunner(sessions[component], width)
+            lead.runners[key] = RowRunner(sessions_of(jobs, self._sessions)[component], width)
         runner = lead.runners[key]
         feeds = [self._feeds(piece, runner) for piece in pieces]
         if len(feeds) == 1:
@@ -186,6 +169,10 @@ class DenoiserCalls:
         branches = prediction[:half], prediction[half:]
         uncond, cond = (branches[self._order.index(i)] for i in (0, 1))
         return piece.asked.job.plan.guidance.combine(uncond, cond)
+
+
+def _jobs_of(pieces: Sequence[Piece]) -> list[Job]:
+    return list(dict.fromkeys(piece.asked.job for piece in pieces))
 
 
 def _together(images: Sequence[tuple[Asked, int]]) -> list[Piece]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from threading import Event
 from typing import Any
@@ -12,14 +13,16 @@ from numpy.typing import NDArray
 
 from runtimes.backends.batching import RowRunner, all_finite
 from runtimes.backends.profile import Profile
+from runtimes.backends.session import Session
 from runtimes.codec.tiling import Tiling
-from runtimes.errors import CancelledError, ParityError
+from runtimes.errors import CancelledError, InputError, ParityError
 from runtimes.inputs.noise import NoiseStreams
 from runtimes.inputs.request import Request
 from runtimes.inputs.resolved import Resolved
 from runtimes.pipeline.conditioner import Conditions
 from runtimes.pipeline.guidance import Guidance
 from runtimes.pipeline.initial_latents import Start
+from runtimes.pipeline.memory_budget import MemoryBudget
 from runtimes.pipeline.watched_sessions import WatchedSessions
 from runtimes.schedulers import Run
 
@@ -253,6 +256,35 @@ class Job:
             goes_on = i > 0 and self._guided(i) == self._guided(i - 1)
             ages.append((ages[-1] + 1) % interval if goes_on else 0)
         return [age == 0 for age in ages]
+
+
+def profiles_of(jobs: Iterable[Job]) -> list[Profile]:
+    """The profiles in which the time of jobs is recorded, each once."""
+    return list({id(profile): profile for job in jobs if (profile := job.plan.profile) is not None}.values())
+
+
+def sessions_of(jobs: Sequence[Job], sessions: Mapping[str, Session]) -> Mapping[str, Session]:
+    """The networks for a call of some jobs: a lone one's own, which end with it; shared ones end with nobody."""
+    return jobs[0].plan.sessions if len(jobs) == 1 else WatchedSessions(sessions, None, *profiles_of(jobs))
+
+
+def images_at_once(jobs: Sequence[Job], memory: MemoryBudget | None, count: int, copies: int) -> int | None:
+    """How many images of a call of some jobs of one size memory allows; None where nothing limits them.
+
+    Args:
+        jobs: each of which fits alone.
+        memory: the budget.
+        count: images that are to be computed.
+        copies: rows of each.
+    """
+    if len(jobs) == 1 or memory is None:
+        return jobs[0].plan.at_once
+    wanted = [job.plan.wanted for job in jobs]
+    pixels = sum(len(one.seeds) * one.height * one.width for one in wanted)
+    with suppress(InputError):
+        _, rows, columns = wanted[0].latent_shape
+        return memory.images_at_once(count, copies, rows * columns, pixels)
+    return 1
 
 
 class Asked:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol
 
-from runtimes.errors import CancelledError, DeployError, InputError, UnavailableError
+from runtimes.errors import CancelledError, InputError, UnavailableError
 from runtimes.inputs.noise import resolve_seeds
 from runtimes.serving.ticket import Progress, Ticket
 from runtimes.serving.waiting import Waiting
@@ -189,17 +189,8 @@ class Engine:
         ticket.step(Progress(job.index, job.total, preview))
 
     def _finish(self, pipeline: Steppable, pairs: list[tuple[Ticket, Job]]) -> None:
-        """Decode together; a fault in that is found by decoding each by itself."""
-        try:
-            results = pipeline.finish([job for _, job in pairs])
-        except DeployError as error:
-            if len(pairs) == 1:
-                pairs[0][0].end(error=error)
-                return
-            for pair in pairs:
-                self._finish(pipeline, [pair])
-            return
-        for (ticket, job), images in zip(pairs, results, strict=True):
+        """Decode together, and end the tickets."""
+        for (ticket, job), images in zip(pairs, pipeline.finish([job for _, job in pairs]), strict=True):
             if job.error is not None:
                 ticket.end(error=job.error)
             else:

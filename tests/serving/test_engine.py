@@ -16,7 +16,7 @@ from runtimes.pipeline.diffusion import Pipeline
 from runtimes.serving.engine import Engine, preview_steps
 from runtimes.serving.ticket import Progress, Ticket
 from runtimes.serving.waiting import AGING_SECONDS, QueueFullError, Waiting
-from tests.runtimes.fakes import DDIM, FACTS, fake_sessions, tokenize
+from tests.runtimes.fakes import DDIM, FACTS, FakeSession, fake_sessions, tokenize
 
 
 def pipeline(slow: float = 0.0, refused: str = "") -> Pipeline:
@@ -86,6 +86,25 @@ def test_what_one_request_breaks_in_a_shared_call_is_that_requests_error_alone()
         assert tickets[0].result(30).shape == tickets[2].result(30).shape
         with pytest.raises(UnavailableError, match="refuses"):
             tickets[1].result(30)
+
+
+def test_what_one_requests_latents_break_in_the_decoder_is_that_requests_error_alone():
+    chosen = pipeline()
+    decoder = chosen.sessions["vae_decoder"]
+    assert isinstance(decoder, FakeSession)
+    plain = decoder.function
+
+    def refuses_company(latent_sample):
+        if len(latent_sample) > 1:
+            raise UnavailableError("the device refuses", where="vae_decoder")
+        return plain(latent_sample)
+
+    decoder.function = refuses_company
+    jobs = chosen.prepare([request("one"), request("two")])
+    while not all(job.done for job in jobs):
+        chosen.advance(jobs)
+    alone = [pipeline()(request("one")), pipeline()(request("two"))]
+    np.testing.assert_array_equal(chosen.finish(jobs), alone)
 
 
 def test_cancelling_ends_a_waiting_request_at_once_and_a_running_one_at_its_next_step():
