@@ -61,7 +61,7 @@ clean: ## remove what was built, and the caches; .venv stays
 $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing into $(VENV): some minutes the first time"
 	@PYTHONPATH=. $(BIN)/python .ci/install_torch.py '$(TORCH_INDEX)' $(PIP_ARGS)
-	@$(BIN)/python -m pip install -qq $(PIP_ARGS) --constraint constraints.txt --editable '.[build,openvino,prune,tensorrt-rtx,dev]'
+	@$(BIN)/python -m pip install -qq $(PIP_ARGS) --constraint constraints.txt --editable '.[build,openvino,prune,tensorrt-rtx,serve,ray,telemetry,dev]'
 	@touch $@
 
 # 3.11 first: the pinned releases are tested on it. A `python3.12` may be a shim that does not run: each is tried.

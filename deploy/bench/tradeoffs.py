@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from deploy.bench.presets import Measured, Setting
 from deploy.parity.options import gallery_for, options_for
 from runtimes.bundle.folder import Bundle
+from runtimes.inputs.quality_presets import Measured, Setting
 from runtimes.pipeline.diffusion import Pipeline
 from runtimes.pipeline.loading import load
 from runtimes.system.device import CPU, Device

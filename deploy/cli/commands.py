@@ -60,10 +60,10 @@ def tradeoffs(
     json: Json = False,
 ) -> None:
     """Measure what few steps, cached features and less guidance gain and cost; `generate --quality` follows it."""
-    from deploy.bench import presets
     from deploy.bench.tradeoffs import measure
     from deploy.cli import console
     from runtimes.bundle.folder import Bundle
+    from runtimes.inputs import quality_presets as presets
 
     opened = Bundle.open(bundle)
     with console.shown_progress():

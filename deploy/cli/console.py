@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from deploy.bench.presets import Measured
     from deploy.building.builder import Outcome
     from deploy.building.verify import Verification
     from deploy.core.plan import PlannedPass
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
     from runtimes.bundle.folder import Bundle
     from runtimes.bundle.manifest import Component, Manifest
     from runtimes.errors import DeployError
+    from runtimes.inputs.quality_presets import Measured
     from runtimes.pipeline.job import Step
     from runtimes.system.progress import Listener
 
@@ -356,7 +356,7 @@ def show_generated(files: Sequence[Path], *, count: int, load_seconds: float, ge
 
 def show_tradeoffs(measured: Sequence[Measured], file: Path) -> None:
     """Every setting with its time and accuracy, the front and the presets."""
-    from deploy.bench import presets
+    from runtimes.inputs import quality_presets as presets
 
     best = presets.front(measured)
     names = {quality: presets.preset(quality, measured) for quality in presets.QUALITIES}

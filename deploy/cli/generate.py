@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deploy.bench import presets
-from deploy.bench.presets import Setting
 from deploy.cli import console
 from deploy.cli.derived_options import Option, from_dataclass
 from deploy.core.image_files import save_array, save_images, save_preview
@@ -22,7 +20,9 @@ from runtimes.bundle.folder import check_file
 from runtimes.bundle.manifest import DEFAULT_STEPS
 from runtimes.codec.safety_checker import SAFETY_CHECKER
 from runtimes.errors import InputError
+from runtimes.inputs import quality_presets as presets
 from runtimes.inputs.noise import resolve_seeds
+from runtimes.inputs.quality_presets import Setting
 from runtimes.inputs.request import Request
 from runtimes.system.byte_sizes import parse_bytes
 from runtimes.system.device import CPU, Device

@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 
 import runtimes
-from deploy.bench import presets
-from deploy.bench.presets import Measured, Setting
 from deploy.building.choose import run_build
 from deploy.core.spec import BuildSpec
 from runtimes.bundle.folder import Bundle, record_of
 from runtimes.bundle.manifest import FileRecord
+from runtimes.inputs import quality_presets as presets
+from runtimes.inputs.quality_presets import Measured, Setting
 from tests.conftest import ROOT
 from tests.deploy.conftest import Cli, assert_refused
 from tests.exporters.pipelines import edit_json

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from deploy.bench.presets import DRAFT_PSNR_DB
 from runtimes.bundle.folder import Bundle
 from runtimes.bundle.manifest import to_json
+from runtimes.inputs.quality_presets import DRAFT_PSNR_DB
 from tests.deploy.conftest import Cli
 
 

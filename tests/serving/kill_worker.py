@@ -14,7 +14,7 @@ import signal
 import sys
 from pathlib import Path
 
-from runtimes.serving.job_store import JobStore
+from runtimes.serving.state.job_store import JobStore
 
 
 def image_of(request: object) -> bytes:

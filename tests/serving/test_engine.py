@@ -13,9 +13,9 @@ import pytest
 from runtimes.errors import CancelledError, InputError, ParityError, UnavailableError
 from runtimes.inputs.request import Request
 from runtimes.pipeline.diffusion import Pipeline
-from runtimes.serving.engine import Engine, preview_steps
-from runtimes.serving.ticket import Progress, Ticket
-from runtimes.serving.waiting import AGING_SECONDS, QueueFullError, Waiting
+from runtimes.serving.engine.engine import Engine, preview_steps
+from runtimes.serving.engine.ticket import Progress, Ticket
+from runtimes.serving.engine.waiting import AGING_SECONDS, QueueFullError, Waiting
 from tests.runtimes.fakes import DDIM, FACTS, FakeSession, fake_sessions, tokenize
 
 

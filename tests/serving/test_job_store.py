@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from runtimes.errors import InputError, UnavailableError
-from runtimes.serving.job_store import (
+from runtimes.serving.state.job_store import (
     CANCELLED,
     COMPLETED,
     ENDED,

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from deploy.bench import presets
-from deploy.bench.presets import Measured, Setting
 from runtimes.errors import InputError, UnavailableError
+from runtimes.inputs import quality_presets as presets
+from runtimes.inputs.quality_presets import Measured, Setting
 from runtimes.system.cache_root import rooted
 
 

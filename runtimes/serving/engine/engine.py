@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from runtimes.errors import CancelledError, InputError, UnavailableError
 from runtimes.inputs.noise import resolve_seeds
-from runtimes.serving.ticket import Progress, Ticket
-from runtimes.serving.waiting import Waiting
+from runtimes.serving.engine.ticket import Progress, Ticket
+from runtimes.serving.engine.waiting import Waiting
 
 if TYPE_CHECKING:
     from runtimes.inputs.request import Request

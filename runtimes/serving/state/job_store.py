@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from runtimes.errors import InputError, UnavailableError
-from runtimes.serving.state_folder import connected, owned, sync_folder
+from runtimes.serving.state.state_folder import connected, owned, sync_folder
 
 QUEUED, RUNNING = "queued", "running"
 COMPLETED, FAILED, CANCELLED = "completed", "failed", "cancelled"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection
 from time import monotonic
 
 from runtimes.errors import UnavailableError
-from runtimes.serving.ticket import Ticket
+from runtimes.serving.engine.ticket import Ticket
 
 AGING_SECONDS = 10.0  # waited, they count as one priority
 SMOOTHING = 0.2
