@@ -136,7 +136,9 @@ def run_passes(spec: BuildSpec, origin: Bundle, planned: list[PlannedPass], cach
     waiting: list[_Done] = []
     gate = Gate(spec, origin.manifest.source.id, cache)
     of_source = [n for n, p in enumerate(planned) if p.instance.defines_source and isinstance(p.planned, Step)]
-    for number, entry in enumerate(planned):
+    for number in range(len(planned)):
+        planned = _settled(planned, number, bundle, spec)
+        entry = planned[number]
         step = entry.planned
         if not isinstance(step, Step):
             continue
@@ -164,6 +166,20 @@ def run_passes(spec: BuildSpec, origin: Bundle, planned: list[PlannedPass], cach
         listener().finished(f"{step.pass_name}: {step.summary} ({cost['seconds']:.1f} s"
                           f"{', from the cache' if cost['reused'] == len(step.reads) else ''})")
     return bundle, gate
+
+
+def _settled(planned: list[PlannedPass], number: int, bundle: Bundle, spec: BuildSpec) -> list[PlannedPass]:
+    """The passes, with the plan of one made exact on what is there, and later ones planned anew if that changes it."""
+    instance, step = planned[number].instance, planned[number].planned
+    settled = instance.settle(step, bundle) if isinstance(step, Step) else step
+    if settled is step:
+        return planned
+    after = settled.after if isinstance(settled, Step) else bundle.manifest
+    later = plan_all([entry.instance for entry in planned[number + 1 :]], after, spec)
+    for entry in later:
+        if isinstance(entry.planned, Unavailable):
+            entry.planned.raise_error()
+    return [*planned[:number], PlannedPass(instance, settled), *later]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from runtimes.backends.session import Session, SessionOptions
 from runtimes.bundle.folder import Bundle
 from runtimes.bundle.manifest import Component
 from runtimes.errors import ParityError, UnavailableError
-from runtimes.pipeline.bundle_sessions import open_session
+from runtimes.pipeline.whole_denoiser import open_whole
 from runtimes.system.cache_root import cache_home
 from runtimes.system.progress import Silent, listener, listening
 
@@ -122,10 +122,11 @@ def _seconds(built: Mapping[float, Bundle]) -> dict[float, float]:
     sessions: dict[str, Session] = {}
     try:
         for share, bundle in built.items():
-            sessions[str(share)] = open_session(bundle, bundle.manifest.pipeline.denoiser.component, SessionOptions())
+            # Whole: what runs before the steps gives each of them other inputs.
+            sessions[str(share)] = open_whole(bundle, bundle.manifest.pipeline.denoiser.component, SessionOptions())
     except UnavailableError:
         return {}
-    feeds = usual_feeds(_denoiser(next(iter(built.values()))))
+    feeds = usual_feeds(next(iter(sessions.values())).component)
     return {float(name): statistics.median(found)
             for name, found in seconds_in_turns(sessions, feeds, TIMED_CALLS).items()}
 

@@ -28,6 +28,7 @@ from runtimes.bundle.details import EngineDetails
 from runtimes.bundle.folder import Bundle
 from runtimes.bundle.manifest import Component, digest_of, from_json, to_json
 from runtimes.errors import ParityError
+from runtimes.pipeline.whole_denoiser import whole_component
 from runtimes.system.compute_identity import runtime_identity
 from runtimes.system.progress import listener
 
@@ -116,7 +117,10 @@ class Gate:
         self._unverified = {}
         budget = self._budget_of_change if changes_network else self._budget
         with self._timed():
+            parts = {entry.component for entry in bundle.manifest.pipeline.denoiser.beforehand.values()}
             for name in written:
+                if name in parts:
+                    continue  # compared with the denoiser, whose part it is in the source
                 listener().working(f"{pass_name}: comparing {name} with PyTorch")
                 report = self._check(self._network, bundle, name)
                 enforce(report, budget, pass_name)
@@ -173,10 +177,11 @@ class Gate:
 
     def _check(self, reference: Reference, bundle: Bundle, name: str) -> ComponentReport:
         """Figures of one component, from the cache when the same bytes were compared before."""
-        component = bundle.component(name)
+        component = whole_component(name, bundle.manifest.components, bundle.manifest.pipeline)
+        pieces = bundle.manifest.pipeline.pieces(name)
         key = {"kind": "component parity", "source": reference.identity, "component": component.sha256,
                "inputs": to_json(component.inputs), "axes": to_json(component.axes),
-               "emulated": computes_in_16_bits(component),
+               "emulated": any(computes_in_16_bits(bundle.component(piece)) for piece in pieces),
                "facts": to_json(bundle.manifest.pipeline), "options": digest_of(to_json(self._effort.options)),
                "format": component.format,
                "runtime": runtime_identity(self._effort.options.session.device, component.format),
@@ -185,7 +190,7 @@ class Gate:
             shapes = tuple(tuple(s) for s in known.pop("shapes"))
             figures = Figures(**{**known, "shapes": shapes, "worst_shape": tuple(known["worst_shape"])})
             return ComponentReport({name: figures}, {})
-        with provable(bundle, [name], self._cache.root / "work") as proof:
+        with provable(bundle, pieces, self._cache.root / "work") as proof:
             report = self._compare(reference, proof, name)
         figures_found = report.figures.get(name)
         if figures_found is not None and figures_found.compare(self._budget.component_relative_l2):

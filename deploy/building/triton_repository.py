@@ -18,8 +18,8 @@ from typing import Any
 from runtimes.bundle.details import EngineDetails
 from runtimes.bundle.folder import Bundle, committed, link_or_copy
 from runtimes.bundle.manifest import MANIFEST_FILE, Component, dumps
-from runtimes.bundle.roles import Role
-from runtimes.bundle.tensors import TensorSpec
+from runtimes.bundle.roles import ROWS, Role
+from runtimes.bundle.tensors import ShapeRange, TensorSpec
 from runtimes.errors import InputError, UnavailableError
 from runtimes.inputs.request import Request
 
@@ -108,9 +108,9 @@ def check_servable(name: str, component: Component) -> None:
         raise InputError("its LoRA is an input, which nothing there feeds", where=name,
                          fix="build with --lora-mode merge")
     for spec in (*component.inputs, *component.outputs):
-        if not spec.shape or spec.shape[0] != "batch":
+        if not spec.shape or spec.shape[0] not in ("batch", ROWS):
             raise InputError(f"{spec.name} has no batch as its first axis, so Triton cannot batch it", where=name)
-    if (least := component.axes["batch"].range.min) > 1:
+    if (least := _rows(component).min) > 1:
         raise InputError(f"it takes {least} rows or more, and Triton sends single ones", where=name,
                          fix="build with --shapes batch=1:...")
 
@@ -118,7 +118,7 @@ def check_servable(name: str, component: Component) -> None:
 def component_config(name: str, component: Component, options: TritonOptions) -> str:
     """config.pbtxt of one component, in protobuf's text format."""
     backend, file = BACKENDS[component.format]
-    axis = component.axes["batch"].range
+    axis = _rows(component)
     lines = [f'name: "{name}"', f'backend: "{backend}"', f'default_model_filename: "{file}"',
              f"max_batch_size: {axis.max}"]
     lines += [_tensor("input", spec) for spec in component.inputs]
@@ -129,6 +129,11 @@ def component_config(name: str, component: Component, options: TritonOptions) ->
     kind = "KIND_GPU" if options.gpu or component.format == "tensorrt" else "KIND_CPU"
     lines.append(f"instance_group [ {{ count: {options.instances} kind: {kind} }} ]")
     return "\n".join(lines) + "\n"
+
+
+def _rows(component: Component) -> ShapeRange:
+    """How many rows a call takes."""
+    return component.axes[str(component.inputs[0].shape[0])].range
 
 
 def _tensor(kind: str, spec: TensorSpec) -> str:

@@ -23,6 +23,7 @@ from deploy.parity.upstream.levels import in_words
 from deploy.report.page import grouped
 from deploy.report.sections import pass_rows
 from runtimes.bundle.details import EngineDetails
+from runtimes.bundle.roles import Role
 
 if TYPE_CHECKING:
     import numpy as np
@@ -163,7 +164,9 @@ def show_bundle(bundle: Bundle) -> None:
     out.print(f"digest {manifest.digest}")
     table = Table("component", "format", "precision", "parameters", "size", "relative L2")
     for name, c in sorted(manifest.components.items()):
-        parity = _figure(c.parity["relative_l2"], ".1e") if c.parity else Text("not verified", "bold red")
+        whole = manifest.pipeline.denoiser.component
+        unknown = f"with {whole}" if manifest.pipeline.role(name) is Role.BEFOREHAND else Text("not verified", "bold red")
+        parity = _figure(c.parity["relative_l2"], ".1e") if c.parity else unknown
         table.add_row(name, c.format, c.precision, f"{c.parameters / 1e6:.2f} M", megabytes(c.bytes), parity)
     out.print(table)
     for name, c in sorted(manifest.components.items()):

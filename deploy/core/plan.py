@@ -99,6 +99,13 @@ class Pass(ABC):
     def plan(self, before: Manifest, spec: BuildSpec) -> Planned:
         """Say what would be done; refuse an order that cannot work with InputError."""
 
+    def settle(self, step: Step, source: Bundle) -> Planned:
+        """Make a plan exact that needs to see a graph, right before it runs; later passes are planned again then.
+
+        By default a plan is exact already.
+        """
+        return step
+
     @abstractmethod
     def run(self, step: Step, name: str, source: Bundle, out: Path) -> Component:
         """Write component `name` below `out`, at its paths in the bundle, and return its record."""

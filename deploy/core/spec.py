@@ -21,7 +21,7 @@ Target = Literal["onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", "auto"]
 LOCAL_FILES = ("lora", "embedding", "vae")  # fields that name files outside the model
 # Fields that a manifest holds only where they are used.
 LATER_OPTIONS = ("prune_vae", "prune_candidates", "recover_batch", "smoothquant_alpha", "text_encoder_bits", "device",
-                 "variant", "revision")
+                 "variant", "revision", "hoist")
 ENGINE_TARGETS = ("tensorrt", "tensorrt-rtx")
 INTEGERS = ("int8", "auto")  # precisions that quantize
 HOW_TO_WRITE = "write options of `build` as keys with _ for -, a line each, such as `precision: fp16`"
@@ -96,6 +96,8 @@ class BuildSpec(PruningOptions):
         "does, avx2: needs weights of 7 bits"))
     range_estimator: RangeEstimator = Field(
         default="mse", description="how the range of an activation follows from samples")
+    hoist: bool = Field(default=True, description=(
+        "compute whatever the sample does not decide once a prompt or schedule, not at every step"))
     step_cache: bool = Field(default=False, description="add a second denoiser graph, for `generate --cache-interval`")
     safety_checker: bool = Field(
         default=False, description="export the model's own safety checker, for `generate --safety`")

@@ -17,6 +17,7 @@ from runtimes.inputs.resolved import resolve
 from runtimes.pipeline.conditioner import Conditioner, Conditions
 from runtimes.pipeline.initial_latents import inpaints
 from runtimes.pipeline.loading import load_tokenizers, scheduler_config
+from runtimes.pipeline.whole_denoiser import whole_session
 from runtimes.schedulers.methods.ddim import Ddim
 from runtimes.schedulers.prediction import to_epsilon
 from runtimes.text.prompt_cache import PromptCache
@@ -41,7 +42,8 @@ class Probe:
             InputError: a U-Net that takes channels that are unknown.
         """
         self.roles = bundle.manifest.pipeline
-        self._sessions, self._denoiser = sessions, sessions[self.roles.denoiser.component]
+        self._sessions = sessions
+        self._denoiser = whole_session(sessions, self.roles, self.roles.denoiser.component)
         self._conditioner = Conditioner(self.roles, load_tokenizers(bundle), PromptCache(CACHE_BYTES))
         self._schedule = Ddim.from_config(scheduler_config(bundle))
         count = self._schedule.num_train_timesteps

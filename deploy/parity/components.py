@@ -16,6 +16,7 @@ from runtimes.bundle.folder import Bundle
 from runtimes.bundle.manifest import Component
 from runtimes.errors import DeployError, UnavailableError
 from runtimes.pipeline.bundle_sessions import open_session
+from runtimes.pipeline.whole_denoiser import open_whole, whole_components
 from runtimes.system.progress import listener
 
 SOURCE_FORMAT = "safetensors"
@@ -72,6 +73,8 @@ def check_components(
 ) -> ComponentReport:
     """Compare components of the candidate with the reference at three shapes or more, as their axes allow.
 
+    What runs before the denoiser's steps is compared as part of the denoiser, which the source has in one.
+
     Args:
         reference: the source model.
         candidate: any bundle made from it, of any format that runs here.
@@ -81,12 +84,13 @@ def check_components(
     Raises:
         InputError: the candidate's components have no sizes in common, or it lacks one of `names`.
     """
-    components = candidate.manifest.components
+    components = whole_components(candidate.manifest.components, candidate.manifest.pipeline)
     runs = plan_runs(components, candidate.manifest.pipeline, small=options.small, possible=reference.possible())
     figures: dict[str, Figures] = {}
     unverified: dict[str, str] = {}
-    for name in components if names is None else names:
-        component = candidate.component(name)
+    parts = {entry.component for entry in candidate.manifest.pipeline.denoiser.beforehand.values()}
+    for name in components if names is None else (name for name in names if name not in parts):
+        component = components[name] if name in components else candidate.component(name)
         if component.format not in FORMATS and component.format != SOURCE_FORMAT:
             unverified[name] = f"nothing here runs the format {component.format!r}"
             continue
@@ -96,7 +100,7 @@ def check_components(
             unverified[name] = str(error)
             continue
         try:
-            session = open_candidate(candidate, name, options.session)
+            session = open_candidate(candidate, name, options.session, whole=True)
             try:
                 figures[name] = _compare(session, samples)
             finally:
@@ -110,8 +114,12 @@ def check_components(
     return ComponentReport(figures, unverified)
 
 
-def open_candidate(bundle: Bundle, name: str, options: SessionOptions) -> Session:
+def open_candidate(bundle: Bundle, name: str, options: SessionOptions, *, whole: bool = False) -> Session:
     """A component of any bundle: with its runtime, or with PyTorch while it is still in the source format.
+
+    Args:
+        bundle, name, options: as of `open_session`.
+        whole: with what of it runs before the denoiser's steps.
 
     Raises:
         BundleError: the runtime cannot load it.
@@ -121,7 +129,7 @@ def open_candidate(bundle: Bundle, name: str, options: SessionOptions) -> Sessio
         from deploy.parity.reference.torch_sessions import TorchSession
 
         return TorchSession(bundle, name)
-    return open_session(bundle, name, options)
+    return open_whole(bundle, name, options) if whole else open_session(bundle, name, options)
 
 
 class _Unusable(Exception):

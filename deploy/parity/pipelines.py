@@ -23,6 +23,7 @@ from runtimes.bundle.folder import Bundle
 from runtimes.errors import DeployError, UnavailableError
 from runtimes.pipeline.bundle_sessions import needed
 from runtimes.pipeline.loading import scheduler_config
+from runtimes.pipeline.whole_denoiser import whole_components
 from runtimes.system.progress import listener
 
 
@@ -105,7 +106,8 @@ def check_pipeline(
         kind = candidate.component(name).format
         if kind not in FORMATS and kind != SOURCE_FORMAT:
             return PipelineReport({}, unverified=f"nothing here runs the format {kind!r} of {name}")
-    run = plan_runs(candidate.manifest.components, candidate.manifest.pipeline)[0]
+    roles = candidate.manifest.pipeline
+    run = plan_runs(whole_components(candidate.manifest.components, roles), roles)[0]
     sized = replace(options, height=options.height or run.height, width=options.width or run.width)
     return _Check(reference, candidate, budget, sized, components, gallery).run()
 

@@ -7,6 +7,7 @@ PASSES: dict[str, str] = {
     "prune": "deploy.passes.prune:Prune",
     "recover": "deploy.passes.recover:Recover",
     "export": "deploy.passes.export:Export",
+    "hoist": "deploy.passes.hoist:Hoist",
     "optimize": "deploy.passes.optimize:Optimize",
     "quantize": "deploy.passes.quantize:Quantize",
     "precision": "deploy.passes.precision:Precision",

@@ -15,6 +15,7 @@ from deploy.core.plan import Pass, Planned, Skip, Step
 from runtimes.bundle.details import GraphDetails, Quantization
 from runtimes.bundle.folder import Bundle, records_below
 from runtimes.bundle.manifest import Component, Manifest, from_json
+from runtimes.bundle.roles import Role
 from runtimes.errors import InputError
 
 if TYPE_CHECKING:
@@ -36,7 +37,10 @@ class Quantize(Pass):
     reads_pipeline: ClassVar[bool] = True
 
     def plan(self, before: Manifest, spec: BuildSpec) -> Planned:
-        """Every float32 graph, when the spec says int8, or auto, which searches the U-Net's precisions."""
+        """Every float32 graph, when the spec says int8, or auto, which searches the U-Net's precisions.
+
+        What runs before the denoiser's steps stays float32: all steps hang on it, and it is seldom computed.
+        """
         if spec.precision not in PRECISIONS:
             return Skip(f"the build is {spec.precision}")
         for name, component in before.components.items():
@@ -48,13 +52,13 @@ class Quantize(Pass):
                              fix="use hybrid or static")
         denoiser = before.pipeline.denoiser.component
         recipes = {name: recipe_of(before.pipeline.role(name), spec.quantization, spec.text_encoder_bits)
-                   for name in before.components}
+                   for name in before.components if before.pipeline.role(name) is not Role.BEFOREHAND}
         if spec.precision == "auto" and denoiser in recipes:
             recipes[denoiser] = SEARCHED
         config = _config(before, spec, recipes)
         every = tuple(before.components)
-        reads = {name: every if recipes[name] in NEEDS_RANGES else (name,) for name in every}
-        components = {n: replace(c, precision="int4" if recipes[n] == INT4 else "int8", files={})
+        reads = {name: every if recipes[name] in NEEDS_RANGES else (name,) for name in recipes}
+        components = {n: replace(c, precision="int4" if recipes[n] == INT4 else "int8", files={}) if n in recipes else c
                       for n, c in before.components.items()}
         step = Step(self.name, self.version, config, reads, replace(before, components=components),
                     f"INT8, {'searched' if 'search' in config else spec.quantization}")

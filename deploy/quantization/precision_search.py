@@ -237,7 +237,7 @@ def _quantize_others(source: Bundle, folder: Path, recipes: Mapping[str, str], s
     """Whatever else generates, quantized by its recipe, component -> graph."""
     low, roles = {}, source.manifest.pipeline
     for name in roles.generates_with:
-        if name != roles.denoiser.component:
+        if name != roles.denoiser.component and name in recipes:
             low[name] = folder / name / "model.onnx"
             low[name].parent.mkdir()
             quantize_by_recipe(source.file(source.component(name).file), low[name], recipes[name], settings, name,

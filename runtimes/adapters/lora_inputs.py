@@ -74,7 +74,12 @@ def feeds_for(bundle: Bundle, name: str, options: Sequence[str] = ()) -> dict[st
     own = bundle.component(name).details.lora
     if own is None:
         raise InputError("it takes no LoRA", where=name, fix="build the bundle with --lora FILE --lora-mode swap")
-    targets, network = own.targets, bundle.manifest.pipeline.adapter(name)
+    roles = bundle.manifest.pipeline
+    network = roles.adapter(name)
+    # A file is read for the whole network, also where this component is a part of it.
+    whole = roles.pieces(roles.denoiser.component)
+    parts = [bundle.component(part).details.lora for part in (whole if name in whole else (name,))]
+    targets = {module: shape for part in parts if part is not None for module, shape in part.targets.items()}
     if tuple(options) == (NONE,):
         chosen = []
     elif options:
@@ -86,7 +91,7 @@ def feeds_for(bundle: Bundle, name: str, options: Sequence[str] = ()) -> dict[st
     if rank > LARGEST_RANK:
         raise InputError(f"the ranks together are {rank}, at most {LARGEST_RANK}", where="--lora")
     feeds: dict[str, Array] = {}
-    for module, shape in targets.items():
+    for module, shape in own.targets.items():
         out, inner, *kernel = shape
         down, up = np.zeros((rank, inner, *kernel), np.float32), np.zeros((out, rank), np.float32)
         if (found := factors.get(module)) is not None:
@@ -110,6 +115,8 @@ def check_options(bundle: Bundle, options: Sequence[str]) -> None:
         raise InputError("this bundle takes no LoRA: it was not built with --lora-mode swap", where=str(bundle.path),
                          fix="build it with --lora FILE --lora-mode swap, or merge another with --lora FILE")
     for file, _ in (parse_lora(option) for option in options if option != NONE):
-        if other := [name for name in networks_of(file) if roles.adapted(name) not in takes]:
-            raise InputError(f"it changes the {other[0]}, this bundle takes LoRAs for {', '.join(takes)} alone",
+        changed = {roles.adapter(name) for name in takes}
+        if other := [name for name in networks_of(file) if name not in changed]:
+            known = ", ".join(name for name in map(roles.adapted, sorted(changed)) if name)
+            raise InputError(f"it changes the {other[0]}, this bundle takes LoRAs for {known} alone",
                              where=str(file), fix="build with a LoRA that changes the same parts, --lora-mode swap")

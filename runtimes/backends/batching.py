@@ -7,6 +7,7 @@ cast.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
@@ -93,6 +94,11 @@ class RowRunner:
         least, self._most = row_range(self._session).min, most
         self._parts = [(part, max(least - (part.stop - part.start), 0)) for part in slices(self._count, most)]
         self._whole = self._parts == [(slice(0, self._count), 0)]
+
+    @property
+    def takes(self) -> Collection[str]:
+        """Names of the session's inputs."""
+        return self._dtypes.keys()
 
     def cast(self, name: str, array: NDArray[Any]) -> NDArray[Any]:
         """One input in the dtype that the session takes, for callers that feed it again and again."""

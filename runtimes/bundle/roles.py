@@ -3,7 +3,7 @@
 A family (`exporters.families`) fills these in: it says which component encodes the prompt, denoises, encodes and
 decodes images, and what their inputs and outputs are called. Whatever no family has said yet has a default that
 changes nothing. Names of axes are no part of this: every component's are "batch", "height", "width" and "sequence",
-in pixels "image_height" and "image_width".
+in pixels "image_height" and "image_width"; and `ROWS` where rows are no images.
 """
 
 from __future__ import annotations
@@ -20,6 +20,10 @@ from runtimes.errors import InputError
 
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
 SHALLOW_ENTRY = "shallow"  # the entry that reuses a deep feature of an earlier step
+# Entries that run before the first step: what they give, the others take as inputs of the same names.
+PER_PROMPT, PER_STEP, PER_REQUEST = "per-prompt", "per-step", "per-request"
+BEFOREHAND = (PER_PROMPT, PER_STEP, PER_REQUEST)
+ROWS = "rows"  # their axis of rows: prompts, or timesteps, not images
 PROMPT = "{prompt}"
 # What a number that a denoiser takes as an input may mean: sizes and crops in pixels, a score from 0 to 10.
 NUMBERS = ("original_height", "original_width", "crop_top", "crop_left", "target_height", "target_width",
@@ -45,6 +49,7 @@ class Role(enum.StrEnum):
     TEXT_ENCODER = "text encoder"
     DENOISER = "denoiser"
     SHALLOW = "shallow denoiser"
+    BEFOREHAND = "part of the denoiser that runs beforehand"
     IMAGE_ENCODER = "image encoder"
     IMAGE_DECODER = "image decoder"
     SAFETY_CHECKER = "safety checker"
@@ -120,11 +125,13 @@ class Conditioner:
 
 @dataclass(frozen=True)
 class Entry:
-    """Another way into the denoiser, taken at some steps instead of the whole network.
+    """A part of the denoiser that is a component of its own.
 
     Attributes:
-        component: its name in the bundle; it takes what the whole network takes, and
-        features: outputs of the whole network at an earlier step, as inputs of the same names.
+        component: its name in the bundle.
+        features: of the shallow entry, which is taken at some steps instead of the whole network: outputs of the whole
+            network at an earlier step, its inputs of the same names. Of an entry that runs beforehand: its outputs, as
+            far as they are inputs of the same names of the whole network.
     """
 
     component: str
@@ -139,7 +146,10 @@ class Denoiser:
         component: its name in the bundle.
         sample, timestep: inputs, (B, C, H/f, W/f) and (B,) float32.
         output: what it predicts, (B, C, H/f, W/f).
-        entries: other ways into it, by `SHALLOW_ENTRY`.
+        entries: other ways into it, by `SHALLOW_ENTRY`, and what is computed beforehand: by `PER_PROMPT` from the
+            embedded prompts alone, by `PER_STEP` from the timestep alone, by `PER_REQUEST` from whatever a request
+            decides but its sample. Such entries take the same inputs as the denoiser and give rows, too. Of the sample,
+            an entry takes the shape alone.
         adapter: what files of LoRAs call it, with all of its entries.
     """
 
@@ -153,12 +163,17 @@ class Denoiser:
     def __post_init__(self) -> None:
         """Refuse entries that nobody would take."""
         for name in self.entries:
-            _one_of(name, (SHALLOW_ENTRY,), "an entry")
+            _one_of(name, (SHALLOW_ENTRY, *BEFOREHAND), "an entry")
 
     @property
     def shallow(self) -> Entry | None:
         """The entry that reuses deep features, of a bundle built with a step cache."""
         return self.entries.get(SHALLOW_ENTRY)
+
+    @property
+    def beforehand(self) -> dict[str, Entry]:
+        """What is computed before the first step, of a bundle that was built with `--hoist`."""
+        return {kind: self.entries[kind] for kind in BEFOREHAND if kind in self.entries}
 
 
 @dataclass(frozen=True)
@@ -307,20 +322,22 @@ class Roles:
     @property
     def generates_with(self) -> tuple[str, ...]:
         """Components without which no image can be generated from noise."""
-        return (*self.encoders, self.denoiser.component, self.codec.decoder.component)
+        beforehand = (entry.component for entry in self.denoiser.beforehand.values())
+        return (*self.encoders, *beforehand, self.denoiser.component, self.codec.decoder.component)
 
     def role(self, component: str) -> Role:
         """What a component of the bundle is for."""
         known = {self.denoiser.component: Role.DENOISER, self.codec.encoder.component: Role.IMAGE_ENCODER,
                  self.codec.decoder.component: Role.IMAGE_DECODER}
         known |= dict.fromkeys(self.encoders, Role.TEXT_ENCODER)
-        known |= {entry.component: Role.SHALLOW for entry in self.denoiser.entries.values()}
+        known |= {entry.component: Role.SHALLOW if kind == SHALLOW_ENTRY else Role.BEFOREHAND
+                  for kind, entry in self.denoiser.entries.items()}
         known |= {self.safety_checker: Role.SAFETY_CHECKER} if self.safety_checker else {}
         return known.get(component, Role.OTHER)
 
     def adapter(self, component: str) -> str:
         """What adapters' files call a component; "" for one that none changes."""
-        if self.role(component) in (Role.DENOISER, Role.SHALLOW):
+        if self.role(component) in (Role.DENOISER, Role.SHALLOW, Role.BEFOREHAND):
             return self.denoiser.adapter
         reader = self.text_encoder(component)
         return "" if reader is None else reader.adapter
@@ -334,6 +351,16 @@ class Roles:
     def text_encoder(self, component: str) -> TextEncoder | None:
         """The text encoder of that component, None if it is none."""
         return next((e for e in self.conditioner.encoders if e.component == component), None)
+
+    def in_one(self) -> Roles:
+        """The same for a denoiser in one piece, as the source has it: nothing runs beforehand."""
+        entries = {kind: entry for kind, entry in self.denoiser.entries.items() if kind not in BEFOREHAND}
+        return dataclasses.replace(self, denoiser=dataclasses.replace(self.denoiser, entries=entries))
+
+    def pieces(self, component: str) -> tuple[str, ...]:
+        """The components that compute what one does in the source: itself, and what runs before the denoiser's steps."""
+        steps = self.role(component) in (Role.DENOISER, Role.SHALLOW)
+        return (component, *(entry.component for entry in self.denoiser.beforehand.values())) if steps else (component,)
 
     def sized(self, height: int, width: int) -> Roles:
         """The same with another default size in pixels."""
@@ -355,11 +382,17 @@ def check_roles(roles: Roles, components: Mapping[str, Described]) -> None:
         InputError: names the component and what it lacks.
     """
     denoiser, condition = roles.denoiser, roles.conditioner
-    fed = [denoiser.sample, denoiser.timestep, condition.context, condition.pooled, *condition.numbers]
-    wanted: list[tuple[str, list[str], list[str]]] = [(denoiser.component, fed, [denoiser.output])]
-    for entry in denoiser.entries.values():
-        wanted += [(denoiser.component, [], list(entry.features)),
-                   (entry.component, [*fed, *entry.features], [denoiser.output])]
+    fed = [denoiser.timestep, condition.context, condition.pooled, *condition.numbers]
+    before = [entry for entry in denoiser.beforehand.values() if entry.component in components]
+    for entry in before:  # what they take, the others need not take as well
+        fed = [name for name in fed if name not in {spec.name for spec in components[entry.component].inputs}]
+    values = [name for entry in before for name in entry.features]
+    wanted: list[tuple[str, list[str], list[str]]] = [
+        (denoiser.component, [denoiser.sample, *fed, *values], [denoiser.output])]
+    wanted += [(entry.component, [], list(entry.features)) for entry in before]
+    if (shallow := denoiser.shallow) is not None:
+        wanted += [(denoiser.component, [], list(shallow.features)),
+                   (shallow.component, [denoiser.sample, *fed, *shallow.features], [denoiser.output])]
     wanted += [(half.component, [half.input], [half.output]) for half in (roles.codec.encoder, roles.codec.decoder)]
     wanted += [(e.component, [e.ids], [e.hidden, e.pooled]) for e in condition.encoders]
     for name, inputs, outputs in wanted:

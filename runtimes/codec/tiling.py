@@ -25,6 +25,7 @@ class Tiling:
     Attributes:
         count: number of tiles.
         area: latents of one tile.
+        tile: rows and columns of one.
     """
 
     def __init__(self, shape: tuple[int, int], tile: tuple[int, int]) -> None:
@@ -34,7 +35,7 @@ class Tiling:
             shape: rows and columns of the whole.
             tile: rows and columns of a tile, at most those of the whole.
         """
-        self._shape, self._tile = shape, tile
+        self._shape, self.tile = shape, tile
         self._rows, self._columns = _places(shape[0], tile[0]), _places(shape[1], tile[1])
         self._places = [(y, x) for y in self._rows for x in self._columns]
         self.count, self.area = len(self._places), tile[0] * tile[1]
@@ -45,7 +46,7 @@ class Tiling:
         Moved by half a stride at most, rows of tiles share at least a stride of rows, and tiles of a row still touch:
         the whole stays covered. Where they go depends on i alone, so that an image can be generated again.
         """
-        moved, random = Tiling(self._shape, self._tile), np.random.default_rng(i)
+        moved, random = Tiling(self._shape, self.tile), np.random.default_rng(i)
         moved._places = [(_moved(y, self._rows, random), _moved(x, self._columns, random)) for y, x in self._places]
         return moved
 
@@ -54,7 +55,7 @@ class Tiling:
 
         h and w are rows and columns of a tile.
         """
-        height, width = (size * unit for size in self._tile)
+        height, width = (size * unit for size in self.tile)
         for y, x in self._places:
             yield whole[:, :, y * unit : y * unit + height, x * unit : x * unit + width]
 
@@ -71,7 +72,7 @@ class Tiling:
         """
         whole: Float32 | None = None
         weights = np.zeros((self._shape[0] * unit, self._shape[1] * unit), np.float32)
-        rows, columns = (_window(size * unit) for size in self._tile)
+        rows, columns = (_window(size * unit) for size in self.tile)
         window = rows[:, None] * columns
         for (y, x), tile in zip(self._places, tiles, strict=True):
             if whole is None:

@@ -11,10 +11,16 @@ from runtimes.bundle.folder import Bundle
 from runtimes.bundle.roles import Roles
 
 
-def needed(roles: Roles) -> tuple[str, ...]:
+def needed(roles: Roles, *, sparing: bool = False) -> tuple[str, ...]:
     """Components loaded with the bundle, so that a device or a graph that is missing shows at once; the encoder waits
-    for an image."""
-    return roles.generates_with
+    for an image.
+
+    Args:
+        roles: of the pipeline.
+        sparing: leave out what runs once a prompt or request and is closed after it.
+    """
+    spared = {entry.component for entry in roles.denoiser.beforehand.values()} if sparing else set()
+    return tuple(name for name in roles.generates_with if name not in spared)
 
 
 def open_session(bundle: Bundle, name: str, options: SessionOptions) -> Session:
@@ -44,6 +50,13 @@ class BundleSessions(Mapping[str, Session]):
             if name not in self._loaded:
                 self._loaded[name] = open_session(self._bundle, name, self._options)
             return self._loaded[name]
+
+    def release(self, name: str) -> None:
+        """Close one component, after the calls that are running; it is loaded again when it is asked for."""
+        with self._lock:
+            session = self._loaded.pop(name, None)
+        if session is not None:
+            session.close()
 
     def close(self) -> None:
         """Close what is loaded, after the calls that are running; what is asked for later is loaded again."""

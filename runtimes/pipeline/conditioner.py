@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,18 +28,22 @@ class Conditions:
         cond: embedded prompts, (tokens, width) float32 each; (0, 0) for a pipeline without prompts.
         uncond: the same for the negative prompts, or None without guidance.
         added, added_uncond: further inputs of the denoiser by name, (B, n) float32 each.
+        values, values_uncond: what the denoiser's entry for prompts made of each, by input of the denoiser.
     """
 
     cond: list[Float32]
     uncond: list[Float32] | None
     added: Mapping[str, Float32] = field(default_factory=dict)
     added_uncond: Mapping[str, Float32] = field(default_factory=dict)
+    values: Sequence[Mapping[str, NDArray[Any]]] = ()
+    values_uncond: Sequence[Mapping[str, NDArray[Any]]] = ()
 
     def repeated(self, count: int) -> Conditions:
         """The same for `count` * B rows, all of the images before the first again."""
         added, added_uncond = ({name: np.concatenate([values] * count) for name, values in part.items()}
                                for part in (self.added, self.added_uncond))
-        return Conditions(self.cond * count, self.uncond and self.uncond * count, added, added_uncond)
+        return Conditions(self.cond * count, self.uncond and self.uncond * count, added, added_uncond,
+                          [*self.values] * count, [*self.values_uncond] * count)
 
 
 class Conditioner:

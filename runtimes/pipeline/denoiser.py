@@ -156,10 +156,11 @@ class DenoiserCalls:
             sample = np.concatenate([sample, sample])
         feeds = {role.sample: sample, role.timestep: np.full(len(sample), asked.timestep, np.float32),
                  **asked.job.conditions(asked.guided, piece.rows, self._roles.conditioner.context, runner.cast,
-                                        self._order)}
+                                        self._order),
+                 **asked.job.tables.at(asked.job.index, piece.rows, self._order if asked.guided else (1,))}
         if not asked.whole and role.shallow is not None:
             feeds.update(asked.job.deep.get(piece.rows))
-        return feeds
+        return {name: feeds[name] for name in runner.takes if name in feeds}
 
     def _combined(self, piece: Piece, prediction: Float32) -> Float32:
         """One prediction for each image: (n, C, h, w) float32."""

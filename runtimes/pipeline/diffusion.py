@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from threading import Event
 from time import perf_counter
@@ -28,6 +28,7 @@ from runtimes.inputs.request_fields import SizeConditions
 from runtimes.inputs.resolved import Resolved, resolve, size_for
 from runtimes.pipeline.base_and_refiner import begin_part
 from runtimes.pipeline.batch_facts import BatchFacts
+from runtimes.pipeline.beforehand import Beforehand
 from runtimes.pipeline.conditioner import Conditioner
 from runtimes.pipeline.decoding import decode_jobs
 from runtimes.pipeline.denoiser import DenoiserCalls
@@ -61,6 +62,7 @@ class Pipeline:
         self, sessions: Mapping[str, Session], roles: Roles, scheduler_config: Mapping[str, Any],
         *tokenizers: Tokenize, cache_bytes: int = CACHE_BYTES, preprocessing: Preprocessing | None = None,
         memory: MemoryBudget | None = None, batches: BatchFacts | None = None,
+        release: Callable[[str], None] | None = None,
     ) -> None:
         """Assemble a pipeline over any sessions; `runtimes.load` does it for a bundle.
 
@@ -73,12 +75,15 @@ class Pipeline:
             preprocessing: what the safety checker's images go through, where the sessions hold one.
             memory: how many images share a call; as many as the networks take if None.
             batches: whether a row's numbers depend on its company; unknown if None.
+            release: closes a component's session until it is asked for again; called after parts of the denoiser that
+                run before the first step. They stay loaded if None.
         """
         self._batches = batches or BatchFacts()
         self.sessions, self.roles = self._batches.sessions(sessions), roles
         self._config = dict(scheduler_config)
         self._cache, self._preprocessing, self._memory = PromptCache(cache_bytes), preprocessing, memory
         self._conditioner = Conditioner(roles, tokenizers, self._cache)
+        self._beforehand = Beforehand(roles, cache_bytes, release)
         self._denoiser = DenoiserCalls(self.sessions, roles, memory, self._batches.shares)
         self._schedulers: dict[tuple[str | None, str], Scheduler] = {}
         self._colours: Colours | None = None
@@ -159,9 +164,13 @@ class Pipeline:
                     self._conditioner.encode_together(component, shared, styled)
             conditions = [self._conditioner.gather(plan.sessions, style, wanted, plan.request.sizes or SizeConditions())
                           for plan, (style, wanted) in zip(plans, styled, strict=True)]
+            conditions = [self._beforehand.with_prompts(plan.sessions, known)
+                          for plan, known in zip(plans, conditions, strict=True)]
+            tables = [self._beforehand.tables(plan.sessions, known, plan.timesteps, plan.sample_size)
+                      for plan, known in zip(plans, conditions, strict=True)]
             noises = [NoiseStreams(plan.wanted.seeds) for plan in plans]
             starts = self._starts(plans, noises, shared)
-            return [Job(*parts) for parts in zip(plans, conditions, starts, noises, strict=True)]
+            return [Job(*parts) for parts in zip(plans, conditions, starts, noises, tables, strict=True)]
 
     def advance(self, jobs: Iterable[Job]) -> None:
         """One evaluation of the denoiser for each job that is not done; their rows share calls as far as they fit.

@@ -19,6 +19,7 @@ from runtimes.errors import CancelledError, InputError, ParityError
 from runtimes.inputs.noise import NoiseStreams
 from runtimes.inputs.request import Request
 from runtimes.inputs.resolved import Resolved
+from runtimes.pipeline.beforehand import Tables
 from runtimes.pipeline.conditioner import Conditions
 from runtimes.pipeline.guidance import Guidance
 from runtimes.pipeline.initial_latents import Start
@@ -97,17 +98,31 @@ class Plan:
     profile: Profile | None
     sessions: WatchedSessions
 
+    @property
+    def timesteps(self) -> list[float]:
+        """Of the steps that belong to the request."""
+        return [float(t) for t in self.run.timesteps][: self.total]
+
+    @property
+    def sample_size(self) -> tuple[int, int]:
+        """Height and width of what the denoiser is fed: the latents, or a tile of them."""
+        if self.wanted.tiling is not None:
+            return self.wanted.tiling.tile
+        return self.wanted.latent_shape[1], self.wanted.latent_shape[2]
+
 
 class Job:
     """One request under way. One thread at a time advances it; any may read its progress and cancel it.
 
     Attributes:
         error: why it ended before its time, or None.
+        tables: what the denoiser takes at each step besides sample and conditions.
         deep: features of the last whole step, for the denoiser's shallow entry.
         runners: calls of the denoiser as laid out for this job, by component and number of rows.
     """
 
-    def __init__(self, plan: Plan, conditions: Conditions, start: Start, noise: NoiseStreams) -> None:
+    def __init__(self, plan: Plan, conditions: Conditions, start: Start, noise: NoiseStreams,
+                 tables: Tables | None = None) -> None:
         """Stand before the first step.
 
         Args:
@@ -115,14 +130,15 @@ class Job:
             conditions: of each of the B images, each negative prompt as long as its prompt.
             start: the sample at the run's first noise level.
             noise: where steps that need fresh noise sample it.
+            tables: what the denoiser takes at each step besides.
         """
-        self.plan = plan
+        self.plan, self.tables = plan, tables or Tables()
         self.error: Exception | None = None
         self.deep = Features()
         self.runners: dict[Any, RowRunner] = {}
         tiling, self._start, self._noise = plan.wanted.tiling, start, noise
         self._tiles: Tiling | None = None
-        self._sample, self._timesteps = start.sample, [float(t) for t in plan.run.timesteps][: plan.total]
+        self._sample, self._timesteps = start.sample, plan.timesteps
         self._conditions = conditions if tiling is None else conditions.repeated(tiling.count)
         self._fed: dict[tuple[bool, Rows], dict[str, NDArray[Any]]] = {}
         self.rows_by_length = _by_length(self._conditions.cond)
@@ -237,10 +253,14 @@ class Job:
             known, picked = self._conditions, list(rows)
             branches = [(known.uncond, known.added_uncond), (known.cond, known.added)]
             used = [branches[i] for i in order] if guided else branches[1:]
+            values = [known.values_uncond, known.values]
+            values = [values[i] for i in order] if guided else values[1:]
             fed = {name: np.concatenate([added[name][picked] for _, added in used]) for name in known.added}
             if context:
                 fed[context] = np.stack([hidden[row] for hidden, _ in used if hidden is not None for row in rows])
-            self._fed[key] = {name: cast(name, values) for name, values in fed.items()}
+            if known.values:
+                fed |= {name: np.stack([of[row][name] for of in values for row in rows]) for name in known.values[0]}
+            self._fed[key] = {name: cast(name, array) for name, array in fed.items()}
         return self._fed[key]
 
     def _guided(self, i: int) -> bool:

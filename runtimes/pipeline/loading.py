@@ -33,7 +33,8 @@ def load(bundle_dir: Path | str | Bundle, device: str | Device = "cpu", threads:
         hint: of OpenVINO: "latency" gives one call every core, "throughput" runs several calls at once.
         pin_threads: keep each CPU thread on a core of its own.
         memory_budget: bytes that this process may take while it generates: as many images share a call as fit.
-            What calls take is measured once on each machine; see `runtimes.pipeline.memory_budget`.
+            What calls take is measured once on each machine; see `runtimes.pipeline.memory_budget`. Parts of the
+            denoiser that run once a prompt are loaded for that and closed again.
         lora: of a bundle built with `--lora-mode swap`: `FILE[:SCALE]` each instead of its own, or "none" alone.
         deterministic: every bit of an image is the same whichever others share its calls: networks that were measured
             to depend on the number of rows, or not measured, run with one number of rows, the rest being padding.
@@ -54,11 +55,11 @@ def load(bundle_dir: Path | str | Bundle, device: str | Device = "cpu", threads:
         budget = MemoryBudget(memory_budget, memory_model(bundle, options))
     sessions = BundleSessions(bundle, options)
     roles = bundle.manifest.pipeline
-    for name in needed(roles):
+    for name in needed(roles, sparing=budget is not None):
         sessions[name]
     preprocessing = load_preprocessing(bundle) if roles.safety_checker else None
     return Pipeline(sessions, roles, scheduler_config(bundle), *load_tokenizers(bundle), preprocessing=preprocessing,
-                    memory=budget, batches=BatchFacts.of(bundle.manifest, options.device, deterministic=deterministic))
+                    memory=budget, release=sessions.release if budget is not None else None, batches=BatchFacts.of(bundle.manifest, options.device, deterministic=deterministic))
 
 
 def load_tokenizers(bundle: Bundle) -> list[ClipTokenizer]:

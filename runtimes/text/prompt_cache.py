@@ -71,6 +71,11 @@ class PromptCache:
                 _, dropped = self._entries.popitem(last=False)
                 self._bytes -= dropped.nbytes
 
+    def grow(self, max_bytes: int) -> None:
+        """Raise the bound, if it is below `max_bytes`."""
+        with self._lock:
+            self._max_bytes = max(self._max_bytes, max_bytes)
+
     @property
     def stats(self) -> CacheStats:
         """Hits, misses and size so far."""

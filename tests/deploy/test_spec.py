@@ -104,7 +104,7 @@ def test_the_target_decides_the_precision_that_is_not_asked_for():
 # Fields that every build uses, or that say what they need in a validator of their own.
 ALWAYS = {"model", "target", "precision", "shapes", "lora", "lora_mode", "embedding", "vae", "opset", "verify",
           "step_cache", "safety_checker", "prune", "prune_vae", "prune_blocks", "mask", "recover", "recover_prompts",
-          "variant", "revision", "device"}
+          "variant", "revision", "device", "hoist"}
 OTHER_VALUES: dict[str, Any] = {
     "profiles": ({"batch": "1:1:1"},), "engine": {"static": True}, "keep": ("conv_in",), "quantization": "static",
     "text_encoder_bits": 4, "quantization_methods": ("smoothquant",), "smoothquant_alpha": 0.7,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -65,7 +66,8 @@ def recorded_pipeline(bundle: Bundle, networks: Mapping[str, Session]) -> tuple[
     Raises:
         DeployError: what the bundle holds cannot be read.
     """
-    roles = bundle.manifest.pipeline
+    roles = bundle.manifest.pipeline.in_one()  # as the stand-in is
+    bundle = replace(bundle, manifest=replace(bundle.manifest, pipeline=roles))
     denoiser, decoder = roles.denoiser.component, roles.codec.decoder.component
     stand_ins: dict[str, Session] = {
         denoiser: StandInSession(denoiser, networks[denoiser].component),
