@@ -25,8 +25,8 @@ from exporters.hoisting.dependence import inputs_of
 FREE = {"Reshape", "Transpose", "Unsqueeze", "Squeeze", "Flatten", "Identity", "Shape", "Size"}
 MOST_BYTES = 64 << 20  # of one prompt, or of one row at all steps of a schedule
 MOST_STEPS = 50  # that a table of timesteps is counted with
-_UNIT_SECONDS, _ENDLESS = 1e-8, 1 << 29
-_PRICES = (0.0, *(1e-12 * 4.0**i for i in range(16)))  # seconds for each byte that is stored
+_UNIT_SECONDS, _LARGEST, _ENDLESS = 1e-8, 1 << 28, 1 << 30  # the flow counts in 32-bit integers
+_PRICES = (0.0, *(1e-12 * 4.0**i for i in range(40)))  # seconds for each byte that is stored
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def _cheapest(model: ir.Model, classes: Classes, speeds: Speeds, price: float) -
         place[thing] = 2 + len(place)
     capacity: dict[tuple[int, int], float] = {}
     for node in nodes:
-        capacity[0, place[node]] = _seconds(node, classes, speeds) / _UNIT_SECONDS
+        capacity[0, place[node]] = _seconds(node, classes, speeds)
         for value in inputs_of(node):
             if value in place:
                 capacity[place[value], place[node]] = math.inf
@@ -99,7 +99,7 @@ def _cheapest(model: ir.Model, classes: Classes, speeds: Speeds, price: float) -
             stored = price * _stored(value, kind, classes) if kind is not None else 0.0
             seconds = math.inf if kind is None else speeds.input + stored + (
                 classes.shapes.bytes(value) or 0) / speeds.fed
-            capacity[place[node], place[value]] = max(seconds / _UNIT_SECONDS, 1.0)
+            capacity[place[node], place[value]] = seconds
             if value.is_graph_output() or any(use.node not in place for use in value.uses()):
                 capacity[place[value], 1] = math.inf
     before = _source_side(capacity, 2 + len(place))
@@ -109,8 +109,10 @@ def _cheapest(model: ir.Model, classes: Classes, speeds: Speeds, price: float) -
 
 def _source_side(capacity: Mapping[tuple[int, int], float], places: int) -> set[int]:
     """What the source still reaches once no more can flow."""
-    pairs = np.array(list(capacity), np.int32).reshape(-1, 2)
-    limits = np.minimum(np.array(list(capacity.values())), _ENDLESS).round().astype(np.int32)
+    pairs, seconds = np.array(list(capacity), np.int32).reshape(-1, 2), np.array(list(capacity.values()))
+    # All that can flow is less than what is endless; what costs more than all is never cut.
+    unit = max(_UNIT_SECONDS, seconds[pairs[:, 0] == 0].sum() / _LARGEST)
+    limits = np.where(np.isinf(seconds), _ENDLESS, np.minimum(np.ceil(seconds / unit), 2 * _LARGEST)).astype(np.int32)
     network = csr_array((limits, (pairs[:, 0], pairs[:, 1])), shape=(places, places))
     rest = network - maximum_flow(network, 0, 1).flow
     rest.data = (rest.data > 0).astype(np.int32)

@@ -124,6 +124,8 @@ def leave_entry(model: ir.Model, outputs: Sequence[Joined], batch: str, rows: st
         else:
             node = new_node("Identity", [value], like)  # of its own name, whatever else reads the value
         node.name = f"{joined.name}/{node.op_type}"
+        if value.name == joined.name:
+            value.name = f"{joined.name}/inside"
         model.graph.append(node)
         node.outputs[0].name = joined.name
         node.outputs[0].shape = ir.Shape([rows if d == batch else d for d in joined.shape])
