@@ -165,7 +165,8 @@ def show_bundle(bundle: Bundle) -> None:
     table = Table("component", "format", "precision", "parameters", "size", "relative L2")
     for name, c in sorted(manifest.components.items()):
         whole = manifest.pipeline.denoiser.component
-        unknown = f"with {whole}" if manifest.pipeline.role(name) is Role.BEFOREHAND else Text("not verified", "bold red")
+        apart = manifest.pipeline.role(name) is not Role.BEFOREHAND
+        unknown = Text("not verified", "bold red") if apart or not manifest.verified else f"with {whole}"
         parity = _figure(c.parity["relative_l2"], ".1e") if c.parity else unknown
         table.add_row(name, c.format, c.precision, f"{c.parameters / 1e6:.2f} M", megabytes(c.bytes), parity)
     out.print(table)

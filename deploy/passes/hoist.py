@@ -1,4 +1,4 @@
-"""`hoist`: takes out of the denoiser's graph whatever does not depend on the sample, to be computed before the steps."""
+"""`hoist`: takes out of the denoiser's graph what does not depend on the sample, to be computed before the steps."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Hoist(Pass):
         entries = {str(kind): Entry(f"{role.component}_{kind.replace('-', '_')}",
                                     tuple(value.name for value in hoisting.of(kind))) for kind in hoisting.takes}
         components = dict(manifest.components)
-        reads = {}
+        reads: dict[str, tuple[str, ...]] = {}
         for kind in hoisting.takes:
             components[entries[kind].component] = _entry(whole, entries[kind], hoisting, kind)
             reads[entries[kind].component] = (role.component,)
@@ -66,7 +66,7 @@ class Hoist(Pass):
         pipeline = replace(manifest.pipeline, denoiser=replace(role, entries={**role.entries, **entries}))
         after = replace(step.after, components=components, pipeline=pipeline)
         counts = ", ".join(f"{len(hoisting.of(kind))} {kind}" for kind in hoisting.takes)
-        return replace(step, after=after, reads=reads, summary=f"inputs of the step graph that need no sample: {counts}")
+        return replace(step, after=after, reads=reads, summary=f"inputs of the steps that need no sample: {counts}")
 
     def run(self, step: Step, name: str, source: Bundle, out: Path) -> Component:
         """Write the step graph, its other entry, or one of the graphs that run beforehand."""

@@ -75,7 +75,7 @@ def inputs_of(node: ir.Node) -> Iterator[ir.Value]:
     yield from (value for value in node.inputs if value is not None)
     for graph in graphs_of(node):
         own = {value for inner in graph for value in inner.outputs} | {*graph.inputs, *graph.initializers.values()}
-        read = [v for inner in graph for v in inputs_of(inner)] + [v for v in graph.outputs if v is not None]
+        read = [*(v for inner in graph for v in inputs_of(inner)), *graph.outputs]
         yield from (value for value in dict.fromkeys(read) if value not in own)
 
 

@@ -6,14 +6,16 @@ Imports onnx and onnx_ir; import it inside the function that needs it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import onnx_ir as ir
 
 from exporters.hoisting.classes import Classes, Inputs, Kind, classify
 from exporters.hoisting.cut import FREE, Speeds, choose_cut
+from exporters.hoisting.dependence import graphs_of, inputs_of
 from exporters.hoisting.split import Joined, join, label, leave_entry, leave_steps
 from exporters.onnx.stored_weights import unmap
 from exporters.onnx.trace import save_model
@@ -63,7 +65,7 @@ def analyse(load: Load, inputs: Inputs, axes: Mapping[str, Axis], speeds: Speeds
     classes = classify(model, inputs, axes)
     values = join(_past_views(choose_cut(model, classes, speeds), classes), classes)
     batch, left = inputs.batch, Hoisting(values, {}, ())
-    takes = {kind: _inputs_after(load, lambda graph, kind=kind: leave_entry(graph, left.of(kind), batch, batch))
+    takes = {kind: _inputs_after(load, partial(leave_entry, outputs=left.of(kind), batch=batch, rows=batch))
              for kind in Kind if left.of(kind)}
     remain = _inputs_after(load, lambda graph: leave_steps(graph, values, labelled(graph)))
     return Hoisting(values, takes, remain)
@@ -127,34 +129,50 @@ def labelled(model: ir.Model) -> dict[str, ir.Value]:
 def same_values(whole: ir.Model, part: ir.Model, values: Sequence[Joined]) -> dict[str, ir.Value]:
     """Values of a second graph of the same network that are computed as those of the first, by the latter's labels.
 
-    They are computed alike if the same operators read the same weights and inputs, all the way down.
+    They are computed alike if the same operators read equal weights and the same inputs, all the way down; what nodes
+    and weights are called may differ.
     """
-    prints = fingerprints(part)
-    known = {prints[value]: value for node in part.graph for value in node.outputs}
-    wanted, names = fingerprints(whole), labelled(whole)
-    labels = [name for joined in values for name in joined.parts]
-    return {name: known[wanted[names[name]]] for name in labels if wanted[names[name]] in known}
+    names = labelled(whole)
+    wanted = {name: names[name] for joined in values for name in joined.parts}
+    inputs = needed_by(wanted.values())
+    found = fingerprints(whole, inputs)
+    known = {text: value for value, text in fingerprints(part, inputs).items()}
+    return {name: known[found[value]] for name, value in wanted.items() if found.get(value) in known}
 
 
-def fingerprints(model: ir.Model) -> dict[ir.Value, str]:
-    """For each value a hash of how it is computed. Weights count by name and shape, small integers by their contents.
+def needed_by(values: Iterable[ir.Value]) -> set[str]:
+    """Names of the graph inputs that values follow from."""
+    seen, left, names = set[ir.Value](), list(values), set[str]()
+    while left:
+        value = left.pop()
+        if value in seen:
+            continue
+        seen.add(value)
+        if value.is_graph_input():
+            names.add(value.name or "")
+        elif (node := value.producer()) is not None:
+            left.extend(inputs_of(node))
+    return names
 
-    Nodes that hold graphs are each one of its own.
+
+def fingerprints(model: ir.Model, inputs: Set[str]) -> dict[ir.Value, str]:
+    """For each value that follows from some inputs alone, a hash of how it is computed; weights count by contents.
+
+    Nodes that hold graphs have none.
     """
-    found: dict[ir.Value, str] = {}
-    for value in model.graph.inputs:
-        found[value] = _hashed("input", value.name)
-    for value in model.graph.initializers.values():
-        tensor = value.const_value
-        small = tensor is not None and tensor.size <= 64 and not tensor.dtype.is_floating_point()
-        found[value] = _hashed(tensor.dtype, tuple(tensor.shape), tensor.numpy().tobytes()) if small and tensor is not None \
-            else _hashed("weight", value.name, value.shape)
+    found = {value: _hashed("input", value.name) for value in model.graph.inputs if value.name in inputs}
     for node in model.graph:
-        attributes = sorted((a.name, str(a.value)) if a.type != ir.AttributeType.GRAPH else (a.name, str(id(node)))
-                            for a in node.attributes.values())
-        made = _hashed(node.domain, node.op_type, attributes, [found.get(v, "") if v is not None else "" for v in node.inputs])
-        for value in node.outputs:
-            found[value] = _hashed(made, value.index())
+        read = [v for v in node.inputs if v is not None]
+        if any(True for _ in graphs_of(node)) or any(v not in found and not v.is_initializer() for v in read):
+            continue
+        for value in read:
+            if value not in found and value.const_value is not None:
+                tensor = value.const_value
+                found[value] = _hashed(str(tensor.dtype), str(tensor.shape), hashlib.sha256(tensor.tobytes()).digest())
+        attributes = sorted((a.name, str(a.value)) for a in node.attributes.values())
+        made = _hashed(node.domain, node.op_type, attributes, [found.get(v, "") if v is not None else ""
+                                                               for v in node.inputs])
+        found |= {value: _hashed(made, value.index()) for value in node.outputs}
     return found
 
 
@@ -163,7 +181,7 @@ def _hashed(*parts: object) -> str:
 
 
 def _past_views(crossing: Mapping[ir.Value, Kind], classes: Classes) -> dict[ir.Value, Kind]:
-    """Let the values of a timestep cross after what only renames their elements; a prompt's meet fused attention first."""
+    """Let the values of a timestep cross behind what only renames their elements; a prompt's meet attention first."""
     moved: dict[ir.Value, Kind] = {}
     for start, kind in crossing.items():
         value = start

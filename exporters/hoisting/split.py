@@ -22,7 +22,7 @@ SEPARATOR = "+"  # between a joined input and the first of its parts
 
 @dataclass(frozen=True)
 class Joined:
-    """One input of the step graph: a value, or several of one kind that differ in their second size alone, side by side.
+    """One input of the step graph: a value, or several of a kind that differ in their second size alone, side by side.
 
     Attributes:
         name: of the input, and of the output of the entry that gives it.
@@ -65,12 +65,12 @@ def join(crossing: Mapping[ir.Value, Kind], classes: Classes) -> tuple[Joined, .
         key = (kind, dtype, (shape[0], *shape[2:])) if joins else (kind, label(value))
         groups.setdefault(key, []).append(value)
     found = []
-    for (kind, *_), values in groups.items():
+    for values in groups.values():
         shape = classes.shapes.dims[values[0]]
         sizes = tuple(int(classes.shapes.dims[v][1]) for v in values) if len(values) > 1 else ()
         whole = (shape[0], sum(sizes), *shape[2:]) if sizes else shape
         name = label(values[0]) + (f"{SEPARATOR}{len(values) - 1}" if sizes else "")
-        found.append(Joined(name, Kind(str(kind)), tuple(map(label, values)), sizes,
+        found.append(Joined(name, crossing[values[0]], tuple(map(label, values)), sizes,
                             dtype_of(values[0], classes.shapes), whole))
     return tuple(found)
 

@@ -73,12 +73,7 @@ def export_onnx(
             fixed inside the network.
         DeployError: the exported graph does not pass the checker.
     """
-    model = _traced(module, spec, opset)
-    if stored is not None:
-        attach_weights(model, stored)
-    _name_inputs_and_outputs(model, spec)
-    with quiet():
-        canonical.canonicalize(model)
+    model = traced(module, spec, opset, stored)
     if lora:
         add_lora_inputs(model, lora)
         spec = replace(spec, inputs=(*spec.inputs, *input_specs(lora)))
@@ -87,6 +82,22 @@ def export_onnx(
     weights = sum(value.const_value.size for value in model.graph.initializers.values()
                   if value.const_value is not None and value.const_value.dtype.is_floating_point())
     return ExportResult(out_folder / MODEL_FILE, data, opset, count_nodes(model), weights)
+
+
+def traced(module: torch.nn.Module, spec: ComponentSpec, opset: int = OPSET,
+           stored: Mapping[int, StoredWeight] | None = None) -> ir.Model:
+    """The graph that `export_onnx` writes, in memory: its weights are torch's or, if `stored`, still in their files.
+
+    Raises:
+        InputError: as `export_onnx`.
+    """
+    model = _as_exported(module, spec, opset)
+    if stored is not None:
+        attach_weights(model, stored)
+    _name_inputs_and_outputs(model, spec)
+    with quiet():
+        canonical.canonicalize(model)
+    return model
 
 
 def example_inputs(spec: ComponentSpec, sizes: dict[str, int]) -> tuple[torch.Tensor, ...]:
@@ -106,7 +117,7 @@ def example_inputs(spec: ComponentSpec, sizes: dict[str, int]) -> tuple[torch.Te
     return tuple(one(tensor) for tensor in spec.inputs)
 
 
-def _traced(module: torch.nn.Module, spec: ComponentSpec, opset: int) -> ir.Model:
+def _as_exported(module: torch.nn.Module, spec: ComponentSpec, opset: int) -> ir.Model:
     """The graph as the exporter makes it: every named dimension dynamic, weights still torch's."""
     dynamic = tuple(
         {i: torch.export.Dim.DYNAMIC for i, size in enumerate(tensor.shape) if isinstance(size, str)}

@@ -85,7 +85,7 @@ def feeds_for(bundle: Bundle, name: str, options: Sequence[str] = ()) -> dict[st
     elif options:
         chosen = [parse_lora(option) for option in options]
     else:
-        chosen = [(bundle.file(own_file(name)), 1.0)]
+        chosen = [(bundle.file(own_file(roles.adapted(network))), 1.0)]
     factors = side_by_side([read_factors(file, network, scale, targets, own.levels) for file, scale in chosen])
     rank = max((len(found.down) for found in factors.values()), default=1)
     if rank > LARGEST_RANK:

@@ -78,7 +78,7 @@ class OpenVinoSession(Session):
         sizes: dict[str, int] = {}
         held = []  # the request points into these until it is done
         for spec, position in zip(self.component.inputs, self._inputs, strict=True):
-            array = np.ascontiguousarray(feeds[spec.name])
+            array = np.require(feeds[spec.name], requirements=["C", "W"])  # shared memory must be writeable
             held.append(array)
             sizes.update({d: n for d, n in zip(spec.shape, array.shape, strict=True) if isinstance(d, str)})
             request.set_input_tensor(position, self._tensor(array, shared_memory=True))

@@ -358,9 +358,10 @@ class Roles:
         return dataclasses.replace(self, denoiser=dataclasses.replace(self.denoiser, entries=entries))
 
     def pieces(self, component: str) -> tuple[str, ...]:
-        """The components that compute what one does in the source: itself, and what runs before the denoiser's steps."""
+        """The components that compute what one does in the source: itself, and what runs before a denoiser's steps."""
         steps = self.role(component) in (Role.DENOISER, Role.SHALLOW)
-        return (component, *(entry.component for entry in self.denoiser.beforehand.values())) if steps else (component,)
+        parts = (entry.component for entry in self.denoiser.beforehand.values())
+        return (component, *parts) if steps else (component,)
 
     def sized(self, height: int, width: int) -> Roles:
         """The same with another default size in pixels."""

@@ -108,7 +108,7 @@ class Beforehand:
 
     def _branches(self, conditions: Conditions) -> tuple[list[Values], list[Values]]:
         """What each image's prompt and negative prompt became, as feeds of one row."""
-        context, found = self._roles.conditioner.context, []
+        context, found = self._roles.conditioner.context, list[list[Values]]()
         for hidden, added in ((conditions.cond, conditions.added), (conditions.uncond, conditions.added_uncond)):
             found.append([{**({context: one[None]} if context else {}), **{n: a[i : i + 1] for n, a in added.items()}}
                           for i, one in enumerate(hidden or ())])

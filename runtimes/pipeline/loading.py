@@ -59,7 +59,8 @@ def load(bundle_dir: Path | str | Bundle, device: str | Device = "cpu", threads:
         sessions[name]
     preprocessing = load_preprocessing(bundle) if roles.safety_checker else None
     return Pipeline(sessions, roles, scheduler_config(bundle), *load_tokenizers(bundle), preprocessing=preprocessing,
-                    memory=budget, release=sessions.release if budget is not None else None, batches=BatchFacts.of(bundle.manifest, options.device, deterministic=deterministic))
+                    memory=budget, release=sessions.release if budget is not None else None,
+                    batches=BatchFacts.of(bundle.manifest, options.device, deterministic=deterministic))
 
 
 def load_tokenizers(bundle: Bundle) -> list[ClipTokenizer]:

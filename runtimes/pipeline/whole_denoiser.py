@@ -12,12 +12,12 @@ from runtimes.backends.batching import RowRunner
 from runtimes.backends.session import Arrays, Session, SessionOptions
 from runtimes.bundle.folder import Bundle
 from runtimes.bundle.manifest import Component
-from runtimes.bundle.roles import ROWS, Roles, Role
+from runtimes.bundle.roles import ROWS, Role, Roles
 from runtimes.pipeline.bundle_sessions import open_session
 
 
 def whole_components(components: Mapping[str, Component], roles: Roles) -> dict[str, Component]:
-    """The components as the source has them: what runs beforehand counts as part of the denoiser and its other entry."""
+    """The components as the source has them: what runs beforehand is part of the denoiser and of its other entry."""
     return {name: whole_component(name, components, roles) for name in components
             if roles.role(name) is not Role.BEFOREHAND}
 

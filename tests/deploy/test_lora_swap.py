@@ -24,6 +24,7 @@ from exporters.source.networks import load_module
 from runtimes.bundle.folder import Bundle
 from runtimes.errors import InputError
 from runtimes.pipeline.diffusion import Pipeline
+from runtimes.pipeline.whole_denoiser import whole_component
 from tests.deploy.conftest import Cli, assert_refused
 from tests.exporters.family_pipelines import make_pipeline
 
@@ -113,10 +114,13 @@ def test_its_parity_is_with_the_merged_network_and_the_manifest_says_swap(swappa
     assert {"unet", "text_encoder"} <= set(parity["components"])
     record = next(p for p in manifest.passes if p.name == "adapters").config
     assert record["lora_mode"] == "swap" and record["lora"][0]["scale"] == 0.8
-    inputs = manifest.components["unet"].details.lora
-    assert inputs is not None and set(inputs.targets) == set(PLACES["unet"])
+    taken = {name: set(manifest.components[name].details.lora.targets) for name in manifest.pipeline.pieces("unet")
+             if manifest.components[name].details.lora}
+    hoisted = {place for place in PLACES["unet"] if "time_emb_proj" in place}
+    assert taken == {"unet": set(PLACES["unet"]) - hoisted, "unet_per_step": hoisted}, "each takes what it computes"
     assert "lora/unet.safetensors" in manifest.files
-    assert [spec.name for spec in manifest.components["unet"].inputs] == ["sample", "timestep", "encoder_hidden_states"]
+    assert [spec.name for spec in whole_component("unet", manifest.components, manifest.pipeline).inputs] == [
+        "sample", "timestep", "encoder_hidden_states"]
 
 
 def test_another_lora_in_its_place_generates_as_if_that_one_had_been_merged(

@@ -164,8 +164,8 @@ def test_contents_that_decide_a_shape_count_wherever_the_shape_is_read():
 
 
 def test_random_numbers_stay():
-    content = graph("t = Unsqueeze (timestep, one)  noise = RandomNormalLike (t)  n = Abs (noise)  out = Add (sample, n)",
-                    f"{SAMPLE}, {TIMESTEP}", weights=TWO)
+    content = graph("t = Unsqueeze (timestep, one)  noise = RandomNormalLike (t)  n = Abs (noise)  "
+                    "out = Add (sample, n)", f"{SAMPLE}, {TIMESTEP}", weights=TWO)
     model, classes = classes_of(content)
     assert RANDOM in classes.dependences.of(labelled(model)["n"]) and crossing(content) == {}
 
@@ -237,7 +237,7 @@ def test_values_that_are_no_rows_do_not_cross():
 def attention(wide: int) -> bytes:
     """Keys of a prompt, which a product with the sample reads."""
     weights = f"int64[1] one = {{1}}, float[4, {wide}] w = {{{', '.join(['0.5'] * 4 * wide)}}}"
-    return graph(f"""
+    return graph("""
         k = MatMul (context, w)  r = Relu (k)  m = ReduceMean <keepdims = 0> (r, one)  q = MatMul (sample, w)
         s = Mul (q, m)  long = Unsqueeze (q, one)  x = Mul (long, r)  y = ReduceMean <keepdims = 0> (x, one)
         out = Add (s, y)""", f"{SAMPLE}, {CONTEXT}", f"float[batch, {wide}] out", weights)
@@ -276,10 +276,12 @@ def transformer(blocks: int = 3) -> bytes:
         numbers = ", ".join(f"{x:.3f}" for x in random.standard_normal(shape).ravel())
         weights.append(f"float[{', '.join(map(str, shape))}] {name} = {{{numbers}}}")
 
-    weight("w1", 1, 8), weight("w2", 4, 8), weight("scale", 8), weight("bias", 8)
+    for name, shape in (("w1", (1, 8)), ("w2", (4, 8)), ("scale", (8,)), ("bias", (8,))):
+        weight(name, *shape)
     last = "sample"
     for i in range(blocks):
-        weight(f"m{i}", 8, 24), weight(f"f{i}", 8, 8)
+        weight(f"m{i}", 8, 24)
+        weight(f"f{i}", 8, 8)
         nodes.append(f"""mod{i} = MatMul (e, m{i})  sh{i}, sc{i}, ga{i} = Split <axis = 1> (mod{i}, parts)
             us{i} = Unsqueeze (sh{i}, one)  uc{i} = Unsqueeze (sc{i}, one)  ug{i} = Unsqueeze (ga{i}, one)
             n{i} = LayerNormalization (x{i}_in, scale, bias)  a{i} = Mul (n{i}, uc{i})  b{i} = Add (a{i}, us{i})
