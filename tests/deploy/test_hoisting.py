@@ -13,11 +13,11 @@ import pytest
 import runtimes
 from deploy.building.choose import run_build
 from deploy.core.plan import Skip, Step, load_passes
-from deploy.core.spec import BuildSpec
+from deploy.core.spec import BuildSpec, make_spec
 from deploy.passes import PASSES
 from deploy.passes.hoist import Hoist
 from runtimes import Request
-from runtimes.backends.session import SessionOptions
+from runtimes.backends.session import Session, SessionOptions
 from runtimes.bundle.folder import Bundle
 from runtimes.bundle.roles import PER_PROMPT, PER_REQUEST, PER_STEP, SHALLOW_ENTRY
 from runtimes.bundle.tensors import example_feeds
@@ -42,7 +42,7 @@ def build(tmp_path_factory: pytest.TempPathFactory, build_cache: Path) -> Build:
         if not (folder / family).exists():
             write_pipeline_of(family, folder / family)
         if key not in made:
-            spec = BuildSpec(model=str(folder / family), shapes=SHAPES, **{"verify": "no", **options})
+            spec = make_spec({"model": str(folder / family), "shapes": SHAPES, "verify": "no", **options})
             made[key] = run_build(spec, folder / f"bundle-{len(made)}", cache_root=build_cache).bundle
         return made[key]
 
@@ -53,6 +53,10 @@ def latents(bundle: Bundle, prompts: str | list[str] = "a b", **fields: Any) -> 
     fields = {"steps": 3, "seed": 1, "output": "latents", **fields}
     found: np.ndarray[Any, Any] = runtimes.load(bundle)(prompts, **fields)
     return found
+
+
+def assert_close(pair: list[np.ndarray[Any, Any]], within: float = 1e-5) -> None:
+    np.testing.assert_allclose(pair[0], pair[1], rtol=within, atol=within)
 
 
 @pytest.mark.parametrize("family", KINDS)
@@ -66,7 +70,7 @@ def test_the_same_bits_as_in_one_piece(build: Build, family: str):
     prompts = ["a b", "c"] if apart.manifest.pipeline.encoders else ["", ""]
     for scheduler in ("ddim", "euler-ancestral", "heun"):
         pair = [latents(bundle, prompts, scheduler=scheduler, seed=[1, 2]) for bundle in (apart, whole)]
-        np.testing.assert_allclose(*pair, rtol=1e-5, atol=1e-5)
+        assert_close(pair)
 
 
 def test_parity_is_that_of_the_parts_together(build: Build):
@@ -105,7 +109,7 @@ def test_jobs_of_any_kind_advanced_together_equal_lone_runs(build: Build, family
 
 def test_large_images_in_tiles(build: Build):
     pair = [latents(build("xl", hoist=hoist), height=96, width=80, tile=64) for hoist in (True, False)]
-    np.testing.assert_allclose(*pair, rtol=1e-5, atol=1e-5)
+    assert_close(pair)
 
 
 def test_both_entries_of_a_step_cache_take_the_values(build: Build):
@@ -117,9 +121,10 @@ def test_both_entries_of_a_step_cache_take_the_values(build: Build):
     assert len(given & {spec.name for spec in shallow.inputs}) == 3, "a time projection, keys and values"
     assert not {"timestep", "encoder_hidden_states"} & {spec.name for spec in shallow.inputs}
     pair = [latents(bundle, steps=4, cache_interval=2) for bundle in (apart, whole)]
-    np.testing.assert_allclose(*pair, rtol=1e-5, atol=1e-5)
+    assert_close(pair)
 
 
+@pytest.mark.slow
 def test_integers_of_the_step_graph_beside_float32_of_what_runs_beforehand(build: Build):
     bundle, exact = build("sd2", precision="int8", calibration_samples=16), build("sd2")
     assert bundle.component("unet").precision == "int8"
@@ -129,24 +134,19 @@ def test_integers_of_the_step_graph_beside_float32_of_what_runs_beforehand(build
     assert 0 < error <= 1.5 * whole_error
 
 
+@pytest.mark.slow
 def test_openvino(build: Build):
     pytest.importorskip("openvino")
     pair = [latents(build("sd2", target="openvino", hoist=hoist)) for hoist in (True, False)]
-    np.testing.assert_allclose(*pair, rtol=1e-4, atol=1e-4)
+    assert_close(pair, 1e-4)
 
 
-def counted(bundle: Bundle, release: bool) -> tuple[Pipeline, BundleSessions, list[str]]:
-    """A pipeline, its sessions, and the components that run, call by call."""
-    sessions, calls = BundleSessions(bundle, SessionOptions()), list[str]()
-
-    class Counting(dict[str, Any]):
-        def __missing__(self, name: str) -> Any:
-            calls.append(name)
-            return sessions[name]
-
-    pipeline = Pipeline(Counting(), bundle.manifest.pipeline, scheduler_config(bundle), *load_tokenizers(bundle),
+def assembled(bundle: Bundle, release: bool) -> tuple[Pipeline, BundleSessions]:
+    """A pipeline that loads what it asks for, and its sessions."""
+    sessions = BundleSessions(bundle, SessionOptions())
+    pipeline = Pipeline(sessions, bundle.manifest.pipeline, scheduler_config(bundle), *load_tokenizers(bundle),
                         release=sessions.release if release else None)
-    return pipeline, sessions, calls
+    return pipeline, sessions
 
 
 def loaded(sessions: BundleSessions) -> set[str]:
@@ -158,8 +158,13 @@ def test_a_prompt_and_a_schedule_are_computed_once(build: Build, monkeypatch: py
 
     runs: list[str] = []
     computed = beforehand._computed
-    monkeypatch.setattr(beforehand, "_computed", lambda s, f: (runs.append(s.name), computed(s, f))[1])
-    pipeline, _, _ = counted(build("sd2"), release=False)
+
+    def noted(session: Session, feeds: Any) -> Any:
+        runs.append(session.name)
+        return computed(session, feeds)
+
+    monkeypatch.setattr(beforehand, "_computed", noted)
+    pipeline, _ = assembled(build("sd2"), release=False)
     pipeline("a b", steps=3, seed=0, output="latents")
     assert sorted(runs) == ["unet_per_prompt", "unet_per_prompt", "unet_per_step"], "prompt, negative prompt, schedule"
     pipeline("a b", steps=3, seed=1, output="latents")
@@ -170,11 +175,11 @@ def test_a_prompt_and_a_schedule_are_computed_once(build: Build, monkeypatch: py
 
 def test_where_memory_is_short_their_weights_are_given_back(build: Build):
     bundle = build("xl")
-    pipeline, sessions, _ = counted(bundle, release=True)
+    pipeline, sessions = assembled(bundle, release=True)
     image = pipeline("a b", steps=2, seed=0, output="latents")
     assert {"unet", "text_encoder"} <= loaded(sessions) and not {
         "unet_per_prompt", "unet_per_request"} & loaded(sessions)
-    again, other, _ = counted(bundle, release=False)
+    again, other = assembled(bundle, release=False)
     np.testing.assert_array_equal(again("a b", steps=2, seed=0, output="latents"), image)
     assert {"unet_per_prompt", "unet_per_request"} <= loaded(other)
 

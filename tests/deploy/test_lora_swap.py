@@ -114,8 +114,8 @@ def test_its_parity_is_with_the_merged_network_and_the_manifest_says_swap(swappa
     assert {"unet", "text_encoder"} <= set(parity["components"])
     record = next(p for p in manifest.passes if p.name == "adapters").config
     assert record["lora_mode"] == "swap" and record["lora"][0]["scale"] == 0.8
-    taken = {name: set(manifest.components[name].details.lora.targets) for name in manifest.pipeline.pieces("unet")
-             if manifest.components[name].details.lora}
+    taken = {name: set(own.targets) for name in manifest.pipeline.pieces("unet")
+             if (own := manifest.components[name].details.lora) is not None}
     hoisted = {place for place in PLACES["unet"] if "time_emb_proj" in place}
     assert taken == {"unet": set(PLACES["unet"]) - hoisted, "unet_per_step": hoisted}, "each takes what it computes"
     assert "lora/unet.safetensors" in manifest.files
