@@ -1,4 +1,4 @@
-"""`Models`: the bundles that one worker has loaded, within a memory cap; what was used longest ago makes way."""
+"""`Models`: the bundles that one worker has loaded, within a memory cap; what was used longest ago makes way.
 
 Loading runs in a thread of its own, so that what is denoised goes on. The engine's thread alone asks and holds.
 """
