@@ -1,4 +1,4 @@
-"""Reads what clients send: JSON without surprises, multipart forms in memory, images whose headers are looked at first."""
+"""Reads what clients send: JSON without surprises, multipart forms in memory, images whose headers come first."""
 
 from __future__ import annotations
 
