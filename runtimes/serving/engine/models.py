@@ -311,10 +311,12 @@ class Models:
 
     def _fail(self, name: str, digest: str, error: Exception) -> None:
         known, now = self._failed.get(name), monotonic()
-        first = known[1] if known is not None and known[0] == digest else now
+        again = known is not None and known[0] == digest
+        first = known[1] if known is not None and again else now
         self._failed[name] = digest, first, now, _without_path(error, name, self._offered.get(name))
         self._blocked = "" if self._blocked == name else self._blocked
-        logger.error("%s: the bundle %.12s cannot be loaded: %s", name, digest, error)
+        if not again:
+            logger.error("%s: the bundle %.12s cannot be loaded: %s", name, digest, error)
         self.on_change()
 
     # ---- in the thread that loads --------------------------------------------------------------------------------
@@ -347,6 +349,9 @@ class Models:
             if self._most is not None and result.bytes > self._most:
                 self._unload(result)
                 self._fail(name, offered.digest, _too_large(name, result.bytes, self._most))
+            others = [one for one in self.loaded() if one is not result and not one.users]
+            while others and not self._fits(0):  # it takes more than its files did promise
+                self._unload(others.pop(0))
         self.on_change()
 
 

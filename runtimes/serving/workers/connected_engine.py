@@ -121,14 +121,14 @@ class ConnectedEngine:
             models: that were loaded for an earlier connection.
         """
         self.channel, self.options, self.offers = channel, options, offers
+        self._tickets: dict[int, Ticket] = {}
+        self._outbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+        self._ended, self._saying = threading.Event(), threading.Lock()
         self.models = models or loaded_by(options, offers)
         self.engine = Engine(self.models, most_waiting=MOST_WAITING, most_images=options.batch,
                              company_seconds=options.company_seconds)
         self._wake = self.models.on_change
         self.models.on_change = self._changed
-        self._tickets: dict[int, Ticket] = {}
-        self._outbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
-        self._ended = threading.Event()
         self._sender = threading.Thread(target=self._send, name="send", daemon=True)
         self._sender.start()
         self.say(Message("hello", {"name": options.name, "capacity": options.batch, "digests": self.digests()}))
@@ -207,15 +207,16 @@ class ConnectedEngine:
 
     def _changed(self) -> None:
         self._wake()
-        self.say(self._status())
+        self._say_status()
 
-    def _status(self) -> Message:
-        return Message("status", {"loaded": [one.name for one in self.models.loaded()],
-                                  "memory_bytes": resident_bytes(), "busy_seconds": self.engine.busy_seconds})
+    def _say_status(self) -> None:
+        with self._saying:  # the last one that is sent is the last one that is true
+            self.say(Message("status", {"loaded": [one.name for one in self.models.loaded()],
+                                        "memory_bytes": resident_bytes(), "busy_seconds": self.engine.busy_seconds}))
 
     def _beat(self) -> None:
         while not self._ended.wait(self.options.heartbeat_seconds):
-            self.say(self._status())
+            self._say_status()
 
     def _send(self) -> None:
         while (message := self._outbox.get()) is not None:
