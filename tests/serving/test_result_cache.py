@@ -23,15 +23,17 @@ def test_the_images_used_longest_ago_leave_first_and_the_bytes_are_bounded():
     assert cache.get("a") is not None
     cache.put("d", images(100))
     assert [cache.get(key) is not None for key in "abcd"] == [True, False, True, True]
-    cache.put("a", images(50)), cache.put("huge", images(100_000))
+    cache.put("a", images(50))
+    cache.put("huge", images(100_000))
     assert cache.get("huge") is None and cache.bytes == 2 * 100 + 50 + 3 * ENTRY_BYTES <= cache.most_bytes
     assert (cache.hits, cache.misses) == (4, 2)
 
 
 def test_no_bytes_cache_nothing():
     cache = ResultCache(0)
-    cache.put("a", ()), cache.put("b", images(1))
-    assert cache.get("a") is None and len(cache) == cache.bytes == cache.misses == 0
+    cache.put("a", ())
+    cache.put("b", images(1))
+    assert cache.get("a") is None and cache.entries == cache.bytes == cache.misses == 0
 
 
 def test_threads_share_a_cache():
@@ -47,7 +49,7 @@ def test_threads_share_a_cache():
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert cache.bytes == len(cache) * (ENTRY_BYTES + 64) <= cache.most_bytes and len(cache) == 20
+    assert cache.bytes == cache.entries * (ENTRY_BYTES + 64) <= cache.most_bytes and cache.entries == 20
 
 
 @pytest.mark.parametrize("other", [
