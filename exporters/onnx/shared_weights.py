@@ -1,4 +1,4 @@
-"""Lets the step cache's graph refer to the weights in the file of the denoiser's own graph, where it has the same.
+"""Lets the step cache's graph refer to those of its weights that the file of the denoiser's own graph holds.
 
 Imports onnx_ir; import it inside the function that needs it.
 """
