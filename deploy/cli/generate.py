@@ -251,5 +251,5 @@ def descriptions(options: GenerateOptions, request: Request, fields: Mapping[str
                  ) -> list[dict[str, str]]:
     """What each image's PNG says about how it was made; what is not said was left to its default."""
     said = {name: str(fields[name] or "") for name in ("steps", "scheduler", "guidance_scale") if name in fields}
-    lora = ", ".join(Path(file).name for file in options.lora)
+    lora = ", ".join(Path(option).name for option in options.lora)
     return image_texts.descriptions(request, {"bundle": digest, "lora": lora, **said})
