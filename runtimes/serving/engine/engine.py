@@ -136,6 +136,7 @@ class Engine:
                     ticket.end(error=_fault(error))
                 for one in self._lanes.running():
                     self._end(one, error=_fault(error))
+                self.waiting.wait(IDLE_SECONDS, self.waiting.changes)  # or a lasting fault would fill the log
             self._call_began = None
         for ticket in (*self.waiting.drain(), *(one.ticket for one in self._lanes.running())):
             ticket.end(error=UnavailableError("the engine was shut down", where="engine", fix="ask again"))
