@@ -15,7 +15,8 @@ from runtimes.inputs.request import Request
 from runtimes.serving.engine import models as models_module
 from runtimes.serving.engine.catalog import Catalog
 from runtimes.serving.engine.engine import Engine
-from runtimes.serving.engine.models import Loaded, Models, opener, resident_bytes
+from runtimes.serving.engine.models import Models, opener, resident_bytes
+from runtimes.serving.engine.sources import Loaded
 from tests.serving.tiny_bundles import copied, remark, tiny_bundle
 from tests.serving.worker_pipelines import fake
 

@@ -9,7 +9,7 @@ import time
 import numpy as np
 
 from runtimes.pipeline.diffusion import Pipeline
-from runtimes.serving.engine.models import Offered
+from runtimes.serving.engine.sources import Offered
 from tests.runtimes.fakes import DDIM, FACTS, fake_sessions, tokenize
 
 DEADLY, HANGING = "deadly prompt", "hang"

@@ -23,8 +23,9 @@ from runtimes.errors import CancelledError, DeployError, InputError, Unavailable
 from runtimes.inputs.noise import resolve_seeds
 from runtimes.serving.engine.contract import Generated, PoolStatus, WorkerStatus
 from runtimes.serving.engine.lanes import Lane, Lanes, Running
-from runtimes.serving.engine.models import GivenModels, Loaded, Source, Steppable, resident_bytes
+from runtimes.serving.engine.models import resident_bytes
 from runtimes.serving.engine.rate import Rate
+from runtimes.serving.engine.sources import GivenModels, Loaded, Source, Steppable
 from runtimes.serving.engine.ticket import Progress, Ticket
 from runtimes.serving.engine.waiting import Waiting
 

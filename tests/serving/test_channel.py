@@ -26,6 +26,7 @@ from runtimes.inputs.request import Request
 from runtimes.inputs.request_fields import SizeConditions
 from runtimes.serving.engine.contract import Generated
 from runtimes.serving.engine.waiting import QueueFullError
+from runtimes.serving.workers.channel import MOST_ARRAY_BYTES, PROTOCOL, Channel, Message, ProtocolError
 from runtimes.serving.workers.encoded import (
     decoded_error,
     decoded_progress,
@@ -35,7 +36,6 @@ from runtimes.serving.workers.encoded import (
     encoded_request,
     encoded_result,
 )
-from runtimes.serving.workers.messages import MOST_ARRAY_BYTES, PROTOCOL, Channel, Message, ProtocolError
 
 
 @pytest.fixture
