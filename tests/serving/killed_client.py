@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 import runtimes
 from runtimes.serving.engine.contract import Generated
@@ -21,14 +22,14 @@ from runtimes.serving.state.order import Order, Output
 from runtimes.serving.state.store import ENDED
 from runtimes.serving.state.written_images import written
 
-VARIANTS = 8  # of requests: each is computed alone once, however many jobs ask for it
+VARIANTS = 8  # of images: each is computed alone once, however many jobs ask for it
 
 
 class Client:
     """Posts jobs with idempotency keys, and follows them.
 
     Attributes:
-        accepted: id to number of the request, of every id that was returned.
+        accepted: id to the number that its request was made of, of every id that was returned.
         deleted: ids that it asked to end.
         ends: id to the status that it saw at the end.
     """
@@ -57,7 +58,7 @@ class Client:
             key = self._chance.choice(list(self._keys))
             number = self.accepted[self._keys[key]]
         else:
-            key, number = f"{self._chance.getrandbits(64):x}", self._chance.randrange(VARIANTS)
+            key, number = f"{self._chance.getrandbits(64):x}", self._chance.getrandbits(40)
             self._unanswered[key] = number
             self._note(asked=key, number=number)
         status, answer = self._call(port, "POST", "/v1/jobs", body_of(number), {"Idempotency-Key": key})
@@ -139,8 +140,9 @@ class ServerFault(Exception):
 
 
 def body_of(number: int) -> dict[str, Any]:
-    """The body of one of the requests; every other one sends an image."""
-    body = {"prompt": f"a red apple {number}", "seed": 100 + number, "num_inference_steps": 2 + number % 3, "n": 1}
+    """The body of one of the requests; every other one sends an image, in a file that no other one sends."""
+    kind = number % VARIANTS
+    body = {"prompt": f"a red apple {kind}", "seed": 100 + kind, "num_inference_steps": 2 + kind % 3, "n": 1}
     content = sent_file(number)
     if content is not None:
         body |= {"image": base64.b64encode(content).decode(), "strength": 0.8}
@@ -151,8 +153,10 @@ def sent_file(number: int) -> bytes | None:
     """The image that comes with a request."""
     if number % 2:
         return None
-    file = io.BytesIO()
-    Image.linear_gradient("L").resize((64, 64)).rotate(30 * number).convert("RGB").save(file, "PNG")
+    file, said = io.BytesIO(), PngInfo()
+    said.add_text("number", str(number))
+    pixels = Image.linear_gradient("L").resize((64, 64)).rotate(30 * (number % VARIANTS)).convert("RGB")
+    pixels.save(file, "PNG", pnginfo=said)
     return file.getvalue()
 
 
@@ -161,17 +165,17 @@ class LoneRuns:
 
     def __init__(self, bundle: Path) -> None:
         """Load the bundle."""
-        self._pipeline, self._known = runtimes.load(bundle), dict[str, list[bytes]]()
+        self._pipeline, self._known = runtimes.load(bundle), dict[str, Any]()
 
     def differences(self, job: Mapping[str, Any], file: bytes | None, images: list[bytes]) -> list[str]:
         """What is wrong with the images of a completed job."""
         fields = {key: value for key, value in job["request"].items() if key not in ("output", "files")}
         order = Order("emoji", fields, {} if file is None else {"image": (file,)}, Output(**job["request"]["output"]))
-        key = order.key(job["digest"])
+        key = json.dumps(fields, sort_keys=True)  # the prompt names the pixels that were sent
         if key not in self._known:
-            made = Generated(self._pipeline(order.request()), job["digest"])
-            self._known[key] = [image.content for image in written(made, order)]
-        if images != self._known[key]:
+            self._known[key] = self._pipeline(order.request())
+        expected = [image.content for image in written(Generated(self._known[key], job["digest"]), order)]
+        if images != expected:
             return [f"{job['id']}: its images are not those of its lone run"]
         return [f"{job['id']}: {said['sha256']} is not its hash" for said, content in
                 zip(job["images"], images, strict=True) if hashlib.sha256(content).hexdigest() != said["sha256"]]

@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 
 import pytest
-from transformers import CLIPTokenizer
 
 from runtimes.serving.state.job_store import JobStore
 from runtimes.serving.state.store import COMPLETED, ENDED, FAILED, RUNNING
@@ -80,6 +79,8 @@ def test_kill_9_ten_times_at_each_point_and_a_hundred_at_random_moments(tmp_path
 
 @pytest.mark.slow
 def test_a_whole_server_is_killed_at_each_point_and_its_clients_ledger_holds(tmp_path):
+    from transformers import CLIPTokenizer
+
     vocab, merges = make_vocabulary()
     CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=5).save_pretrained(tmp_path / "source")
     prepare_tokenizer(tmp_path / "source", tmp_path / "bundle" / "tokenizer")
