@@ -7,7 +7,6 @@ import io
 import threading
 from collections.abc import Iterator
 
-import httpx
 import numpy as np
 import openai
 import pytest
@@ -97,10 +96,10 @@ def test_compression_makes_files_smaller(client):
     assert sizes[1] < sizes[0]
 
 
-def test_an_address_gives_the_image_to_whom_it_was_given(client):
+def test_an_address_gives_the_image_to_whom_it_was_given(server, client):
     answer = client.images.generate(prompt="a cat", response_format="url", extra_body={"num_inference_steps": 2})
     assert answer.data is not None and answer.data[0].url is not None
-    image = httpx.get(answer.data[0].url)
+    image = server.anybody.get(answer.data[0].url)
     assert image.status_code == 200 and image.headers["content-type"] == "image/png"
     assert Image.open(io.BytesIO(image.content)).size == (32, 32)
 

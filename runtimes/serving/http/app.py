@@ -49,7 +49,7 @@ def create_app(service: Service) -> FastAPI:
         service: the parts of the server; its `state` may change while it serves.
     """
     app = FastAPI(title=TITLE, description=DESCRIPTION, version=metadata.version("ldm-deploy"), docs_url=None,
-                  redoc_url=None, max_body_size=service.max_body, middleware=_layers(service),
+                  redoc_url=None, middleware=_layers(service),
                   telemetry=telemetry(service.options.telemetry, TITLE), redirect_slashes=False, openapi_tags=[
                       {"name": "images"}, {"name": "jobs"}, {"name": "models"}, {"name": "sdapi"},
                       {"name": "operations"}])
