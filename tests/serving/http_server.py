@@ -1,4 +1,4 @@
-"""A real server on a free loopback port, over pipelines of numpy functions: what the tests of the HTTP interface ask."""
+"""A real server on a free loopback port, over pipelines of numpy functions, which the tests of HTTP ask."""
 
 from __future__ import annotations
 
@@ -109,7 +109,8 @@ def running_app(app: Any) -> Iterator[tuple[uvicorn.Server, int]]:
 
 @contextmanager
 def serving(folder: Path, pipelines: Mapping[str, Pipeline] | Pool | None = None, *,
-            keys: Mapping[str, str] | None = None, cache: ResultCache | None = None, models: Mapping[str, ServedModel] | None = None,
+            keys: Mapping[str, str] | None = None, cache: ResultCache | None = None,
+            models: Mapping[str, ServedModel] | None = None,
             change: Callable[[Service], None] = lambda service: None, most_waiting: int = 256, most_images: int = 8,
             **options: Any) -> Iterator[Serving]:
     """A server over numpy pipelines, or over a pool of another kind.

@@ -64,12 +64,12 @@ def test_there_are_forty_hostile_requests_and_more():
     assert len(REQUESTS) >= 40 and len({hostile.what for hostile in REQUESTS}) == len(REQUESTS)
 
 
-def test_a_fault_of_ours_says_nothing_of_itself_but_its_id(tmp_path, caplog):
+def test_a_fault_of_ours_says_nothing_of_itself_but_its_id(tmp_path, caplog, monkeypatch):
     def broken() -> None:
         raise RuntimeError("secret of /srv/secret/path")
 
     with serving(tmp_path) as server:
-        server.service.store.counts = broken
+        monkeypatch.setattr(server.service.store, "counts", broken)
         answer = server.client().post("/v1/jobs", json=ASK, headers={"X-Request-ID": "my-id.1"})
     assert answer.status_code == 500 and "secret" not in answer.text
     assert answer.json()["error"]["code"] == "internal_error" and answer.headers["x-request-id"] == "my-id.1"
