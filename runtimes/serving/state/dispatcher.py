@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -283,12 +283,14 @@ class Dispatcher:
 
     def _store_images(self, run: JobRun, generated: Generated) -> None:
         began = monotonic()
+        if not generated.digest and (served := self._models.get(run.job.model)) is not None:
+            generated = replace(generated, digest=served.digest)  # an engine of given pipelines knows no bundles
         try:
             images = written(generated, run.order, safety=self._writing.safety, metadata=self._writing.metadata)
         except Exception as error:
             self._fail(run.job, reason_of(error), error)
             return
-        self._cache.put(run.order.key(generated.digest), tuple(images))
+        self._cache.put(run.order.key(generated.digest), images)
         measured = {"seconds": generated.seconds, "batch": generated.batch}
         if self._complete(run.job, images, generated.digest, measured):
             self._watch("write", monotonic() - began)
