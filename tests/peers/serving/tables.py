@@ -20,7 +20,8 @@ from tests.serving.load_client import STEPS, percentile
 
 SHORT, LONG = min(STEPS), max(STEPS)
 CLIENTS = 8
-Closed, Open = Mapping[str, Mapping[int, Cell]], Mapping[str, Mapping[float, Cell]]
+Closed = Mapping[str, Mapping[int, Cell]]
+Open = Mapping[str, Mapping[float, Cell]]
 
 
 @dataclass(frozen=True)
