@@ -231,7 +231,8 @@ def show(soak: Soak, broken: list[str]) -> None:
     if len(soak.judged_memory) > 2:
         values = [value / 1e6 for _, value in soak.judged_memory]
         console.print(f"memory over the last {JUDGED:.0%}: {values[0]:.0f} to {values[-1]:.0f} MB, least "
-                      f"{min(values):.0f}, most {max(values):.0f}, along its line {100 * growth(soak.judged_memory):+.2f} %")
+                      f"{min(values):.0f}, most {max(values):.0f}, along its line "
+                      f"{100 * growth(soak.judged_memory):+.2f} %")
     for what in broken[:40]:
         console.print(f"BROKEN: {what}")
     console.print(f"{len(broken)} broken" if broken else "nothing lost, nothing wrong")

@@ -92,8 +92,7 @@ def generator_of(kind: str, bundle: str, threads: int) -> Callable[[Request], Aw
     engine = Engine({"model": pipeline})
 
     async def generate(request: Request) -> Image.Image:
-        made = await engine.submit(request, "model")
-        image: Image.Image = getattr(made, "images", made)[0]
+        image: Image.Image = (await engine.submit(request, "model")).images[0]
         return image
 
     return generate

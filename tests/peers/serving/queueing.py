@@ -176,7 +176,8 @@ def measure(bundle: Path, threads: int, most: int = MOST) -> Rates:
             if repeat:  # shapes are planned the first time
                 for part, began, ended in zip(spent, clock, clock[1:], strict=False):
                     spent[part][images - 1].append((ended - began) / (ROUNDS if part == "round" else 1))
-    return Rates(**{part: tuple(statistics.median(of) for of in by) for part, by in spent.items()})
+    medians = {part: tuple(statistics.median(of) for of in by) for part, by in spent.items()}
+    return Rates(medians["prepare"], medians["round"], medians["finish"])
 
 
 def table_of(rates: Rates, steps: Sequence[int]) -> Table:
