@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import io
 import json
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -11,7 +12,9 @@ from contextlib import suppress
 from typing import Any
 
 import httpx
+from PIL import Image
 
+from runtimes.inputs.image_texts import texts_of
 from tests.serving.ledger import ENDS, Ledger
 from tests.serving.load_client import OK
 from tests.serving.soak_requests import BAD_BODIES, Wanted, digest, wanted
@@ -185,6 +188,10 @@ class Client:
     def _images(self, action: str, request: Wanted, files: list[bytes]) -> None:
         if len(files) != request.count:
             self.ledger.fault(f"{action} of {request.number}: {len(files)} images for {request.count}")
+        for place, file in enumerate(files):
+            said = texts_of(Image.open(io.BytesIO(file)))
+            if (said.get("prompt"), said.get("seed")) != (request.prompt, str(request.seed + place)):
+                self.ledger.fault(f"{action} of {request.number}: a file that says {said}")
         self.ledger.made(request.number, [digest(file) for file in files])
         self.ledger.end(action, "completed", request.number)
 
