@@ -1,4 +1,4 @@
-"""Prompt to image: requests become jobs, jobs are advanced together, latents become images. Networks are others'.
+"""`Pipeline`: requests become jobs, jobs are advanced together, latents become images. It runs no network itself.
 
     prepare: tokenize -> encode prompts and images -> add noise; advance: denoise by one step; finish: decode
 """
@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtimes.backends.profile import Profile
 from runtimes.backends.session import Session
+from runtimes.backends.time_profile import Profile
 from runtimes.bundle.roles import ModeFacts, Roles
 from runtimes.codec.preview import Colours, fit
 from runtimes.codec.safety_checker import Preprocessing, flags
@@ -25,7 +25,7 @@ from runtimes.errors import InputError
 from runtimes.inputs.noise import NoiseStreams
 from runtimes.inputs.request import Request, described
 from runtimes.inputs.request_fields import SizeConditions
-from runtimes.inputs.resolved import Resolved, resolve, size_for
+from runtimes.inputs.resolved_request import Resolved, resolve, size_for
 from runtimes.pipeline.base_and_refiner import begin_part
 from runtimes.pipeline.batch_facts import BatchFacts
 from runtimes.pipeline.beforehand import Beforehand
@@ -79,7 +79,7 @@ class Pipeline:
                 run before the first step. They stay loaded if None.
         """
         self._batches = batches or BatchFacts()
-        self.sessions, self.roles = self._batches.sessions(sessions), roles
+        self.sessions, self.roles, self._loaded = self._batches.sessions(sessions), roles, sessions
         self._config = dict(scheduler_config)
         self._cache, self._preprocessing, self._memory = PromptCache(cache_bytes), preprocessing, memory
         self._conditioner = Conditioner(roles, tokenizers, self._cache)
@@ -283,6 +283,11 @@ class Pipeline:
             self._colours = fit(self.sessions[self.roles.codec.decoder.component], self.roles.codec)
         return self._colours.show(latents)
 
+    @property
+    def judges(self) -> bool:
+        """Whether the bundle has a safety checker, which `flagged` asks."""
+        return self._preprocessing is not None and self.roles.safety_checker in self.sessions
+
     def flagged(self, images: Sequence[Image]) -> list[bool]:
         """Which images the model's own safety checker flags. It runs here only, and changes nothing.
 
@@ -292,10 +297,16 @@ class Pipeline:
         Raises:
             InputError: the bundle has no safety checker.
         """
-        if self._preprocessing is None or self.roles.safety_checker not in self.sessions:
+        if self._preprocessing is None or not self.judges:
             raise InputError("this bundle has no safety checker", where="safety_checker",
                              fix="build --safety-checker, from a model that has one")
         return flags(self.sessions[self.roles.safety_checker], self._preprocessing(images)) if images else []
+
+    def close(self) -> None:
+        """Give back the memory of a loaded bundle's networks; running again loads them again."""
+        close = getattr(self._loaded, "close", None)
+        if close is not None:
+            close()
 
     def _scheduler(self, name: str | None, mode: ModeFacts) -> Scheduler:
         key = name, mode.pipeline_class

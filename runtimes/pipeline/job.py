@@ -12,13 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtimes.backends.batching import RowRunner, all_finite
-from runtimes.backends.profile import Profile
 from runtimes.backends.session import Session
+from runtimes.backends.time_profile import Profile
 from runtimes.codec.tiling import Tiling
 from runtimes.errors import CancelledError, InputError, ParityError
 from runtimes.inputs.noise import NoiseStreams
 from runtimes.inputs.request import Request
-from runtimes.inputs.resolved import Resolved
+from runtimes.inputs.resolved_request import Resolved
 from runtimes.pipeline.beforehand import Tables
 from runtimes.pipeline.conditioner import Conditions
 from runtimes.pipeline.guidance import Guidance
@@ -119,6 +119,8 @@ class Job:
         tables: what the denoiser takes at each step besides sample and conditions.
         deep: features of the last whole step, for the denoiser's shallow entry.
         runners: calls of the denoiser as laid out for this job, by component and number of rows.
+        calls, company: of the denoiser so far, and the images of all of them together, those of other jobs included;
+            of a tiled job, tiles.
     """
 
     def __init__(self, plan: Plan, conditions: Conditions, start: Start, noise: NoiseStreams,
@@ -136,6 +138,7 @@ class Job:
         self.error: Exception | None = None
         self.deep = Features()
         self.runners: dict[Any, RowRunner] = {}
+        self.calls, self.company = 0, 0
         tiling, self._start, self._noise = plan.wanted.tiling, start, noise
         self._tiles: Tiling | None = None
         self._sample, self._timesteps = start.sample, plan.timesteps
