@@ -3,8 +3,8 @@
 Code asks for roles, never for a name. A family (`exporters.families`, most of it in `parts`) fills these in: it says
 which component encodes the prompt, denoises, encodes and decodes images, and what their inputs and outputs are called.
 Whatever no family has said yet has a default that changes nothing. Names of axes are no part of this: every component's
-are "batch", "height", "width" and "sequence", in pixels "image_height" and "image_width"; and
-`ROWS` where rows are no images.
+are "batch", "height", "width" and "sequence", in pixels "image_height" and "image_width"; and `ROWS` where rows are no
+images.
 """
 
 from __future__ import annotations

@@ -62,9 +62,11 @@ class BatchFacts:
                     if name in manifest.components}
         here = {kind: digest_of(runtime_identity(device, kind))
                 for kind in {manifest.components[name].format for name in measured}}
+        # What runs before the steps does so for one prompt or schedule at a time: it has no company.
+        alone = {entry.component: BatchFact(True) for entry in manifest.pipeline.denoiser.beforehand.values()}
         return cls({name: BatchFact(fact["exact"], fact.get("decibels"), fact["fixed"])
                     for name, fact in measured.items()
-                    if fact["runtime"] == here[manifest.components[name].format]}, deterministic,
+                    if fact["runtime"] == here[manifest.components[name].format]} | alone, deterministic,
                    frozenset(name for name, component in manifest.components.items() if _is_ranged(component)))
 
     def exact(self, component: str) -> bool:

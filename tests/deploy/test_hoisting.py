@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import runtimes
-from deploy.building.choose import run_build
+from deploy.building.run_build import run_build
 from deploy.core.plan import Skip, Step, load_passes
 from deploy.core.spec import BuildSpec, make_spec
 from deploy.passes import PASSES
