@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 from deploy.building.builder import build_decided, workspace
 from deploy.core.call_times import seconds_in_turns, usual_feeds
 from deploy.core.pass_cache import Cache, versions_of
+from deploy.core.whole_denoiser import open_whole
 from deploy.model.source_bundle import open_origin
 from runtimes.backends.session import Session, SessionOptions
 from runtimes.bundle.folder import Bundle
 from runtimes.bundle.manifest import Component
 from runtimes.errors import ParityError, UnavailableError
-from runtimes.pipeline.whole_denoiser import open_whole
 from runtimes.system.cache_root import cache_home
 from runtimes.system.progress import Silent, listener, listening
 

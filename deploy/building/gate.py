@@ -14,6 +14,7 @@ from deploy.core.isolation import ABOVE_BYTES, call_isolated, from_request, to_r
 from deploy.core.pass_cache import Cache, versions_of
 from deploy.core.pass_costs import measured
 from deploy.core.spec import BuildSpec
+from deploy.core.whole_denoiser import whole_component
 from deploy.parity.comparison_effort import Effort, choose
 from deploy.parity.comparison_options import ParityOptions, gallery_for, options_for
 from deploy.parity.components import ComponentReport, Figures, check_components
@@ -28,7 +29,6 @@ from runtimes.bundle.details import EngineDetails
 from runtimes.bundle.folder import Bundle
 from runtimes.bundle.manifest import Component, digest_of, from_json, to_json
 from runtimes.errors import ParityError
-from runtimes.pipeline.whole_denoiser import whole_component
 from runtimes.system.compute_identity import runtime_identity
 from runtimes.system.progress import listener
 

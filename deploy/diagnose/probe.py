@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from deploy.core.whole_denoiser import whole_session
 from runtimes.backends.batching import run_rows
 from runtimes.backends.session import Session
 from runtimes.bundle.folder import Bundle
@@ -17,7 +18,6 @@ from runtimes.inputs.resolved_request import resolve
 from runtimes.pipeline.conditioner import Conditioner, Conditions
 from runtimes.pipeline.initial_latents import inpaints
 from runtimes.pipeline.loading import load_tokenizers, scheduler_config
-from runtimes.pipeline.whole_denoiser import whole_session
 from runtimes.schedulers.methods.ddim import Ddim
 from runtimes.schedulers.prediction import to_epsilon
 from runtimes.text.prompt_cache import PromptCache

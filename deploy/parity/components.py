@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from deploy.core.whole_denoiser import open_whole, whole_components
 from deploy.parity.comparison_options import ParityOptions
 from deploy.parity.metrics import Comparison, TensorErrors, tensor_errors, worst
 from deploy.parity.reference.answers import Reference
@@ -16,7 +17,6 @@ from runtimes.bundle.folder import Bundle
 from runtimes.bundle.manifest import Component
 from runtimes.errors import DeployError, UnavailableError
 from runtimes.pipeline.bundle_sessions import open_session
-from runtimes.pipeline.whole_denoiser import open_whole, whole_components
 from runtimes.system.progress import listener
 
 SOURCE_FORMAT = "safetensors"
@@ -100,7 +100,9 @@ def check_components(
             unverified[name] = str(error)
             continue
         try:
-            session = open_candidate(candidate, name, options.session, whole=True)
+            pieces = candidate.manifest.pipeline.pieces(name)
+            opener = open_whole if len(pieces) > 1 else open_candidate
+            session = opener(candidate, name, options.session)
             try:
                 figures[name] = _compare(session, samples)
             finally:
@@ -114,12 +116,8 @@ def check_components(
     return ComponentReport(figures, unverified)
 
 
-def open_candidate(bundle: Bundle, name: str, options: SessionOptions, *, whole: bool = False) -> Session:
+def open_candidate(bundle: Bundle, name: str, options: SessionOptions) -> Session:
     """A component of any bundle: with its runtime, or with PyTorch while it is still in the source format.
-
-    Args:
-        bundle, name, options: as of `open_session`.
-        whole: with what of it runs before the denoiser's steps.
 
     Raises:
         BundleError: the runtime cannot load it.
@@ -129,7 +127,7 @@ def open_candidate(bundle: Bundle, name: str, options: SessionOptions, *, whole:
         from deploy.parity.reference.torch_sessions import TorchSession
 
         return TorchSession(bundle, name)
-    return open_whole(bundle, name, options) if whole else open_session(bundle, name, options)
+    return open_session(bundle, name, options)
 
 
 class _Unusable(Exception):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from deploy.core.budgets import Budget
+from deploy.core.whole_denoiser import whole_components
 from deploy.parity.blame import SCHEDULE_TOLERANCE, different_facts, different_keys, different_tokens, schedule_error
 from deploy.parity.comparison_options import ParityOptions
 from deploy.parity.components import SOURCE_FORMAT, ComponentReport, open_candidate
@@ -23,7 +24,6 @@ from runtimes.bundle.folder import Bundle
 from runtimes.errors import DeployError, UnavailableError
 from runtimes.pipeline.bundle_sessions import needed
 from runtimes.pipeline.loading import scheduler_config
-from runtimes.pipeline.whole_denoiser import whole_components
 from runtimes.system.progress import listener
 
 

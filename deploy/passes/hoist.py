@@ -18,7 +18,7 @@ from runtimes.bundle.tensors import Axis, ShapeRange, TensorSpec
 
 if TYPE_CHECKING:
     from deploy.core.spec import BuildSpec
-    from exporters.hoisting.hoist import Hoisting
+    from exporters.hoisting.apart import Hoisting
 
 USUAL_STEPS, MOST_STEPS = 25, 1000  # rows of a call that holds a schedule
 
@@ -30,7 +30,6 @@ class Hoist(Pass):
     version: ClassVar[int] = 1
     libraries: ClassVar[tuple[str, ...]] = ("onnx", "onnx-ir", "scipy")
     verify: ClassVar[bool] = True
-    reads_pipeline: ClassVar[bool] = True
 
     def plan(self, before: Manifest, spec: BuildSpec) -> Planned:
         """The denoiser and its other entry; what they become shows when their graphs are there: `settle`."""
@@ -40,8 +39,10 @@ class Hoist(Pass):
         from exporters.hoisting.cut import MOST_BYTES, SPEEDS
         from exporters.hoisting.cut import MOST_STEPS as COUNTED_STEPS
 
-        config = {"speeds": asdict(SPEEDS[spec.graph_target]), "most_bytes": MOST_BYTES, "steps": COUNTED_STEPS}
-        denoiser = before.pipeline.denoiser
+        denoiser, condition = before.pipeline.denoiser, before.pipeline.conditioner
+        config = {"speeds": asdict(SPEEDS[spec.graph_target]), "most_bytes": MOST_BYTES, "steps": COUNTED_STEPS,
+                  "timestep": denoiser.timestep, "prompt": sorted({condition.context, condition.pooled} - {""}),
+                  "numbers": sorted(condition.numbers)}
         shallow = (denoiser.shallow.component,) if denoiser.shallow is not None else ()
         reads = {denoiser.component: (denoiser.component,), **{n: (denoiser.component, n) for n in shallow}}
         return Step(self.name, self.version, config, reads, before, "what needs no sample, before the steps").recorded()
@@ -70,7 +71,7 @@ class Hoist(Pass):
 
     def run(self, step: Step, name: str, source: Bundle, out: Path) -> Component:
         """Write the step graph, its other entry, or one of the graphs that run beforehand."""
-        from exporters.hoisting.hoist import content_at, write_entry, write_steps
+        from exporters.hoisting.apart import content_at, write_entry, write_steps
 
         hoisting, role = _analysed(step, source), source.manifest.pipeline.denoiser
         planned, whole = step.after.components[name], source.component(role.component)
@@ -88,7 +89,7 @@ class Hoist(Pass):
 
     def measure(self, step: Step, before: Bundle, after: Bundle) -> dict[str, Any]:
         """Operators, weights and bytes that the step graph has no more."""
-        from exporters.hoisting.hoist import content_at
+        from exporters.hoisting.apart import content_at
 
         found = {}
         for name in (n for n in step.reads if n in before.manifest.components):
@@ -103,16 +104,16 @@ def _analysed(step: Step, source: Bundle) -> Hoisting:
     """What leaves the graph of the denoiser; the same at every call."""
     import onnx_ir as ir
 
+    from exporters.hoisting.apart import analyse
     from exporters.hoisting.classes import Inputs
     from exporters.hoisting.cut import Speeds
-    from exporters.hoisting.hoist import analyse
 
-    roles = source.manifest.pipeline
-    component = source.component(roles.denoiser.component)
+    component, config = source.component(source.manifest.pipeline.denoiser.component), step.config
     whole = with_inputs(component)
     adapters = frozenset(spec.name for spec in whole.inputs) - {spec.name for spec in component.inputs}
-    inputs = Inputs.of(roles, str(component.inputs[0].shape[0]), adapters)
-    return analyse(partial(ir.load, source.file(component.file)), inputs, whole.axes, Speeds(**step.config["speeds"]))
+    inputs = Inputs(str(component.inputs[0].shape[0]), config["timestep"], frozenset(config["prompt"]),
+                    frozenset(config["numbers"]), adapters)
+    return analyse(partial(ir.load, source.file(component.file)), inputs, whole.axes, Speeds(**config["speeds"]))
 
 
 def _remaining(source: Bundle, name: str, hoisting: Hoisting) -> tuple[str, ...]:
@@ -121,7 +122,7 @@ def _remaining(source: Bundle, name: str, hoisting: Hoisting) -> tuple[str, ...]
         return hoisting.remain
     import onnx_ir as ir
 
-    from exporters.hoisting.hoist import inputs_of_other
+    from exporters.hoisting.apart import inputs_of_other
 
     whole = source.file(source.component(source.manifest.pipeline.denoiser.component).file)
     return inputs_of_other(ir.load(whole), ir.load(source.file(source.component(name).file)), hoisting.values)

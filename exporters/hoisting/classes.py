@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from exporters.hoisting.dependence import RANDOM, Causes, Dependences, find_dependences
 from exporters.hoisting.shapes import Shapes, find_shapes
-from runtimes.bundle.roles import PER_PROMPT, PER_REQUEST, PER_STEP, Roles
+from runtimes.bundle.roles import PER_PROMPT, PER_REQUEST, PER_STEP
 from runtimes.bundle.tensors import DTYPES, Axis
 
 
@@ -42,13 +42,6 @@ class Inputs:
     prompt: Causes
     numbers: Causes
     adapters: Causes = frozenset()
-
-    @classmethod
-    def of(cls, roles: Roles, batch: str, adapters: Causes = frozenset()) -> Inputs:
-        """What the roles say of a denoiser's inputs."""
-        condition = roles.conditioner
-        return cls(batch, roles.denoiser.timestep, frozenset({condition.context, condition.pooled} - {""}),
-                   frozenset(condition.numbers), adapters)
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,9 @@ import onnx_ir as ir
 import torch
 
 from exporters.families import ComponentSpec
+from exporters.hoisting.apart import Hoisting, analyse, content_of, labelled, write_entry, write_steps
 from exporters.hoisting.classes import Inputs
 from exporters.hoisting.cut import CPU, GPU, MOST_STEPS, Speeds
-from exporters.hoisting.hoist import Hoisting, analyse, content_of, labelled, write_entry, write_steps
 from exporters.hoisting.split import leave_entry, leave_steps
 from exporters.onnx.optimize_graph import optimize_onnx
 from exporters.onnx.trace import save_model, traced

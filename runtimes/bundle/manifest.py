@@ -20,7 +20,8 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from runtimes.bundle.details import DETAILS_OF, D, Details, GraphDetails, SourceDetails, Sparse
 from runtimes.bundle.measurements import LARGEST, check_component_parity, check_measured, check_parity
 from runtimes.bundle.older_schema import rebuild_command
-from runtimes.bundle.roles import Roles, check_roles
+from runtimes.bundle.roles import Roles
+from runtimes.bundle.roles_check import check_roles
 from runtimes.bundle.tensors import Axis, TensorSpec
 from runtimes.errors import BundleError, InputError
 

@@ -20,6 +20,7 @@ from runtimes.text.prompt_cache import PromptCache
 from runtimes.text.prompt_encoder import Embedder, PromptStyle, Tokenize
 
 Float32 = NDArray[np.float32]
+Feeds = Mapping[str, Float32]
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,18 @@ class Conditions:
     added_uncond: Mapping[str, Float32] = field(default_factory=dict)
     values: Sequence[Mapping[str, NDArray[Any]]] = ()
     values_uncond: Sequence[Mapping[str, NDArray[Any]]] = ()
+
+    def rows(self, context: str) -> tuple[list[Feeds], list[Feeds]]:
+        """Each prompt and each negative prompt as one row of the denoiser's inputs, by name: (1, ...) float32.
+
+        Args:
+            context: input of the embedded prompt; "" for none.
+        """
+        found = list[list[Feeds]]()
+        for hidden, added in ((self.cond, self.added), (self.uncond, self.added_uncond)):
+            found.append([{**({context: one[None]} if context else {}), **{n: a[i : i + 1] for n, a in added.items()}}
+                          for i, one in enumerate(hidden or ())])
+        return found[0], found[1]
 
     def repeated(self, count: int) -> Conditions:
         """The same for `count` * B rows, all of the images before the first again."""

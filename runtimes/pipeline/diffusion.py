@@ -22,13 +22,13 @@ from runtimes.bundle.roles import ModeFacts, Roles
 from runtimes.codec.preview import Colours, fit
 from runtimes.codec.safety_checker import Preprocessing, flags
 from runtimes.errors import InputError
+from runtimes.hoisted.beforehand import Beforehand
 from runtimes.inputs.noise import NoiseStreams
 from runtimes.inputs.request import Request, described
 from runtimes.inputs.request_fields import SizeConditions
 from runtimes.inputs.resolved_request import Resolved, resolve, size_for
 from runtimes.pipeline.base_and_refiner import begin_part
 from runtimes.pipeline.batch_facts import BatchFacts
-from runtimes.pipeline.beforehand import Beforehand
 from runtimes.pipeline.conditioner import Conditioner
 from runtimes.pipeline.decoding import decode_jobs
 from runtimes.pipeline.denoiser import DenoiserCalls
@@ -164,10 +164,13 @@ class Pipeline:
                     self._conditioner.encode_together(component, shared, styled)
             conditions = [self._conditioner.gather(plan.sessions, style, wanted, plan.request.sizes or SizeConditions())
                           for plan, (style, wanted) in zip(plans, styled, strict=True)]
-            conditions = [self._beforehand.with_prompts(plan.sessions, known)
-                          for plan, known in zip(plans, conditions, strict=True)]
-            tables = [self._beforehand.tables(plan.sessions, known, plan.timesteps, plan.sample_size)
-                      for plan, known in zip(plans, conditions, strict=True)]
+            rows = [known.rows(self.roles.conditioner.context) for known in conditions]
+            conditions = [dataclasses.replace(
+                known, values=self._beforehand.prompts(plan.sessions, of[0]),
+                values_uncond=self._beforehand.prompts(plan.sessions, of[1]))
+                for plan, known, of in zip(plans, conditions, rows, strict=True)]
+            tables = [self._beforehand.tables(plan.sessions, *of, plan.timesteps, plan.sample_size)
+                      for plan, of in zip(plans, rows, strict=True)]
             noises = [NoiseStreams(plan.wanted.seeds) for plan in plans]
             starts = self._starts(plans, noises, shared)
             return [Job(*parts) for parts in zip(plans, conditions, starts, noises, tables, strict=True)]

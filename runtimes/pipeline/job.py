@@ -16,10 +16,10 @@ from runtimes.backends.session import Session
 from runtimes.backends.time_profile import Profile
 from runtimes.codec.tiling import Tiling
 from runtimes.errors import CancelledError, InputError, ParityError
+from runtimes.hoisted.beforehand import Tables
 from runtimes.inputs.noise import NoiseStreams
 from runtimes.inputs.request import Request
 from runtimes.inputs.resolved_request import Resolved
-from runtimes.pipeline.beforehand import Tables
 from runtimes.pipeline.conditioner import Conditions
 from runtimes.pipeline.guidance import Guidance
 from runtimes.pipeline.initial_latents import Start

@@ -14,6 +14,7 @@ import runtimes
 from deploy.building.run_build import run_build
 from deploy.core.plan import Skip, Step, load_passes
 from deploy.core.spec import BuildSpec, make_spec
+from deploy.core.whole_denoiser import open_whole
 from deploy.passes import PASSES
 from deploy.passes.hoist import Hoist
 from runtimes import Request
@@ -24,7 +25,6 @@ from runtimes.bundle.tensors import example_feeds
 from runtimes.pipeline.bundle_sessions import BundleSessions, open_session
 from runtimes.pipeline.diffusion import Pipeline
 from runtimes.pipeline.loading import load_tokenizers, scheduler_config
-from runtimes.pipeline.whole_denoiser import open_whole
 from tests.exporters.family_pipelines import write_pipeline_of
 
 SHAPES = {"batch": "1:1:4", "height": "32:32:64", "width": "32:32:64"}
@@ -154,7 +154,7 @@ def loaded(sessions: BundleSessions) -> set[str]:
 
 
 def test_a_prompt_and_a_schedule_are_computed_once(build: Build, monkeypatch: pytest.MonkeyPatch):
-    from runtimes.pipeline import beforehand
+    from runtimes.hoisted import beforehand
 
     runs: list[str] = []
     computed = beforehand._computed

@@ -17,6 +17,7 @@ from deploy.building.builder import load_source
 from deploy.building.run_build import run_build
 from deploy.core.pass_cache import Cache
 from deploy.core.spec import BuildSpec, make_spec
+from deploy.core.whole_denoiser import whole_component
 from deploy.model.source_bundle import open_origin
 from deploy.parity.reference.torch_sessions import reference_sessions
 from deploy.parity.reference.trajectories import assemble_pipeline
@@ -24,7 +25,6 @@ from exporters.source.networks import load_module
 from runtimes.bundle.folder import Bundle
 from runtimes.errors import InputError
 from runtimes.pipeline.diffusion import Pipeline
-from runtimes.pipeline.whole_denoiser import whole_component
 from tests.deploy.conftest import Cli, assert_refused
 from tests.exporters.family_pipelines import make_pipeline
 

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from exporters.hoisting.apart import analyse, content_of, labelled, same_values
 from exporters.hoisting.classes import Classes, Inputs, Kind, classify
 from exporters.hoisting.cut import CPU, GPU, MOST_BYTES, Speeds, choose_cut, stored_bytes
 from exporters.hoisting.dependence import RANDOM
-from exporters.hoisting.hoist import analyse, content_of, labelled, same_values
 from exporters.hoisting.split import leave_entry, leave_steps
 from runtimes.bundle.tensors import Axis, ShapeRange
 

@@ -16,7 +16,7 @@ NAMES_NETWORKS = (
     "runtimes.adapters.lora_files",  # keys of LoRA files
     "deploy.bench.contest", "deploy.cli.bench_table",  # `unet_gflops` of `bench --json`
     "exporters.measure.fusion_speed",  # an option of onnxruntime.transformers
-    "exporters.measure.token_merging",  # the folder of the reference model's network
+    "exporters.measure.hoisted", "exporters.measure.token_merging",  # the folder of the reference model's network
 )
 _UNET = re.compile(r"\bunet(_\w+)?\b")
 AnyFunction = ast.FunctionDef | ast.AsyncFunctionDef

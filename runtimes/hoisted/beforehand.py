@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from runtimes.backends.batching import RowRunner
 from runtimes.backends.session import Session
 from runtimes.bundle.roles import PER_PROMPT, PER_REQUEST, PER_STEP, Roles
-from runtimes.pipeline.conditioner import Conditions
 from runtimes.text.prompt_cache import PromptCache
 
 Values = Mapping[str, NDArray[Any]]
@@ -25,6 +24,8 @@ PROMPTS = 4  # whose values the cache has room for, however large those of one a
 @dataclass(frozen=True)
 class Tables:
     """What the denoiser is fed at each step of one job besides sample and conditions.
+
+    Every array holds features of any scale, in the dtype that the denoiser's TensorSpec says.
 
     Attributes:
         steps: input -> (T, ...), one entry for each of the T steps, the same for all rows.
@@ -69,29 +70,31 @@ class Beforehand:
         self._cache = PromptCache(cache_bytes)
         self._lock = threading.Lock()
 
-    def with_prompts(self, sessions: Mapping[str, Session], conditions: Conditions) -> Conditions:
-        """The conditions with what the denoiser takes that nothing but the prompts decides.
+    def prompts(self, sessions: Mapping[str, Session], rows: Sequence[Values]) -> list[Values]:
+        """What the denoiser takes that nothing but the prompts decides: of each prompt, input -> its row.
 
         Args:
             sessions: the networks as the request may run them.
-            conditions: of its images.
+            rows: of each prompt what it became, as feeds of one row, (1, ...) with dtype and meaning of the TensorSpecs.
+
+        Returns:
+            arrays (...) of features of any scale, in the dtype of the TensorSpec.
         """
         if PER_PROMPT not in self._roles.denoiser.entries:
-            return conditions
-        cond, uncond = ([self._run(PER_PROMPT, sessions, row) for row in rows]
-                        for rows in self._branches(conditions))
-        return replace(conditions, values=[_first(values) for values in cond],
-                       values_uncond=[_first(values) for values in uncond])
+            return []
+        found = [self._run(PER_PROMPT, sessions, row) for row in rows]
+        return [{name: array[0] for name, array in values.items()} for values in found]
 
-    def tables(self, sessions: Mapping[str, Session], conditions: Conditions, timesteps: Sequence[float],
-               latents: tuple[int, int]) -> Tables:
+    def tables(self, sessions: Mapping[str, Session], rows: Sequence[Values], rows_uncond: Sequence[Values],
+               timesteps: Sequence[float], latents: tuple[int, int]) -> Tables:
         """What the denoiser takes at each step.
 
         Args:
             sessions: the networks as the request may run them.
-            conditions: of its B images.
-            timesteps: of its steps.
-            latents: height and width of its samples.
+            rows, rows_uncond: of each prompt and each negative prompt what it became, as feeds of one row, (1, ...)
+                with dtype and meaning of the TensorSpecs: features of any scale.
+            timesteps: of the steps.
+            latents: height and width of the samples.
         """
         entries, role = self._roles.denoiser.entries, self._roles.denoiser
         times = {role.timestep: np.array(timesteps, np.float32)}
@@ -101,18 +104,10 @@ class Beforehand:
         component = sessions[role.component].component
         channels = next(spec.shape[1] for spec in component.inputs if spec.name == role.sample)
         whole = {role.sample: np.zeros((len(timesteps), int(channels), *latents), np.float32)}  # its shape alone counts
-        rows, uncond = ([self._run(PER_REQUEST, sessions, times | whole | {
+        found, uncond = ([self._run(PER_REQUEST, sessions, times | whole | {
             name: np.repeat(array, len(timesteps), axis=0) for name, array in row.items()}) for row in branch]
-                        for branch in self._branches(conditions))
-        return Tables(steps, rows, uncond)
-
-    def _branches(self, conditions: Conditions) -> tuple[list[Values], list[Values]]:
-        """What each image's prompt and negative prompt became, as feeds of one row."""
-        context, found = self._roles.conditioner.context, list[list[Values]]()
-        for hidden, added in ((conditions.cond, conditions.added), (conditions.uncond, conditions.added_uncond)):
-            found.append([{**({context: one[None]} if context else {}), **{n: a[i : i + 1] for n, a in added.items()}}
-                          for i, one in enumerate(hidden or ())])
-        return found[0], found[1]
+                         for branch in (rows, rows_uncond))
+        return Tables(steps, found, uncond)
 
     def _run(self, kind: str, sessions: Mapping[str, Session], feeds: Values) -> Values:
         """The outputs of an entry, from the cache if it gave them before: (rows, ...) by name, read-only."""
@@ -154,7 +149,3 @@ def _digest(name: str, feeds: Values) -> bytes:
         found.update(f"{key} {array.dtype} {array.shape}".encode())
         found.update(np.ascontiguousarray(array).data)
     return found.digest()
-
-
-def _first(values: Values) -> Values:
-    return {name: array[0] for name, array in values.items()}
