@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from runtimes.errors import InputError
+from runtimes.system.byte_sizes import parse_bytes
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 SAFETY = ("off", "flag", "replace")
@@ -69,6 +70,8 @@ class EngineOptions:
     def __post_init__(self) -> None:
         """Check every field."""
         check_ranges(self)
+        if self.memory:
+            parse_bytes(self.memory, "--memory")
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,12 @@ class ServerOptions(EngineOptions):
     def __post_init__(self) -> None:
         """Check every field, then what fields say of each other."""
         super().__post_init__()
+        for name in ("keep_bytes", "cache_bytes"):
+            parse_bytes(getattr(self, name), f"--{name.replace('_', '-')}", least=0)
+        parse_bytes(self.max_body, "--max-body")
+        if self.telemetry and not self.telemetry.startswith(("http://", "https://")):
+            raise InputError(f"{self.telemetry!r} is no address", where="--telemetry",
+                             fix="for example http://127.0.0.1:4318/v1/traces")
         if self.host not in LOOPBACK and not self.api_key_file:
             raise InputError(f"{self.host} can be reached by others, and no key is asked for", where="--host",
                              fix="give --api-key-file, or listen on 127.0.0.1")

@@ -107,6 +107,10 @@ class Server:
         lines = self._output.strip().splitlines()
         return " | ".join(line.strip() for line in lines[-count:]) or "no output"
 
+    def wait(self, seconds: float) -> int:
+        """Its exit code, once it ended by itself or by a signal."""
+        return self._process.wait(seconds)
+
     def stop(self) -> int:
         """Ask it to end, kill what is left of it after a while, and give its exit code."""
         all_of_it = self.processes()
