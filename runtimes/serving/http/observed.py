@@ -186,7 +186,7 @@ def set_up_logs(form: str, stream: TextIO | None = None, level: int = logging.IN
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [], name != "uvicorn.access"
-    for noisy in ("python_multipart", "PIL", "httpx", "asyncio"):
+    for noisy in ("uvicorn.error", "python_multipart", "PIL", "httpx", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
