@@ -66,7 +66,8 @@ class Ticket:
         self.future: Future[Generated] = Future()
         self.future.set_running_or_notify_cancel()  # a task that awaits it and is cancelled must not cancel this, too
         self._watchers: list[Callable[[Progress | None], None]] = []
-        self._lock = threading.Lock()
+        self._steps: list[Progress] = []
+        self._lock = threading.RLock()
 
     @property
     def images(self) -> int:
@@ -100,15 +101,20 @@ class Ticket:
         self._on_cancel()
 
     def watch(self, watcher: Callable[[Progress | None], None]) -> None:
-        """Call `watcher` after every step from now on, in the engine's thread, and with None at the end."""
+        """Call `watcher` with every step, those so far now, later ones in the engine's thread, and None at the end.
+
+        After a worker died, the steps begin again.
+        """
         with self._lock:
+            for progress in self._steps:
+                _call(watcher, progress)
             if not self.future.done():
                 self._watchers.append(watcher)
                 return
-        watcher(None)
+        _call(watcher, None)
 
     async def events(self) -> AsyncIterator[Progress]:
-        """Every step from now on; ends with the request, however that ends."""
+        """Every step; ends with the request, however that ends."""
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[Progress | None]()
 
         def put(event: Progress | None) -> None:
@@ -126,13 +132,17 @@ class Ticket:
 
     def restart(self) -> None:
         """It waits again, since the worker that ran it died."""
-        self.started, self.progress = None, None
+        with self._lock:
+            self.started, self.progress, self._steps = None, None, []
         self.attempts += 1
 
     def step(self, progress: Progress) -> None:
         """It went on."""
-        self.progress = progress
-        for watcher in list(self._watchers):
+        with self._lock:
+            self.progress = progress
+            self._steps.append(progress)
+            watchers = list(self._watchers)
+        for watcher in watchers:
             _call(watcher, progress)
 
     def end(self, result: Generated | None = None, error: BaseException | None = None) -> bool:
