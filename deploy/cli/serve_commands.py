@@ -41,7 +41,7 @@ def serve(given: dict[str, Any]) -> None:
     _require("fastapi", "serve")
     if options.ray:
         _require("ray", "ray")
-        from runtimes.serving.cluster.ray_server import run as run_server
+        from runtimes.serving.cluster.deployments import run as run_server
     else:
         from runtimes.serving.server import run as run_server
     run_server(bundles or [str(reference())], options, console.say)
