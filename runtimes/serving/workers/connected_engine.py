@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runtimes.serving.engine.engine import Engine
+from runtimes.serving.engine.engine import COMPANY_SECONDS, Engine
 from runtimes.serving.engine.models import Models, opener, resident_bytes
 from runtimes.serving.engine.sources import Offered, Steppable
 from runtimes.serving.engine.ticket import Progress, Ticket
@@ -82,7 +82,7 @@ class WorkerOptions:
     batch: int = 8
     most_bytes: int = 0
     deterministic: bool = False
-    company_seconds: float = 0.001
+    company_seconds: float = COMPANY_SECONDS
     heartbeat_seconds: float = HEARTBEAT_SECONDS
     pipelines: str = ""
 
