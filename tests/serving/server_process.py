@@ -39,6 +39,11 @@ def serve_command(bundle: Path, port: int, state: Path, *options: str) -> list[s
     return [sys.executable, "-m", "deploy", "serve", str(bundle), "--port", str(port), "--state", str(state), *options]
 
 
+def end_on_sigterm() -> None:
+    """Let SIGTERM end this process as Ctrl-C does, so that the servers that it started are ended too."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
 class Server:
     """A process, with all that it starts, from its first answer until its end. A context manager."""
 
