@@ -55,7 +55,7 @@ def run(bundles: Sequence[str], options: ServerOptions, say: Callable[[str], Non
     catalog = Catalog(bundles, options.digest, device=options.device.split(",")[0],
                       deterministic=options.deterministic)
     with _listening(options) as listener, _service(catalog, options) as (service, pool):
-        server = HttpServer(create_app(service), root_path=options.root_path, on_end=service.drain)
+        server = HttpServer(create_app(service), on_end=service.drain)
         host, port = listener.getsockname()[:2]
         address = f"http://{f'[{host}]' if ':' in host else host}:{port}{options.root_path}"
         threading.Thread(target=_open, args=(service, pool, lambda: say(f"serving {', '.join(catalog)} at {address}")),

@@ -28,7 +28,7 @@ from starlette.responses import JSONResponse, Response
 from runtimes.errors import DeployError
 from runtimes.serving.http import images_api, jobs_api, sdapi
 from runtimes.serving.http.access import Surroundings, service_of
-from runtimes.serving.http.errors import HttpError, answer_error, documented
+from runtimes.serving.http.failures import HttpError, answer_error, documented
 from runtimes.serving.http.observed import CONTENT_TYPE, telemetry
 from runtimes.serving.http.service import Service
 

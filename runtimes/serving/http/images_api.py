@@ -19,8 +19,8 @@ from runtimes.bundle.manifest import DEFAULT_STEPS
 from runtimes.bundle.tensors import ShapeRange
 from runtimes.serving.engine.catalog import ServedModel
 from runtimes.serving.http.access import image_address, noted, owner_of, service_of
-from runtimes.serving.http.errors import HttpError, documented, failure_of
-from runtimes.serving.http.orders import openai_order
+from runtimes.serving.http.asked_for import openai_order
+from runtimes.serving.http.failures import HttpError, documented, failure_of
 from runtimes.serving.http.received import FORM, JSON, Files, form_body, form_schema, json_body
 from runtimes.serving.http.running import Result, Run, preview_files, result_while_connected
 from runtimes.serving.http.schemas import (

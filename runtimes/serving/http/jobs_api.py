@@ -17,8 +17,8 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from runtimes.serving.http.access import image_address, noted, owner_of, service_of
-from runtimes.serving.http.errors import HttpError, documented, failure_of
-from runtimes.serving.http.orders import openai_order
+from runtimes.serving.http.asked_for import openai_order
+from runtimes.serving.http.failures import HttpError, documented, failure_of
 from runtimes.serving.http.received import FORM, JSON, Files, form_body, form_schema, from_base64, json_body
 from runtimes.serving.http.schemas import JobAnswer, JobBody, JobList, Kind
 from runtimes.serving.http.service import Service
@@ -168,6 +168,8 @@ async def _followed(request: Request, store: Store, identity: str, seen: str) ->
                 answer = await asyncio.to_thread(lambda: _answer(request, store.job(identity, owner=owner)))
                 yield format_sse_event(event="end", id="end", data_str=json.dumps(answer))
                 return
+            if service_of(request).state == "draining":
+                return  # the client comes again, to the next server or this one's next start
             last = now
             if time.monotonic() - quiet > KEEP_ALIVE_SECONDS:
                 quiet = time.monotonic()

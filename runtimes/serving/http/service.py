@@ -9,7 +9,7 @@ from typing import Any
 from runtimes.errors import UnavailableError
 from runtimes.serving.engine.catalog import ServedModel
 from runtimes.serving.engine.contract import Pool
-from runtimes.serving.http.errors import HttpError
+from runtimes.serving.http.failures import HttpError
 from runtimes.serving.http.keys import KeyRing, RateLimiter, Signer
 from runtimes.serving.http.observed import Metrics
 from runtimes.serving.options import ServerOptions
