@@ -70,16 +70,15 @@ function recordsOf(run) {
   const [first] = run.sides;
   return first.images.map((image, index) => ({
     id: `${run.id}-${String(index).padStart(2, "0")}`, run: run.id, created: run.created,
-    settings: { ...run.settings, ...(run.sides.length === 1 ? decided(first.request) : {}), n: 1,
-                seed: image.seed ?? run.settings.seed + index },
-    images: run.sides.map(side => ({ ...side.images[index], model: side.model, digest: side.digest, seconds: side.seconds,
-                                     job: side.job })),
+    settings: { ...run.settings, ...(run.sides.length === 1 ? decided(first.request, first.model) : {}), n: 1, seed: image.seed },
+    images: run.sides.map(side => ({ ...side.images[index], model: side.model, digest: side.digest || form.modelOf(side.model)?.digest,
+                                     seconds: side.seconds, job: side.job })),
   }));
 }
 
-/** What the server filled in where the form left it open. */
-function decided(request) {
-  const known = { steps: request.steps, guidance: request.guidance_scale, scheduler: request.scheduler, strength: request.strength };
+/** What was decided where the form left it open: by the quality, or by the model. */
+function decided(request, model) {
+  const known = { steps: request.steps ?? form.modelOf(model)?.default.steps, guidance: request.guidance_scale, scheduler: request.scheduler, strength: request.strength };
   return Object.fromEntries(Object.entries(known).filter(([, value]) => value !== undefined && value !== null));
 }
 
@@ -110,7 +109,8 @@ async function recordsOfJob(job) {
   const contents = await Promise.all(images.map(image => api.image(image.url)));
   const { width, height } = await createImageBitmap(contents[0]);
   const settings = { ...DEFAULTS, prompt: String(request.prompt ?? ""), negative_prompt: String(request.negative_prompt ?? ""), model,
-                     width, height, format: images[0].kind, ...decided(request) };
+                     width, height, format: images[0].kind,
+                     image: request.files?.image?.[0] ?? "", mask: request.files?.mask?.[0] ?? "", ...decided(request, model) };
   return images.map((image, index) => ({
     id: `${job.id}-${String(index).padStart(2, "0")}`, run: job.id, created: 1000 * job.created_at,
     settings: { ...settings, seed: image.seed },
@@ -310,10 +310,11 @@ async function start() {
 }
 
 async function begin() {
+  const draft = form.draft();
   await gallery.load(open);
   showRecord();
   await start();
-  if (!await readLink()) await fill(form.draft());
+  if (!await readLink()) await fill(draft);
   await runs.resume();
   const [newest] = runs.active();
   if (newest) stage.showRun(newest);

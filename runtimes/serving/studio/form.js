@@ -18,7 +18,7 @@ const chosen = name => byId("form").querySelector(`input[name="${name}"]:checked
 
 /** The models that may be chosen: entries of `GET /v1/models`. */
 export function offer(entries) {
-  const before = read();
+  const before = models.length ? read() : draft();
   models = entries.map(factsOf);
   const options = () => models.map(({ id }) => element("option", { value: id }, id));
   byId("model").replaceChildren(...options());
@@ -73,6 +73,7 @@ export function draft() {
 }
 
 export function saveDraft() {
+  if (!models.length) return; // what was saved knows a model; this does not
   try { localStorage.setItem(DRAFT, JSON.stringify(read())); } catch { /* not there: the form is empty after a reload */ }
 }
 

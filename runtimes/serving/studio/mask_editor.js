@@ -6,7 +6,7 @@ const OVERLAY = getComputedStyle(document.documentElement).getPropertyValue("--m
 const PAINT = `rgb(${OVERLAY})`;
 const canvas = byId("mask-canvas");
 const dialog = byId("mask-dialog");
-const pen = canvas.getContext("2d");
+const pen = canvas.getContext("2d", { willReadFrequently: true });
 let strokes = [], undone = [], erasing = false, stroke = null, cursor = null, finish = () => {};
 
 /** Let the user paint. `image` is a canvas, `before` the strokes of an earlier mask over it.
@@ -91,11 +91,13 @@ function draw(made, from = 0) {
     pen.globalCompositeOperation = made.erase ? "destination-out" : "source-over";
     pen.lineWidth = made.size;
     pen.lineCap = pen.lineJoin = "round";
+    const [first, ...others] = made.points.slice(Math.max(from - 1, 0));
     pen.beginPath();
-    const points = made.points.slice(Math.max(from - 1, 0));
-    pen.moveTo(points[0].x, points[0].y);
-    // A line to the same place is a dot, which is what a touch without a move means.
-    for (const point of points.length > 1 ? points.slice(1) : points) pen.lineTo(point.x, point.y);
+    pen.arc(first.x, first.y, made.size / 2, 0, 2 * Math.PI); // a touch without a move is a dot
+    pen.fill();
+    pen.beginPath();
+    pen.moveTo(first.x, first.y);
+    for (const point of others) pen.lineTo(point.x, point.y);
     pen.stroke();
   }
   pen.globalCompositeOperation = "source-over";

@@ -151,11 +151,13 @@ function connect(made, record, urls) {
     const link = index ? first.cloneNode(true) : first;
     link.href = url;
     link.download = fileName(record, index);
-    if (urls.length > 1) link.lastElementChild.textContent = record.images[index].model;
-    if (urls.length > 1) link.setAttribute("aria-label", `Download the image of ${record.images[index].model}`);
+    if (urls.length > 1) {
+      link.lastElementChild.textContent = `Download ${record.images[index].model}`;
+      link.classList.add("wide");
+    }
     return link;
   });
-  first.after(...links.slice(1));
+  if (links.length > 1) made.querySelector(".actions").append(...links);
 }
 
 function factsOf({ settings, images, created }) {
