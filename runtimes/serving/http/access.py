@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+import logging
 import re
 import time
 from typing import Any
@@ -14,10 +14,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from runtimes.serving.http.errors import HttpError, failure_of
 from runtimes.serving.http.keys import loopback_host
-from runtimes.serving.http.logs import REQUEST_ID, log_access, request_id
+from runtimes.serving.http.observed import REQUEST_ID, log_access, request_id
 from runtimes.serving.http.running import ClientGone
 from runtimes.serving.http.service import Service
 from runtimes.serving.options import LOOPBACK
+
+logger = logging.getLogger(__name__)
 
 HOST = re.compile(r"[A-Za-z0-9._-]{1,253}(:[0-9]{1,5})?|\[[0-9a-fA-F:.]{2,45}\](:[0-9]{1,5})?")
 PREFIX = re.compile(r"(/[A-Za-z0-9._~-]+)*/?")
@@ -25,6 +27,36 @@ PREFIX = re.compile(r"(/[A-Za-z0-9._~-]+)*/?")
 OPEN = ("/", "/openapi.json", "/docs", "/favicon.ico", "/health/live", "/health/ready")
 OPEN_BELOW = ("/studio/", "/v1/images/")
 CLIENT_GONE = 499
+
+
+class _Answer:
+    """What is sent, with the headers that every answer has."""
+
+    def __init__(self, send: Send, identity: str, *, has_body: bool) -> None:
+        self._send, self._identity, self._unread = send, identity, has_body
+        self.status, self.started = CLIENT_GONE, False
+
+    def receiving(self, receive: Receive) -> Receive:
+        """`receive`, noticing the end of the body."""
+        async def received() -> Message:
+            message = await receive()
+            if message["type"] != "http.request" or not message.get("more_body", False):
+                self._unread = False
+            return message
+
+        return received if self._unread else receive
+
+    async def send(self, message: Message) -> None:
+        """Send a part of the answer."""
+        if message["type"] == "http.response.start":
+            self.status, self.started = message["status"], True
+            headers = MutableHeaders(scope=message)
+            headers["X-Request-ID"] = self._identity
+            headers.setdefault("X-Content-Type-Options", "nosniff")
+            headers.setdefault("Referrer-Policy", "no-referrer")
+            if self._unread:  # the rest of the body is not waited for
+                headers["Connection"] = "close"
+        await self._send(message)
 
 
 class Surroundings:
@@ -44,29 +76,29 @@ class Surroundings:
         identity = request_id(headers.get("x-request-id"))
         token = REQUEST_ID.set(identity)
         self._place(scope)
-        scope.setdefault("state", {})["noted"] = notes = {}
-        status = CLIENT_GONE
-
-        async def sent(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                answered = MutableHeaders(scope=message)
-                answered["X-Request-ID"] = identity
-                answered.setdefault("X-Content-Type-Options", "nosniff")
-                answered.setdefault("Referrer-Policy", "no-referrer")
-            await send(message)
-
+        notes: dict[str, Any] = {}
+        scope.setdefault("state", {})["noted"] = notes
+        answer = _Answer(send, identity, has_body="content-length" in headers or "transfer-encoding" in headers)
         try:
-            await self._entered(scope, headers, receive, sent)
+            await self._entered(scope, headers, answer.receiving(receive), answer.send)
         except ClientGone:
-            status = CLIENT_GONE
-        except asyncio.CancelledError:
-            status = CLIENT_GONE
-            raise
+            pass
+        except Exception as error:
+            if not await self._failed(scope, receive, answer, error):
+                raise
         finally:
-            self._ended(scope, status, time.perf_counter() - began, notes)
+            self._ended(scope, answer.status, time.perf_counter() - began, notes)
             REQUEST_ID.reset(token)
+
+    @staticmethod
+    async def _failed(scope: Scope, receive: Receive, answer: _Answer, error: Exception) -> bool:
+        """A fault of ours: the log has all of it, the client nothing but that. Whether it could be answered."""
+        logger.error("an error of the server", exc_info=error)
+        scope["state"]["reason"] = "internal_error"
+        if answer.started:
+            return False
+        await failure_of(error).response()(scope, receive, answer.send)
+        return True
 
     def _place(self, scope: Scope) -> None:
         """Below the proxy's path, whether the proxy removes it from addresses or leaves it."""

@@ -1,16 +1,16 @@
 """`create_app`: the routes of a `Service` as an ASGI application; health, metrics, the studio page, the API's page.
 
-uvicorn runs it with `UVICORN`: what is said there of headers, connections and time-outs is part of the limits.
+uvicorn runs it with `connections.UVICORN`, whose bounds of headers, connections and time are part of the limits.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import mimetypes
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from fastapi import APIRouter, FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -25,16 +25,9 @@ from runtimes.errors import DeployError
 from runtimes.serving.http import images_api, jobs_api, sdapi
 from runtimes.serving.http.access import Surroundings, service_of
 from runtimes.serving.http.errors import HttpError, answer_error, documented
-from runtimes.serving.http.metrics import CONTENT_TYPE
+from runtimes.serving.http.observed import CONTENT_TYPE, telemetry
 from runtimes.serving.http.service import Service
 
-# httptools' parser refuses headers beyond 64 KiB. A client that sends no request within `timeout_keep_alive` seconds
-# is disconnected; a body that comes slowly holds a connection, of which there are at most `limit_concurrency`.
-UVICORN: dict[str, Any] = {
-    "http": "httptools", "ws": "none", "lifespan": "off", "timeout_keep_alive": 30, "limit_concurrency": 1024,
-    "backlog": 512, "h11_max_incomplete_event_size": 1 << 16, "server_header": False, "date_header": True,
-    "proxy_headers": True, "access_log": False, "log_config": None,
-}
 STUDIO = Path(__file__).resolve().parents[1] / "studio"
 PAGE_POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
                "connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'")
@@ -57,11 +50,11 @@ def create_app(service: Service) -> FastAPI:
     """
     app = FastAPI(title=TITLE, description=DESCRIPTION, version=metadata.version("ldm-deploy"), docs_url=None,
                   redoc_url=None, max_body_size=service.max_body, middleware=_layers(service),
-                  telemetry=_telemetry(service), redirect_slashes=False, openapi_tags=[
+                  telemetry=telemetry(service.options.telemetry, TITLE), redirect_slashes=False, openapi_tags=[
                       {"name": "images"}, {"name": "jobs"}, {"name": "models"}, {"name": "sdapi"},
                       {"name": "operations"}])
     app.state.service = service
-    for kind in (HTTPException, RequestValidationError, ValidationError, DeployError, Exception):
+    for kind in (HTTPException, RequestValidationError, ValidationError, DeployError):
         app.add_exception_handler(kind, answer_error)
     for router in (images_api.router, jobs_api.router, sdapi.router, operations):
         app.include_router(router)
@@ -71,31 +64,12 @@ def create_app(service: Service) -> FastAPI:
 def _layers(service: Service) -> list[Middleware]:
     layers = [Middleware(Surroundings, service=service)]
     if service.options.cors:
-        layers.append(Middleware(CORSMiddleware, allow_origins=list(service.options.cors),
-                                 allow_methods=["GET", "POST", "DELETE"],
-                                 allow_headers=["Authorization", "Content-Type", "Idempotency-Key", "Last-Event-ID"],
-                                 expose_headers=["X-Request-ID", "Retry-After", "Location"]))
+        cross = Middleware(CORSMiddleware, allow_origins=list(service.options.cors),
+                           allow_methods=["GET", "POST", "DELETE"],
+                           allow_headers=["Authorization", "Content-Type", "Idempotency-Key", "Last-Event-ID"],
+                           expose_headers=["X-Request-ID", "Retry-After", "Location"])
+        layers.insert(0, cross)  # errors of what it surrounds can then be read by the page
     return layers
-
-
-def _telemetry(service: Service) -> dict[str, Any]:
-    """Spans of requests, sent by OTLP where an address is given; never their bodies."""
-    silent = {"metrics": False, "logs": False, "operation_spans": False, "auto_configure": False}
-    if not (address := service.options.telemetry):
-        return {**silent, "tracing": False}
-    try:
-        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-        from opentelemetry.sdk.resources import Resource
-        from opentelemetry.sdk.trace import TracerProvider
-        from opentelemetry.sdk.trace.export import BatchSpanProcessor
-    except ImportError as error:
-        from runtimes.errors import UnavailableError
-
-        raise UnavailableError("the exporter of OpenTelemetry is not installed", where="--telemetry",
-                               fix="pip install 'ldm-deploy[telemetry]'") from error
-    provider = TracerProvider(resource=Resource.create({"service.name": TITLE}))
-    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=address)))
-    return {**silent, "tracing": True, "operation_spans": True, "tracer_provider": provider}
 
 
 # ---- health and metrics ------------------------------------------------------------------------------------------
@@ -151,10 +125,11 @@ def _studio_file(path: str) -> bytes:
     Raises:
         HttpError: 404.
     """
-    file = (STUDIO / path).resolve()
-    if not file.is_relative_to(STUDIO) or not file.is_file():
-        raise HttpError(404, "there is no such page", code="not_found")
-    return file.read_bytes()
+    with contextlib.suppress(ValueError, OSError):  # a NUL in it, or a name that is too long
+        file = (STUDIO / path).resolve()
+        if file.is_relative_to(STUDIO) and file.is_file():
+            return file.read_bytes()
+    raise HttpError(404, "there is no such page", code="not_found")
 
 
 def _type_of(path: str) -> str:

@@ -163,14 +163,14 @@ class Signer:
         return base64.urlsafe_b64encode(digest).decode().rstrip("=")
 
 
-def loopback_host(host: str, allowed: Sequence[str] = ("127.0.0.1", "localhost", "[::1]", "::1")) -> bool:
+def loopback_host(host: str, allowed: Sequence[str] = ("127.0.0.1", "localhost", "[::1]")) -> bool:
     """Whether a Host header names this machine itself.
 
     >>> loopback_host("localhost:8000"), loopback_host("evil.example")
     (True, False)
     """
-    name = host if host.endswith("]") or host.count(":") > 1 and "]" not in host else host.rpartition(":")[0] or host
-    return name.lower() in allowed
+    name, colon, port = host.rpartition(":")
+    return (name if colon and port.isdecimal() else host).lower() in allowed
 
 
 def _hash(key: str) -> bytes:

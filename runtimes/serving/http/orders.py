@@ -1,4 +1,4 @@
-"""Turns what a client asked for into an `Order`: the model, the quality's settings, a size it makes, within the limits."""
+"""Turns what a client asked for into an `Order`: model, settings of the quality, a size it makes, within the limits."""
 
 from __future__ import annotations
 

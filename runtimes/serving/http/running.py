@@ -24,7 +24,7 @@ PREVIEW_COMPRESSION = 80
 KEEP_ALIVE_SECONDS = 15.0
 
 
-class ClientGone(Exception):  # noqa: N818 - nobody is left whom an error could be said to
+class ClientGone(Exception):
     """The client closed the connection before its answer was there."""
 
 

@@ -67,7 +67,7 @@ class Text2Image(BaseModel):
     prompt: Annotated[str, Field(max_length=MOST_TEXT)] = ""
     negative_prompt: Annotated[str | None, Field(max_length=MOST_TEXT)] = None
     seed: Annotated[int | None, Field(ge=-1, le=2**32 - 1, description="-1 is an unpredictable one.")] = -1
-    sampler_name: Annotated[str | None, Field(max_length=64, description="As GET /sdapi/v1/samplers lists them.")] = None
+    sampler_name: Annotated[str | None, Field(max_length=64, description="One of GET /sdapi/v1/samplers.")] = None
     sampler_index: Annotated[str | None, Field(max_length=64, description="The older name of sampler_name.")] = None
     batch_size: Annotated[int | None, Field(ge=1, le=MOST_N)] = None
     n_iter: Annotated[int | None, Field(ge=1, le=MOST_N, description="Multiplies batch_size.")] = None

@@ -11,7 +11,7 @@ from runtimes.serving.engine.catalog import ServedModel
 from runtimes.serving.engine.contract import Pool
 from runtimes.serving.http.errors import HttpError
 from runtimes.serving.http.keys import KeyRing, RateLimiter, Signer
-from runtimes.serving.http.metrics import Metrics
+from runtimes.serving.http.observed import Metrics
 from runtimes.serving.options import ServerOptions
 from runtimes.serving.state.store import Store
 from runtimes.serving.state.written_images import WrittenImage
