@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import socket
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import uvicorn
 
 from runtimes.bundle.tensors import ShapeRange
 from runtimes.errors import InputError
 from runtimes.pipeline.diffusion import Pipeline
 from runtimes.serving.engine.catalog import ServedModel
 from runtimes.serving.engine.engine import Engine
-from runtimes.serving.http.app import UVICORN, create_app
+from runtimes.serving.http.app import create_app
 from runtimes.serving.http.keys import KeyRing, Signer
 from runtimes.serving.http.service import Service
 from runtimes.serving.options import ServerOptions
 from runtimes.serving.state.dispatcher import Dispatcher
 from runtimes.serving.state.job_store import JobStore
 from tests.runtimes.fakes import DDIM, FACTS, fake_sessions, tokenize
+from tests.serving.http_server import running_app
 
 SIDE = ShapeRange(16, 32, 64)
 MULTIPLE = 8
@@ -104,33 +102,29 @@ def served(name: str, folder: Path, *, digest: str, presets: Mapping[str, Mappin
 
 
 @contextmanager
-def serving(folder: Path, keys: Mapping[str, str] | None = None) -> Iterator[StudioServer]:
-    """Serve two models, `plain` and `inverted`, from a folder for the state."""
+def serving(folder: Path, catalog: Mapping[str, ServedModel], pool: Engine, keys: Mapping[str, str] | None = None,
+            gate: Gate | None = None) -> Iterator[StudioServer]:
+    """Serve models from a folder for the state; the engine is closed at the end."""
+    gate, store = gate or Gate(), JobStore(folder / "state")
+    service = Service(catalog, pool, store, ServerOptions(port=0), Signer(b"k" * 32), KeyRing(keys))
+    with Dispatcher(store, pool, catalog), running_app(create_app(service)) as (_, port):
+        yield StudioServer(port, gate, store)
+        gate.let()
+    pool.close(drain=False)
+    store.close()
+
+
+@contextmanager
+def serving_fakes(folder: Path, keys: Mapping[str, str] | None = None) -> Iterator[StudioServer]:
+    """Serve two models of numpy functions, `plain` and `inverted`."""
     gate = Gate()
     catalog = {
         "plain": served("plain", folder, digest="a1" * 32, presets={"standard": {}, "draft": {"steps": 3}}),
         "inverted": served("inverted", folder, digest="b2" * 32, presets={"standard": {}}),
     }
-    store = JobStore(folder / "state")
     pool = Engine({"plain": pipeline(gate), "inverted": pipeline(gate, inverted=True)})
-    service = Service(catalog, pool, store, ServerOptions(port=0), Signer(b"k" * 32), KeyRing(keys))
-    with socket.socket() as listener, Dispatcher(store, pool, catalog):
-        listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(create_app(service), **UVICORN, timeout_graceful_shutdown=1))
-        thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
-        thread.start()
-        until = time.monotonic() + 20
-        while not server.started:
-            assert time.monotonic() < until and thread.is_alive(), "uvicorn does not start"
-            time.sleep(0.01)
-        try:
-            yield StudioServer(listener.getsockname()[1], gate, store)
-        finally:
-            gate.let()
-            server.should_exit = True
-            thread.join(20)
-    pool.close(drain=False)
-    store.close()
+    with serving(folder, catalog, pool, keys, gate) as server:
+        yield server
 
 
 def red_square(side: int = 40) -> np.ndarray:

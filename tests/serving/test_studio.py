@@ -16,15 +16,17 @@ from PIL import Image
 from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect, sync_playwright
 
 from tests.deploy.browser import CHROMIUM
-from tests.serving.studio_server import StudioServer, red_square, serving
+from tests.serving.studio_server import StudioServer, red_square, serving_fakes
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed here")
 STUDIO = Path(__file__).resolve().parents[2] / "runtimes" / "serving" / "studio"
 PHONE = {"width": 360, "height": 740}
+PATIENCE = 60_000  # milliseconds: for a machine that has much else to do
 
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Browser]:
+    expect.set_options(timeout=PATIENCE)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
         yield browser
@@ -33,7 +35,7 @@ def chromium() -> Iterator[Browser]:
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[StudioServer]:
-    with serving(tmp_path) as running:
+    with serving_fakes(tmp_path) as running:
         yield running
 
 
@@ -42,7 +44,7 @@ class Watched:
 
     def __init__(self, chromium: Browser, server: StudioServer, **options) -> None:
         self.context: BrowserContext = chromium.new_context(**({"viewport": {"width": 1300, "height": 860}} | options))
-        self.context.set_default_timeout(15_000)
+        self.context.set_default_timeout(PATIENCE)
         self.server, self.complaints, self.hosts = server, [], set()
         self.context.on("console", self._heard)
         self.context.on("weberror", lambda error: self.complaints.append(str(error.error)))
@@ -599,7 +601,7 @@ def test_colours_follow_the_system_until_they_are_chosen(chromium, server):
 
 def test_a_key_is_asked_for_only_where_the_server_wants_one(chromium, tmp_path):
     key = "k" * 24
-    with serving(tmp_path, {"ann": key}) as server:
+    with serving_fakes(tmp_path, {"ann": key}) as server:
         user = Watched(chromium, server)
         page = user.context.new_page()
         page.goto(server.url)

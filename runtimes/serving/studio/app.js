@@ -10,7 +10,7 @@ import { DEFAULTS, FIELD_OF, ofHash } from "./settings.js";
 import * as stage from "./stage.js";
 import * as store from "./store.js";
 
-const IDEAS = ["a red apple", "a smiling cat face", "a sailing boat", "a snowy mountain", "a slice of pizza"];
+const IDEAS = ["red apple", "birthday cake", "sailboat", "a snowy mountain", "octopus"];
 let sending = false;
 
 // ---- generating

@@ -148,7 +148,7 @@ function showQualities(facts, wanted) {
     input.checked = quality.name === now;
     return element("label", { class: "choice", title: quality.why }, input, TITLES[quality.name]);
   }));
-  byId("quality-hint").textContent = there.length > 1 ? "" : facts.qualities.find(quality => quality.why)?.why ?? "";
+  byId("quality-hint").textContent = there.length > 1 ? "" : "Draft and high need one run of “deploy tradeoffs” with this model.";
 }
 
 function showSizes(facts) {

@@ -2,7 +2,7 @@
 
 const RATIOS = ["1:1", "3:2", "2:3", "16:9", "9:16"];
 const QUALITIES = ["draft", "standard", "high"];
-const NOT_MEASURED = "Not measured for this model yet: `deploy tradeoffs` does that.";
+const NOT_MEASURED = "Not measured of this model yet: one run of “deploy tradeoffs” does that.";
 
 /** Facts of one entry of the answer. */
 export function factsOf(entry) {

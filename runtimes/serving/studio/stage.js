@@ -6,7 +6,7 @@ import * as gallery from "./gallery.js";
 import { linkTo } from "./settings.js";
 
 const stage = byId("stage");
-const MOST_ENLARGED = 4; // times: a small image is not blown up beyond recognition
+const MOST_ENLARGED = 6; // times: a small image is not blown up beyond recognition
 let showing = { kind: "", id: "" };
 let perform = {};
 
