@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
@@ -17,9 +18,9 @@ from runtimes.serving.engine.catalog import Catalog
 from runtimes.serving.engine.engine import Engine
 from runtimes.serving.engine.models import Models
 from tests.deploy.browser import CHROMIUM
-from tests.serving.studio_server import serving, serving_fakes
+from tests.serving.studio.server import serving, serving_fakes
 
-VIEWS = {
+VIEWS: dict[str, dict[str, Any]] = {
     "desktop": {"viewport": {"width": 1440, "height": 900}, "color_scheme": "light"},
     "dark": {"viewport": {"width": 1440, "height": 900}, "color_scheme": "dark"},
     "phone": {"viewport": {"width": 360, "height": 740}, "color_scheme": "light", "has_touch": True, "is_mobile": True,

@@ -1,4 +1,4 @@
-"""The whole server behind the studio page, over networks of numpy functions whose steps a test lets through one by one."""
+"""The whole server with the studio page, over numpy functions whose steps a test lets through one by one."""
 
 from __future__ import annotations
 
@@ -96,9 +96,9 @@ def pipeline(gate: Gate, *, inverted: bool = False) -> Pipeline:
 def served(name: str, folder: Path, *, digest: str, presets: Mapping[str, Mapping[str, object]]) -> ServedModel:
     """What the catalog says of the fake pipelines, which have no bundle."""
     return ServedModel(
-        name=name, folder=folder, digest=digest, created=1, family="stable-diffusion", precision="fp32", height=32, width=32,
-        heights=(SIDE, MULTIPLE), widths=(SIDE, MULTIPLE), schedulers=("ddim", "euler"), edits=True, inpaints=False,
-        takes_prompt=True, has_safety_checker=False, exact=True, bytes=1, presets=presets)
+        name=name, folder=folder, digest=digest, created=1, family="stable-diffusion", precision="fp32",
+        height=32, width=32, heights=(SIDE, MULTIPLE), widths=(SIDE, MULTIPLE), schedulers=("ddim", "euler"),
+        edits=True, inpaints=False, takes_prompt=True, has_safety_checker=False, exact=True, bytes=1, presets=presets)
 
 
 @contextmanager
