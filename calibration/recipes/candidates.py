@@ -1,4 +1,4 @@
-"""The assignments of precisions that a search tries on one network, from all integers back towards float32."""
+"""Assignments of precisions that a search tries on one network: from all layers in integers to ever more in float32."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from calibration.recipes.one_graph import (
     relieved,
     rounded_errors,
 )
-from calibration.targets import SEARCHED
+from calibration.targets_and_recipes import SEARCHED
 from calibration.trajectory.recorder import Recording
 
 

@@ -1,4 +1,4 @@
-"""Compares component by component: every network of the candidate on the reference's inputs, one in memory."""
+"""Compares, component by component, every output that the family declares; one network is in memory at a time."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from deploy.parity.comparison_options import ParityOptions
 from deploy.parity.metrics import Comparison, TensorErrors, tensor_errors, worst
-from deploy.parity.options import ParityOptions
 from deploy.parity.reference.answers import Reference
 from deploy.parity.reference.planned_shapes import plan_runs
 from deploy.parity.reference.sample_feeds import Feeds, NoRealInputsError, Sample, cast

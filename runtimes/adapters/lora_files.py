@@ -1,4 +1,6 @@
-"""Reads what LoRA files (Hu et al., arXiv 2106.09685) of diffusers, PEFT and kohya add to which weight.
+"""Recognises the keys of LoRA files (diffusers, PEFT, kohya) and computes what each adds to a weight.
+
+Hu et al., arXiv 2106.09685:
 
     W' = W + scale * alpha / rank * up @ down
 """
@@ -15,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from runtimes.adapters.lora_config import LoraConfig, read_config
-from runtimes.adapters.lora_names import name_of, spellings
+from runtimes.adapters.lora_module_names import name_of, spellings
 from runtimes.bundle.safetensors_reader import read_floats, read_header, read_metadata, read_number
 from runtimes.errors import InputError
 

@@ -1,5 +1,7 @@
-"""Makes the denoiser's inputs besides sample and timestep: the prompt as one or two text encoders read it, pooled
-embeddings, and sizes as numbers (Stable Diffusion XL, arXiv 2307.01952, section 2.2)."""
+"""Makes the denoiser's inputs besides sample and timestep: embedded prompts, pooled embeddings, sizes as numbers.
+
+The prompt is read by one or two text encoders; sizes are those of Stable Diffusion XL, arXiv 2307.01952, section 2.2.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from numpy.typing import NDArray
 from runtimes.backends.session import Session
 from runtimes.bundle.roles import Roles
 from runtimes.inputs.request_fields import SizeConditions
-from runtimes.inputs.resolved import Resolved
+from runtimes.inputs.resolved_request import Resolved
 from runtimes.text.prompt_cache import PromptCache
 from runtimes.text.prompt_encoder import Embedder, PromptStyle, Tokenize
 

@@ -1,4 +1,4 @@
-"""Makes what denoising starts from: noise, or an image with noise, and the parts of it that inpainting leaves."""
+"""Makes the latents that denoising starts from (noise, an image with noise), and the inpainting mask at their size."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from runtimes.codec.autoencoder import Moments
 from runtimes.codec.tiling import Tiling
 from runtimes.errors import InputError
 from runtimes.inputs.noise import NoiseStreams
-from runtimes.inputs.resolved import Resolved
+from runtimes.inputs.resolved_request import Resolved
 from runtimes.schedulers import Run
 
 Float32 = NDArray[np.float32]

@@ -14,7 +14,7 @@ import yaml
 
 import runtimes
 from deploy.building.triton_repository import request_inputs
-from deploy.cli.generate import Run, generate_options, request_options
+from deploy.cli.generate import GenerateOptions, generate_options, request_options
 from runtimes.errors import InputError
 from runtimes.inputs.request import Request, described
 from runtimes.inputs.request_fields import SizeConditions
@@ -57,7 +57,7 @@ def test_every_field_has_an_option_or_says_why_not():
 def test_no_option_of_the_command_hides_a_field():
     options = [option.name for option in generate_options()]
     assert len(options) == len(set(options))
-    assert {field.name for field in dataclasses.fields(Run)} & set(FIELDS) <= {"output"}
+    assert {field.name for field in dataclasses.fields(GenerateOptions)} & set(FIELDS) <= {"output"}
 
 
 @pytest.mark.parametrize("name", FIELDS)
@@ -78,7 +78,7 @@ def test_every_field_is_read_from_yaml_and_the_command_line_alike(name: str):
 def test_help_holds_default_and_range(name: str):
     said, option = FIELDS[name].metadata, {o.name: o for o in request_options()}.get(name)
     text = option.text if option is not None else described()
-    default = said.get("default", FIELDS[name].default)
+    default = said.get("command_line", said.get("default", FIELDS[name].default))
     assert str({True: "on", False: "off"}[default] if isinstance(default, bool) else default).removesuffix(".0") in text
     for limit in ("least", "above", "most"):
         if limit in said:

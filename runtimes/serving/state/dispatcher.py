@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -78,7 +78,8 @@ class Dispatcher:
             models: what is served now, by name; it may change.
             writing: how results are written.
             cache: of finished images, which the synchronous requests use too; None for none.
-            watch: receives figures by name: "job wait", "job service" and "write" in seconds.
+            watch: receives figures by name: "job wait", "job service" and "write" in seconds, "job images" and "job
+                steps" of all its images.
             on_full: called where the disk is full, so that somebody makes room.
         """
         self._store, self._pool, self._models = store, pool, models
@@ -282,17 +283,21 @@ class Dispatcher:
 
     def _store_images(self, run: JobRun, generated: Generated) -> None:
         began = monotonic()
+        if not generated.digest and (served := self._models.get(run.job.model)) is not None:
+            generated = replace(generated, digest=served.digest)  # an engine of given pipelines knows no bundles
         try:
             images = written(generated, run.order, safety=self._writing.safety, metadata=self._writing.metadata)
         except Exception as error:
             self._fail(run.job, reason_of(error), error)
             return
-        self._cache.put(run.order.key(generated.digest), tuple(images))
+        self._cache.put(run.order.key(generated.digest), images)
         measured = {"seconds": generated.seconds, "batch": generated.batch}
         if self._complete(run.job, images, generated.digest, measured):
             self._watch("write", monotonic() - began)
             self._watch("job wait", max((run.ticket.started or began) - run.ticket.created, 0.0))
             self._watch("job service", began - (run.ticket.started or began))
+            self._watch("job images", len(images))
+            self._watch("job steps", len(images) * run.ticket.request.steps)
 
     def _complete(self, job: StoredJob, images: Sequence[WrittenImage], digest: str, measured: dict[str, Any]) -> bool:
         """Store images; a job that the disk has no room for is put back."""

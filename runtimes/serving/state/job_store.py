@@ -322,6 +322,7 @@ class JobStore:
             try:
                 database.execute("BEGIN IMMEDIATE")
                 yield database
+                self._checkpoint("before a commit")
                 database.execute("COMMIT")
             except BaseException as error:
                 if database.in_transaction:
@@ -329,6 +330,7 @@ class JobStore:
                 if isinstance(error, sqlite3.OperationalError) and error.sqlite_errorcode in rows.NO_ROOM:
                     raise FullError("the disk is full", where=str(self.folder), fix="free space") from error
                 raise
+            self._checkpoint("after a commit")
 
     def _check_room(self) -> None:
         if shutil.disk_usage(self.folder).free < self._reserve:

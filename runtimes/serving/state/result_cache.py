@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Generic, TypeVar
 
 from runtimes.serving.state.written_images import WrittenImage
@@ -31,7 +31,9 @@ class ResultCache:
         self._entries: OrderedDict[str, tuple[WrittenImage, ...]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def __len__(self) -> int:
+    @property
+    def entries(self) -> int:
+        """Requests whose images it holds."""
         return len(self._entries)
 
     def get(self, key: str) -> tuple[WrittenImage, ...] | None:
@@ -45,8 +47,9 @@ class ResultCache:
             self.hits += 1
             return found
 
-    def put(self, key: str, images: tuple[WrittenImage, ...]) -> None:
+    def put(self, key: str, images: Sequence[WrittenImage]) -> None:
         """Hold images; those that are larger than the whole cache are not held."""
+        images = tuple(images)
         size = _size(images)
         if size > self.most_bytes:
             return
@@ -100,5 +103,5 @@ class _Work(Generic[T]):
         self.task, self.waiting = task, 0
 
 
-def _size(images: tuple[WrittenImage, ...]) -> int:
+def _size(images: Sequence[WrittenImage]) -> int:
     return ENTRY_BYTES + sum(len(image.content) for image in images)

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from runtimes.serving.engine.engine import Engine
-from runtimes.serving.engine.models import Models, Offered, Steppable, opener, resident_bytes
+from runtimes.serving.engine.models import Models, opener, resident_bytes
+from runtimes.serving.engine.sources import Offered, Steppable
 from runtimes.serving.engine.ticket import Progress, Ticket
+from runtimes.serving.workers.channel import Channel, Message, ProtocolError
 from runtimes.serving.workers.encoded import decoded_request, encoded_error, encoded_result
-from runtimes.serving.workers.messages import Channel, Message, ProtocolError
 
 logger = logging.getLogger(__name__)
 HEARTBEAT_SECONDS = 1.0
@@ -24,7 +25,7 @@ MOST_WAITING = 4096  # the server holds the queue; what it sends is taken
 
 @dataclass(frozen=True)
 class Offer:
-    """A bundle that requests may name: see `engine.models.Offered`."""
+    """A bundle that requests may name: see `engine.sources.Offered`."""
 
     folder: Path
     digest: str
@@ -121,14 +122,14 @@ class ConnectedEngine:
             models: that were loaded for an earlier connection.
         """
         self.channel, self.options, self.offers = channel, options, offers
+        self._tickets: dict[int, Ticket] = {}
+        self._outbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+        self._ended, self._saying = threading.Event(), threading.Lock()
         self.models = models or loaded_by(options, offers)
         self.engine = Engine(self.models, most_waiting=MOST_WAITING, most_images=options.batch,
                              company_seconds=options.company_seconds)
         self._wake = self.models.on_change
         self.models.on_change = self._changed
-        self._tickets: dict[int, Ticket] = {}
-        self._outbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
-        self._ended = threading.Event()
         self._sender = threading.Thread(target=self._send, name="send", daemon=True)
         self._sender.start()
         self.say(Message("hello", {"name": options.name, "capacity": options.batch, "digests": self.digests()}))
@@ -207,15 +208,16 @@ class ConnectedEngine:
 
     def _changed(self) -> None:
         self._wake()
-        self.say(self._status())
+        self._say_status()
 
-    def _status(self) -> Message:
-        return Message("status", {"loaded": [one.name for one in self.models.loaded()],
-                                  "memory_bytes": resident_bytes(), "busy_seconds": self.engine.busy_seconds})
+    def _say_status(self) -> None:
+        with self._saying:  # the last one that is sent is the last one that is true
+            self.say(Message("status", {"loaded": [one.name for one in self.models.loaded()],
+                                        "memory_bytes": resident_bytes(), "busy_seconds": self.engine.busy_seconds}))
 
     def _beat(self) -> None:
         while not self._ended.wait(self.options.heartbeat_seconds):
-            self.say(self._status())
+            self._say_status()
 
     def _send(self) -> None:
         while (message := self._outbox.get()) is not None:

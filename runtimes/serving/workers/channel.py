@@ -43,7 +43,7 @@ class Message:
     Attributes:
         kind: what it is about.
         fields: JSON-able.
-        arrays: of the dtypes in `DTYPES`, any shape.
+        arrays: pixels or latents, of the dtypes in `DTYPES` and any shape.
     """
 
     kind: str
@@ -97,7 +97,7 @@ class Channel:
         Raises:
             OSError: the other side is gone.
         """
-        arrays = [np.ascontiguousarray(array, array.dtype.newbyteorder("<")) for array in message.arrays]
+        arrays = [np.asarray(array, array.dtype.newbyteorder("<"), order="C") for array in message.arrays]
         header = {"protocol": PROTOCOL, "kind": message.kind, "fields": message.fields,
                   "arrays": [[array.dtype.name, array.shape] for array in arrays]}
         text = json.dumps(header, allow_nan=False).encode("ascii")
