@@ -6,7 +6,8 @@ import numpy as np
 from PIL import Image
 from playwright.sync_api import expect
 
-from tests.serving.studio.user import Watched, facts, generate, of_store, pixels
+from tests.serving.studio.server import red_square
+from tests.serving.studio.user import Watched, as_png, facts, generate, of_store, pixels
 
 
 def test_a_reload_keeps_the_gallery_the_form_and_what_is_under_way(server, page):
@@ -83,13 +84,22 @@ def test_images_are_deleted_brought_back_filtered_and_downloaded(server, page):
 
 
 def test_another_browser_loads_what_the_server_has(chromium, server, page):
+    page.set_input_files("#file", files=[as_png(red_square())])
+    expect(page.locator("#input-image")).to_be_visible()
+    generate(page, "an edit", strength="0.5")
+    expect(page.locator("#gallery-count")).to_have_text("1")
+    page.click("#image-remove")
     generate(page, "a tree", count="2", seed="8")
-    expect(page.locator("#gallery-count")).to_have_text("2")
+    expect(page.locator("#gallery-count")).to_have_text("3")
     other = Watched(chromium, server)
     there = other.open()
     there.click("#fetch")
-    expect(there.locator("#tiles > li")).to_have_count(2)
-    there.locator("#tiles button").first.click()
+    expect(there.locator("#tiles > li")).to_have_count(3)
+    there.locator("#tiles button").last.click()
+    assert facts(there)["From"] == "an image"
+    there.get_by_role("button", name="Use settings").click()
+    expect(there.locator("#image-problem")).to_contain_text("not in this browser")
+    there.get_by_role("button", name="a tree").first.click()
     assert facts(there)["Seed"] == "8"
     np.testing.assert_array_equal(pixels(there), of_store(server))
     there.click("#fetch")
