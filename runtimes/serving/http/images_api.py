@@ -190,7 +190,8 @@ def _model(service: Service, model: ServedModel) -> dict[str, Any]:
         "heights": _span(*model.heights), "widths": _span(*model.widths), "schedulers": list(model.schedulers),
         "qualities": list(model.presets),
         "presets": {quality: dict(fields) for quality, fields in model.presets.items()},
-        "edits": model.edits, "inpaints": model.inpaints, "takes_prompt": model.takes_prompt, "safety_checker": model.has_safety_checker,
+        "edits": model.edits, "inpaints": model.inpaints, "takes_prompt": model.takes_prompt,
+        "safety_checker": model.has_safety_checker,
         "steps": model.presets.get("standard", {}).get("steps", DEFAULT_STEPS),
         "limits": {"images": options.max_images, "pixels": options.max_pixels, "steps": options.max_steps}}
 
