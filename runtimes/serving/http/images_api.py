@@ -188,8 +188,10 @@ def _model(service: Service, model: ServedModel) -> dict[str, Any]:
         "id": model.name, "object": "model", "created": model.created, "owned_by": "ldm-deploy", "digest": model.digest,
         "family": model.family, "precision": model.precision, "size": f"{model.width}x{model.height}",
         "heights": _span(*model.heights), "widths": _span(*model.widths), "schedulers": list(model.schedulers),
-        "qualities": list(model.presets), "edits": model.edits, "inpaints": model.inpaints,
-        "takes_prompt": model.takes_prompt, "safety_checker": model.has_safety_checker,
+        "qualities": list(model.presets),
+        "presets": {quality: dict(fields) for quality, fields in model.presets.items()},
+        "edits": model.edits, "inpaints": model.inpaints, "takes_prompt": model.takes_prompt,
+        "safety_checker": model.has_safety_checker,
         "steps": model.presets.get("standard", {}).get("steps", DEFAULT_STEPS),
         "limits": {"images": options.max_images, "pixels": options.max_pixels, "steps": options.max_steps}}
 

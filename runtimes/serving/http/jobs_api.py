@@ -200,7 +200,8 @@ def _answer(request: Request, job: StoredJob) -> dict[str, Any]:
     return {"id": job.id, "object": "job", "status": job.status, "model": job.model, "created_at": int(job.created),
             "ended_at": None if job.ended is None else int(job.ended), "position": progress.position,
             "step": progress.step, "total": progress.total, "attempts": job.attempts, "reason": job.reason or None,
-            "digest": job.result.get("digest"), "request": {**fields, "output": job.request["output"]},
+            "digest": job.result.get("digest"), "seconds": job.result.get("seconds"),
+            "request": {**fields, "files": job.request["files"], "output": job.request["output"]},
             "images": _images(request, job)}
 
 
