@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from deploy.cli import build_commands, file_commands, machine_commands
+from deploy.cli import build_commands, file_commands, machine_commands, serve_commands
 from deploy.cli.derived_options import Option, derived_command, described
 from deploy.cli.machine_commands import Json
 from runtimes.errors import DeployError, UnavailableError
@@ -24,6 +24,9 @@ app = typer.Typer(
 )
 derived_command(app, build_commands.build_options)(build_commands.build)
 derived_command(app, build_commands.prune_options)(build_commands.prune)
+
+derived_command(app, serve_commands.serve_options)(serve_commands.serve)
+derived_command(app, serve_commands.serve_engine_options)(serve_commands.serve_engine)
 
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="folder that `build` wrote")]
 BundlePaths = Annotated[list[Path], typer.Argument(metavar="BUNDLE...", help="folders that `build` wrote")]

@@ -122,6 +122,9 @@ class DenoiserCalls:
             for job in jobs:
                 self._call(component, [piece for piece in pieces if piece.asked.job is job])
             return
+        images = sum(len(piece.rows) for piece in pieces)
+        for job in _jobs_of(pieces):
+            job.calls, job.company = job.calls + 1, job.company + images
         prediction, at = outputs[self._roles.denoiser.output], 0
         if prediction.dtype != np.float32:
             prediction = prediction.astype(np.float32)

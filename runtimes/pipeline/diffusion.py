@@ -75,7 +75,7 @@ class Pipeline:
             batches: whether a row's numbers depend on its company; unknown if None.
         """
         self._batches = batches or BatchFacts()
-        self.sessions, self.roles = self._batches.sessions(sessions), roles
+        self.sessions, self.roles, self._loaded = self._batches.sessions(sessions), roles, sessions
         self._config = dict(scheduler_config)
         self._cache, self._preprocessing, self._memory = PromptCache(cache_bytes), preprocessing, memory
         self._conditioner = Conditioner(roles, tokenizers, self._cache)
@@ -274,6 +274,11 @@ class Pipeline:
             self._colours = fit(self.sessions[self.roles.codec.decoder.component], self.roles.codec)
         return self._colours.show(latents)
 
+    @property
+    def judges(self) -> bool:
+        """Whether the bundle has a safety checker, which `flagged` asks."""
+        return self._preprocessing is not None and self.roles.safety_checker in self.sessions
+
     def flagged(self, images: Sequence[Image]) -> list[bool]:
         """Which images the model's own safety checker flags. It runs here only, and changes nothing.
 
@@ -283,10 +288,16 @@ class Pipeline:
         Raises:
             InputError: the bundle has no safety checker.
         """
-        if self._preprocessing is None or self.roles.safety_checker not in self.sessions:
+        if self._preprocessing is None or not self.judges:
             raise InputError("this bundle has no safety checker", where="safety_checker",
                              fix="build --safety-checker, from a model that has one")
         return flags(self.sessions[self.roles.safety_checker], self._preprocessing(images)) if images else []
+
+    def close(self) -> None:
+        """Give back the memory of a loaded bundle's networks; running again loads them again."""
+        close = getattr(self._loaded, "close", None)
+        if close is not None:
+            close()
 
     def _scheduler(self, name: str | None, mode: ModeFacts) -> Scheduler:
         key = name, mode.pipeline_class

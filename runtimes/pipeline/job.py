@@ -105,6 +105,8 @@ class Job:
         error: why it ended before its time, or None.
         deep: features of the last whole step, for the denoiser's shallow entry.
         runners: calls of the denoiser as laid out for this job, by component and number of rows.
+        calls, company: of the denoiser so far, and the images of all of them together, those of other jobs included;
+            of a tiled job, tiles.
     """
 
     def __init__(self, plan: Plan, conditions: Conditions, start: Start, noise: NoiseStreams) -> None:
@@ -120,6 +122,7 @@ class Job:
         self.error: Exception | None = None
         self.deep = Features()
         self.runners: dict[Any, RowRunner] = {}
+        self.calls, self.company = 0, 0
         tiling, self._start, self._noise = plan.wanted.tiling, start, noise
         self._tiles: Tiling | None = None
         self._sample, self._timesteps = start.sample, [float(t) for t in plan.run.timesteps][: plan.total]

@@ -1,11 +1,11 @@
-"""`ServerOptions`: everything that `deploy serve` can be told, each with its help, default and range, once.
+"""Every option of `deploy serve` and `deploy serve-engine`: name, help text, default and range, written here once.
 
-The options of the command line are made of these fields (deploy/cli/derived_options.py).
+The command line is made of these fields (deploy/cli/derived_options.py).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from runtimes.errors import InputError
@@ -27,8 +27,52 @@ def option(default: Any, help: str, /, **limits: Any) -> Any:
     return field(default=default, metadata={"help": help, **limits})
 
 
+def check_ranges(options: Any) -> None:
+    """Compare the fields of a dataclass with the choices and ranges of their metadata.
+
+    Raises:
+        InputError: the first that is outside.
+    """
+    for declared in fields(options):
+        said, value, where = declared.metadata, getattr(options, declared.name), f"--{declared.name.replace('_', '-')}"
+        if "choices" in said and value not in said["choices"]:
+            raise InputError(f"{value!r} is none of its values", where=where,
+                             fix=f"one of {', '.join(said['choices'])}")
+        bounds = {word: said[key] for key, word in (("least", "at least"), ("most", "at most"), ("above", "above"))
+                  if key in said}
+        if value < said.get("least", value) or value > said.get("most", value) or value == said.get("above"):
+            raise InputError(f"{value} is out of range", where=where,
+                             fix=", ".join(f"{word} {bound}" for word, bound in bounds.items()))
+
+
 @dataclass(frozen=True)
-class ServerOptions:
+class EngineOptions:
+    """How the engines of this machine run.
+
+    Raises:
+        InputError: a value outside its range.
+    """
+
+    device: str = option("cpu", "devices to run on, separated by commas: cpu, cuda:0, cuda:1, tensorrt:0; one worker "
+                         "each, of the CPU one for each group of cores")
+    workers: int = option(0, "worker processes on the CPU; the cores are divided among them", least=0,
+                          default="one for every 8 cores")
+    memory: str = option("", "memory that the loaded bundles of one worker may take, as 6GB; the one used longest ago "
+                         "is unloaded first", default="80 % of what the container or machine has, divided by workers")
+    batch: int = option(8, "images that one worker denoises side by side", least=1, most=64)
+    deterministic: bool = option(False, "the same bytes for the same request whatever shares its calls, also where a "
+                                 "network depends on the number of rows")
+    reload_seconds: float = option(2.0, "how often bundles are looked at for changes; 0 never reloads", least=0)
+    engine_key_file: str = option("", "file with the key by which engines of other machines and their server know each "
+                                  "other", default="none")
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        check_ranges(self)
+
+
+@dataclass(frozen=True)
+class ServerOptions(EngineOptions):
     """How a server listens, runs, stores and limits.
 
     Raises:
@@ -38,19 +82,9 @@ class ServerOptions:
     host: str = option("127.0.0.1", "address to listen on; any but the loopback needs --api-key-file")
     port: int = option(8000, "port to listen on; 0 takes a free one and prints it", least=0, most=65535)
     root_path: str = option("", "path under which a proxy shows the server, as /images", default="none")
-    device: str = option("cpu", "devices to run on, separated by commas: cpu, cuda:0, cuda:1, tensorrt:0; one worker "
-                         "each, of the CPU one for each group of cores")
-    workers: int = option(0, "worker processes on the CPU; the cores are divided among them", least=0,
-                          default="one for every 8 cores")
-    memory: str = option("", "memory that the loaded bundles of one worker may take, as 6GB; the one used longest ago "
-                         "is unloaded first", default="80 % of what the container or machine has, divided by workers")
-    batch: int = option(8, "images that one worker denoises side by side", least=1, most=64)
     queue: int = option(256, "requests that may wait; more are answered with 429", least=1)
-    deterministic: bool = option(False, "the same bytes for the same request whatever shares its calls, also where a "
-                                 "network depends on the number of rows")
     digest: tuple[str, ...] = option((), "serve a bundle only if its digest begins so: DIGEST, or NAME=DIGEST where "
                                      "several are served; may be given again", type=list[str], default="any")
-    reload_seconds: float = option(2.0, "how often bundles are looked at for changes; 0 never reloads", least=0)
 
     state: str = option("", "folder of jobs and images, which survive a restart; one server at a time has it open",
                         default="a new folder below the cache root for each port")
@@ -78,22 +112,13 @@ class ServerOptions:
                             "[telemetry]", default="none")
     engine_port: int = option(0, "port on which engines of other machines may join, with --engine-key-file; see "
                               "`deploy serve-engine`", least=0, most=65535, default="none may")
-    engine_key_file: str = option("", "file with the key that engines of other machines join with", default="none")
     ray: bool = option(False, "run as Ray Serve deployments on the Ray cluster that RAY_ADDRESS names, or a new local "
                        "one; needs the extra [ray]")
     replicas: str = option("1:4", "with --ray: fewest and most engine replicas, scaled by requests under way")
 
     def __post_init__(self) -> None:
-        """Check what one option says of another; ranges and choices by their fields."""
-        for name, declared in self.__dataclass_fields__.items():
-            said, value = declared.metadata, getattr(self, name)
-            where = f"--{name.replace('_', '-')}"
-            if "choices" in said and value not in said["choices"]:
-                raise InputError(f"{value!r} is none of its values", where=where,
-                                 fix=f"one of {', '.join(said['choices'])}")
-            if ("least" in said and value < said["least"]) or ("most" in said and value > said["most"]) or (
-                    "above" in said and value <= said["above"]):
-                raise InputError(f"{value} is out of range", where=where, fix="see `deploy serve --help`")
+        """Check every field, then what fields say of each other."""
+        super().__post_init__()
         if self.host not in LOOPBACK and not self.api_key_file:
             raise InputError(f"{self.host} can be reached by others, and no key is asked for", where="--host",
                              fix="give --api-key-file, or listen on 127.0.0.1")

@@ -52,7 +52,7 @@ def test_requests_of_any_length_scheduler_and_guidance_are_as_if_each_were_alone
     with Engine({"m": pipeline()}) as engine:
         tickets = [engine.submit(r, "m") for r in requests]
         for ticket, expected in zip(tickets, alone, strict=True):
-            np.testing.assert_array_equal(ticket.result(30), expected)
+            np.testing.assert_array_equal(ticket.result(30).images, expected)
             assert ticket.status == "completed"
 
 
@@ -62,7 +62,7 @@ def test_a_short_request_overtakes_a_long_one_that_began_before():
         wait_for(lambda: long.progress is not None and long.progress.index > 3)
         short = engine.submit(request(steps=2), "m")
         short.result(30)
-        assert long.status == "running" and long.result(30).shape == (1, 32, 32, 3)
+        assert long.status == "running" and long.result(30).images.shape == (1, 32, 32, 3)
 
 
 def test_a_fault_of_one_never_ends_another():
@@ -72,7 +72,7 @@ def test_a_fault_of_one_never_ends_another():
         tickets = [engine.submit(request(), "m"), engine.submit(request(latents=nan, guidance_scale=1e30), "m"),
                    engine.submit(request("x", height=28), "m"), engine.submit(request(), "other")]
         good, overflowing, unfit, other = tickets
-        assert good.result(30).shape == other.result(30).shape
+        assert good.result(30).images.shape == other.result(30).images.shape
         with pytest.raises(ParityError, match="not finite"):
             overflowing.result(30)
         with pytest.raises(InputError, match="height"):
@@ -83,7 +83,7 @@ def test_a_fault_of_one_never_ends_another():
 def test_what_one_request_breaks_in_a_shared_call_is_that_requests_error_alone():
     with Engine({"m": pipeline(0.002, "bad")}) as engine:
         tickets = [engine.submit(request(text, guidance_scale=1.0, steps=9), "m") for text in ("good", "bad", "fine.")]
-        assert tickets[0].result(30).shape == tickets[2].result(30).shape
+        assert tickets[0].result(30).images.shape == tickets[2].result(30).images.shape
         with pytest.raises(UnavailableError, match="refuses"):
             tickets[1].result(30)
 
@@ -161,7 +161,7 @@ def test_closing_drains_what_was_accepted_or_ends_it_at_once():
 def test_a_request_of_more_images_than_the_engine_has_room_for_runs_by_itself():
     with Engine({"m": pipeline()}, most_images=2) as engine:
         tickets = [engine.submit(request(images_per_prompt=n), "m") for n in (1, 5, 1)]
-        assert [len(t.result(30)) for t in tickets] == [1, 5, 1]
+        assert [len(t.result(30).images) for t in tickets] == [1, 5, 1]
 
 
 def test_progress_is_every_step_and_previews_are_where_they_were_asked_for():
@@ -189,8 +189,8 @@ def test_tickets_are_awaitable_and_their_events_end_with_them():
     async def ask(engine: Engine) -> tuple[int, int]:
         tickets = [engine.submit(request(steps=6, seed=n), "m") for n in range(4)]
         events = [event.index async for event in tickets[0].events()]
-        images = await asyncio.gather(*tickets)
-        return len(events), len(images)
+        results = await asyncio.gather(*tickets)
+        return len(events), sum(len(result.images) for result in results)
 
     with Engine({"m": pipeline(0.002)}) as engine:
         events, images = asyncio.run(ask(engine))
@@ -201,7 +201,7 @@ def test_seeds_are_resolved_when_a_request_is_accepted_so_that_it_can_run_again(
     with Engine({"m": pipeline()}) as engine:
         ticket = engine.submit(request(seed=None), "m")
         again = engine.submit(ticket.request, "m")
-        np.testing.assert_array_equal(ticket.result(30), again.result(30))
+        np.testing.assert_array_equal(ticket.result(30).images, again.result(30).images)
 
 
 def test_many_threads_submit_and_cancel():

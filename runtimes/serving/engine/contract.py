@@ -21,6 +21,7 @@ class Generated:
         flagged: which images the model's safety checker flags; empty where it was not asked or there is none.
         seconds: from the first step to the last decoded image.
         batch: mean number of images that shared a denoiser call with these, themselves included.
+        work_seconds: their share of the time that the device worked; company makes it less than `seconds`.
     """
 
     images: Any
@@ -28,6 +29,7 @@ class Generated:
     flagged: tuple[bool, ...] = ()
     seconds: float = 0.0
     batch: float = 1.0
+    work_seconds: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
     with Engine({"emoji": runtimes.load("build/reference-onnxruntime-fp32")}) as engine:
         tickets = [engine.submit(Request("a red apple", steps=n), "emoji") for n in (4, 10, 25)]
-        images = [ticket.result() for ticket in tickets]          # or: await ticket
+        images = [ticket.result().images for ticket in tickets]          # or: (await ticket).images
 
 A request joins at any step and leaves when it is done: short ones are not held up by long ones. What it gives does not
 depend on its company (`Pipeline.advance`). One thread owns the pipelines; nothing here knows HTTP or disks.
@@ -11,13 +11,20 @@ depend on its company (`Pipeline.advance`). One thread owns the pipelines; nothi
 from __future__ import annotations
 
 import dataclasses
+import logging
 import threading
 from collections.abc import Callable, Mapping
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from runtimes.errors import CancelledError, InputError, UnavailableError
+from runtimes.codec.autoencoder import to_uint8
+from runtimes.codec.pixels import to_pil
+from runtimes.errors import CancelledError, DeployError, InputError, UnavailableError
 from runtimes.inputs.noise import resolve_seeds
+from runtimes.serving.engine.contract import Generated, PoolStatus, WorkerStatus
+from runtimes.serving.engine.lanes import Lane, Lanes, Running
+from runtimes.serving.engine.models import GivenModels, Loaded, Source, Steppable, resident_bytes
+from runtimes.serving.engine.rate import Rate
 from runtimes.serving.engine.ticket import Progress, Ticket
 from runtimes.serving.engine.waiting import Waiting
 
@@ -25,45 +32,34 @@ if TYPE_CHECKING:
     from runtimes.inputs.request import Request
     from runtimes.pipeline.job import Job
 
+logger = logging.getLogger(__name__)
 MOST_WAITING, MOST_IMAGES = 256, 8
 IDLE_SECONDS = 0.5
-
-
-class Steppable(Protocol):
-    """What the engine asks of a pipeline: `runtimes.Pipeline` is one."""
-
-    def prepare(self, requests: list[Request]) -> list[Job]:
-        """Requests as jobs."""
-
-    def advance(self, jobs: list[Job]) -> None:
-        """One step of each."""
-
-    def finish(self, jobs: list[Job]) -> list[Any]:
-        """Their images."""
-
-    def preview(self, latents: Any) -> Any:
-        """Latents as small images: (B, C, H/f, W/f) float32 to (B, H/f, W/f, 3) uint8."""
+COMPANY_SECONDS = 0.001
 
 
 class Engine:
     """Requests in, tickets out. Any thread may submit; a context manager that drains at its end."""
 
-    def __init__(self, models: Mapping[str, Steppable], *, most_waiting: int = MOST_WAITING,
-                 most_images: int = MOST_IMAGES, watch: Callable[[str, float], None] = lambda name, value: None,
-                 ) -> None:
+    def __init__(self, models: Mapping[str, Steppable] | Source, *, most_waiting: int = MOST_WAITING,
+                 most_images: int = MOST_IMAGES, company_seconds: float = COMPANY_SECONDS,
+                 watch: Callable[[str, float], None] = lambda name, value: None) -> None:
         """Start the worker.
 
         Args:
-            models: pipelines by the name that requests give.
+            models: pipelines by the name that requests give, or `models.Models` that loads them on demand.
             most_waiting: requests in the queue; more are refused.
             most_images: images that are denoised side by side.
-            watch: receives figures by name: "batch" images of a round, "wait", "service" and "round" in seconds.
+            company_seconds: how long the first request of an idle engine waits for others, which share all its calls.
+            watch: receives figures by name: "batch" images of a step, "wait", "service" and "step" in seconds.
         """
-        self.models = dict(models)
+        self.models: Source = GivenModels(models) if isinstance(models, Mapping) else models
         self.waiting = Waiting(most_waiting)
-        self._most, self._watch = most_images, watch
-        self._running: list[tuple[Ticket, Job]] = []
+        self.models.on_change = self.waiting.wake
+        self._most, self._company, self._watch = most_images, company_seconds, watch
+        self._lanes, self._rate = Lanes(), Rate()
         self._stopping, self._draining = False, False
+        self._call_began: float | None = None
         self._worker = threading.Thread(target=self._work, name="engine", daemon=True)
         self._worker.start()
 
@@ -76,34 +72,42 @@ class Engine:
     @property
     def running(self) -> int:
         """Requests that are being denoised."""
-        return len(self._running)
+        return len(self._lanes.running())
+
+    @property
+    def busy_seconds(self) -> float:
+        """Since the step, encoding or decoding that runs now began; 0 between two."""
+        began = self._call_began
+        return 0.0 if began is None else monotonic() - began
 
     def submit(self, request: Request, model: str, *, priority: int = 0, deadline_seconds: float | None = None,
-               previews: int = 0) -> Ticket:
-        """Let a request wait for its turn.
-
-        Args:
-            request: its seeds are resolved now, so that running it again gives the same images.
-            model: name of a pipeline.
-            priority: higher ones run first; ten seconds of waiting make up for one.
-            deadline_seconds: from now; a request that was not started by then fails.
-            previews: how many previews its `Progress` shows, evenly over the steps, none after the last.
-
-        Raises:
-            InputError: no such model.
-            QueueFullError: too many wait.
-            UnavailableError: the engine is shutting down.
-        """
-        if model not in self.models:
-            raise InputError(f"no model {model!r}", where="model", fix=f"one of {', '.join(self.models)}")
+               previews: int = 0, judge: bool = False) -> Ticket:
+        """Let a request wait for its turn: see `contract.Pool.submit`."""
+        names = self.models.names()
+        if model not in names:
+            raise InputError(f"no model {model!r:.120}", where="model", fix=f"one of {', '.join(names)}")
         if self._draining:
-            raise UnavailableError("the engine is shutting down", where="engine", fix="ask another one")
-        request = dataclasses.replace(request, seed=list(resolve_seeds(request.seed, request.count)))
+            raise shutting_down()
+        request = with_seeds(request)
         deadline = None if deadline_seconds is None else monotonic() + deadline_seconds
-        ticket = Ticket(request, model, priority=priority, deadline=deadline,
-                        previews=preview_steps(previews, request.steps), on_cancel=self.waiting.wake)
+        ticket = Ticket(request, model, priority=priority, deadline=deadline, previews=previews, judge=judge,
+                        on_cancel=lambda: self._cancelled(ticket))
         self.waiting.put(ticket)
+        if not self._worker.is_alive() and self.waiting.remove(ticket):  # it ended between the question and the answer
+            raise shutting_down()
         return ticket
+
+    def position(self, ticket: Ticket) -> int:
+        """How many come before a ticket; 0 for the next and for one that waits no more."""
+        return self.waiting.position(ticket)
+
+    def status(self) -> PoolStatus:
+        """Worker and queue as they are now."""
+        running = self._lanes.running()
+        worker = WorkerStatus("engine", self._worker.is_alive(), sum(one.ticket.images for one in running),
+                              tuple(one.name for one in self.models.loaded()), resident_bytes())
+        return PoolStatus((worker,), len(self.waiting), len(running), self._rate.per_second(),
+                          {"retry_after": self.waiting.retry_after()})
 
     def close(self, *, drain: bool = True) -> None:
         """Take nothing more, and end: after all that was accepted, or at once, cancelling it."""
@@ -113,89 +117,187 @@ class Engine:
         self.waiting.wake()
         self._worker.join()
 
+    def _cancelled(self, ticket: Ticket) -> None:
+        """A ticket was cancelled: what waits ends here, what runs is ended by the worker."""
+        if self.waiting.remove(ticket):
+            ticket.end(error=CancelledError(0, ticket.request.steps))
+        else:
+            self.waiting.wake()
+
     # ---- the worker ----------------------------------------------------------------------------------------------
 
     def _work(self) -> None:
-        while not self._stopping and not (self._draining and not self._running and not len(self.waiting)):
-            self._drop_ended()
-            self._admit()
-            if self._running:
-                self._round()
-            else:
-                self.waiting.wait(IDLE_SECONDS)
-        for ticket in (*self.waiting.drain(), *(ticket for ticket, _ in self._running)):
+        while not self._stopping and not (self._draining and not self._lanes and not len(self.waiting)):
+            try:
+                self._turn()
+            except Exception as error:  # a bug of ours: what it may concern fails, and the engine goes on
+                logger.exception("the engine failed in a turn; its requests fail with it")
+                for ticket in self.waiting.drain():
+                    ticket.end(error=_fault(error))
+                for one in self._lanes.running():
+                    self._end(one, error=_fault(error))
+            self._call_began = None
+        for ticket in (*self.waiting.drain(), *(one.ticket for one in self._lanes.running())):
             ticket.end(error=UnavailableError("the engine was shut down", where="engine", fix="ask again"))
-        self._running = []
+        for one in self._lanes.running():
+            self._end(one)
 
-    def _drop_ended(self) -> None:
-        for ticket in self.waiting.drop_ended():
-            if ticket.cancelled:
-                ticket.end(error=CancelledError(0, ticket.request.steps))
-            else:
-                ticket.end(error=UnavailableError("its deadline passed before its turn", where="queue",
-                                                  fix="ask again later, or allow more time"))
-        for ticket, job in self._running:
-            if ticket.cancelled:
-                job.cancel()
+    def _turn(self) -> None:
+        """One step of the requests whose turn it is, or a wait for something to do."""
+        since = self.waiting.changes
+        self.waiting.end_those_that_are_late()
+        for one in self._lanes.running():
+            if one.ticket.cancelled:
+                self._end(one, error=CancelledError(one.job.index, one.job.total))
+        self._admit()
+        lane = self._lanes.next()
+        if lane is None:
+            self.models.tidy()
+            self.waiting.wait(min(IDLE_SECONDS, self.waiting.seconds_to_deadline()), since)
+        else:
+            self._step(lane)
 
     def _admit(self) -> None:
         """Start waiting requests, as many as there is room for, prompts and images of one model encoded together."""
-        room = self._most - sum(ticket.images for ticket, _ in self._running)
-        first = self.waiting.first()
-        if first is not None and not self._running:
+        ready = self._ready()
+        first = self.waiting.first(ready)
+        if first is None:
+            return
+        room = self._most - sum(one.ticket.images for one in self._lanes.running())
+        if not self._lanes:
             room = max(room, first.images)  # a request of more images than the engine's share runs by itself
+            if self._company:
+                self.waiting.wait_for_images(room, self._company)
         by_model: dict[str, list[Ticket]] = {}
-        for ticket in self.waiting.take(self.models, room):
+        for ticket in self.waiting.take(ready, room):
             by_model.setdefault(ticket.model, []).append(ticket)
         for model, tickets in by_model.items():
             for ticket in tickets:
                 ticket.start()
                 self._watch("wait", monotonic() - ticket.created)
-            self._running += self._prepared(self.models[model], tickets)
+            self._prepare(ready[model], tickets)
 
-    def _prepared(self, pipeline: Steppable, tickets: list[Ticket]) -> list[tuple[Ticket, Job]]:
+    def _ready(self) -> dict[str, Loaded]:
+        """Models that can run what waits for them now; what waits for one that cannot be loaded ends here.
+
+        Where room must be made for a model whose turn it is, those behind it wait: what is loaded falls idle then.
+        """
+        ready: dict[str, Loaded] = {}
+        for model in self.waiting.models():
+            try:
+                loaded = self.models.find(model)
+            except DeployError as error:
+                self._refuse(model, error)
+            except Exception as error:
+                logger.exception("%s cannot be loaded", model)
+                self._refuse(model, _fault(error))
+            else:
+                if loaded is not None:
+                    ready[model] = loaded
+                elif self.models.blocked(model):
+                    break
+        return ready
+
+    def _refuse(self, model: str, error: DeployError) -> None:
+        for ticket in self.waiting.ranked():
+            if ticket.model == model and self.waiting.remove(ticket):
+                ticket.end(error=error)
+
+    def _prepare(self, loaded: Loaded, tickets: list[Ticket]) -> None:
+        self._call_began = began = monotonic()
         try:
-            return list(zip(tickets, pipeline.prepare([ticket.request for ticket in tickets]), strict=True))
+            jobs = loaded.pipeline.prepare([ticket.request for ticket in tickets])
+            pairs = list(zip(tickets, jobs, strict=True))
         except Exception as error:
             if len(tickets) == 1:
-                tickets[0].end(error=error)
-                return []
-            # One of them cannot be prepared: which one shows when each is by itself.
-            return [pair for ticket in tickets for pair in self._prepared(pipeline, [ticket])]
-
-    def _round(self) -> None:
-        """One step of everything that runs, then the images of what is done."""
-        began, pairs = monotonic(), self._running
-        self._watch("batch", sum(ticket.images for ticket, _ in pairs))
-        for model, pipeline in self.models.items():
-            if jobs := [job for ticket, job in pairs if ticket.model == model]:
-                pipeline.advance(jobs)
+                tickets[0].end(error=_known(error))
+                return
+            for ticket in tickets:  # one of them cannot be prepared: which one shows when each is by itself
+                self._prepare(loaded, [ticket])
+            return
         for ticket, job in pairs:
-            if not job.done:
-                self._report(ticket, job)
-        done = [(ticket, job) for ticket, job in pairs if job.done]
-        self._running = [(ticket, job) for ticket, job in pairs if not job.done]
-        for model, pipeline in self.models.items():
-            if ours := [(ticket, job) for ticket, job in done if ticket.model == model]:
-                self._finish(pipeline, ours)
+            self.models.hold(loaded)
+            one = Running(ticket, job, loaded, preview_steps(ticket.previews, job.total))
+            one.work_seconds = (monotonic() - began) / len(pairs)
+            self._lanes.add(one)
+
+    def _step(self, lane: Lane) -> None:
+        """One step of what runs in a lane, then the images of what is done."""
+        self._call_began = began = monotonic()
+        members, images = list(lane.members), lane.images
+        self._watch("batch", images)
+        try:
+            lane.loaded.pipeline.advance([one.job for one in members])
+        except Exception as error:
+            logger.exception("%s failed in a step", lane.loaded.name)
+            for one in members:
+                self._end(one, error=_known(error))
+            return
         seconds = monotonic() - began
-        self._watch("round", seconds)
-        if done:
-            steps = sum(job.total for _, job in done) / len(done)
-            self.waiting.served(sum(ticket.images for ticket, _ in pairs), max(seconds * steps, 1e-6))
+        self._watch("step", seconds)
+        for one in members:
+            one.work_seconds += seconds * one.ticket.images / images
+            if not one.job.done:
+                self._report(one)
+        if done := [one for one in members if one.job.done]:
+            self._finish(lane.loaded.pipeline, done)
+        lane.spent += monotonic() - began
 
-    def _report(self, ticket: Ticket, job: Job) -> None:
-        preview = self.models[ticket.model].preview(job.estimate) if job.index in ticket.previews else None
-        ticket.step(Progress(job.index, job.total, preview))
+    def _report(self, one: Running) -> None:
+        preview = None
+        if one.job.index in one.previews:
+            try:
+                preview = one.loaded.pipeline.preview(one.job.estimate)
+            except Exception:
+                logger.exception("%s cannot show a preview", one.loaded.name)
+        one.ticket.step(Progress(one.job.index, one.job.total, preview))
 
-    def _finish(self, pipeline: Steppable, pairs: list[tuple[Ticket, Job]]) -> None:
+    def _finish(self, pipeline: Steppable, done: list[Running]) -> None:
         """Decode together, and end the tickets."""
-        for (ticket, job), images in zip(pairs, pipeline.finish([job for _, job in pairs]), strict=True):
-            if job.error is not None:
-                ticket.end(error=job.error)
-            else:
-                self._watch("service", monotonic() - (ticket.started or ticket.created))
-                ticket.end(images)
+        began = monotonic()
+        try:
+            results = pipeline.finish([one.job for one in done])
+        except Exception as error:
+            logger.exception("%s failed to decode", done[0].loaded.name)
+            for one in done:
+                self._end(one, error=_known(error))
+            return
+        seconds = monotonic() - began
+        for one, images in zip(done, results, strict=True):
+            one.work_seconds += seconds * one.ticket.images / sum(other.ticket.images for other in done)
+            if one.job.error is not None:
+                self._end(one, error=_known(one.job.error))
+                continue
+            try:
+                flagged = _judged(pipeline, images) if one.ticket.judge else ()
+            except Exception as error:  # an image that nobody could judge is not given out
+                self._end(one, error=_known(error))
+                continue
+            self._end(one, self._generated(one, images, flagged))
+
+    def _generated(self, one: Running, images: Any, flagged: tuple[bool, ...]) -> Generated:
+        self.waiting.served(one.ticket.images, one.work_seconds)
+        self._rate.add(one.ticket.images)
+        self._watch("service", monotonic() - (one.ticket.started or one.ticket.created))
+        return Generated(images, one.loaded.digest, flagged, monotonic() - one.began, mean_batch(one.job),
+                         one.work_seconds)
+
+    def _end(self, one: Running, result: Generated | None = None, error: Exception | None = None) -> None:
+        """A request runs no more."""
+        self._lanes.remove(one)
+        self.models.release(one.loaded)
+        if result is not None or error is not None:
+            one.ticket.end(result, error)
+
+
+def with_seeds(request: Request) -> Request:
+    """A request that gives the same images whenever it runs."""
+    return dataclasses.replace(request, seed=list(resolve_seeds(request.seed, request.count)))
+
+
+def shutting_down() -> UnavailableError:
+    """What is answered to requests that come too late."""
+    return UnavailableError("the engine is shutting down", where="engine", fix="ask another one")
 
 
 def preview_steps(count: int, steps: int) -> frozenset[int]:
@@ -203,3 +305,26 @@ def preview_steps(count: int, steps: int) -> frozenset[int]:
     last."""
     count = min(count, max(steps - 1, 0))
     return frozenset(max(1, (i + 1) * steps // (count + 1)) for i in range(count))
+
+
+def mean_batch(job: Job) -> float:
+    """Images that shared a denoiser call with those of a job, its own included; tiles run by themselves."""
+    count = len(job.plan.wanted.seeds)
+    return float(count) if job.plan.wanted.tiling is not None or not job.calls else job.company / job.calls
+
+
+def _judged(pipeline: Steppable, images: Any) -> tuple[bool, ...]:
+    """Which images the bundle's safety checker flags; nothing without a checker, or of latents."""
+    if not pipeline.judges or (not isinstance(images, list) and images.shape[-1] != 3):
+        return ()
+    return tuple(pipeline.flagged(images if isinstance(images, list) else to_pil(to_uint8(images))))
+
+
+def _known(error: Exception) -> Exception:
+    return error if isinstance(error, DeployError) else _fault(error)
+
+
+def _fault(error: Exception) -> DeployError:
+    """A bug of ours, or of a library, as a client sees it; the log has the whole of it."""
+    return DeployError(f"a fault of the program: {type(error).__name__}", where="engine",
+                       fix="please report it, with the server's log")

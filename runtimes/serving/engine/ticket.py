@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import threading
 from collections.abc import AsyncIterator, Callable, Generator
 from concurrent.futures import Future
@@ -16,7 +17,9 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from runtimes.inputs.request import Request
+    from runtimes.serving.engine.contract import Generated
 
+logger = logging.getLogger(__name__)
 _NUMBERS = itertools.count()
 
 
@@ -44,21 +47,24 @@ class Ticket:
         priority: higher ones run first.
         deadline: of `time.monotonic`, after which it is not started any more; None for none.
         created, started, ended: of `time.monotonic`, None before.
-        previews: which steps show one: after those of these indices.
+        previews: how many its `Progress` shows, evenly over the steps.
+        judge: whether the bundle's safety checker looks at the images.
+        attempts: how often a worker died with it.
         number: order of arrival.
     """
 
     def __init__(self, request: Request, model: str, *, priority: int = 0, deadline: float | None = None,
-                 previews: frozenset[int] = frozenset(), on_cancel: Callable[[], None] = lambda: None) -> None:
+                 previews: int = 0, judge: bool = False, on_cancel: Callable[[], None] = lambda: None) -> None:
         """Take a number."""
         self.request, self.model, self.priority, self.deadline = request, model, priority, deadline
-        self.previews, self._on_cancel = previews, on_cancel
+        self.previews, self.judge, self._on_cancel, self.attempts = previews, judge, on_cancel, 0
         self.number, self.created = next(_NUMBERS), monotonic()
         self.started: float | None = None
         self.ended: float | None = None
         self.progress: Progress | None = None
         self.cancelled = False
-        self.future: Future[Any] = Future()
+        self.future: Future[Generated] = Future()
+        self.future.set_running_or_notify_cancel()  # a task that awaits it and is cancelled must not cancel this, too
         self._watchers: list[Callable[[Progress | None], None]] = []
         self._lock = threading.Lock()
 
@@ -76,8 +82,8 @@ class Ticket:
             return "cancelled"
         return "failed" if self.future.exception() is not None else "completed"
 
-    def result(self, timeout: float | None = None) -> Any:
-        """The images, once they are there.
+    def result(self, timeout: float | None = None) -> Generated:
+        """The images and what belongs to them, once they are there.
 
         Raises:
             DeployError: why there are none.
@@ -85,7 +91,7 @@ class Ticket:
         """
         return self.future.result(timeout)
 
-    def __await__(self) -> Generator[Any, None, Any]:
+    def __await__(self) -> Generator[Any, None, Generated]:
         return asyncio.wrap_future(self.future).__await__()
 
     def cancel(self) -> None:
@@ -118,20 +124,41 @@ class Ticket:
         """It runs now."""
         self.started = monotonic()
 
+    def restart(self) -> None:
+        """It waits again, since the worker that ran it died."""
+        self.started, self.progress = None, None
+        self.attempts += 1
+
     def step(self, progress: Progress) -> None:
         """It went on."""
         self.progress = progress
         for watcher in list(self._watchers):
-            watcher(progress)
+            _call(watcher, progress)
 
-    def end(self, result: Any = None, error: BaseException | None = None) -> None:
-        """It has images, or an error."""
+    def end(self, result: Generated | None = None, error: BaseException | None = None) -> bool:
+        """It has images, or an error.
+
+        Returns:
+            whether it had not ended before; only the first end counts.
+        """
         with self._lock:
+            if self.future.done():
+                return False
             self.ended = monotonic()
             watchers, self._watchers = self._watchers, []
             if error is not None:
                 self.future.set_exception(error)
             else:
+                assert result is not None
                 self.future.set_result(result)
         for watcher in watchers:
-            watcher(None)
+            _call(watcher, None)
+        return True
+
+
+def _call(watcher: Callable[[Progress | None], None], event: Progress | None) -> None:
+    """What a watcher raises, as that its event loop is closed, is no fault of the engine."""
+    try:
+        watcher(event)
+    except Exception:
+        logger.exception("a watcher of a request failed")
