@@ -20,8 +20,8 @@ from runtimes.bundle.folder import check_file
 from runtimes.bundle.manifest import DEFAULT_STEPS
 from runtimes.codec.safety_checker import SAFETY_CHECKER
 from runtimes.errors import InputError
+from runtimes.inputs import image_texts
 from runtimes.inputs import quality_presets as presets
-from runtimes.inputs.noise import resolve_seeds
 from runtimes.inputs.quality_presets import Setting
 from runtimes.inputs.request import Request
 from runtimes.system.byte_sizes import parse_bytes
@@ -247,11 +247,6 @@ def chosen_setting(run: Run, digest: str) -> Setting:
 
 def descriptions(run: Run, request: Request, fields: Mapping[str, Any], digest: str) -> list[dict[str, str]]:
     """What each image's PNG says about how it was made; what is not said was left to its default."""
-    common = {"bundle": digest, "software": "ldm-deploy", "lora": ", ".join(Path(option).name for option in run.lora)}
-    common |= {name: str(fields[name] or "") for name in ("steps", "scheduler", "guidance_scale") if name in fields}
-    each = [(prompt, negative) for prompt, negative in zip(request.prompts, request.negative_prompts, strict=True)
-            for _ in range(request.images_per_prompt)]
-    seeds = resolve_seeds(request.seed, request.count)
-    return [{"prompt": prompt, "seed": str(seed),
-             **{key: value for key, value in {"negative_prompt": negative, **common}.items() if value}}
-            for (prompt, negative), seed in zip(each, seeds, strict=True)]
+    said = {name: str(fields[name] or "") for name in ("steps", "scheduler", "guidance_scale") if name in fields}
+    lora = ", ".join(Path(option).name for option in run.lora)
+    return image_texts.descriptions(request, {"bundle": digest, "lora": lora, **said})

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runtimes.bundle.folder import replacing
+from runtimes.inputs.image_texts import chunks
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
-    from PIL.PngImagePlugin import PngInfo
 
 
 def save_preview(images: np.ndarray[Any, Any], factor: int, file: Path) -> None:
@@ -50,18 +50,8 @@ def save_images(
     ]
     for number, (image, file) in enumerate(zip(images, names, strict=True)):
         with replacing(file) as partial:
-            image.save(partial, format="PNG", pnginfo=_chunks(texts[number]) if texts else None)
+            image.save(partial, format="PNG", pnginfo=chunks(texts[number]) if texts else None)
     return names
-
-
-def _chunks(texts: Mapping[str, str]) -> PngInfo:
-    """International text chunks: prompts are not always Latin."""
-    from PIL.PngImagePlugin import PngInfo
-
-    info = PngInfo()
-    for key, value in texts.items():
-        info.add_itxt(key, value)
-    return info
 
 
 def contact_sheet(images: list[Image], columns: int) -> Image:

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from runtimes.errors import InputError, UnavailableError
-from runtimes.serving.state.job_store import (
+from runtimes.serving.state.job_store import JobStore
+from runtimes.serving.state.store import (
     CANCELLED,
     COMPLETED,
     ENDED,
@@ -25,7 +26,6 @@ from runtimes.serving.state.job_store import (
     RUNNING,
     FullError,
     IdempotencyError,
-    JobStore,
     StoredJob,
 )
 from tests.serving.kill_worker import image_of
@@ -65,7 +65,7 @@ def test_a_job_goes_from_queued_over_running_to_completed(store):
     assert store.complete(job.id, [(b"one", "png"), (b"two", "webp")], {"seconds": 1.5})
     done = store.job(job.id)
     assert (done.status, done.attempts, done.result, len(done.images)) == (COMPLETED, 1, {"seconds": 1.5}, 2)
-    assert [store.image_file(i.sha256).read_bytes() for i in done.images] == [b"one", b"two"]
+    assert [store.image(i.sha256)[0] for i in done.images] == [b"one", b"two"]
 
 
 def test_an_end_is_final(store):
@@ -77,8 +77,8 @@ def test_an_end_is_final(store):
 
 def test_jobs_run_by_priority_then_by_age_and_only_of_models_that_are_served(store):
     jobs = [accepted(store, n, priority=p) for n, p in enumerate((0, 5, 0, 5))]
-    store.accept({"prompt": "x"}, model="other", priority=9)
-    assert [store.position(jobs[n].id) for n in (1, 3, 0, 2)] == [1, 2, 3, 4]
+    store.accept({"prompt": "x"}, model="other", priority=-1)
+    assert [store.progress(jobs[n].id).position + 1 for n in (1, 3, 0, 2)] == [1, 2, 3, 4]
     assert [j.id for j in store.claim("e", ["m"], 10)] == [jobs[n].id for n in (1, 3, 0, 2)]
 
 
@@ -93,7 +93,7 @@ def test_an_engine_that_stops_renewing_loses_its_jobs_to_another(store, clock):
     job = accepted(store)
     store.claim("dead", ["m"], 1, lease_seconds=10)
     clock.now += 9
-    store.renew("dead", lease_seconds=10)
+    store.renew("dead", [job.id], lease_seconds=10)
     clock.now += 9
     assert store.claim("other", ["m"], 1) == []
     clock.now += 2
@@ -139,7 +139,7 @@ def test_retention_forgets_the_oldest_and_keeps_images_that_another_job_has(stor
     hashes = [store.job(j.id).images[0].sha256 for j in jobs]
     assert store.retain(seconds=1e6, image_bytes=300) == 0
     assert store.retain(seconds=1e6, image_bytes=250) == 2, "the first alone frees nothing: the third has its image"
-    assert [store.image_file(h) is not None for h in hashes] == [True, False, True, True]
+    assert [store.image(h) is not None for h in hashes] == [True, False, True, True]
     assert len(list((store.folder / "images").iterdir())) == 2
     clock.now += 5
     assert store.retain(seconds=10, image_bytes=1000) == 1
@@ -202,8 +202,7 @@ def check_against_ledger(state: Path, ledger: Path) -> None:
             assert job.status in ENDED
             if job.status == COMPLETED:
                 (image,) = job.images
-                file = store.image_file(image.sha256)
-                assert file is not None and file.read_bytes() == image_of(job.request)
+                assert store.image(image.sha256) == (image_of(job.request), "png")
         assert not list((state / "images").glob("*.partial"))
 
 

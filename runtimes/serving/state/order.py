@@ -88,7 +88,7 @@ class Order:
 
     def key(self, digest: str) -> str:
         """Names the images that a bundle of this digest makes of it: 64 hexadecimal digits."""
-        text = json.dumps([self.to_json(), digest], sort_keys=True, ensure_ascii=False, allow_nan=False)
+        text = json.dumps([self.to_json(), digest], sort_keys=True, allow_nan=False)
         return sha256(text.encode())
 
 

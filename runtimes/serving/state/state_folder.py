@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from runtimes.errors import InputError, UnavailableError
@@ -16,14 +16,20 @@ TABLES = """
 CREATE TABLE IF NOT EXISTS jobs (
     number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, status TEXT NOT NULL, model TEXT NOT NULL,
     owner TEXT NOT NULL, request TEXT NOT NULL, priority INTEGER NOT NULL, deadline REAL, created REAL NOT NULL,
-    ended REAL, engine TEXT NOT NULL DEFAULT '', lease REAL, attempts INTEGER NOT NULL DEFAULT 0,
-    reason TEXT NOT NULL DEFAULT '', result TEXT NOT NULL DEFAULT '{}', idempotency TEXT) STRICT;
+    rank REAL NOT NULL, ended REAL, engine TEXT NOT NULL DEFAULT '', lease REAL, attempts INTEGER NOT NULL DEFAULT 0,
+    reason TEXT NOT NULL DEFAULT '', result TEXT NOT NULL DEFAULT '{}', idempotency TEXT, fingerprint TEXT) STRICT;
 CREATE UNIQUE INDEX IF NOT EXISTS by_idempotency ON jobs (owner, idempotency) WHERE idempotency IS NOT NULL;
-CREATE INDEX IF NOT EXISTS by_status ON jobs (status, priority DESC, number);
+CREATE INDEX IF NOT EXISTS by_status ON jobs (status, rank, number);
+CREATE INDEX IF NOT EXISTS by_owner ON jobs (owner, number);
+CREATE INDEX IF NOT EXISTS by_end ON jobs (ended) WHERE ended IS NOT NULL;
 CREATE TABLE IF NOT EXISTS images (
     sha256 TEXT NOT NULL, job TEXT NOT NULL REFERENCES jobs (id) ON DELETE CASCADE, place INTEGER NOT NULL,
     bytes INTEGER NOT NULL, kind TEXT NOT NULL, PRIMARY KEY (job, place)) STRICT;
 CREATE INDEX IF NOT EXISTS by_sha256 ON images (sha256);
+CREATE TABLE IF NOT EXISTS files (
+    sha256 TEXT NOT NULL, job TEXT NOT NULL REFERENCES jobs (id) ON DELETE CASCADE, bytes INTEGER NOT NULL,
+    PRIMARY KEY (job, sha256)) STRICT;
+CREATE INDEX IF NOT EXISTS by_content ON files (sha256);
 """
 
 
@@ -37,15 +43,20 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def owned(folder: Path, images: Path) -> Iterator[None]:
-    """Make the folders, and hold them against every other process.
+def owned(folder: Path, *parts: Path) -> Iterator[None]:
+    """Make the folder and folders in it, and hold them against every other process.
 
     Raises:
         UnavailableError: another process holds them, or they cannot be written.
     """
     try:
-        images.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # prompts are nobody else's
+        for part in parts:
+            part.mkdir(exist_ok=True)
         lock = (folder / "lock").open("a")
+        sync_folder(folder)
+        with suppress(PermissionError):  # a folder that others made, and that may not be listed
+            sync_folder(folder.parent)
     except OSError as error:
         raise UnavailableError(f"it cannot be written: {error.strerror}", where=str(folder)) from error
     with lock:
