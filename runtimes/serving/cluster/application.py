@@ -13,7 +13,10 @@ one. Anything else starts replicas anew, one after the other.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
+from importlib import metadata
 from typing import Any
 
 from ray import serve
@@ -55,4 +58,8 @@ def built(settings: ClusterSettings, user_config: Mapping[str, Any] | None = Non
     front = serve.deployment(
         serve.ingress()(Front), name=FRONT, num_replicas=settings.fronts, max_ongoing_requests=MOST_CONNECTIONS,
         ray_actor_options={"num_cpus": settings.front_cpus}, **common)
+    # By default every `serve.run` is a new version, and restarts all. Ours changes where something does that a running
+    # replica cannot take over. (A configuration file's version is made by Ray from what it says, in the same sense.)
+    version = hashlib.sha256(json.dumps([settings.to_json(), metadata.version("ldm-deploy")]).encode()).hexdigest()[:16]
+    engines, front = (one.options(version=version, _internal=True) for one in (engines, front))
     return front.bind(engines.bind(settings.to_json()), settings.to_json())

@@ -107,5 +107,5 @@ def engine_replicas() -> tuple[WorkerStatus, ...]:
     application = serve.status().applications.get(APPLICATION)
     deployment = application.deployments.get(ENGINES) if application is not None else None
     states = deployment.replica_states if deployment is not None else {}
-    return tuple(WorkerStatus(f"engine-{state.lower()}-{number}", alive=str(state) in ("RUNNING", "UPDATING"))
+    return tuple(WorkerStatus(f"engine-{state.lower()}-{number}", alive=state in ("RUNNING", "UPDATING"))
                  for state, count in states.items() for number in range(count))

@@ -35,7 +35,8 @@ class RayServer:
     """Starts with it; a context manager that drains at its end."""
 
     def __init__(self, options: ServerOptions, bundles: Sequence[str], *, fronts: int = 1,
-                 engine_cpus: float | None = None, drain_seconds: float = 120.0) -> None:
+                 engine_cpus: float | None = None, drain_seconds: float = 120.0,
+                 proxies: str = "EveryNode") -> None:
         """Deploy, and wait until it serves. A server that the cluster has already is brought to this state.
 
         Args:
@@ -44,6 +45,7 @@ class RayServer:
             fronts: replicas that take HTTP requests.
             engine_cpus: of one engine; by default what the smallest node has, at most 8.
             drain_seconds: how long requests under way may take at the end.
+            proxies: nodes that listen, as Ray Serve's `proxy_location`; "HeadOnly" where several share a host.
 
         Raises:
             InputError: a bundle that cannot be served, or options that a cluster does not honour.
@@ -63,7 +65,7 @@ class RayServer:
             engine_cpus=engine_cpus if engine_cpus is not None else 1.0 if gpu else engine_share())
         self.port = options.port or free_port(options.host)
         try:
-            serve.start(proxy_location="EveryNode", http_options={"host": options.host, "port": self.port})
+            serve.start(proxy_location=proxies, http_options={"host": options.host, "port": self.port})
             self._deploy(config)
         except BaseException:
             self.close(drain=False)
