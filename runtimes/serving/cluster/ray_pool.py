@@ -117,26 +117,27 @@ class RayPool:
         self.waiting.end_those_that_are_late()
         while len(self._sent) < self._most and (ticket := self.waiting.first()) is not None:
             if self.waiting.remove(ticket):
-                self._sent[ticket] = self._loop.create_task(self._run(ticket))
+                self._sent[ticket] = task = self._loop.create_task(self._run(ticket))
+                task.add_done_callback(lambda _, ticket=ticket: self._over(ticket))
+
+    def _over(self, ticket: Ticket) -> None:
+        """A ticket is with Ray no more; one that was cancelled before its first step has not ended by itself."""
+        self._sent.pop(ticket, None)
+        if not ticket.future.done():
+            done = ticket.progress.index if ticket.progress else 0
+            ticket.end(error=CancelledError(done, ticket.request.steps) if ticket.cancelled else shutting_down())
+        self._send()
 
     async def _run(self, ticket: Ticket) -> None:
         """A ticket to its end, on as many replicas as that takes."""
         try:
             ticket.end(await self._generated(ticket))
-        except asyncio.CancelledError:
-            error: Exception = shutting_down()
-            if ticket.cancelled:
-                error = CancelledError(ticket.progress.index if ticket.progress else 0, ticket.request.steps)
-            ticket.end(error=error)
         except DeployError as error:
             ticket.end(error=error)
         except Exception as error:
             logger.exception("a replica failed")
             ticket.end(error=DeployError(f"a fault of the program: {type(error).__name__}", where="engine",
                                          fix="please report it, with the server's log"))
-        finally:
-            self._sent.pop(ticket, None)
-            self._send()
 
     async def _generated(self, ticket: Ticket) -> Generated:
         while True:

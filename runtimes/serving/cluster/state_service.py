@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 # A job is put back whenever this service starts again, though its engine lives: that must not use up its attempts.
 MOST_ATTEMPTS = 20
 CALL_SECONDS = 30.0
+# Without a word from a front its jobs go to another: fronts renew every 15 s. Shorter than in a server of one machine,
+# whose jobs are put back when it starts again.
+FRONT_SECONDS = LEASE_SECONDS / 2
 RETAIN_SECONDS = 60.0
 THREADS, WAITING_THREADS = 16, 64
 # What a front may ask for: the `Store` protocol.
@@ -97,11 +100,11 @@ class RemoteStore:
         return self._ask("record", request, images, result, model=model, owner=owner)
 
     def claim(self, engine: str, models: Sequence[str] | None, most: int, *,
-              lease_seconds: float = LEASE_SECONDS) -> list[StoredJob]:
+              lease_seconds: float = FRONT_SECONDS) -> list[StoredJob]:
         """The next jobs; see `Store`. Jobs of a claim whose answer was lost are claimed again after their lease."""
         return self._ask("claim", engine, models, most, lease_seconds=lease_seconds)
 
-    def renew(self, engine: str, identities: Sequence[str], *, lease_seconds: float = LEASE_SECONDS) -> None:
+    def renew(self, engine: str, identities: Sequence[str], *, lease_seconds: float = FRONT_SECONDS) -> None:
         """The engine lives; see `Store`."""
         self._ask("renew", engine, identities, lease_seconds=lease_seconds)
 
