@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import sqlite3
 from collections.abc import Collection, Iterator, Sequence
@@ -97,12 +98,23 @@ def listed(database: sqlite3.Connection, owner: str, most: int, before: str | No
     return [read(database, row["id"]) for row in rows.fetchall()]
 
 
-def next_ids(database: sqlite3.Connection, models: Sequence[str] | None, most: int) -> list[str]:
-    """Queued jobs whose turn is next."""
+def next_ids(database: sqlite3.Connection, models: Sequence[str] | None, most: int, suspect: int, *,
+             idle: bool) -> list[str]:
+    """Queued jobs whose turn is next.
+
+    Args:
+        database: in a transaction.
+        models: of these bundles; None for all.
+        most: how many at most.
+        suspect: a job of so many attempts is alone, or where the engine is not `idle`, nobody's yet.
+        idle: whether the engine runs nothing.
+    """
     condition = "" if models is None else f"AND model IN ({_marks(models)})"
-    rows = database.execute(f"SELECT id FROM jobs WHERE status=? {condition} ORDER BY rank, number LIMIT ?",
-                            (QUEUED, *(models or ()), most)).fetchall()
-    return [row["id"] for row in rows]
+    found = database.execute(f"SELECT id, attempts FROM jobs WHERE status=? {condition} ORDER BY rank, number LIMIT ?",
+                             (QUEUED, *(models or ()), most)).fetchall()
+    if found and found[0]["attempts"] >= suspect:
+        return [found[0]["id"]] if idle else []
+    return [row["id"] for row in itertools.takewhile(lambda row: row["attempts"] < suspect, found)]
 
 
 def position(database: sqlite3.Connection, identity: str) -> int:

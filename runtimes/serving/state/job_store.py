@@ -176,7 +176,7 @@ class JobStore:
         with self._lock:
             status = rows.read(self._database, identity, owner).status
             if status == QUEUED:
-                return JobProgress(QUEUED, rows.position(self._database, identity))
+                return JobProgress(QUEUED, self._board.waiting() + rows.position(self._database, identity))
         if status == RUNNING:
             return self._board.get(identity) or JobProgress(QUEUED)
         return JobProgress(status)
@@ -187,13 +187,13 @@ class JobStore:
 
     # ---- engines -------------------------------------------------------------------------------------------------
 
-    def claim(self, engine: str, models: Sequence[str] | None, most: int, *,
+    def claim(self, engine: str, models: Sequence[str] | None, most: int, *, idle: bool = True,
               lease_seconds: float = LEASE_SECONDS) -> list[StoredJob]:
         """The next jobs for an engine, now running; see `Store`."""
         now = self._clock()
         with self._change() as database:
             ended = rows.expire(database, self._most_attempts, now)
-            claimed = rows.next_ids(database, models, most)
+            claimed = rows.next_ids(database, models, most, self._most_attempts - 1, idle=idle)
             for identity in claimed:
                 database.execute("UPDATE jobs SET status=?, engine=?, lease=?, attempts=attempts+1 WHERE id=?",
                                  (RUNNING, engine, now + lease_seconds, identity))
@@ -322,6 +322,7 @@ class JobStore:
             try:
                 database.execute("BEGIN IMMEDIATE")
                 yield database
+                self._checkpoint("before a commit")
                 database.execute("COMMIT")
             except BaseException as error:
                 if database.in_transaction:
@@ -329,6 +330,7 @@ class JobStore:
                 if isinstance(error, sqlite3.OperationalError) and error.sqlite_errorcode in rows.NO_ROOM:
                     raise FullError("the disk is full", where=str(self.folder), fix="free space") from error
                 raise
+            self._checkpoint("after a commit")
 
     def _check_room(self) -> None:
         if shutil.disk_usage(self.folder).free < self._reserve:

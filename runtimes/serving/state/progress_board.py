@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 
-from runtimes.serving.state.store import Changes, JobProgress
+from runtimes.serving.state.store import QUEUED, Changes, JobProgress
 
 MOST_REMEMBERED = 4096  # changes of jobs; who looks more seldom is sent to look at everything
 
@@ -40,6 +40,11 @@ class ProgressBoard:
         """How far a job is, as it was reported."""
         with self._condition:
             return self._progress.get(identity)
+
+    def waiting(self) -> int:
+        """Jobs that an engine has without having started them."""
+        with self._condition:
+            return sum(progress.status == QUEUED for progress in self._progress.values())
 
     def changes(self, after: int, seconds: float) -> Changes:
         """Wait for changes after a number, at most so long."""

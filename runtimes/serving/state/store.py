@@ -146,7 +146,7 @@ class Store(Protocol):
             FullError: the disk is full.
         """
 
-    def claim(self, engine: str, models: Sequence[str] | None, most: int, *,
+    def claim(self, engine: str, models: Sequence[str] | None, most: int, *, idle: bool = True,
               lease_seconds: float = LEASE_SECONDS) -> list[StoredJob]:
         """The next jobs for an engine, now running: by priority and age.
 
@@ -156,6 +156,8 @@ class Store(Protocol):
             engine: its name.
             models: bundles that it serves; None takes jobs of any.
             most: how many at most.
+            idle: whether the engine runs nothing else. Only then it is given a job that has one attempt left, and that
+                one alone: those after it wait, so that it is not overtaken for ever.
             lease_seconds: until another engine may take them, if `renew` does not say otherwise.
         """
 
