@@ -58,7 +58,7 @@ class Engine:
         self.models.on_change = self.waiting.wake
         self._most, self._company, self._watch = most_images, company_seconds, watch
         self._lanes, self._rate = Lanes(), Rate()
-        self._stopping, self._draining = False, False
+        self._stopping, self._draining, self._accepting = False, False, threading.Lock()
         self._call_began: float | None = None
         self._worker = threading.Thread(target=self._work, name="engine", daemon=True)
         self._worker.start()
@@ -86,15 +86,14 @@ class Engine:
         names = self.models.names()
         if model not in names:
             raise InputError(f"no model {model!r:.120}", where="model", fix=f"one of {', '.join(names)}")
-        if self._draining:
-            raise shutting_down()
         request = with_seeds(request)
         deadline = None if deadline_seconds is None else monotonic() + deadline_seconds
         ticket = Ticket(request, model, priority=priority, deadline=deadline, previews=previews, judge=judge,
                         on_cancel=lambda: self._cancelled(ticket))
-        self.waiting.put(ticket)
-        if not self._worker.is_alive() and self.waiting.remove(ticket):  # it ended between the question and the answer
-            raise shutting_down()
+        with self._accepting:
+            if self._draining:
+                raise shutting_down()
+            self.waiting.put(ticket)
         return ticket
 
     def position(self, ticket: Ticket) -> int:
@@ -111,7 +110,8 @@ class Engine:
 
     def close(self, *, drain: bool = True) -> None:
         """Take nothing more, and end: after all that was accepted, or at once, cancelling it."""
-        self._draining = True
+        with self._accepting:
+            self._draining = True
         if not drain:
             self._stopping = True
         self.waiting.wake()
@@ -160,6 +160,13 @@ class Engine:
     def _admit(self) -> None:
         """Start waiting requests, as many as there is room for, prompts and images of one model encoded together."""
         ready = self._ready()
+        try:
+            self._start(ready)
+        finally:
+            for loaded in ready.values():
+                self.models.release(loaded)
+
+    def _start(self, ready: Mapping[str, Loaded]) -> None:
         first = self.waiting.first(ready)
         if first is None:
             return
@@ -178,7 +185,7 @@ class Engine:
             self._prepare(ready[model], tickets)
 
     def _ready(self) -> dict[str, Loaded]:
-        """Models that can run what waits for them now; what waits for one that cannot be loaded ends here.
+        """Models that can run what waits for them now, held; what waits for one that cannot be loaded ends here.
 
         Where room must be made for a model whose turn it is, those behind it wait: what is loaded falls idle then.
         """
@@ -193,6 +200,7 @@ class Engine:
                 self._refuse(model, _fault(error))
             else:
                 if loaded is not None:
+                    self.models.hold(loaded)  # or finding the next might unload it
                     ready[model] = loaded
                 elif self.models.blocked(model):
                     break

@@ -181,7 +181,7 @@ class Models:
         self._failed: dict[str, tuple[str, float, float, Exception]] = {}  # digest, first and last time, reason
         self._taken: dict[str, int] = {}  # digest -> bytes that it took when it was loaded before
         self._loading: threading.Thread | None = None
-        self._blocked = ""
+        self._blocked, self._wanted = "", list[str]()
         self._lock = threading.RLock()
 
     def names(self) -> tuple[str, ...]:
@@ -228,9 +228,21 @@ class Models:
             loaded.users -= 1
         self.tidy()
 
+    def want(self, name: str) -> None:
+        """Load a bundle before anybody asks for it, if nothing has to make way for it; any thread may wish so."""
+        with self._lock:
+            self._wanted.append(name)
+        self.on_change()
+
     def tidy(self) -> None:
         """Unload what was replaced and runs nothing, and load its successor before anybody has to wait for it."""
         with self._lock:
+            while self._wanted and self._loading is None:
+                name = self._wanted.pop(0)
+                offered = self._offered.get(name)
+                if offered is not None and name not in self._current and self._fits(self._needed(offered)):
+                    with contextlib.suppress(DeployError):  # whoever asks for it is given the reason
+                        self.find(name)
             stale = [one for one in self._all if not self._is_offered(one)]
             for one in stale:
                 if not one.users:
@@ -267,13 +279,11 @@ class Models:
 
     def _make_room(self, name: str, offered: Offered) -> bool:
         """Unload what must make way for a bundle; False where that still runs."""
-        needed = max(offered.bytes, self._taken.get(offered.digest, 0))
-        if self._most is None:
-            return True
-        if needed > self._most:
+        needed = self._needed(offered)
+        if self._most is not None and needed > self._most:
             self._fail(name, offered.digest, _too_large(name, needed, self._most))
             return False
-        while sum(one.bytes for one in self._all) + needed > self._most:
+        while not self._fits(needed):
             idle = [one for one in self.loaded() if not one.users]
             if not idle:
                 self._blocked = name
@@ -281,6 +291,13 @@ class Models:
             self._unload(idle[0])
         self._blocked = ""
         return True
+
+    def _needed(self, offered: Offered) -> int:
+        """Bytes that a bundle should take, as far as is known."""
+        return max(offered.bytes, self._taken.get(offered.digest, 0))
+
+    def _fits(self, needed: int) -> bool:
+        return self._most is None or sum(one.bytes for one in self._all) + needed <= self._most
 
     def _unload(self, loaded: Loaded) -> None:
         self._all.remove(loaded)
@@ -294,10 +311,12 @@ class Models:
 
     def _fail(self, name: str, digest: str, error: Exception) -> None:
         known, now = self._failed.get(name), monotonic()
-        first = known[1] if known is not None and known[0] == digest else now
+        again = known is not None and known[0] == digest
+        first = known[1] if known is not None and again else now
         self._failed[name] = digest, first, now, _without_path(error, name, self._offered.get(name))
         self._blocked = "" if self._blocked == name else self._blocked
-        logger.error("%s: the bundle %.12s cannot be loaded: %s", name, digest, error)
+        if not again:
+            logger.error("%s: the bundle %.12s cannot be loaded: %s", name, digest, error)
         self.on_change()
 
     # ---- in the thread that loads --------------------------------------------------------------------------------
@@ -330,6 +349,9 @@ class Models:
             if self._most is not None and result.bytes > self._most:
                 self._unload(result)
                 self._fail(name, offered.digest, _too_large(name, result.bytes, self._most))
+            others = [one for one in self.loaded() if one is not result and not one.users]
+            while others and not self._fits(0):  # it takes more than its files did promise
+                self._unload(others.pop(0))
         self.on_change()
 
 
