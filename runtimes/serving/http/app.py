@@ -6,6 +6,7 @@ uvicorn runs it with `connections.UVICORN`, whose bounds of headers, connections
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import mimetypes
 from importlib import metadata
@@ -124,10 +125,11 @@ def _studio_file(path: str) -> bytes:
     Raises:
         HttpError: 404.
     """
-    file = (STUDIO / path).resolve()
-    if not file.is_relative_to(STUDIO) or not file.is_file():
-        raise HttpError(404, "there is no such page", code="not_found")
-    return file.read_bytes()
+    with contextlib.suppress(ValueError, OSError):  # a NUL in it, or a name that is too long
+        file = (STUDIO / path).resolve()
+        if file.is_relative_to(STUDIO) and file.is_file():
+            return file.read_bytes()
+    raise HttpError(404, "there is no such page", code="not_found")
 
 
 def _type_of(path: str) -> str:

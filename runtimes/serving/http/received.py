@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import pydantic_core
 from PIL import Image, ImageOps
 from pydantic import BaseModel
-from starlette.datastructures import UploadFile
+from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
@@ -80,6 +80,14 @@ async def form_body(request: Request, kind: type[BodyType], files: tuple[str, ..
     except (MultiPartException, KeyError, ValueError, UnicodeDecodeError) as error:
         said = error.message if isinstance(error, MultiPartException) else "it cannot be read"
         raise HttpError(400, f"the form is broken: {said}", code="invalid_form") from error
+    try:
+        fields, contents = await _parts(form, files)
+    finally:
+        await form.close()
+    return kind.model_validate(fields, strict=False), contents
+
+
+async def _parts(form: FormData, files: tuple[str, ...]) -> tuple[dict[str, Any], Files]:
     fields: dict[str, Any] = {}
     contents: Files = {}
     for name, value in form.multi_items():
@@ -99,7 +107,7 @@ async def form_body(request: Request, kind: type[BodyType], files: tuple[str, ..
             raise HttpError(400, f"{name!r:.80} is there twice", code="invalid_value", where=name)
         else:
             fields[name] = value
-    return kind.model_validate(fields, strict=False), contents
+    return fields, contents
 
 
 def _expect(request: Request, kind: str) -> None:
