@@ -136,7 +136,7 @@ def derived_command(
             def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
                 return typer_command(run, options()).make_context(info_name, args, parent, **extra)
 
-        app.command(run.__name__, cls=Derived, help=inspect.getdoc(run))(lambda: None)
+        app.command(run.__name__.replace("_", "-"), cls=Derived, help=inspect.getdoc(run))(lambda: None)
         return run
     return register
 
