@@ -27,7 +27,7 @@ def build(model: str | Path = "reference", *, output: Path | str | None = None, 
         ParityError: a pass broke the accuracy budget.
         UnavailableError: this machine lacks something.
     """
-    from deploy.building.choose import run_build
+    from deploy.building.run_build import run_build
     from deploy.core.spec import make_spec
 
     return run_build(make_spec({"model": str(model), **options}), None if output is None else Path(output)).bundle

@@ -12,7 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from runtimes.backends.profile import Profile
+    from runtimes.backends.time_profile import Profile
     from runtimes.bundle.folder import Bundle
     from runtimes.errors import BundleError, CancelledError, DeployError, InputError, ParityError, UnavailableError
     from runtimes.inputs.request import Request
@@ -27,7 +27,7 @@ __all__ = ["Bundle", "BundleError", "CancelledError", "DeployError", "InputError
 _MODULES = {
     "Bundle": "bundle.folder",
     "Pipeline": "pipeline.diffusion",
-    "Profile": "backends.profile",
+    "Profile": "backends.time_profile",
     "Request": "inputs.request",
     "SizeConditions": "inputs.request_fields",
     "Step": "pipeline.job",

@@ -77,7 +77,7 @@ def build_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def reference_bundle(build_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The reference model for ONNX Runtime, verified."""
-    from deploy.building.choose import run_build
+    from deploy.building.run_build import run_build
     from deploy.core.spec import BuildSpec
 
     folder = tmp_path_factory.mktemp("reference") / "bundle"

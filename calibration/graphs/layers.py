@@ -10,7 +10,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from calibration.targets import INT4
+from calibration.targets_and_recipes import INT4
 from runtimes.errors import InputError
 
 FLOAT, WEIGHT, STATIC, DYNAMIC, BLOCKS = "float", "w8", "w8a8", "w8a8-dynamic", "w4"

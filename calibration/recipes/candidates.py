@@ -24,7 +24,7 @@ from calibration.recipes.one_graph import (
     relieved,
     rounded_errors,
 )
-from calibration.targets import SEARCHED
+from calibration.targets_and_recipes import SEARCHED
 from calibration.trajectory.recorder import Recording
 
 

@@ -18,7 +18,7 @@ from calibration.graphs.text_encoder_int4 import BlockForm, find_stored, quantiz
 from calibration.graphs.transforms import ALPHA, channel_means, prepare
 from calibration.integers.int4_blocks import GROUP
 from calibration.integers.ranges import Range, Scheme, drift, estimate
-from calibration.targets import INT4, NEEDS_RANGES
+from calibration.targets_and_recipes import INT4, NEEDS_RANGES
 from calibration.trajectory.inner_tensors import compare, observe
 from calibration.trajectory.recorder import Recording
 from runtimes.bundle.manifest import digest_of

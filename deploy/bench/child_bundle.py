@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from deploy.bench.messages import repeated, serve
+from deploy.bench.worker_messages import repeated, serve
 
 
 def prepare() -> dict[str, Any]:
     """Load the bundle of the command line: BUNDLE THREADS DEVICE."""
     from runtimes import load
-    from runtimes.backends.profile import Profile
+    from runtimes.backends.time_profile import Profile
 
     bundle, threads, device = sys.argv[1:4]
     pipeline = load(bundle, device, int(threads))

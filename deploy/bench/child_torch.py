@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from deploy.bench.messages import repeated, serve
+from deploy.bench.worker_messages import repeated, serve
 from exporters.families import ComponentSpec, family_of
 from exporters.families.open_source import open_source
 from runtimes.bundle.roles import Role, Roles

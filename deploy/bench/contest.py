@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from deploy.bench.limits import bandwidth, gemm_flops
-from deploy.bench.worker import Worker
+from deploy.bench.machine_limits import bandwidth, gemm_flops
+from deploy.bench.worker_client import Worker
 from deploy.core.doctor import machine
 from deploy.parity.metrics import psnr_db
 from runtimes.bundle.folder import Bundle
@@ -206,7 +206,7 @@ def _bundle_command(bundle: Bundle, threads: int, device: Device) -> list[str]:
 def _torch_command(bundle: Bundle, threads: int, kind: str) -> list[str]:
     from deploy.building.verify import source_of
     from deploy.model.hub import is_name
-    from deploy.model.read_from import model_folder
+    from deploy.model.source_folder import model_folder
 
     model = source_of(bundle)
     folder = model_folder(model, bundle.manifest.source.revision if is_name(model) else "").resolve()

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from deploy.parity.options import gallery_for, options_for
+from deploy.parity.comparison_options import gallery_for, options_for
 from runtimes.bundle.folder import Bundle
 from runtimes.inputs.quality_presets import Measured, Setting
 from runtimes.pipeline.diffusion import Pipeline

@@ -14,8 +14,8 @@ from typing import Any
 from deploy.core.isolation import ABOVE_BYTES, call_isolated, from_request, to_request
 from deploy.core.pass_cache import Cache, versions_of
 from deploy.core.spec import BuildSpec
-from deploy.model.read_from import own_folder
-from deploy.parity.effort import Effort
+from deploy.model.source_folder import own_folder
+from deploy.parity.comparison_effort import Effort
 from deploy.parity.reference.answers import total_bytes
 from deploy.parity.upstream.asked_model import Upstream
 from deploy.parity.upstream.asked_requests import IMAGE, MASK, TEXT, Asked

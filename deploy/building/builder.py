@@ -14,8 +14,8 @@ from typing import Any
 from deploy.building.batch_invariance import measure_batches
 from deploy.building.gate import Gate
 from deploy.core.isolation import is_large, run_isolated
-from deploy.core.observers import measured
 from deploy.core.pass_cache import Cache, assemble, key_of, versions_of
+from deploy.core.pass_costs import measured
 from deploy.core.plan import Pass, PlannedPass, Step, Unavailable, load_passes, plan_all, structure
 from deploy.core.spec import LOCAL_FILES, BuildSpec
 from deploy.model.source_bundle import open_origin
@@ -50,7 +50,7 @@ def default_output(spec: BuildSpec, origin: Bundle) -> Path:
 
 
 def build_decided(spec: BuildSpec, output: Path | None = None, *, found: Mapping[str, Any] | None = None) -> Outcome:
-    """Build a bundle of a spec that leaves nothing to choose; `deploy.building.choose.run_build` makes it one.
+    """Build a bundle of a spec that leaves nothing to choose; `deploy.building.run_build.run_build` makes it one.
 
     Args:
         spec, output: as of `run_build`.

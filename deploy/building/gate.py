@@ -11,18 +11,18 @@ from typing import Any
 from deploy.building.against_diffusers import AgainstDiffusers, upstream_of
 from deploy.core.budgets import PRUNED, budget_for
 from deploy.core.isolation import ABOVE_BYTES, call_isolated, from_request, to_request
-from deploy.core.observers import measured
 from deploy.core.pass_cache import Cache, versions_of
+from deploy.core.pass_costs import measured
 from deploy.core.spec import BuildSpec
+from deploy.parity.comparison_effort import Effort, choose
+from deploy.parity.comparison_options import ParityOptions, gallery_for, options_for
 from deploy.parity.components import ComponentReport, Figures, check_components
-from deploy.parity.effort import Effort, choose
-from deploy.parity.options import ParityOptions, gallery_for, options_for
-from deploy.parity.pipelines import PipelineReport, check_pipeline
 from deploy.parity.provable_graphs import computes_in_16_bits, provable
 from deploy.parity.reference.answers import Reference, total_bytes
 from deploy.parity.upstream.levels import Level, merged
 from deploy.parity.upstream.levels import enforce as enforce_levels
 from deploy.parity.verdict import Verification, component_json, enforce
+from deploy.parity.whole_pipelines import PipelineReport, check_pipeline
 from deploy.report.page import Image
 from runtimes.bundle.details import EngineDetails
 from runtimes.bundle.folder import Bundle

@@ -11,10 +11,10 @@ from deploy.core.budgets import PRUNED, budget_for
 from deploy.core.pass_cache import Cache
 from deploy.core.spec import LOCAL_FILES, REFERENCE, BuildSpec
 from deploy.model.hub import is_name
-from deploy.model.read_from import model_folder
 from deploy.model.source_bundle import open_origin
-from deploy.parity.effort import LEVELS, choose
-from deploy.parity.options import gallery_for, options_for
+from deploy.model.source_folder import model_folder
+from deploy.parity.comparison_effort import LEVELS, choose
+from deploy.parity.comparison_options import gallery_for, options_for
 from deploy.parity.reference.answers import Reference
 from deploy.parity.upstream.levels import Levels, merged
 from deploy.parity.verdict import Verification, verify
@@ -35,7 +35,7 @@ def verify_bundle(path: Path, against: str | None = None, *, device: Device = CP
         path: the bundle.
         against: the source model; by default the one the bundle says it was built from.
         device: where the bundle runs.
-        effort: how much is compared, of `deploy.parity.effort.LEVELS` all but "no".
+        effort: how much is compared, of `deploy.parity.comparison_effort.LEVELS` all but "no".
         cache_root: keeps the reference's answers; default `runtimes.system.cache_root.cache_home()`.
 
     Raises:

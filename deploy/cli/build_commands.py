@@ -93,7 +93,7 @@ def spec_of(given: Mapping[str, Any], file: Path | None = None) -> BuildSpec:
 
 def build(given: dict[str, Any]) -> None:
     """Build a bundle: load, export, optimize, and prove it equal to PyTorch."""
-    from deploy.building.choose import plan_build, run_build
+    from deploy.building.run_build import plan_build, run_build
     from deploy.cli import console
 
     output, dry_run, file = (given.pop(name, None) for name in ("output", "dry_run", "spec"))

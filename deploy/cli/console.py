@@ -143,7 +143,7 @@ def _sizes(manifest: Manifest) -> str:
     """The sides that a bundle makes, and the size of each usual aspect ratio."""
     from runtimes.backends.batching import Listed
     from runtimes.inputs.aspect_ratios import BUCKETS, nearest_size, parse_aspect
-    from runtimes.inputs.resolved import pixel_limits
+    from runtimes.inputs.resolved_request import pixel_limits
 
     roles, parts = manifest.pipeline, {name: Listed(name, c) for name, c in manifest.components.items()}
     height, width = (pixel_limits(roles, parts, name) for name in ("height", "width"))

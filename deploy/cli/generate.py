@@ -1,6 +1,6 @@
 """`generate`: from command-line values to image files. Needs the base dependencies only.
 
-What is asked of a pipeline is `runtimes.Request`, whose fields are options here; `Run` is for the command alone.
+What is asked of a pipeline is `runtimes.Request`, whose fields are options, too; `GenerateOptions` holds all others.
 """
 # ruff: noqa: RUF009 - `option` is dataclasses.field with metadata
 
@@ -39,12 +39,12 @@ SAFETY = ("off", "report", "replace")
 
 
 def option(value: Any, help: str, /, **said: Any) -> Any:
-    """A field of `Run`; `said` are attributes of its `Option`."""
+    """A field of `GenerateOptions`; `said` are attributes of its `Option`."""
     return field(default=value, metadata={"help": help, **said})
 
 
 @dataclass(frozen=True)
-class Run:
+class GenerateOptions:
     """The options of `generate` that ask nothing of the pipeline.
 
     Raises:
@@ -92,7 +92,7 @@ class Run:
 
 def generate_options() -> list[Option]:
     """The bundle, the fields of a request, and what concerns the command alone."""
-    bundle, *others = from_dataclass(Run)
+    bundle, *others = from_dataclass(GenerateOptions)
     return [bundle, *request_options(), *others]
 
 
@@ -112,44 +112,44 @@ def request_options() -> list[Option]:
 
 def generate(given: dict[str, Any]) -> None:
     """Generate images with a bundle. Needs no PyTorch."""
-    own = {declared.name for declared in dataclasses.fields(Run)}
+    own = {declared.name for declared in dataclasses.fields(GenerateOptions)}
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    generate_files(Run(**{name: value for name, value in given.items() if name in own}),
+    generate_files(GenerateOptions(**{name: value for name, value in given.items() if name in own}),
                    {name: value for name, value in given.items() if name not in own})
 
 
-def request_of(run: Run, asked: Mapping[str, Any], bundle: Bundle) -> tuple[Request, dict[str, Any]]:
+def request_of(options: GenerateOptions, asked: Mapping[str, Any], bundle: Bundle) -> tuple[Request, dict[str, Any]]:
     """What is asked of the pipeline, and the fields that are not left to their defaults.
 
     Args:
-        run: says where prompts and presets are.
+        options: says where prompts and presets are.
         asked: fields of the request that are given; several values in a tuple.
         bundle: that the presets were measured of.
 
     Raises:
         InputError: no prompt or two sources of them, or a field that cannot be used.
     """
-    fields = {**chosen_setting(run, bundle.manifest.digest).options(),
+    fields = {**chosen_setting(options, bundle.manifest.digest).options(),
               **{declared.name: declared.metadata["command_line"] for declared in dataclasses.fields(Request)
                  if "command_line" in declared.metadata},
               **{name: value[0] if isinstance(value, tuple) and len(value) == 1 else value
                  for name, value in asked.items()}}
-    fields["prompt"] = prompts_of(run, asked.get("prompt", ()), wanted=bool(bundle.manifest.pipeline.encoders))
+    fields["prompt"] = prompts_of(options, asked.get("prompt", ()), wanted=bool(bundle.manifest.pipeline.encoders))
     return Request(**fields), fields
 
 
-def prompts_of(run: Run, given: tuple[str, ...], *, wanted: bool = True) -> tuple[str, ...]:
+def prompts_of(options: GenerateOptions, given: tuple[str, ...], *, wanted: bool = True) -> tuple[str, ...]:
     """Prompts from the arguments or the file, one a line; empty lines are left out.
 
     Args:
-        run: the options.
+        options: name the file.
         given: the arguments.
         wanted: whether the model reads prompts; one that does not generates one image for no prompt.
 
     Raises:
         InputError: both or neither given, an unreadable file, or nothing in it.
     """
-    if run.prompts is None:
+    if options.prompts is None:
         if not given and wanted:
             raise InputError("no prompt", where="generate", fix='give one: generate BUNDLE "a red apple"')
         return given or ("",)
@@ -157,59 +157,60 @@ def prompts_of(run: Run, given: tuple[str, ...], *, wanted: bool = True) -> tupl
         raise InputError("both a prompt and --prompts are given", where="generate", fix="give one of them")
     from calibration.trajectory.prompts import read_prompts
 
-    return tuple(read_prompts(run.prompts))
+    return tuple(read_prompts(options.prompts))
 
 
-def generate_files(run: Run, asked: Mapping[str, Any]) -> list[Path]:
+def generate_files(options: GenerateOptions, asked: Mapping[str, Any]) -> list[Path]:
     """Generate and write; returns the files written.
 
     Args:
-        run: what concerns the command.
+        options: what asks nothing of the pipeline.
         asked: fields of the request that are given; several values in a tuple.
     """
     import runtimes
 
-    for name, file in {"-o": run.output, "--preview": run.preview, "--save-latents": run.save_latents}.items():
+    for name, file in (("-o", options.output), ("--preview", options.preview),
+                       ("--save-latents", options.save_latents)):
         check_file(file, name)
     began = time.perf_counter()
-    bundle = runtimes.Bundle.open(run.bundle, trust_notes=not run.check)
-    check_session(run, bundle)
-    if run.safety != "off":
+    bundle = runtimes.Bundle.open(options.bundle, trust_notes=not options.check)
+    check_session(options, bundle)
+    if options.safety != "off":
         bundle.component(SAFETY_CHECKER)  # refused before any work if it has none
-    request, fields = request_of(run, asked, bundle)
-    budget = parse_bytes(run.memory_budget, "--memory-budget") if run.memory_budget else None
-    pipeline = runtimes.load(bundle, device=run.device, threads=run.threads, hint=run.hint, pin_threads=run.pin_threads,
-                             memory_budget=budget, lora=run.lora)
+    request, fields = request_of(options, asked, bundle)
+    budget = parse_bytes(options.memory_budget, "--memory-budget") if options.memory_budget else None
+    pipeline = runtimes.load(bundle, device=options.device, threads=options.threads, hint=options.hint,
+                             pin_threads=options.pin_threads, memory_budget=budget, lora=options.lora)
     loaded = time.perf_counter()
     with console.StepProgress(request.steps) as progress:
         def on_step(step: Step) -> None:
             progress.on_step(step)
-            if run.preview is not None:
-                save_preview(pipeline.preview(step.estimate), bundle.manifest.pipeline.codec.factor, run.preview)
+            if options.preview is not None:
+                save_preview(pipeline.preview(step.estimate), bundle.manifest.pipeline.codec.factor, options.preview)
 
         result = pipeline(request, on_step=on_step)
-    if run.safety != "off":
-        result = checked(pipeline, result, replace=run.safety == "replace")
-    if run.save_latents is not None:
-        save_array(progress.latents, run.save_latents)
-    texts = descriptions(run, request, fields, bundle.manifest.digest) if run.metadata else []
-    files = save_images(result, run.output, run.grid, texts)
+    if options.safety != "off":
+        result = checked(pipeline, result, replace=options.safety == "replace")
+    if options.save_latents is not None:
+        save_array(progress.latents, options.save_latents)
+    texts = descriptions(options, request, fields, bundle.manifest.digest) if options.metadata else []
+    files = save_images(result, options.output, options.grid, texts)
     generated = time.perf_counter()
     console.show_generated(files, count=len(result), load_seconds=loaded - began, generate_seconds=generated - loaded,
                            peak_rss_bytes=peak_rss_bytes())
     return files
 
 
-def check_session(run: Run, bundle: Bundle) -> None:
+def check_session(options: GenerateOptions, bundle: Bundle) -> None:
     """Refuse what the bundle's backend would not look at.
 
     Raises:
         InputError: an option of another backend.
     """
     formats = {component.format for component in bundle.manifest.components.values()}
-    if run.hint != "latency" and "openvino" not in formats:
-        raise InputError(f"only OpenVINO takes the hint {run.hint!r}", where="--hint", fix="leave it out")
-    if run.pin_threads and (run.device.kind != "cpu" or "tensorrt" in formats):
+    if options.hint != "latency" and "openvino" not in formats:
+        raise InputError(f"only OpenVINO takes the hint {options.hint!r}", where="--hint", fix="leave it out")
+    if options.pin_threads and (options.device.kind != "cpu" or "tensorrt" in formats):
         raise InputError("threads are pinned on a CPU only", where="--pin-threads", fix="leave it out")
 
 
@@ -229,24 +230,25 @@ def checked(pipeline: Pipeline, images: list[Image], *, replace: bool) -> list[I
             for image, flag in zip(images, flagged, strict=True)]
 
 
-def chosen_setting(run: Run, digest: str) -> Setting:
+def chosen_setting(options: GenerateOptions, digest: str) -> Setting:
     """What --quality or --budget-ms stand for, else the defaults.
 
     Raises:
         InputError: both are given, or nothing is fast enough.
         UnavailableError: the bundle was not measured on this machine.
     """
-    if run.quality and run.budget_ms is not None:
+    if options.quality and options.budget_ms is not None:
         raise InputError("both --quality and --budget-ms are given", where="generate", fix="give one of them")
-    if run.quality:
-        return presets.preset(run.quality, presets.load(digest)).setting
-    if run.budget_ms is not None:
-        return presets.within(run.budget_ms, presets.load(digest)).setting
+    if options.quality:
+        return presets.preset(options.quality, presets.load(digest)).setting
+    if options.budget_ms is not None:
+        return presets.within(options.budget_ms, presets.load(digest)).setting
     return Setting(DEFAULT_STEPS)
 
 
-def descriptions(run: Run, request: Request, fields: Mapping[str, Any], digest: str) -> list[dict[str, str]]:
+def descriptions(options: GenerateOptions, request: Request, fields: Mapping[str, Any], digest: str,
+                 ) -> list[dict[str, str]]:
     """What each image's PNG says about how it was made; what is not said was left to its default."""
     said = {name: str(fields[name] or "") for name in ("steps", "scheduler", "guidance_scale") if name in fields}
-    lora = ", ".join(Path(option).name for option in run.lora)
+    lora = ", ".join(Path(option).name for option in options.lora)
     return image_texts.descriptions(request, {"bundle": digest, "lora": lora, **said})

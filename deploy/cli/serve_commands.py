@@ -33,6 +33,7 @@ def serve_engine_options() -> list[Option]:
 
 def serve(given: dict[str, Any]) -> None:
     """Serve bundles over HTTP: OpenAI's Images API, jobs that survive a crash, a studio page."""
+    from deploy.cli import console
     from runtimes.serving.options import ServerOptions
 
     bundles = given.pop("bundles", None)
@@ -43,7 +44,7 @@ def serve(given: dict[str, Any]) -> None:
         from runtimes.serving.cluster.deployments import run as run_server
     else:
         from runtimes.serving.server import run as run_server
-    run_server(bundles or [str(reference())], options)
+    run_server(bundles or [str(reference())], options, console.say)
 
 
 def serve_engine(given: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from runtimes.bundle.folder import Bundle
 from runtimes.codec import autoencoder
 from runtimes.inputs.request import Request
 from runtimes.inputs.request_fields import SizeConditions
-from runtimes.inputs.resolved import resolve
+from runtimes.inputs.resolved_request import resolve
 from runtimes.pipeline.conditioner import Conditioner, Conditions
 from runtimes.pipeline.initial_latents import inpaints
 from runtimes.pipeline.loading import load_tokenizers, scheduler_config

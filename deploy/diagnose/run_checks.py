@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from deploy.diagnose.checks import Diagnosis, Samples, check_guidance, check_text, check_unconditional, check_vae
 from deploy.diagnose.probe import Probe
-from deploy.parity.options import PROMPTS
+from deploy.parity.comparison_options import PROMPTS
 from deploy.parity.reference.trajectories import assemble_pipeline
 from runtimes.backends.session import Session
 from runtimes.bundle.folder import Bundle

@@ -12,7 +12,7 @@ from pathlib import Path
 from deploy.core.pass_cache import Cache, versions_of
 from deploy.core.spec import REFERENCE, BuildSpec
 from deploy.model.hub import cached_name
-from deploy.model.read_from import own_folder, source_folder
+from deploy.model.source_folder import own_folder, source_folder
 from exporters.families import ComponentSpec, family_of
 from exporters.families.checker_component import with_safety_checker
 from exporters.families.open_source import open_source

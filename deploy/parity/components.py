@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from deploy.parity.comparison_options import ParityOptions
 from deploy.parity.metrics import Comparison, TensorErrors, tensor_errors, worst
-from deploy.parity.options import ParityOptions
 from deploy.parity.reference.answers import Reference
 from deploy.parity.reference.planned_shapes import plan_runs
 from deploy.parity.reference.sample_feeds import Feeds, NoRealInputsError, Sample, cast

@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from deploy.core.budgets import Budget
+from deploy.parity.comparison_effort import Effort
 from deploy.parity.components import ComponentReport, Figures, check_components
-from deploy.parity.effort import Effort
 from deploy.parity.metrics import Comparison, worst
-from deploy.parity.pipelines import PipelineReport, check_pipeline
 from deploy.parity.reference.answers import Reference
 from deploy.parity.upstream.levels import LEVELS, Level
 from deploy.parity.upstream.levels import enforce as enforce_levels
+from deploy.parity.whole_pipelines import PipelineReport, check_pipeline
 from deploy.reference_models.retrieval import Gallery
 from runtimes.bundle.folder import Bundle
 from runtimes.errors import ParityError

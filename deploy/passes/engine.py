@@ -19,7 +19,8 @@ from runtimes.system.nvidia import gpu_or_none
 
 if TYPE_CHECKING:
     from deploy.core.spec import BuildSpec
-    from exporters.tensorrt.engine_options import EngineOptions, Profile
+    from exporters.tensorrt.engine_options import EngineOptions
+    from exporters.tensorrt.optimization_profiles import Profile
 
 FORMAT, ENGINE_FILE, WEIGHTS_FILE = "tensorrt", "engine.trt", "model.onnx"
 TARGETS = ("tensorrt", "tensorrt-rtx")
@@ -135,7 +136,7 @@ def component_profiles(component: Component, manifest: Manifest, config: Mapping
     Raises:
         InputError: a profile outside the model's limits.
     """
-    from exporters.tensorrt.engine_options import make_profiles
+    from exporters.tensorrt.optimization_profiles import make_profiles
 
     wanted = [
         {axis: sizes for axis in component.axes

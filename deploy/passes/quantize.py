@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from calibration.targets import BLOCKS, INT4, NEEDS_RANGES, SEARCHED, recipe_of, scheme_of
+from calibration.targets_and_recipes import BLOCKS, INT4, NEEDS_RANGES, SEARCHED, recipe_of, scheme_of
 from deploy.core.doctor import sums_in_32_bits
 from deploy.core.layer_list import LAYERS_FILE
 from deploy.core.plan import Pass, Planned, Skip, Step
@@ -114,7 +114,7 @@ def _config(before: Manifest, spec: BuildSpec, recipes: Mapping[str, str]) -> di
         InputError: 4 bits for a model without a text encoder, or too few samples to calibrate with.
     """
     from deploy.core.budgets import budget_for
-    from deploy.parity.options import options_for
+    from deploy.parity.comparison_options import options_for
     from deploy.quantization.calibration_data import plan_calibration
 
     budget = budget_for(spec.precision, spec.budget)

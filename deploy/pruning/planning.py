@@ -27,7 +27,7 @@ def generates_with(manifest: Manifest) -> tuple[str, ...]:
 
 def generation_config(before: Manifest, spec: BuildSpec) -> dict[str, Any]:
     """What the original is asked to generate: the user's prompts, else the reference model's, else everyday ones."""
-    from deploy.parity.options import PROMPTS
+    from deploy.parity.comparison_options import PROMPTS
 
     is_reference = before.source.id == REFERENCE
     prompts = spec.recover_prompts or (subject_names() if is_reference else PROMPTS)

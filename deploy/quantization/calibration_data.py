@@ -20,7 +20,7 @@ DEFAULT_PROMPTS = 64
 def plan_calibration(before: Manifest, spec: BuildSpec) -> dict[str, Any]:
     """What will be recorded, resolved; refuses too few samples before any work."""
     from calibration.trajectory.prompts import STEPS, STRENGTH, plan_episodes
-    from deploy.parity.options import ParityOptions
+    from deploy.parity.comparison_options import ParityOptions
 
     prompts = spec.calibration_prompts or default_prompts(before.source.id)
     episodes = plan_episodes(prompts, spec.calibration_samples)
@@ -42,7 +42,7 @@ def takes_masks(manifest: Manifest) -> bool:
 
 def default_prompts(source_id: str) -> tuple[str, ...]:
     """The reference model's subjects that its retrieval score does not ask for; everyday things for other models."""
-    from deploy.parity.options import options_for
+    from deploy.parity.comparison_options import options_for
 
     options = options_for(source_id, ())
     if not options.retrieval_prompts:

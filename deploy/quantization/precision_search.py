@@ -18,9 +18,9 @@ from calibration.trajectory.recorder import Recording
 from deploy.core.budgets import Budget
 from deploy.core.call_times import quotient, seconds_in_turns, usual_feeds
 from deploy.core.pass_cache import Cache
-from deploy.parity.options import gallery_for, options_for
-from deploy.parity.pipelines import check_pipeline
+from deploy.parity.comparison_options import gallery_for, options_for
 from deploy.parity.reference.answers import Reference
+from deploy.parity.whole_pipelines import check_pipeline
 from runtimes.backends.session import SessionOptions
 from runtimes.bundle.folder import Bundle, link_or_copy, records_below, sha256_of
 from runtimes.bundle.manifest import to_json

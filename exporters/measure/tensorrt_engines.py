@@ -16,7 +16,8 @@ import onnx
 
 from exporters.precision.sixteen_bits import convert_precision
 from exporters.tensorrt.engine_builder import EngineReport, build_engine
-from exporters.tensorrt.engine_options import EngineOptions, make_profiles
+from exporters.tensorrt.engine_options import EngineOptions
+from exporters.tensorrt.optimization_profiles import make_profiles
 from runtimes.bundle.tensors import Axis, ShapeRange, TensorSpec
 from runtimes.errors import DeployError, InputError
 

@@ -19,7 +19,8 @@ from importlib import util
 from pathlib import Path
 from typing import Any
 
-from exporters.tensorrt.engine_options import EngineOptions, Profile
+from exporters.tensorrt.engine_options import EngineOptions
+from exporters.tensorrt.optimization_profiles import Profile
 from runtimes.backends.tensorrt.engine_errors import OUT_OF_MEMORY
 from runtimes.backends.tensorrt.engine_plan import MODULES, PACKAGES, check_header
 from runtimes.bundle.folder import sha256_of, translated_disk_errors
@@ -91,7 +92,7 @@ def build_engine(source: Path, destination: Path, profiles: Sequence[Profile], o
     Args:
         source: ONNX file, with its external weights beside it.
         destination: the engine; appears by rename when it is whole.
-        profiles: from `engine_options.make_profiles`.
+        profiles: from `optimization_profiles.make_profiles`.
         options: how to build.
         timing_cache: of `tensorrt` only, a file that outlives the build. TensorRT-RTX tunes on the user's GPU, and a
             timing cache would force one on the build machine.

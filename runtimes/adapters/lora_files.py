@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from runtimes.adapters.lora_config import LoraConfig, read_config
-from runtimes.adapters.lora_names import name_of, spellings
+from runtimes.adapters.lora_module_names import name_of, spellings
 from runtimes.bundle.safetensors_reader import read_floats, read_header, read_metadata, read_number
 from runtimes.errors import InputError
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from runtimes.backends.session import Session
 from runtimes.bundle.roles import Roles
 from runtimes.inputs.request_fields import SizeConditions
-from runtimes.inputs.resolved import Resolved
+from runtimes.inputs.resolved_request import Resolved
 from runtimes.text.prompt_cache import PromptCache
 from runtimes.text.prompt_encoder import Embedder, PromptStyle, Tokenize
 

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtimes.backends.profile import Profile
 from runtimes.backends.session import Session
+from runtimes.backends.time_profile import Profile
 from runtimes.bundle.roles import ModeFacts, Roles
 from runtimes.codec.preview import Colours, fit
 from runtimes.codec.safety_checker import Preprocessing, flags
@@ -25,7 +25,7 @@ from runtimes.errors import InputError
 from runtimes.inputs.noise import NoiseStreams
 from runtimes.inputs.request import Request, described
 from runtimes.inputs.request_fields import SizeConditions
-from runtimes.inputs.resolved import Resolved, resolve, size_for
+from runtimes.inputs.resolved_request import Resolved, resolve, size_for
 from runtimes.pipeline.base_and_refiner import begin_part
 from runtimes.pipeline.batch_facts import BatchFacts
 from runtimes.pipeline.conditioner import Conditioner

@@ -16,7 +16,7 @@ from runtimes.codec.autoencoder import Moments
 from runtimes.codec.tiling import Tiling
 from runtimes.errors import InputError
 from runtimes.inputs.noise import NoiseStreams
-from runtimes.inputs.resolved import Resolved
+from runtimes.inputs.resolved_request import Resolved
 from runtimes.schedulers import Run
 
 Float32 = NDArray[np.float32]

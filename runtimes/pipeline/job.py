@@ -12,13 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtimes.backends.batching import RowRunner, all_finite
-from runtimes.backends.profile import Profile
 from runtimes.backends.session import Session
+from runtimes.backends.time_profile import Profile
 from runtimes.codec.tiling import Tiling
 from runtimes.errors import CancelledError, InputError, ParityError
 from runtimes.inputs.noise import NoiseStreams
 from runtimes.inputs.request import Request
-from runtimes.inputs.resolved import Resolved
+from runtimes.inputs.resolved_request import Resolved
 from runtimes.pipeline.conditioner import Conditions
 from runtimes.pipeline.guidance import Guidance
 from runtimes.pipeline.initial_latents import Start

@@ -7,8 +7,8 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from runtimes.backends.profile import Profile
 from runtimes.backends.session import Arrays, Session, WrappedSession
+from runtimes.backends.time_profile import Profile
 from runtimes.errors import BundleError
 
 

@@ -14,9 +14,9 @@ from runtimes.errors import InputError
 from runtimes.schedulers.methods.ddim import Ddim
 from runtimes.schedulers.methods.ddpm import Ddpm
 from runtimes.schedulers.methods.deis import Deis
+from runtimes.schedulers.methods.dpm_multistep import DpmSolverPP
 from runtimes.schedulers.methods.dpm_sde import DpmSde
-from runtimes.schedulers.methods.dpm_single import DpmSolverSingle
-from runtimes.schedulers.methods.dpmpp import DpmSolverPP
+from runtimes.schedulers.methods.dpm_singlestep import DpmSolverSingle
 from runtimes.schedulers.methods.edm_dpmpp import EdmDpmSolverPP
 from runtimes.schedulers.methods.edm_euler import EdmEuler
 from runtimes.schedulers.methods.euler import Euler

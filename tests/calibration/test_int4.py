@@ -15,7 +15,7 @@ from calibration.graphs.layers import FLOAT, assign
 from calibration.graphs.text_encoder_int4 import BlockForm, find_stored, quantize_int4
 from calibration.integers.int4_blocks import from_int4, group_scales, to_int4
 from calibration.integers.ranges import Scheme
-from calibration.targets import INT4
+from calibration.targets_and_recipes import INT4
 from runtimes.errors import InputError
 
 NBITS, DEQUANTIZE = BlockForm("MatMulNBits"), BlockForm()

@@ -134,7 +134,7 @@ def calibrate(bundle_folder: str, samples: int) -> dict[str, int]:
     from calibration.graphs.layers import assign, find_layers
     from calibration.integers.ranges import Scheme
     from calibration.recipes.one_graph import Settings, find_ranges
-    from deploy.core.observers import measured
+    from deploy.core.pass_costs import measured
     from deploy.core.spec import BuildSpec
     from deploy.quantization.calibration_data import plan_calibration, record_calibration
     from runtimes.bundle.folder import Bundle

@@ -98,7 +98,7 @@ def main() -> None:
     """Generate in each layout, print memory and seams beside those of a single tile."""
     from rich.table import Table
 
-    from deploy.building.choose import run_build
+    from deploy.building.run_build import run_build
     from deploy.core.spec import BuildSpec
     from tests.peers.results import new_report, save, show
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from deploy.building.builder import load_source
-from deploy.building.choose import plan_build
+from deploy.building.run_build import plan_build
 from deploy.core.pass_cache import Cache
 from deploy.core.plan import Step
 from deploy.core.spec import BuildSpec

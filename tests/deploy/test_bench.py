@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from deploy.bench.contest import BenchOptions, run_bench
-from deploy.building.choose import run_build
+from deploy.building.run_build import run_build
 from deploy.core.spec import BuildSpec
 from runtimes.bundle.folder import Bundle
 from runtimes.errors import InputError

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import runtimes
-from deploy.building.choose import run_build
+from deploy.building.run_build import run_build
 from deploy.core.spec import BuildSpec
 from runtimes.bundle.folder import Bundle, record_of
 from runtimes.bundle.manifest import FileRecord

@@ -15,7 +15,7 @@ from PIL import Image
 import runtimes
 from calibration.trajectory.recorder import Recording
 from deploy.building.builder import load_source
-from deploy.building.choose import run_build
+from deploy.building.run_build import run_build
 from deploy.core.pass_cache import Cache
 from deploy.core.spec import BuildSpec
 from deploy.model.source_bundle import open_origin

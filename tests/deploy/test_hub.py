@@ -10,8 +10,8 @@ import pytest
 
 from deploy.core.spec import BuildSpec
 from deploy.model.hub import cached_name, fetch, is_name
-from deploy.model.read_from import model_folder
 from deploy.model.source_bundle import open_origin
+from deploy.model.source_folder import model_folder
 from runtimes.errors import DeployError, InputError, UnavailableError
 from tests.deploy.small_hub import COMMIT, SmallHub, small_hub
 from tests.exporters.family_pipelines import write_pipeline_of

@@ -10,10 +10,10 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from deploy.building.choose import run_build
+from deploy.building.run_build import run_build
 from deploy.core.plan import Pass
 from deploy.core.spec import BuildSpec
-from deploy.parity import effort
+from deploy.parity import comparison_effort
 from deploy.passes.export import Export
 from deploy.passes.optimize import Optimize
 from runtimes.bundle.folder import Bundle, records_below
@@ -23,7 +23,7 @@ from runtimes.errors import ParityError
 
 @pytest.fixture(autouse=True)
 def every_network_counts_as_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(effort, "LIMIT_MACS", 0.0)
+    monkeypatch.setattr(comparison_effort, "LIMIT_MACS", 0.0)
 
 
 def spec(model: Path, **options: Any) -> BuildSpec:

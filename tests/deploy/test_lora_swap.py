@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 import runtimes
 from deploy.building.builder import load_source
-from deploy.building.choose import run_build
+from deploy.building.run_build import run_build
 from deploy.core.pass_cache import Cache
 from deploy.core.spec import BuildSpec, make_spec
 from deploy.model.source_bundle import open_origin

@@ -11,7 +11,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from calibration.targets import scheme_of
+from calibration.targets_and_recipes import scheme_of
 from deploy.core.plan import Skip, Step, Unavailable, structure
 from deploy.core.spec import BuildSpec
 from deploy.parity.provable_graphs import computes_in_16_bits, provable

@@ -10,8 +10,8 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from deploy.building.choose import run_build
 from deploy.building.prune_folder import prune_folder
+from deploy.building.run_build import run_build
 from deploy.core.budgets import BUDGETS, PRUNED, Budget
 from deploy.core.plan import Skip, Step, Unavailable
 from deploy.core.spec import BuildSpec

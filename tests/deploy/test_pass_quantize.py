@@ -11,7 +11,7 @@ import onnx
 import pytest
 
 from calibration.integers.ranges import Scheme
-from deploy.building.choose import run_build
+from deploy.building.run_build import run_build
 from deploy.core.plan import Skip, Step
 from deploy.core.spec import BuildSpec, make_spec
 from deploy.model.source_bundle import open_origin
@@ -96,7 +96,7 @@ def test_dynamic_is_refused_where_there_are_no_kernels_for_it():
 
 
 def test_calibration_prompts_are_not_what_is_scored():
-    from deploy.parity.options import options_for
+    from deploy.parity.comparison_options import options_for
 
     prompts = planned().config["calibration"]["prompts"]
     options = options_for("reference", ())

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from deploy.building.choose import run_build
 from deploy.building.choose_share import spec_of
 from deploy.building.choose_target import require_decided
+from deploy.building.run_build import run_build
 from deploy.cli import console
 from deploy.core.pruning_options import parse_shares
 from deploy.core.spec import BuildSpec, make_spec

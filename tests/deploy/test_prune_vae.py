@@ -14,8 +14,8 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from deploy.building.choose import run_build
 from deploy.building.prune_folder import prune_folder
+from deploy.building.run_build import run_build
 from deploy.core.plan import Skip, Step, Unavailable
 from deploy.core.spec import BuildSpec
 from deploy.passes.prune_vae import PruneVae

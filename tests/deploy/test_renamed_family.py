@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from deploy.building.choose import run_build
+from deploy.building.run_build import run_build
 from deploy.core.spec import BuildSpec
 from runtimes.bundle.details import EngineDetails
 from runtimes.bundle.folder import Bundle

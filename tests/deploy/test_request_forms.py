@@ -14,7 +14,7 @@ import yaml
 
 import runtimes
 from deploy.building.triton_repository import request_inputs
-from deploy.cli.generate import Run, generate_options, request_options
+from deploy.cli.generate import GenerateOptions, generate_options, request_options
 from runtimes.errors import InputError
 from runtimes.inputs.request import Request, described
 from runtimes.inputs.request_fields import SizeConditions
@@ -57,7 +57,7 @@ def test_every_field_has_an_option_or_says_why_not():
 def test_no_option_of_the_command_hides_a_field():
     options = [option.name for option in generate_options()]
     assert len(options) == len(set(options))
-    assert {field.name for field in dataclasses.fields(Run)} & set(FIELDS) <= {"output"}
+    assert {field.name for field in dataclasses.fields(GenerateOptions)} & set(FIELDS) <= {"output"}
 
 
 @pytest.mark.parametrize("name", FIELDS)

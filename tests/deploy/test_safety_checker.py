@@ -16,7 +16,7 @@ from transformers import CLIPConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import runtimes
-from deploy.building.choose import plan_build, run_build
+from deploy.building.run_build import plan_build, run_build
 from deploy.core.spec import BuildSpec
 from exporters.quiet import quiet
 from exporters.source.networks import filled, load_module

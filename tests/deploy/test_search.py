@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from calibration.recipes import candidates, one_graph
-from deploy.building.choose import run_build
+from deploy.building.run_build import run_build
 from deploy.cli import console
 from deploy.core.budgets import Budget
 from deploy.core.spec import BuildSpec

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import runtimes
-from deploy.building.choose import run_build
+from deploy.building.run_build import run_build
 from deploy.core.spec import BuildSpec, Precision
 from runtimes.bundle.details import EngineDetails
 from runtimes.bundle.folder import Bundle

@@ -13,7 +13,7 @@ import onnx
 import pytest
 
 import runtimes
-from deploy.building.choose import run_build
+from deploy.building.run_build import run_build
 from deploy.core.plan import Step
 from deploy.core.spec import BuildSpec
 from deploy.passes.precision import Precision

@@ -14,11 +14,11 @@ from deploy.cli.console import show_verification
 from deploy.core.budgets import budget_for
 from deploy.core.pass_cache import Cache
 from deploy.core.spec import BuildSpec
+from deploy.parity.comparison_effort import Effort
+from deploy.parity.comparison_options import ParityOptions
 from deploy.parity.components import ComponentReport, Figures
-from deploy.parity.effort import Effort
-from deploy.parity.options import ParityOptions
-from deploy.parity.pipelines import PipelineReport
 from deploy.parity.verdict import Verification
+from deploy.parity.whole_pipelines import PipelineReport
 from tests.runtimes.fakes import AFFINE, FACTS, affine_bundle, cached_pipeline, write_bundle
 
 

@@ -12,7 +12,8 @@ from onnx import TensorProto, helper
 
 from exporters.precision.sixteen_bits import convert_precision
 from exporters.tensorrt.engine_builder import build_engine, installed
-from exporters.tensorrt.engine_options import EngineOptions, make_profiles
+from exporters.tensorrt.engine_options import EngineOptions
+from exporters.tensorrt.optimization_profiles import make_profiles
 from runtimes.bundle.folder import sha256_of
 from runtimes.bundle.tensors import Axis, ShapeRange, TensorSpec
 from runtimes.errors import BundleError, DeployError, InputError, UnavailableError

@@ -160,10 +160,10 @@ FAULTS: Mapping[str, Fault] = {
     "a LoRA's alphas": Fault("runtimes.adapters.lora_files:_by_module", _changed_result(_without_alphas)),
     "an embedding's further vectors": Fault("runtimes.text.clip_tokenizer:_words_of_several_vectors",
                                             _changed_result(_second_vector_dropped)),
-    "a flipped mask": Fault("runtimes.inputs.resolved:to_mask", _changed_result(lambda mask: 1 - mask)),
-    "the mask's threshold": Fault("runtimes.inputs.resolved:to_mask", _changed_argument(
+    "a flipped mask": Fault("runtimes.inputs.resolved_request:to_mask", _changed_result(lambda mask: 1 - mask)),
+    "the mask's threshold": Fault("runtimes.inputs.resolved_request:to_mask", _changed_argument(
         0, lambda mask: mask * 0.9 if isinstance(mask, np.ndarray) else mask.convert("L").point(lambda v: v * 0.9))),
-    "the channels' order": Fault("runtimes.inputs.resolved:to_pixels",
+    "the channels' order": Fault("runtimes.inputs.resolved_request:to_pixels",
         _changed_result(lambda pixels: pixels[::-1].copy())),
     "the posterior's mode": Fault("runtimes.codec.autoencoder:encode", _mode_of_posterior),
     "a timestep": Fault("runtimes.pipeline.job:Asked.__init__", _second_timestep),
@@ -182,7 +182,7 @@ FAULTS: Mapping[str, Fault] = {
     "a seed": Fault("runtimes.pipeline.diffusion:NoiseStreams",
         lambda original: lambda seeds: original([s + 1 for s in seeds])),
     "strength": Fault("runtimes.schedulers.settings:Settings.check_start", _later_start),
-    "the default size": Fault("runtimes.inputs.resolved:_size", _changed_argument(
+    "the default size": Fault("runtimes.inputs.resolved_request:_size", _changed_argument(
         0, lambda roles: roles.sized(roles.codec.height // 2, roles.codec.width // 2))),
     "zeros for no negative prompt": Fault("runtimes.pipeline.conditioner:Conditioner.__init__", _changed_argument(
         1, lambda roles: with_fact(roles, "conditioner.empty_negative",

@@ -9,7 +9,8 @@ import numpy as np
 import onnx
 
 from exporters.tensorrt.engine_builder import build_engine
-from exporters.tensorrt.engine_options import EngineOptions, make_profiles
+from exporters.tensorrt.engine_options import EngineOptions
+from exporters.tensorrt.optimization_profiles import make_profiles
 from runtimes.backends.onnxruntime_session import OrtSession
 from runtimes.backends.session import Session, SessionOptions
 from runtimes.backends.tensorrt.engine_session import TensorRtSession

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.parity.options import ParityOptions
+from deploy.parity.comparison_options import ParityOptions
 from deploy.parity.reference.answers import Reference
 from runtimes.backends.session import FORMATS
 from runtimes.bundle.folder import Bundle

@@ -147,7 +147,7 @@ def test_an_inverted_mask_is_named(make, monkeypatch):
     from runtimes.codec import pixels
 
     original = pixels.to_mask
-    monkeypatch.setattr("runtimes.inputs.resolved.to_mask", lambda *arguments: 1 - original(*arguments))
+    monkeypatch.setattr("runtimes.inputs.resolved_request.to_mask", lambda *arguments: 1 - original(*arguments))
     upstream, source = make("inpaint")
     said = told(compare_bundle_feeds(upstream, source, source))
     assert said.startswith(("mask at call 1", "images to encode"))

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from deploy.core.budgets import budget_for
-from deploy.parity.effort import Effort
+from deploy.parity.comparison_effort import Effort
 from deploy.parity.reference.answers import Reference
 from deploy.parity.verdict import check_components, check_pipeline, enforce, verify
 from deploy.reference_models.retrieval import Gallery
@@ -261,7 +261,7 @@ def test_a_format_without_a_runtime_here_is_unverified_never_passed(source, refe
 
 
 def test_a_missing_device_is_unverified(source, reference, options, monkeypatch):
-    from deploy.parity import components, pipelines
+    from deploy.parity import components, whole_pipelines
     from runtimes.errors import UnavailableError
 
     def unavailable(bundle, name, session_options):
@@ -269,7 +269,7 @@ def test_a_missing_device_is_unverified(source, reference, options, monkeypatch)
         raise UnavailableError("no NVIDIA driver", where=name)
 
     monkeypatch.setattr(components, "open_candidate", unavailable)
-    monkeypatch.setattr(pipelines, "open_candidate", unavailable)
+    monkeypatch.setattr(whole_pipelines, "open_candidate", unavailable)
     result = verify(reference, source, FP32, Effort("full", replace(options, session=SessionOptions(Device("cuda")))))
     assert not result.ok and not result.broken
     assert result.unverified[0] == "text_encoder: text_encoder: no NVIDIA driver"

@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 
 from calibration.trajectory.inner_tensors import compare
-from deploy.building.choose import run_build
+from deploy.building.run_build import run_build
 from deploy.core.spec import BuildSpec
 from deploy.quantization.calibration_data import plan_calibration, record_calibration
 from runtimes.bundle.folder import Bundle

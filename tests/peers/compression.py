@@ -21,9 +21,9 @@ from rich.console import Console
 
 from calibration.integers.ranges import Scheme
 from calibration.recipes.one_graph import Settings, quantize_graph
-from calibration.targets import SCHEMES
+from calibration.targets_and_recipes import SCHEMES
 from calibration.trajectory.recorder import Recording
-from deploy.building.choose import run_build
+from deploy.building.run_build import run_build
 from deploy.core.spec import BuildSpec
 from deploy.quantization.calibration_data import plan_calibration, record_calibration
 from runtimes.bundle.folder import Bundle

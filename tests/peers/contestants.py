@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from deploy.bench.worker import Worker
+from deploy.bench.worker_client import Worker
 from tests.peers import prepare
 from tests.peers.prepare import PEERS
 

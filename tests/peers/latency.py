@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from deploy.bench.contest import spread
-from deploy.bench.worker import Worker
+from deploy.bench.worker_client import Worker
 from deploy.cli.bench_table import shown
 from deploy.core.doctor import machine
 from runtimes.errors import UnavailableError

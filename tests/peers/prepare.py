@@ -81,7 +81,7 @@ def _checked(command: list[str], timeout: float = 1800) -> str:
 
 
 def _bundle() -> Path:
-    from deploy.building.choose import run_build
+    from deploy.building.run_build import run_build
     from deploy.core.spec import BuildSpec
 
     return run_build(BuildSpec()).bundle.path.resolve()

@@ -20,9 +20,9 @@ from calibration.graphs.layers import find_layers
 from calibration.trajectory.inner_tensors import compare, plain_session, probed
 from calibration.trajectory.recorder import Recording
 from deploy.bench.contest import spread
-from deploy.parity.options import gallery_for, options_for
-from deploy.parity.pipelines import check_pipeline
+from deploy.parity.comparison_options import gallery_for, options_for
 from deploy.parity.reference.answers import Reference
+from deploy.parity.whole_pipelines import check_pipeline
 from deploy.quantization.precision_search import ANYTHING, candidate_bundle
 from deploy.reference_models import subject_names
 from runtimes.backends.session import SessionOptions

@@ -27,12 +27,12 @@ from rich.console import Console
 from rich.table import Table
 
 from deploy.bench.contest import spread
-from deploy.building.choose import run_build
+from deploy.building.run_build import run_build
 from deploy.core.spec import REFERENCE, BuildSpec
+from deploy.parity.comparison_options import gallery_for, options_for
 from deploy.parity.metrics import relative_l2
-from deploy.parity.options import gallery_for, options_for
-from deploy.parity.pipelines import check_pipeline
 from deploy.parity.reference.answers import Reference
+from deploy.parity.whole_pipelines import check_pipeline
 from deploy.quantization.precision_search import ANYTHING, candidate_bundle
 from deploy.reference_models import subject_names
 from runtimes.backends.session import Session, SessionOptions

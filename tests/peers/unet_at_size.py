@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.table import Table
 
 from deploy.bench.contest import spread
-from deploy.bench.worker import Worker, WorkerError
-from deploy.building.choose import run_build
+from deploy.bench.worker_client import Worker, WorkerError
+from deploy.building.run_build import run_build
 from deploy.cli.bench_table import shown
 from deploy.core.pass_cache import COMPONENT_FILE
 from deploy.core.spec import BuildSpec, covering, parse_shapes

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from deploy.bench.messages import arguments, repeated, serve
+from deploy.bench.worker_messages import arguments, repeated, serve
 
 GRAPH, THREADS = arguments(__doc__, "GRAPH", "THREADS")
 

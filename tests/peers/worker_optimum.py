@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from deploy.bench.messages import arguments, serve
+from deploy.bench.worker_messages import arguments, serve
 
 MODEL, _THREADS, _EXPORTED = arguments(__doc__, "MODEL", "THREADS", "EXPORTED")
 THREADS, EXPORTED = int(_THREADS), Path(_EXPORTED)

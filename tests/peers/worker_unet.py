@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from deploy.bench.messages import arguments, serve
+from deploy.bench.worker_messages import arguments, serve
 
 KIND, _SOURCE, _THREADS = arguments(__doc__, "KIND", "SOURCE", "THREADS")
 SOURCE, THREADS = Path(_SOURCE), int(_THREADS)

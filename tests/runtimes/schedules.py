@@ -23,7 +23,7 @@ import numpy as np
 import runtimes
 from runtimes.errors import CancelledError
 from runtimes.inputs.request import Request
-from runtimes.inputs.resolved import pixel_limits
+from runtimes.inputs.resolved_request import pixel_limits
 from runtimes.pipeline.diffusion import Pipeline
 from runtimes.pipeline.job import Job, Step
 from runtimes.schedulers import SCHEDULERS

@@ -97,10 +97,10 @@ def test_a_damaged_note_and_a_folder_that_cannot_be_written_cost_only_the_time(
 def test_generate_hashes_once_and_again_when_it_is_asked_to(folder: Path, hashed: list[str], monkeypatch) -> None:
     from deploy.cli import generate
 
-    run = generate.Run(bundle=folder, output=folder.parent / "out.png")
+    options = generate.GenerateOptions(bundle=folder, output=folder.parent / "out.png")
     monkeypatch.setattr(generate, "prompts_of", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     for check, read in ((False, True), (False, False), (True, True)):
         hashed.clear()
         with pytest.raises(KeyboardInterrupt):
-            generate.generate_files(dataclasses.replace(run, check=check), {})
+            generate.generate_files(dataclasses.replace(options, check=check), {})
         assert ("model.onnx" in hashed) == read

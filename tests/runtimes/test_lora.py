@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from runtimes.adapters.lora_config import LoraConfig, read_config
 from runtimes.adapters.lora_files import networks_of, read_factors
-from runtimes.adapters.lora_names import from_original, name_of, spellings
+from runtimes.adapters.lora_module_names import from_original, name_of, spellings
 from runtimes.bundle.safetensors_reader import read_floats, read_header, read_number
 from runtimes.errors import InputError
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtimes.backends.profile import Profile
+from runtimes.backends.time_profile import Profile
 from runtimes.errors import BundleError, InputError, ParityError
 from runtimes.inputs.noise import NoiseStreams
 from runtimes.pipeline.diffusion import Pipeline, Step

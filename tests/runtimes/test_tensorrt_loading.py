@@ -167,7 +167,8 @@ def test_cuda_without_a_driver_is_one_line():
 @pytest.mark.gpu
 def test_an_engine_on_a_real_gpu_computes_the_same(tmp_path):
     from exporters.tensorrt.engine_builder import build_engine
-    from exporters.tensorrt.engine_options import EngineOptions, make_profiles
+    from exporters.tensorrt.engine_options import EngineOptions
+    from exporters.tensorrt.optimization_profiles import make_profiles
 
     builder = "tensorrt" if util.find_spec("tensorrt") else "tensorrt-rtx"
     capabilities = ("current",) if builder == "tensorrt-rtx" else ()

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from deploy.parity.options import ParityOptions
+from deploy.parity.comparison_options import ParityOptions
 from deploy.parity.reference.answer_store import Store
 from deploy.parity.reference.call_recorder import Recorder
 from deploy.parity.reference.planned_shapes import Possible, Run, always

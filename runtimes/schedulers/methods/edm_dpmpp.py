@@ -83,7 +83,7 @@ class EdmDpmSolverPPRun(EdmRun):
         return self._solver.stochastic and bool(self._sigmas[i + 1] > 0)
 
     def step(self, model_output: Float32, i: int, sample: Float32, noise: Float32 | None = None) -> Float32:
-        """One step from lambda_i to lambda_{i+1}, as `dpmpp` takes it."""
+        """One step from lambda_i to lambda_{i+1}, as `dpm_multistep` takes it."""
         self._in_order(i)
         self._outputs = [*self._outputs, limited(self._solver, self._denoised(model_output, i, sample))][-3:]
         if self._stands(i):

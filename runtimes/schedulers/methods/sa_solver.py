@@ -14,7 +14,7 @@ from typing import ClassVar
 import numpy as np
 
 from runtimes.errors import InputError
-from runtimes.schedulers.methods.dpmpp import NOT_LEARNED
+from runtimes.schedulers.methods.dpm_multistep import NOT_LEARNED
 from runtimes.schedulers.multistep import LambdaRun, LambdaSettings, Point
 from runtimes.schedulers.noise_levels import Float32, Float64
 from runtimes.schedulers.rounding import exp, root

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
+import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 MOST_HEAD = 1 << 16  # bytes of a request's line and headers: httptools itself has no bound
@@ -69,3 +72,23 @@ UVICORN: dict[str, Any] = {
     "http": BoundedProtocol, "ws": "none", "lifespan": "off", "timeout_keep_alive": 30, "limit_concurrency": 1024,
     "backlog": 512, "server_header": False, "proxy_headers": True, "access_log": False, "log_config": None,
 }
+
+
+class HttpServer(uvicorn.Server):
+    """uvicorn, which says that it is asked to end before it waits for the requests that are under way."""
+
+    def __init__(self, app: Any, *, root_path: str, on_end: Callable[[], None]) -> None:
+        """Serve an ASGI application.
+
+        Args:
+            app: the application.
+            root_path: where a proxy shows it.
+            on_end: called by the first signal, in the thread of the event loop.
+        """
+        super().__init__(uvicorn.Config(app, root_path=root_path, **UVICORN))
+        self._on_end = on_end
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal: the first drains, the second gives up."""
+        self._on_end()
+        super().handle_exit(sig, frame)

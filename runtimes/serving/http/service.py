@@ -81,6 +81,10 @@ class Service:
                             fix=f"one of {', '.join(self.catalog)}")
         return found
 
+    def drain(self) -> None:
+        """Take nothing more: /health/ready says so, and streams of jobs end."""
+        self.state = "draining"
+
     def check_open(self) -> None:
         """Refuse work while it could not be done.
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from deploy.parity.options import ParityOptions
+from deploy.parity.comparison_options import ParityOptions
 from deploy.parity.reference.planned_shapes import halved_sizes
 from runtimes.bundle.manifest import Component
 from runtimes.bundle.roles import Roles

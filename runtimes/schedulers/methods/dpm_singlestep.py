@@ -15,7 +15,7 @@ import numpy as np
 
 from runtimes.errors import InputError
 from runtimes.schedulers.dpm_update import ONE, TWO, update
-from runtimes.schedulers.methods.dpmpp import DpmSolverRun, DpmSolverSettings
+from runtimes.schedulers.methods.dpm_multistep import DpmSolverRun, DpmSolverSettings
 from runtimes.schedulers.noise_levels import Float32
 from runtimes.schedulers.settings import WHERE
 

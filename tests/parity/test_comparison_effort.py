@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from deploy.building.choose import run_build
+from deploy.building.run_build import run_build
 from deploy.core.spec import BuildSpec, make_spec
-from deploy.parity.effort import LIMIT_MACS, choose, image_macs
-from deploy.parity.options import ParityOptions
+from deploy.parity.comparison_effort import LIMIT_MACS, choose, image_macs
+from deploy.parity.comparison_options import ParityOptions
 from deploy.parity.reference.planned_shapes import halved_sizes, plan_runs
 from deploy.parity.verdict import verify
 from runtimes.bundle.manifest import Component

@@ -9,14 +9,14 @@ from typing import Any
 
 from deploy.core.budgets import Budget
 from deploy.parity.blame import SCHEDULE_TOLERANCE, different_facts, different_keys, different_tokens, schedule_error
+from deploy.parity.comparison_options import ParityOptions
 from deploy.parity.components import SOURCE_FORMAT, ComponentReport, open_candidate
-from deploy.parity.image_level import Pair, latent_errors, pairs
 from deploy.parity.metrics import Comparison, worst
-from deploy.parity.options import ParityOptions
 from deploy.parity.reference.answers import Reference, total_bytes
 from deploy.parity.reference.planned_shapes import plan_runs
 from deploy.parity.reference.session_pool import SessionPool
 from deploy.parity.reference.trajectories import Trajectory, TrajectoryRequest, assemble_pipeline, generate
+from deploy.parity.trajectories_and_images import Pair, latent_errors, pairs
 from deploy.reference_models.retrieval import Gallery
 from runtimes.backends.session import FORMATS
 from runtimes.bundle.folder import Bundle

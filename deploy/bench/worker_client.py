@@ -1,4 +1,4 @@
-"""The caller's side of `bench`'s messages: starts a worker process, asks it, lets it end. See `messages`."""
+"""The caller's side of `bench`'s messages: starts a worker process, asks it, lets it end. See `worker_messages`."""
 
 from __future__ import annotations
 
