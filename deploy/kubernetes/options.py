@@ -64,7 +64,7 @@ class KubernetesOptions:
             if value != self.__dataclass_fields__[name].default and not pattern.fullmatch(value):
                 raise InputError(f"{value!r} cannot be used", where=flag(name), fix=f"for example {example}")
         if self.least > self.most:
-            raise InputError(f"at least {self.least} and at most {self.most}", where="--replicas", fix="for example 1:4")
+            raise InputError(f"at least {self.least} and at most {self.most}", where="--replicas", fix="as 1:4")
         if self.layout == "single" and self.replicas != "1:4":
             raise InputError("one server has no replicas", where="--replicas", fix="--layout engines or ray")
         if self.layout != "engines" and self.scale_on != "cpu":
@@ -97,7 +97,8 @@ def flag(name: str) -> str:
 
 def _check_range(name: str, value: Any, said: Any) -> None:
     if "choices" in said and value not in said["choices"]:
-        raise InputError(f"{value!r} is none of its values", where=flag(name), fix=f"one of {', '.join(said['choices'])}")
+        raise InputError(f"{value!r} is none of its values", where=flag(name),
+                         fix=f"one of {', '.join(said['choices'])}")
     if ("least" in said and value < said["least"]) or ("above" in said and value <= said["above"]) or (
             "most" in said and value > said["most"]):
         raise InputError(f"{value} is out of range", where=flag(name), fix="see `deploy export-kubernetes --help`")

@@ -1,11 +1,12 @@
-"""A Ray cluster of several nodes on this machine with our server on it, its processes to be killed, and clients that keep
-a ledger of what they were answered."""
+"""A Ray cluster of several nodes on this machine with our server on it, and clients with a ledger of what they were
+answered."""
 
 from __future__ import annotations
 
 import base64
 import io
 import json
+import logging
 import os
 import shutil
 import signal
@@ -89,7 +90,7 @@ def running(bundles: Sequence[str], state: Path, *, replicas: str = "2:2", front
         import ray
         from ray.cluster_utils import Cluster
 
-        from runtimes.serving.cluster.ray_server import RayServer, free_port
+        from runtimes.serving.cluster.deployments import RayServer, free_port
 
         cluster = Cluster(initialize_head=True, head_node_args={
             "num_cpus": 0, "resources": {"ldm-state": 1}, "object_store_memory": 100_000_000,
@@ -98,9 +99,9 @@ def running(bundles: Sequence[str], state: Path, *, replicas: str = "2:2", front
             found = Nodes(cluster, [], None)
             for _ in range(nodes):
                 found.add_node()
-            ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR", namespace="ldm-deploy")
-            settings = ServerOptions(**{"deterministic": True, "port": free_port("127.0.0.1"), "state": str(state), "replicas": replicas,
-                                        **options})
+            ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR, namespace="ldm-deploy")
+            settings = ServerOptions(**{"deterministic": True, "port": free_port("127.0.0.1"), "state": str(state),
+                                        "replicas": replicas, **options})
             found.server = RayServer(settings, bundles, fronts=fronts, engine_cpus=0.1, drain_seconds=20.0,
                                      proxies="HeadOnly")
             yield found
@@ -202,7 +203,7 @@ class Ledger:
 
     def ends(self, seconds: float = 180.0) -> dict[str, dict[str, Any]]:
         """Every accepted job as it ended; those that did not within the time as they are."""
-        until, found = time.monotonic() + seconds, {}
+        until, found = time.monotonic() + seconds, dict[str, dict[str, Any]]()
         with self.client() as client:
             while len(found) < len(self.jobs) and time.monotonic() < until:
                 for identity in set(self.jobs) - set(found):

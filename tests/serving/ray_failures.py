@@ -3,7 +3,7 @@ process group, requests and jobs lost, the slowest answer, the time until all is
 
     python -m tests.serving.ray_failures build/reference-onnxruntime-fp32
 
-Three nodes (processes) on loopback, engines of 0.1 CPU: it shows overhead and failover, not scaling. Five to ten minutes.
+Three nodes (processes) on loopback, engines of 0.1 CPU: it shows overhead and failover, not scaling. Ten minutes.
 """
 
 from __future__ import annotations

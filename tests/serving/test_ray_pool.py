@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import inspect
 import threading
 import time
+import warnings
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -21,6 +23,7 @@ from runtimes.serving.engine.contract import Generated
 from runtimes.serving.engine.ticket import Progress
 from runtimes.serving.engine.waiting import QueueFullError
 from runtimes.serving.options import ServerOptions
+from runtimes.serving.state.store import Store
 
 
 class ReplicaDied(Exception):
@@ -204,7 +207,7 @@ def test_a_drain_finishes_what_was_accepted_and_takes_nothing_more(made):
 
 
 def test_a_close_without_drain_ends_everything_at_once(made):
-    pool, replicas = made(waits, most_sent=1)
+    pool, _ = made(waits, most_sent=1)
     tickets = [pool.submit(request(), "m") for _ in range(3)]
     pool.close(drain=False)
     for ticket in tickets:
@@ -221,6 +224,16 @@ def test_arrays_can_be_written_to(made):
 
     pool, _ = made(arrays)
     assert pool.submit(request(), "m").result(10).images.flags.writeable
+
+
+def test_a_front_can_ask_the_state_service_for_all_of_a_store():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Ray's own
+        from runtimes.serving.cluster.state_service import CALLS, RemoteStore
+    for name in CALLS:
+        assert list(inspect.signature(getattr(RemoteStore, name)).parameters) == list(
+            inspect.signature(getattr(Store, name)).parameters), name
+    assert {"accept", "claim", "complete", "changes"} <= CALLS
 
 
 def test_settings_go_to_json_and_back_and_unknown_keys_are_refused():

@@ -49,17 +49,18 @@ def built(settings: ClusterSettings, user_config: Mapping[str, Any] | None = Non
         "user_config": user_config, "health_check_period_s": HEALTH_SECONDS,
         "health_check_timeout_s": HEALTH_TIMEOUT_SECONDS, "graceful_shutdown_wait_loop_s": 0.5,
         "graceful_shutdown_timeout_s": settings.drain_seconds}
-    engines = serve.deployment(
+    engines: Any = serve.deployment(
         EngineReplica, name=ENGINES, max_ongoing_requests=settings.engine_room,
         ray_actor_options={"num_cpus": settings.engine_cpus, "num_gpus": settings.engine_gpus},
         autoscaling_config={"min_replicas": settings.least, "max_replicas": settings.most,
                             "initial_replicas": settings.least, "target_ongoing_requests": settings.server.batch,
                             "upscale_delay_s": 5.0, "downscale_delay_s": settings.downscale_seconds}, **common)
-    front = serve.deployment(
+    front: Any = serve.deployment(
         serve.ingress()(Front), name=FRONT, num_replicas=settings.fronts, max_ongoing_requests=MOST_CONNECTIONS,
         ray_actor_options={"num_cpus": settings.front_cpus}, **common)
     # By default every `serve.run` is a new version, and restarts all. Ours changes where something does that a running
     # replica cannot take over. (A configuration file's version is made by Ray from what it says, in the same sense.)
     version = hashlib.sha256(json.dumps([settings.to_json(), metadata.version("ldm-deploy")]).encode()).hexdigest()[:16]
     engines, front = (one.options(version=version, _internal=True) for one in (engines, front))
-    return front.bind(engines.bind(settings.to_json()), settings.to_json())
+    bound: serve.Application = front.bind(engines.bind(settings.to_json()), settings.to_json())
+    return bound

@@ -14,6 +14,7 @@ from runtimes.serving.engine.contract import Generated
 from runtimes.serving.engine.engine import Engine
 from runtimes.serving.engine.models import Models, opener
 from runtimes.serving.engine.ticket import Progress
+from runtimes.system.byte_sizes import parse_bytes
 
 if TYPE_CHECKING:
     from runtimes.inputs.request import Request
@@ -55,8 +56,9 @@ class EngineReplica:
         server = self._settings.server
         self._offer = Offer(self._settings)
         threads = max(1, int(self._settings.engine_cpus))
-        self._models = Models(self._offer, opened=opener(self._settings.device, threads,
-                                                         deterministic=server.deterministic))
+        most = parse_bytes(server.memory, "--memory") if server.memory else None
+        self._models = Models(self._offer, most_bytes=most, opened=opener(self._settings.device, threads,
+                                                                          deterministic=server.deterministic))
         # Ray sends no more than `engine_room`; the engine's own queue is never full.
         self._engine = Engine(self._models, most_waiting=4 * self._settings.engine_room, most_images=server.batch)
 

@@ -1,5 +1,7 @@
-"""`Front`: what takes HTTP requests on a Ray cluster. Each has the whole application and a dispatcher of its own: leases
-in the one store see to it that several never run the same job."""
+"""`Front`: what takes HTTP requests on a Ray cluster: the whole application, and a dispatcher of its own.
+
+Leases in the one store see to it that several never run the same job.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +22,7 @@ from runtimes.serving.cluster.state_service import RemoteStore, state_actor
 from runtimes.serving.engine.contract import WorkerStatus
 from runtimes.serving.http.app import create_app
 from runtimes.serving.http.keys import KeyRing, Signer
+from runtimes.serving.http.observed import set_up_logs
 from runtimes.serving.http.service import Service
 from runtimes.serving.state.dispatcher import Dispatcher, Writing
 from runtimes.serving.state.result_cache import ResultCache
@@ -42,11 +45,14 @@ LOST: tuple[type[BaseException], ...] = (
 class Front:
     """What Ray Serve runs as the deployment "front"."""
 
-    async def __init__(self, engines: DeploymentHandle[Any], settings: Mapping[str, Any]) -> None:
+    async def __init__(self, engines: DeploymentHandle[Any], settings: Mapping[str, Any]) -> None:  # type: ignore[misc]
         """Put the parts together; nothing is served before `reconfigure` brings the bundles."""
         self._settings = ClusterSettings.from_json(settings)
+        set_up_logs(self._settings.server.log_format)
         options, most_sent = self._settings.server, self._settings.most * self._settings.engine_room
-        self._offer, self._dispatcher = Offer(self._settings), None  # type: ignore[var-annotated]
+        self._offer = Offer(self._settings)
+        self._dispatcher: Dispatcher | None = None
+        self._cache = ResultCache(parse_bytes(options.cache_bytes, "--cache-bytes", least=0))
         store = RemoteStore(await asyncio.to_thread(state_actor, self._settings))
         signer = Signer(await asyncio.to_thread(store.secret), hours=options.keep_hours)
         self._pool = RayPool(streamed(engines), self._offer, lost=LOST, most_waiting=options.queue,
@@ -54,7 +60,7 @@ class Front:
         self._service = Service(
             catalog=self._offer, pool=self._pool, store=store, options=options, signer=signer,
             keys=KeyRing.read(options.api_key_file) if options.api_key_file else KeyRing(), state="starting",
-            cache=ResultCache(parse_bytes(options.cache_bytes, "--cache-bytes", least=0)))
+            cache=self._cache)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Ray Serve asks for the application after `__init__`."""
@@ -66,7 +72,7 @@ class Front:
         if self._dispatcher is None:
             options, fronts = self._settings.server, self._settings.fronts
             self._dispatcher = Dispatcher(
-                self._service.store, self._pool, self._offer, cache=self._service.cache,
+                self._service.store, self._pool, self._offer, cache=self._cache,
                 writing=Writing(options.safety, options.metadata,
                                 most_jobs=max(2, self._settings.most * self._settings.engine_room // fronts)))
         self._service.state = "serving"
@@ -81,7 +87,7 @@ class Front:
         back."""
         if (service := getattr(self, "_service", None)) is None:
             return
-        service.state = "draining"
+        service.drain()
         if self._dispatcher is not None:
             await asyncio.to_thread(self._dispatcher.stop, self._settings.drain_seconds / 2)
         await asyncio.to_thread(self._pool.close, drain=False)
@@ -89,7 +95,7 @@ class Front:
 
 def streamed(engines: DeploymentHandle[Any]) -> Stream:
     """Send requests to replicas by Ray Serve's handle of them."""
-    handle = engines.options(stream=True)
+    handle: Any = engines.options(stream=True)
 
     async def stream(call: Call) -> AsyncIterator[Message]:
         response = handle.generate.remote(call)

@@ -11,6 +11,8 @@ import logging
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing
+from dataclasses import replace
+from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +43,7 @@ class RayPool:
 
     def __init__(self, stream: Stream, models: Mapping[str, Any], *, lost: tuple[type[BaseException], ...],
                  most_waiting: int = 256, most_sent: int = 64,
-                 workers: Callable[[], tuple[WorkerStatus, ...]] = tuple) -> None:
+                 workers: Callable[[], tuple[WorkerStatus, ...]] = lambda: ()) -> None:
         """Start the thread.
 
         Args:
@@ -55,7 +57,8 @@ class RayPool:
         """
         self.waiting = Waiting(most_waiting)
         self._stream, self._models, self._lost, self._most = stream, models, lost, most_sent
-        self._workers, self._known = workers, ()  # type: ignore[var-annotated]
+        self._workers = workers
+        self._known: tuple[WorkerStatus, ...] = ()
         self._sent: dict[Ticket, asyncio.Task[None]] = {}
         self._rate, self._draining = Rate(), False
         self._loop = asyncio.new_event_loop()
@@ -110,7 +113,11 @@ class RayPool:
         if self.waiting.remove(ticket):
             ticket.end(error=CancelledError(0, ticket.request.steps))
         elif not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(lambda: ticket in self._sent and self._sent[ticket].cancel())
+            self._loop.call_soon_threadsafe(self._stop, ticket)
+
+    def _stop(self, ticket: Ticket) -> None:
+        if (task := self._sent.get(ticket)) is not None:
+            task.cancel()
 
     def _send(self) -> None:
         """Give Ray the next requests, as many as it may have."""
@@ -118,9 +125,9 @@ class RayPool:
         while len(self._sent) < self._most and (ticket := self.waiting.first()) is not None:
             if self.waiting.remove(ticket):
                 self._sent[ticket] = task = self._loop.create_task(self._run(ticket))
-                task.add_done_callback(lambda _, ticket=ticket: self._over(ticket))
+                task.add_done_callback(partial(self._over, ticket))
 
-    def _over(self, ticket: Ticket) -> None:
+    def _over(self, ticket: Ticket, _: asyncio.Task[None]) -> None:
         """A ticket is with Ray no more; one that was cancelled before its first step has not ended by itself."""
         self._sent.pop(ticket, None)
         if not ticket.future.done():
@@ -199,7 +206,5 @@ class RayPool:
 def _writable(generated: Generated) -> Generated:
     """Arrays that Ray has in shared memory cannot be written to; those of an engine can."""
     if isinstance(generated.images, np.ndarray) and not generated.images.flags.writeable:
-        from dataclasses import replace
-
         return replace(generated, images=generated.images.copy())
     return generated

@@ -6,6 +6,9 @@ commit, and calls that were under way are made again: each either happened or di
 
 from __future__ import annotations
 
+# What an actor answers is of any type to the checker; `Store` says of which.
+# mypy: disable-error-code="no-any-return"
+
 import logging
 import secrets
 import threading
@@ -99,10 +102,10 @@ class RemoteStore:
         """Store what was generated without a job; see `Store`."""
         return self._ask("record", request, images, result, model=model, owner=owner)
 
-    def claim(self, engine: str, models: Sequence[str] | None, most: int, *,
+    def claim(self, engine: str, models: Sequence[str] | None, most: int, *, idle: bool = True,
               lease_seconds: float = FRONT_SECONDS) -> list[StoredJob]:
         """The next jobs; see `Store`. Jobs of a claim whose answer was lost are claimed again after their lease."""
-        return self._ask("claim", engine, models, most, lease_seconds=lease_seconds)
+        return self._ask("claim", engine, models, most, idle=idle, lease_seconds=lease_seconds)
 
     def renew(self, engine: str, identities: Sequence[str], *, lease_seconds: float = FRONT_SECONDS) -> None:
         """The engine lives; see `Store`."""

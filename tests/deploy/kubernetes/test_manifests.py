@@ -15,7 +15,14 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from deploy.kubernetes.manifests import KUBERAY_VERSION, KUBERNETES_VERSION, RAY_VERSION, export_kubernetes, rendered
+from deploy.kubernetes.manifests import (
+    KUBERAY_VERSION,
+    KUBERNETES_VERSION,
+    QUEUE_METRIC,
+    RAY_VERSION,
+    export_kubernetes,
+    rendered,
+)
 from deploy.kubernetes.options import KubernetesOptions
 from runtimes.bundle.folder import Bundle
 from runtimes.errors import InputError
@@ -127,8 +134,8 @@ def test_ports_that_are_named_are_ports_of_the_pods(variant):
     _, files = variant
     for name, spec in of_kind(files, "Service"):
         for pod in selected(files, spec["selector"]):
-            ports = [port["name"] for port in pod["spec"]["containers"][0]["ports"]]
-            assert {port["targetPort"] for port in spec["ports"]} <= set(ports), name
+            named = {port["name"] for port in pod["spec"]["containers"][0]["ports"]}
+            assert {port["targetPort"] for port in spec["ports"]} <= named, name
     for pod in pods(files).values():
         container = pod["spec"]["containers"][0]
         ports = {port["name"] for port in container.get("ports", [])}
@@ -240,6 +247,14 @@ def test_ray_serves_configuration_is_one_that_ray_takes(bundles):
         assert "CPU" in spec["rayClusterConfig"]["headGroupSpec"]["resources"]
 
 
+def test_the_queue_metric_and_the_probes_are_the_servers_own(bundles):
+    source = "".join(file.read_text() for file in (ROOT / "runtimes" / "serving" / "http").glob("*.py"))
+    assert f'"{QUEUE_METRIC}"' in source
+    for pod in pods(dict(rendered(bundles, VARIANTS["engines"]))).values():
+        container = pod["spec"]["containers"][0]
+        assert all(f'"{container[p]["httpGet"]["path"]}"' in source for p in container if p.endswith("Probe"))
+
+
 def test_releases_are_those_of_the_schemas_and_of_the_image():
     pinned = [Requirement(line) for line in (ROOT / "constraints.txt").read_text().splitlines()
               if line and not line.startswith("#")]
@@ -259,7 +274,8 @@ def test_the_dockerfile_copies_every_bundle_from_a_context_that_the_readme_names
     ({"name": "Images"}, "--name"), ({"layout": "helm"}, "--layout"), ({"replicas": "4:1"}, "--replicas"),
     ({"replicas": "many"}, "--replicas"), ({"memory": "8 GB"}, "--memory"), ({"host": "http://x"}, "--host"),
     ({"gpu": -1}, "--gpu"), ({"cpu": 0}, "--cpu"), ({"image": "a b"}, "--image"), ({"image": "a\nb: c"}, "--image"),
-    ({"replicas": "2:3"}, "--replicas"), ({"scale_on": "queue"}, "--scale-on"), ({"bundles_from": "x"}, "--bundles-from"),
+    ({"replicas": "2:3"}, "--replicas"), ({"scale_on": "queue"}, "--scale-on"),
+    ({"bundles_from": "x"}, "--bundles-from"),
     ({"drain_seconds": 0}, "--drain-seconds"), ({"storage_class": "a: b"}, "--storage-class")])
 def test_what_kubernetes_would_refuse_is_refused(options, where):
     with pytest.raises(InputError) as caught:

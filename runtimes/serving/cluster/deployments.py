@@ -1,4 +1,4 @@
-"""`RayServer`: what `deploy serve --ray` starts, on the cluster that RAY_ADDRESS names or on one of its own.
+"""`run` and `RayServer`: what `deploy serve --ray` starts, on the cluster that RAY_ADDRESS names or on one of its own.
 
     with RayServer(options, ["emoji=build/emoji"]) as server:
         print(server.address)
@@ -11,8 +11,10 @@ is under way.
 from __future__ import annotations
 
 import os
+import signal
 import socket
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 # Ray reports its use to its makers unless this is said before it is imported.
@@ -29,6 +31,28 @@ from runtimes.serving.options import ServerOptions
 
 CORES = 8  # of one engine on the CPU, as of a worker of the server of one machine
 FRONT_CPUS = 0.1
+
+
+def run(bundles: Sequence[str], options: ServerOptions, say: Callable[[str], None] = lambda line: None) -> None:
+    """Serve on a cluster: until a signal ends it on one of its own, and then drained; on another's, deploy and return.
+
+    Args:
+        bundles: FOLDER or NAME=FOLDER each, the same on every node.
+        options: how.
+        say: receives lines for the user.
+
+    Raises:
+        InputError, UnavailableError: see `RayServer`.
+    """
+    ended = threading.Event()
+    with RayServer(options, bundles) as server:
+        say(f"serving at {server.address}")
+        if not server.own:
+            say("the application goes on in the cluster; `serve shutdown` ends it")
+            return
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: ended.set())
+        ended.wait()
 
 
 class RayServer:
@@ -53,12 +77,12 @@ class RayServer:
         """
         refuse_what_is_not_honoured(options)
         config = user_config(bundles, options.digest, options.device.split(",")[0])
-        self._own = not os.environ.get("RAY_ADDRESS")
+        self.own = not os.environ.get("RAY_ADDRESS")  # whether the cluster is
         if not ray.is_initialized():
-            ray.init(address=os.environ.get("RAY_ADDRESS") or "local", namespace=NAMESPACE, log_to_driver=False,
-                     **({"resources": {STATE_RESOURCE: 1}, "include_dashboard": False} if self._own else {}))
+            own: dict[str, Any] = {"resources": {STATE_RESOURCE: 1}, "include_dashboard": False} if self.own else {}
+            ray.init(address=os.environ.get("RAY_ADDRESS") or "local", namespace=NAMESPACE, log_to_driver=False, **own)
         else:
-            self._own = False
+            self.own = False
         gpu = not options.device.startswith("cpu")
         self.settings = ClusterSettings(
             options, fronts=fronts, engine_gpus=float(gpu), front_cpus=FRONT_CPUS, drain_seconds=drain_seconds,
@@ -95,7 +119,7 @@ class RayServer:
         """End what was started here: the application and the cluster, if it is our own."""
         if not ray.is_initialized():
             return
-        if self._own:
+        if self.own:
             if drain:
                 serve.delete(APPLICATION)
             serve.shutdown()
@@ -123,8 +147,8 @@ def refuse_what_is_not_honoured(options: ServerOptions) -> None:
                          ("engine_key_file", "Ray's replicas are the engines"),
                          ("workers", "Ray starts as many as --replicas says"),
                          ("root_path", "Ray Serve's proxies have none"),
-                         ("memory", "Ray's nodes limit their own")):
-        if getattr(options, name):
+                         ("reload_seconds", "run the command again to exchange a bundle")):
+        if getattr(options, name) != getattr(ServerOptions, name):
             raise InputError(f"it has no effect with --ray: {reason}", where=f"--{name.replace('_', '-')}",
                              fix="leave it out")
     if not options.state:
