@@ -8,7 +8,6 @@ from __future__ import annotations
 
 # What an actor answers is of any type to the checker; `Store` says of which.
 # mypy: disable-error-code="no-any-return"
-
 import logging
 import secrets
 import threading
