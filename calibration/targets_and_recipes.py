@@ -1,4 +1,4 @@
-"""Tables of what each target's kernels take, and which recipe each component gets, before a graph is opened."""
+"""Tables: which integers each target's kernels take, and which recipe each component gets. No graph is opened."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def test_the_help_of_every_option_says_what_it_does_and_its_default(options):
     assert len(texts) > 110
     assert not [name for name, text in texts.items() if len(text.split("; default ")[0].split()) < 3]
     assert not [name for name, text in texts.items()
-                if "; default " not in text and not (options[name].required and text.endswith("required"))]
+                if "; default " not in text and not options[name].required]
 
 
 def test_the_help_of_a_number_says_its_range(options):

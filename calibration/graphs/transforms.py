@@ -1,4 +1,4 @@
-"""Changes of a float32 graph that leave its result as it is and make it lose less in 8 bits; one follows rounding.
+"""Changes of a float32 graph that keep its result and lose less in 8 bits; one more corrects biases after rounding.
 
     split-skips       convolutions over a concatenation become one per part: each part gets a range of its own
     smoothquant       magnitude moves from the activations behind a LayerNormalization into the weights

@@ -1,4 +1,4 @@
-"""The assignments of precisions that a search tries on one network, from all integers back towards float32."""
+"""Assignments of precisions that a search tries on one network: from all layers in integers to ever more in float32."""
 
 from __future__ import annotations
 

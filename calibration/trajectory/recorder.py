@@ -1,4 +1,4 @@
-"""Records calibration data: inputs of every component of running pipelines, in shards on disk, one in memory."""
+"""Records calibration data, inputs of running pipelines' components, in shards on disk, of which memory holds one."""
 
 from __future__ import annotations
 

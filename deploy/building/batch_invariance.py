@@ -1,4 +1,4 @@
-"""Whether a row of a network depends on the rows that share its call, over all numbers of rows: measured, not assumed.
+"""Measures whether a row's result depends on the other rows of its call, for each number of rows a network takes.
 
 Matrix products choose kernels and tiles by the number of rows, and round otherwise with each; ranges of dynamic INT8
 are those of all rows together. `runtimes.pipeline.batch_facts` reads what is measured here.

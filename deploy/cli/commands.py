@@ -34,7 +34,7 @@ DeviceOption = Annotated[Device, described(
     "where the bundle runs: cpu, cuda, tensorrt or tensorrt-rtx, with OpenVINO cpu, gpu, npu or auto; the second "
     "GPU is cuda:1", default="cpu", parser=Device.parse, metavar="KIND[:NUMBER]")]
 Threads = Annotated[int, described("CPU threads, 0 being one for each core", default=0, least=0)]
-GUIDANCE = "guidance scale, the weight of the prompt; usual are 1 to 15, 1 being without guidance"
+GUIDANCE = "how strongly to follow the prompt; usual are 1 to 15; at 1 and below guidance is off and a step costs half"
 Effort = Annotated[str, described("how much is compared, as --verify of `build`", default="auto",
                                   choices=("auto", "full", "quick", "components"))]
 
@@ -62,7 +62,7 @@ def tradeoffs(
     threads: Threads = 0,
     json: Json = False,
 ) -> None:
-    """Measure what few steps, cached features and less guidance gain and cost; `generate --quality` follows it."""
+    """Measure time and accuracy of fewer steps, caching and less guidance, for `generate --quality`."""
     from deploy.bench.tradeoffs import measure
     from deploy.cli import console
     from runtimes.bundle.folder import Bundle
@@ -84,7 +84,7 @@ def verify(
     device: DeviceOption = CPU,
     json: Json = False,
 ) -> None:
-    """Compare a bundle with its PyTorch source at component, trajectory and image level."""
+    """Compare a bundle with its source in diffusers: weights, feeds, components, trajectories, images."""
     from deploy.building.verify import verify_bundle
     from deploy.cli import console
 

@@ -12,8 +12,8 @@ from deploy.cli.derived_options import Option, described, from_dataclass
 
 def convert(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help=".safetensors file with all networks")],
-    configs: Annotated[Path, described("diffusers folder of the same architecture, its weights not read, required")],
-    output: Annotated[Path, described("folder to write, for `build`, required", "-o", "--output")],
+    configs: Annotated[Path, described("diffusers folder of the same architecture, its weights not read")],
+    output: Annotated[Path, described("folder to write, for `build`", "-o", "--output")],
 ) -> None:
     """Turn a single-file checkpoint (CompVis, A1111) into a diffusers folder. Nothing is downloaded."""
     from deploy.cli import console
@@ -26,7 +26,7 @@ def convert(
 
 def export_triton(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="folder that `build` wrote")],
-    output: Annotated[Path, described("folder of the model repository, required", "-o", "--output")],
+    output: Annotated[Path, described("folder of the model repository", "-o", "--output")],
     instances: Annotated[int, described("copies of each model that serve at the same time", default=1, least=1)] = 1,
     gpu: Annotated[bool, described("place the models on GPUs", "--gpu", default=False)] = False,
 ) -> None:

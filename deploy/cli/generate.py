@@ -53,8 +53,9 @@ class GenerateOptions:
 
     bundle: Path = field(metadata={"help": "folder that `build` wrote", "argument": "BUNDLE", "required": True})
     prompts: Path | None = option(None, "file with one prompt a line, in place of PROMPT")
-    quality: str = option("", "steps, scheduler and caching as `tradeoffs` measured of the bundle; options that are "
-                          "given win", choices=presets.QUALITIES, default="none")
+    quality: str = option("", "steps, scheduler, caching and guided steps as `tradeoffs`, to be run before, measured "
+                          "of the bundle on this machine; options that are given win", choices=presets.QUALITIES,
+                          default="none")
     budget_ms: float | None = option(None, "milliseconds for an image: the most accurate setting that `tradeoffs` "
                                      "measured within them", above=0)
     save_latents: Path | None = option(None, ".npy file to write: the latents of the last step")
@@ -69,12 +70,12 @@ class GenerateOptions:
     device: Device = option(CPU, "where the bundle runs: cpu, cuda, tensorrt or tensorrt-rtx; with OpenVINO cpu, gpu, "
                             "npu or auto; the second GPU is cuda:1", type=str, default="cpu")
     threads: int = option(0, "CPU threads, 0 being one for each core", least=0)
-    hint: str = option("latency", "how OpenVINO shares the cores: each call has all of them, or calls run side by side",
+    hint: str = option("latency", "OpenVINO only: all cores for each call, or calls that run side by side",
                        choices=("latency", "throughput"))
     pin_threads: bool = option(False, "bind each CPU thread to one core")
     memory_budget: str = option("", "memory of this process, as 2GB: as many images share a call as fit",
                                 default="no limit")
-    check: bool = option(False, "hash large files again, though nobody wrote to them since they were hashed last")
+    check: bool = option(False, "hash large files even if they did not change since they were hashed last")
     output: Path = option(Path("out.png"), "PNG file to write; several images get numbered names",
                           flags=("-o", "--output"))
 
@@ -106,7 +107,7 @@ def request_options() -> list[Option]:
             limits = {name: said[name] for name in ("flags", "choices", "least", "above", "most", "argument")
                       if name in said}
             options.append(Option(declared.name, list[word] if said["kind"].several else word, said["help"],
-                                  said.get("default", declared.default), **limits))
+                                  said.get("command_line", said.get("default", declared.default)), **limits))
     return options
 
 

@@ -24,7 +24,7 @@ def cache(context: typer.Context, json: Json = False) -> None:
 
 @app.command()
 def show(json: Json = False) -> None:
-    """Show how much of what is cached, where, and the limit."""
+    """Show what is cached, how large each kind is, in which folder, and the limit."""
     from deploy.cli import console
 
     root = cache_home()

@@ -50,7 +50,7 @@ def serve(given: dict[str, Any]) -> None:
 def serve_engine(given: dict[str, Any]) -> None:
     """Run an engine for a server on another machine: it joins, and generates what the server sends."""
     from runtimes.serving.options import EngineOptions
-    from runtimes.serving.workers.worker import join
+    from runtimes.serving.workers.engine_process import join
 
     server, bundles = given.pop("server"), given.pop("bundles")
     join(server, bundles, EngineOptions(**as_tuples(given)))

@@ -1,4 +1,4 @@
-"""Measures a pass from outside: seconds, peak memory, bytes in and out."""
+"""Measures from outside what a pass, or another piece of work, costs: seconds and peak memory."""
 
 from __future__ import annotations
 

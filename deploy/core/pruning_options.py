@@ -18,8 +18,8 @@ class PruningOptions(BaseModel):
     """
 
     prune: float = Field(default=0.0, ge=0, lt=1, description=(
-        "share of the denoiser's channels to remove; of several with commas, 0.5,0.3, the largest within the accuracy "
-        "budget, or none"))
+        "share of the denoiser's channels to remove; several with commas, 0.5,0.3, of `build` alone: the largest that "
+        "keeps the accuracy budget; nothing is pruned if none does"))
     prune_candidates: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(default=(), description=(
         "several shares, of which the largest within the accuracy budget is taken"))
     prune_vae: float = Field(default=0.0, ge=0, lt=1, description=(
@@ -29,14 +29,14 @@ class PruningOptions(BaseModel):
     prune_widths: Literal["uniform", "sensitivity"] = Field(default="uniform", description=(
         "how the share is spread over the denoiser's levels; sensitivity: more where the output changes less"))
     prune_blocks: Literal["none", "base", "small", "tiny"] = Field(default="none", description=(
-        "whole blocks to remove first, under BK-SDM's names"))
+        "whole blocks to remove first, by BK-SDM's sets, of which base removes least and tiny most"))
     mask: Literal["none", "textbook", "2:4"] = Field(default="none", description=(
         "weights to set to zero without a change of shapes"))
     recover: int = Field(default=0, ge=0, description=(
         "optimizer steps of distillation from the original, for each network that was pruned"))
     recover_batch: int = Field(default=TRAJECTORIES, ge=1, le=TRAJECTORIES, description=(
-        "images that the original generates at a time during recovery; fewer take less memory, gradients are added up "
-        f"to {TRAJECTORIES}"))
+        "images that the original generates at a time during recovery; fewer take less memory, and a step averages "
+        f"the gradients of as many such batches as make {TRAJECTORIES} images or more"))
     recover_prompts: tuple[str, ...] = Field(
         default=(), description="file with the prompts of the recovery, one a line",
         json_schema_extra={"default_text": "the model's own set"})

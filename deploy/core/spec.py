@@ -55,9 +55,9 @@ class BuildSpec(PruningOptions):
         "number format of the networks; auto: the cheapest mixture within the accuracy budget"),
         json_schema_extra={"default_text": "fp16 for TensorRT, fp32 for others"})
     shapes: dict[str, ShapeRange] = Field(default_factory=dict, description=(
-        "range of an axis, AXIS=MIN:OPT:MAX, several with commas: batch=1:2:8,height=256:512:768; batch counts "
-        "images, height and width pixels, sequence tokens; for TensorRT, an axis that is given again starts the next "
-        "optimization profile"), json_schema_extra={"default_text": "the model's own size and its family's ranges"})
+        "allowed sizes, least:usual:most, as batch=1:2:8,height=256:512:768; axes: batch in images, height and width "
+        "in pixels, sequence in tokens; for TensorRT, an axis that is given again starts the next optimization profile"
+        ), json_schema_extra={"default_text": "the model's own size and its family's ranges"})
     lora: tuple[str, ...] = Field(default=(), description="LoRA file, FILE or FILE:SCALE; may be given again")
     lora_mode: Literal["merge", "swap"] = Field(default="merge", description=(
         "merge the LoRAs into the weights, or make them inputs that `generate --lora` can replace"))
@@ -67,8 +67,8 @@ class BuildSpec(PruningOptions):
     opset: int = Field(default=20, ge=20, le=24, description="ONNX opset of the exported graphs")
     # YAML reads a bare `no` as false: true and false are taken for "auto" and "no".
     verify: Verify = Field(default="auto", description=(
-        "how much is compared with PyTorch; quick: 4 steps of one image, components: no images, no: nothing, and the "
-        "bundle is marked as not verified, auto: full where that takes a minute or two, else quick"))
+        "how much is compared with PyTorch; quick: 4 steps of one image, components: no images, no: nothing, which a "
+        "bundle records, auto: full where that takes a minute or two, else quick"))
     budget: dict[str, float] = Field(default_factory=dict, description=(
         "another accuracy limit, NAME=NUMBER, several with commas; names: component_relative_l2, "
         "trajectory_relative_l2, image_psnr_db, image_ssim, retrieval_points"),
@@ -90,13 +90,15 @@ class BuildSpec(PruningOptions):
         json_schema_extra={"default_text": "the model's own set"})
     calibration_samples: int = Field(default=128, ge=1, description="denoiser calls that ranges are computed from")
     device: Literal["cpu", "cuda", "tensorrt"] = Field(default="cpu", description=(
-        "ONNX Runtime's provider that the bundle is for; GPUs compute in float16, a CPU stores in it"))
+        "ONNX Runtime's provider that the bundle is for; with --precision fp16, GPUs compute in float16, a CPU only "
+        "stores weights in it"))
     cpu: Literal["auto", "vnni", "avx2"] = Field(default="auto", description=(
-        "processor that an integer bundle is for; auto: this one, vnni: adds 8-bit products exactly, as every ARM "
-        "does, avx2: needs weights of 7 bits"))
+        "for --precision int8 or auto: processor that the bundle is for; auto: this one, vnni: one with VNNI, or any "
+        "ARM, avx2: x86 without VNNI, where weights have 7 bits, lest sums of products overflow"))
     range_estimator: RangeEstimator = Field(
         default="mse", description="how the range of an activation follows from samples")
-    step_cache: bool = Field(default=False, description="add a second denoiser graph, for `generate --cache-interval`")
+    step_cache: bool = Field(default=False, description=(
+        "add the step cache, a second and shallow denoiser graph, for `generate --cache-interval`"))
     safety_checker: bool = Field(
         default=False, description="export the model's own safety checker, for `generate --safety`")
     profiles: tuple[dict[str, ShapeRange], ...] = Field(default=(), description=(

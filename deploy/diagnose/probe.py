@@ -1,4 +1,4 @@
-"""Asks a pipeline's networks single questions: the latents of an image, and the noise that the U-Net sees in them."""
+"""Makes single calls of a pipeline's networks: the latents of an image, and the noise that the U-Net sees in them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finds the folder that a build reads: the model's own, or a view of it with another autoencoder."""
+"""Finds the folder that a build reads: the model's own, the Hub's copy, or a view of it with another autoencoder."""
 
 from __future__ import annotations
 

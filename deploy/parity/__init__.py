@@ -1,1 +1,1 @@
-"""Proof that a bundle computes what its source model computes: metrics, budgets, levels of comparison, one gate."""
+"""Proof that a bundle computes what its source model computes: metrics, budgets, levels of comparison, one verdict."""

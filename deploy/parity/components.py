@@ -1,4 +1,4 @@
-"""Compares component by component: every network of the candidate on the reference's inputs, one in memory."""
+"""Compares, component by component, every output that the family declares; one network is in memory at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Replaces 16-bit graphs, whose rounding this CPU would hide, by emulations on which their parity is proven."""
+"""Replaces 16-bit graphs by emulations: a CPU would compute the graphs in float32, which hides their rounding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compares trajectories and images of two pipelines: latents after every step, and pixels at the end."""
+"""Compares what two pipelines generated: latents after every step, and pixels at the end; runs none of them."""
 
 from __future__ import annotations
 

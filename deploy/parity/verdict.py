@@ -1,4 +1,4 @@
-"""The gate: holds figures against a budget, names what broke it in one clear error, and writes the JSON of `verify`."""
+"""Holds figures against a budget, names what broke it in one clear error, and writes the JSON of `verify`."""
 
 from __future__ import annotations
 

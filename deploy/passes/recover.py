@@ -1,4 +1,4 @@
-"""`recover`: retrains a pruned network to answer like the original, which then leaves the bundle."""
+"""`recover`: retrains a pruned network to answer like the original; then the original is removed from the bundle."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`share`: the denoiser's second graph reads the weights of the first, which lie on disk once."""
+"""`share`: the step cache's graph reads the weights of the denoiser's own graph, which lie on disk once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plots for the report page as inline SVG: lines over steps, and points of a Pareto front. No figure is computed here.
+"""Plots what `sections` hands it as inline SVG: lines over steps, points of a Pareto front. Computes no figure.
 
 Without a plotting library, which is megabytes in the page or in the set-up: these are two kinds of plot.
 """

@@ -1,4 +1,4 @@
-"""Reads what the report page shows of a finished bundle from its folder; nothing is run."""
+"""Reads a finished bundle's folder for the report page, and makes its charts with their axis labels; nothing is run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which LoRA files diffusers 0.42 with PEFT 0.21 reads wrongly, and by which of its faults.
+"""Names the faults by which diffusers 0.42 with PEFT 0.21 reads a LoRA file wrongly.
 
 We apply what the file says, so a comparison with diffusers' loader must expect a difference; docs/families.md lists
 them.

@@ -1,4 +1,4 @@
-"""Declares the shallow part of a U-Net whose deep features are reused between steps: inputs, outputs, axes."""
+"""Declares the step cache's component: the shallow part of a U-Net, fed deep features of an earlier step."""
 
 from __future__ import annotations
 

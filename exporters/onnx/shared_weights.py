@@ -1,4 +1,4 @@
-"""Lets two graphs of one network share a file of weights: the second refers to those that the first one's holds.
+"""Lets the step cache's graph refer to those of its weights that the file of the denoiser's own graph holds.
 
 Imports onnx_ir; import it inside the function that needs it.
 """

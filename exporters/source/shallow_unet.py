@@ -1,4 +1,4 @@
-"""Splits a U-Net in two graphs, for denoising that reuses deep features: Ma et al., DeepCache, arXiv 2312.00858.
+"""Splits a U-Net in two graphs, for the step cache (reused deep features): Ma et al., DeepCache, arXiv 2312.00858.
 
     unet           sample, timestep, prompt -> prediction, deep_feature
     unet_shallow   sample, timestep, prompt, deep_feature of an earlier step -> prediction

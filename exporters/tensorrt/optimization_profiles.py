@@ -1,4 +1,8 @@
-"""Makes an engine's optimization profiles: for each input its smallest, most common and largest shape. No TensorRT."""
+"""Makes an engine's optimization profiles: for each input its smallest, most common and largest shape. No TensorRT.
+
+`deploy.passes.engine` converts a user's images, pixels and tokens to a component's axes; `engine_worker` hands the
+profiles to the builder, which may refuse them.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Reads what LoRA files (Hu et al., arXiv 2106.09685) of diffusers, PEFT and kohya add to which weight.
+"""Recognises the keys of LoRA files (diffusers, PEFT, kohya) and computes what each adds to a weight.
+
+Hu et al., arXiv 2106.09685:
 
     W' = W + scale * alpha / rank * up @ down
 """

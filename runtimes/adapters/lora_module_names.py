@@ -1,4 +1,6 @@
-"""Maps names of modules in LoRA files to the network's own: those of older releases, kohya, the original U-Net."""
+"""Maps the module in a LoRA key, once `lora_files` recognised the key, to the network's own name.
+
+Modules may be named as in older releases of diffusers, by kohya, or as in the original U-Net."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A component whose LoRA is an input of its graph: any backend's session, fed the LoRA in every call."""
+"""Wraps any backend's session of a network that takes its LoRA as inputs, and feeds them in every call."""
 
 from __future__ import annotations
 

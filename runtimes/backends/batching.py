@@ -1,4 +1,4 @@
-"""Runs any number of rows through a session: cast to its dtypes, cut to its most rows, padded to its least.
+"""Runs any number of rows through a session: cast to its dtypes, split to the most it takes, padded to the fewest.
 
 Every array has the shape and dtype that its TensorSpec says, but any number of rows, its first axis; what is fed is
 cast.

@@ -1,7 +1,7 @@
-"""Details of a component beyond its inputs and outputs, one dataclass for each format: `DETAILS_OF`.
+"""What passes did to a component's file (pruned, quantized, converted), one dataclass for each format: `DETAILS_OF`.
 
-Each also holds the history of the network: how it was pruned, quantized, converted. A key of the JSON that is none of
-these fields is refused when the bundle is opened.
+What a network is for is in `roles`. A key of the JSON that is none of these fields is refused when the bundle is
+opened.
 """
 
 from __future__ import annotations

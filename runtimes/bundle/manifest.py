@@ -1,4 +1,4 @@
-"""`manifest.json` as frozen dataclasses: parsed with clear errors, written canonically, with a digest of what *is*.
+"""`manifest.json` as frozen dataclasses: parsed with clear errors, written canonically, with a digest of its contents.
 
 What was `measured` (seconds, memory, host, time, parity figures) is kept apart and left out of the digest:
 the same source, spec and tool versions give the same digest.

@@ -1,4 +1,4 @@
-"""Types of a manifest's open parts: figures of parity, measurements.
+"""Types of a manifest's parts without a fixed schema: figures of parity, measurements.
 
 They may hold more than this, which nobody reads. What is here and has another type is refused when the bundle is
 opened, by its key path, and not met later by whoever reads it.

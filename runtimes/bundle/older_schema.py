@@ -1,4 +1,4 @@
-"""Finds the command that builds a bundle of an older schema again, from whatever its manifest says; nothing raises."""
+"""Finds the command that builds a bundle of an older schema again, from whatever its manifest says; never raises."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""What each network of a bundle does, as data: the manifest's `pipeline`. Code asks for roles, never for a name.
+"""What each network of a bundle is for and what it is called (text encoder, denoiser, ...): the manifest's `pipeline`.
 
-A family (`exporters.families`) fills these in: it says which component encodes the prompt, denoises, encodes and
-decodes images, and what their inputs and outputs are called. Whatever no family has said yet has a default that
-changes nothing. Names of axes are no part of this: every component's are "batch", "height", "width" and "sequence",
-in pixels "image_height" and "image_width".
+Code asks for roles, never for a name. A family (`exporters.families`, most of it in `parts`) fills these in: it says
+which component encodes the prompt, denoises, encodes and decodes images, and what their inputs and outputs are called.
+Whatever no family has said yet has a default that changes nothing. Names of axes are no part of this: every component's
+are "batch", "height", "width" and "sequence", in pixels "image_height" and "image_width".
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class Conditioner:
 
 @dataclass(frozen=True)
 class Entry:
-    """Another way into the denoiser, taken at some steps instead of the whole network.
+    """Another way into the denoiser, taken at some steps instead of the whole network: the step cache's shallow graph.
 
     Attributes:
         component: its name in the bundle; it takes what the whole network takes, and

@@ -1,4 +1,4 @@
-"""Chooses quality presets: settings of the sampling loop that are worth their time, as measured of one bundle here.
+"""Chooses quality presets: settings of the sampling loop that `deploy tradeoffs` measured to be worth their time.
 
 Measuring is `deploy.bench.tradeoffs`; this reads what it left, needs the base dependencies only and runs no network.
 """

@@ -56,26 +56,27 @@ class Request:
     _: KW_ONLY
     negative_prompt: str | Sequence[str] | None = asked(
         None, kinds.TEXTS, "what to steer away from: one text, or one for each prompt; without effect where guidance "
-        "is off", default="the empty text; of XL zeros, as it was trained", flags=("--negative",))
+        "is off", default="the empty text; for XL an all-zero embedding", flags=("--negative",))
     steps: int = asked(
         DEFAULT_STEPS, kinds.WHOLE, "denoising steps of an image; more take longer and are more accurate", least=1)
     guidance_scale: float | None = asked(
         None, kinds.NUMBER, "how strongly to follow the prompt; usual are 1 to 15; at 1 and below guidance is off "
         "and a step costs half",
-        "The default is that of diffusers' class for the mode.",
+        "The default is that of diffusers' class for the mode. Models read by LDMBert are guided by every scale but 1.",
         default="the model's: 7.5, of XL 5", flags=("--guidance",))
     seed: int | Sequence[int] | None = asked(
-        None, kinds.SEEDS, "seed of the first image, the next ones count up; or one for each image; the low 32 bits "
-        "decide: 0 to 4294967295",
+        None, kinds.SEEDS, "seed of the first image, the next ones count up; or one for each image; 0 to "
+        "4294967295, of other numbers the low 32 bits count",
         'The noise is that of `torch.Generator("cpu").manual_seed(seed)`, bit for bit: diffusers makes the same image '
         "with it, and the same images with a list of them.",
-        default="unpredictable; on the command line 0", command_line=0)
+        default="unpredictable", command_line=0)
     images_per_prompt: int = asked(
         1, kinds.WHOLE, "images for each prompt, which follow each other in the result", least=1,
         flags=("-n", "--count"))
     height: int | None = asked(
         None, kinds.PIXELS, "pixels, of the sizes that the bundle was built for", least=1,
-        default="that of the latents, else the image's rounded down, else (and under a mask) the model's own")
+        default="the latents'; without latents, the image's rounded down; without either, or under a mask without "
+        "latents, the model's own")
     width: int | None = asked(
         None, kinds.PIXELS, "pixels, of the sizes that the bundle was built for", least=1,
         default="as for the height")
@@ -91,8 +92,8 @@ class Request:
         0.0, kinds.NUMBER, "share of rescaling against overexposure; 0.7 is usual", "See `guidance.Guidance`.",
         least=0, most=1)
     guidance_interval: tuple[float, float] = asked(
-        WHOLE_RUN, kinds.INTERVAL, "first and last share of the steps under guidance, as 0.1:0.7; a step outside costs "
-        "half", default="0:1")
+        WHOLE_RUN, kinds.INTERVAL, "steps under guidance, as shares of their number: 0.1:0.7 guides the 3rd to the "
+        "17th of 25; a step outside costs half", default="0:1")
     image: ImageLike | Sequence[ImageLike] | None = asked(
         None, kinds.IMAGES, "start from this image, resized to height and width (image to image); several are dealt "
         "out in turn", "A path, a Pillow image of mode RGB, or a float array (H, W, 3) or (K, H, W, 3) in 0..1. See "
@@ -101,7 +102,7 @@ class Request:
         None, kinds.MASKS, "white where the image is painted anew, black where it stays (inpainting); resized to "
         "height and width", "A path, a Pillow image, or an array (H, W) or (K, H, W), 1 from 0.5 on.", default="none")
     strength: float | None = asked(
-        None, kinds.NUMBER, "share of the steps that the image goes through: how far to leave it",
+        None, kinds.NUMBER, "share of the steps that the image goes through; the more, the less is left of it",
         "The default is that of diffusers' class for the mode; 1 under a mask starts from noise alone.",
         above=0, most=1, default="the model's: 0.8, of XL 0.3; under a mask 1, of XL 0.9999")
     weighting: bool = asked(
@@ -125,10 +126,11 @@ class Request:
         "(B, C, H/f, W/f) float32 that were not decoded", choices=OUTPUTS,
         no_option="images are written to --output, latents to --save-latents")
     part: tuple[float, float] = asked(
-        WHOLE_RUN, kinds.INTERVAL, "share of the noise schedule to denoise: 0:0.8 by a base model, 0.8:1 by a refiner",
+        WHOLE_RUN, kinds.INTERVAL, "part to denoise, as shares of the noise schedule, not of the steps: 0:0.8 by a "
+        "base model, 0.8:1 by a refiner",
         'The first with output="latents", which the second starts from as they are.', default="0:1")
     sizes: SizeConditions | None = asked(
-        None, kinds.SIZES, "what Stable Diffusion XL takes about sizes, as original=1024:768,crop=0:0; further keys: "
+        None, kinds.SIZES, "size conditions of Stable Diffusion XL, as original=1024:768,crop=0:0; further keys: "
         "target, aesthetic_score, negative_aesthetic_score", default="that the image is whole")
 
     def __post_init__(self) -> None:

@@ -1,5 +1,7 @@
-"""Makes the denoiser's inputs besides sample and timestep: the prompt as one or two text encoders read it, pooled
-embeddings, and sizes as numbers (Stable Diffusion XL, arXiv 2307.01952, section 2.2)."""
+"""Makes the denoiser's inputs besides sample and timestep: embedded prompts, pooled embeddings, sizes as numbers.
+
+The prompt is read by one or two text encoders; sizes are those of Stable Diffusion XL, arXiv 2307.01952, section 2.2.
+"""
 
 from __future__ import annotations
 

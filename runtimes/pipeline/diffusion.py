@@ -1,4 +1,4 @@
-"""Prompt to image: requests become jobs, jobs are advanced together, latents become images. Networks are others'.
+"""`Pipeline`: requests become jobs, jobs are advanced together, latents become images. It runs no network itself.
 
     prepare: tokenize -> encode prompts and images -> add noise; advance: denoise by one step; finish: decode
 """

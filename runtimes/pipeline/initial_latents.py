@@ -1,4 +1,4 @@
-"""Makes what denoising starts from: noise, or an image with noise, and the parts of it that inpainting leaves."""
+"""Makes the latents that denoising starts from (noise, an image with noise), and the inpainting mask at their size."""
 
 from __future__ import annotations
 

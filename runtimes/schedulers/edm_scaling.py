@@ -1,4 +1,4 @@
-"""What the EDM methods share: noise levels, and the preconditioning, which the sampler applies and not the network.
+"""What the EDM methods share: noise levels, and the preconditioning, which the sampler applies, not the network.
 
 Karras et al., Elucidating the Design Space of Diffusion-Based Generative Models, arXiv 2206.00364.
 """

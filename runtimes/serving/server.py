@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runtimes.errors import DeployError, UnavailableError
+from runtimes.errors import UnavailableError
 from runtimes.serving.engine.catalog import Catalog
 from runtimes.serving.options import ServerOptions
 from runtimes.serving.state.dispatcher import Dispatcher, Writing
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from runtimes.serving.http.service import Service
 
 logger = logging.getLogger(__name__)
+LOOK_SECONDS = 0.5
 DRAIN_SECONDS = 30.0  # for what runs at the end; Kubernetes' templates allow more before they kill
 
 
@@ -51,12 +52,13 @@ def run(bundles: Sequence[str], options: ServerOptions, say: Callable[[str], Non
     from runtimes.serving.http.observed import set_up_logs
 
     set_up_logs(options.log_format)
-    catalog = Catalog(bundles, options.digest)
-    with _listening(options) as listener, _service(catalog, options) as service:
+    catalog = Catalog(bundles, options.digest, device=options.device.split(",")[0],
+                      deterministic=options.deterministic)
+    with _listening(options) as listener, _service(catalog, options) as (service, pool):
         server = HttpServer(create_app(service), root_path=options.root_path, on_end=service.drain)
         host, port = listener.getsockname()[:2]
         address = f"http://{f'[{host}]' if ':' in host else host}:{port}{options.root_path}"
-        threading.Thread(target=_open, args=(service, lambda: say(f"serving {', '.join(catalog)} at {address}")),
+        threading.Thread(target=_open, args=(service, pool, lambda: say(f"serving {', '.join(catalog)} at {address}")),
                          name="opening", daemon=True).start()
         server.run(sockets=[listener])
         logger.info("no request is taken any more; what runs is finished")
@@ -67,14 +69,12 @@ def state_folder(options: ServerOptions) -> Path:
     return Path(options.state).expanduser() if options.state else cache_home() / "serve" / f"port-{options.port}"
 
 
-def _open(service: Service, ready: Callable[[], None]) -> None:
+def _open(service: Service, pool: WorkerPool, ready: Callable[[], None]) -> None:
     """Take requests once the first worker is there."""
     while service.state == "starting":
-        if any(worker.alive for worker in service.pool.status().workers):
+        if pool.wait_until_ready(LOOK_SECONDS) and service.state == "starting":
             service.state = "serving"
             ready()
-            return
-        threading.Event().wait(0.05)
 
 
 @contextmanager
@@ -90,7 +90,7 @@ def _listening(options: ServerOptions) -> Iterator[socket.socket]:
 
 
 @contextmanager
-def _service(catalog: Catalog, options: ServerOptions) -> Iterator[Service]:
+def _service(catalog: Catalog, options: ServerOptions) -> Iterator[tuple[Service, WorkerPool]]:
     """All parts, started in the order in which they need each other, and ended in the other."""
     from runtimes.serving.http.keys import KeyRing, Signer
     from runtimes.serving.http.service import Service
@@ -99,38 +99,16 @@ def _service(catalog: Catalog, options: ServerOptions) -> Iterator[Service]:
     keep = parse_bytes(options.keep_bytes, "--keep-bytes", 0)
     cached = parse_bytes(options.cache_bytes, "--cache-bytes", 0)
     folder = state_folder(options)
-    with JobStore(folder) as store, WorkerPool(catalog, options) as pool:
+    with JobStore(folder) as store, WorkerPool.of(catalog, options) as pool:
         cache = ResultCache(cached) if cached else None
         service = Service(catalog, pool, store, options, Signer.of(folder, hours=options.keep_hours), keys, cache=cache,
                           state="starting")
         retention = Retention(store, hours=options.keep_hours, image_bytes=keep)
         dispatcher = Dispatcher(store, pool, catalog, writing=Writing(options.safety, options.metadata), cache=cache,
                                 on_full=retention.look)
-        reloading = _Reloading(catalog, options.reload_seconds)
         try:
-            yield service
+            yield service, pool
         finally:
             service.drain()
-            reloading.stop()
             dispatcher.stop(DRAIN_SECONDS)
             retention.stop()
-
-
-class _Reloading:
-    """A thread that looks at the bundles, so that one that was built again is served without a restart."""
-
-    def __init__(self, catalog: Catalog, seconds: float) -> None:
-        self._catalog, self._seconds, self._stopped = catalog, seconds, threading.Event()
-        if seconds:
-            threading.Thread(target=self._work, name="reloading", daemon=True).start()
-
-    def stop(self) -> None:
-        self._stopped.set()
-
-    def _work(self) -> None:
-        while not self._stopped.wait(self._seconds):
-            try:
-                for name in self._catalog.refresh():
-                    logger.info("%s: served from now on as it was built again", name)
-            except DeployError as error:
-                logger.warning("bundles are served as before: %s", error)

@@ -1,4 +1,4 @@
-"""Embeds prompts: tokenizes them, looks them up, and runs the text encoder for what is new."""
+"""Embeds prompts: tokenizes them, looks them up, runs the text encoder for what is new, and applies prompt weights."""
 
 from __future__ import annotations
 

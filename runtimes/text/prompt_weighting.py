@@ -1,4 +1,6 @@
-"""Parses prompt weighting, `(word:1.3)`, `(word)` and `[word]`, to fragments of text with weights. No tokens here.
+"""Parses prompt weighting, `(word:1.3)`, `(word)` and `[word]`, to fragments of text with weights.
+
+`clip_tokenizer` gives the weights to tokens, `prompt_encoder` applies them to embeddings.
 
 The syntax is that of AUTOMATIC1111's web UI: round brackets multiply by 1.1 or by the number given, square brackets
 divide by 1.1, brackets nest, and a backslash makes a bracket text. A bracket without its partner is text too.

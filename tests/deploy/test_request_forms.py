@@ -78,7 +78,7 @@ def test_every_field_is_read_from_yaml_and_the_command_line_alike(name: str):
 def test_help_holds_default_and_range(name: str):
     said, option = FIELDS[name].metadata, {o.name: o for o in request_options()}.get(name)
     text = option.text if option is not None else described()
-    default = said.get("default", FIELDS[name].default)
+    default = said.get("command_line", said.get("default", FIELDS[name].default))
     assert str({True: "on", False: "off"}[default] if isinstance(default, bool) else default).removesuffix(".0") in text
     for limit in ("least", "above", "most"):
         if limit in said:

@@ -1,4 +1,4 @@
-"""A real server on a free loopback port, over pipelines of numpy functions: what the tests of the HTTP interface ask."""
+"""A real server on a free loopback port, over pipelines of numpy functions, which the tests of HTTP ask."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,12 @@ from runtimes.serving.engine.engine import Engine
 from runtimes.serving.http.app import create_app
 from runtimes.serving.http.connections import UVICORN
 from runtimes.serving.http.keys import KeyRing, Signer
-from runtimes.serving.http.service import ImageCache, Service
+from runtimes.serving.http.observed import Metrics
+from runtimes.serving.http.service import Service
 from runtimes.serving.options import ServerOptions
+from runtimes.serving.state.dispatcher import Dispatcher
 from runtimes.serving.state.job_store import JobStore
+from runtimes.serving.state.result_cache import ResultCache
 from tests.runtimes.fakes import DDIM, FACTS, FakeSession, fake_sessions, tokenize
 
 SIDES = ShapeRange(16, 32, 64), 8
@@ -66,10 +70,18 @@ class Serving:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def client(self, **options: Any) -> httpx.Client:
-        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
-        self.clients.append(client := httpx.Client(base_url=self.url, headers=headers, timeout=30, **options))
+    def client(self, key: str | None = None) -> httpx.Client:
+        """A client with a key; by default that of the first owner."""
+        key = self.key if key is None else key
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        client = httpx.Client(base_url=self.url, headers=headers, timeout=30, verify=False)  # certificates take 0.3 s
+        self.clients.append(client)
         return client
+
+    @cached_property
+    def anybody(self) -> httpx.Client:
+        """A client without a key."""
+        return self.client("")
 
     def openai(self, **options: Any) -> openai.OpenAI:
         values: dict[str, Any] = {"base_url": f"{self.url}/v1", "api_key": self.key or "none", "max_retries": 0}
@@ -97,7 +109,8 @@ def running_app(app: Any) -> Iterator[tuple[uvicorn.Server, int]]:
 
 @contextmanager
 def serving(folder: Path, pipelines: Mapping[str, Pipeline] | Pool | None = None, *,
-            keys: Mapping[str, str] | None = None, cache: ImageCache | None = None, models: Mapping[str, ServedModel] | None = None,
+            keys: Mapping[str, str] | None = None, cache: ResultCache | None = None,
+            models: Mapping[str, ServedModel] | None = None,
             change: Callable[[Service], None] = lambda service: None, most_waiting: int = 256, most_images: int = 8,
             **options: Any) -> Iterator[Serving]:
     """A server over numpy pipelines, or over a pool of another kind.
@@ -114,16 +127,22 @@ def serving(folder: Path, pipelines: Mapping[str, Pipeline] | Pool | None = None
     """
     if pipelines is None:
         pipelines = {"fake": slow_pipeline()}
+    metrics = Metrics()
     pool: Any = pipelines if not isinstance(pipelines, Mapping) else Engine(
-        pipelines, most_waiting=most_waiting, most_images=most_images)
+        pipelines, most_waiting=most_waiting, most_images=most_images, watch=metrics.observe)
     names = list(pipelines) if isinstance(pipelines, Mapping) else ["fake"]
     catalog = models or {name: replace(MODEL, name=name) for name in names}
+    if isinstance(pool, Engine):
+        for name, model in catalog.items():
+            if (loaded := pool.models.find(name)) is not None:
+                loaded.digest = model.digest  # pipelines that are given have none
     with JobStore(folder) as store:
         service = Service(catalog, pool, store, ServerOptions(**options), Signer.of(folder), keys=KeyRing(keys),
-                          cache=cache)
+                          metrics=metrics, cache=cache)
         change(service)
         try:
-            with running_app(create_app(service)) as (server, port):
+            with Dispatcher(store, pool, catalog, cache=cache, watch=metrics.observe), \
+                    running_app(create_app(service)) as (server, port):
                 found = Serving(port, service, server, next(iter((keys or {}).values()), ""))
                 try:
                     yield found

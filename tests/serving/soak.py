@@ -35,7 +35,7 @@ SAMPLE_SECONDS = 2.0
 LAST_REQUESTS = 3  # under way when the server is asked to end
 # A queue that is full now and then, and a result cache that never answers.
 SERVER_OPTIONS = ("--queue", "8", "--cache-bytes", "0", "--log-format", "json")
-console = Console(markup=False, emoji=False)
+console = Console(width=None if sys.stdout.isatty() else 150, markup=False, emoji=False)
 
 
 @dataclass
@@ -95,7 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
     broken = soak.broken()
     show(soak, broken)
     if broken:
-        console.print(f"the server's last lines: {server.last_lines()}")
+        console.print(f"the server's last lines: {server.last_lines(3)}")
     (folder / "soak.json").write_text(json.dumps(as_json(soak, broken), indent=2) + "\n")
     return 1 if broken else 0
 

@@ -16,7 +16,11 @@ import pytest
 
 from runtimes.serving.state.job_store import JobStore
 from runtimes.serving.state.store import COMPLETED, ENDED, FAILED, RUNNING
+from runtimes.text.clip_tokenizer import prepare_tokenizer
+from tests.runtimes.fakes import write_pipeline_bundle
+from tests.runtimes.vocabulary import make_vocabulary
 from tests.serving.kill_worker import POINTS, image_of
+from tests.serving.kills import trial
 
 
 def check_against_ledger(state: Path, ledger: Path) -> None:
@@ -71,3 +75,15 @@ def test_kill_9_ten_times_at_each_point_and_a_hundred_at_random_moments(tmp_path
             time.sleep(0.001 * (number * 37 % 250))
             process.kill()
         check_against_ledger(state, ledger)
+
+
+@pytest.mark.slow
+def test_a_whole_server_is_killed_at_each_point_and_its_clients_ledger_holds(tmp_path):
+    from transformers import CLIPTokenizer
+
+    vocab, merges = make_vocabulary()
+    CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=5).save_pretrained(tmp_path / "source")
+    prepare_tokenizer(tmp_path / "source", tmp_path / "bundle" / "tokenizer")
+    write_pipeline_bundle(tmp_path / "bundle", len(vocab) + 1)
+    outcome = trial(tmp_path / "bundle", tmp_path, each=1, at_random=4, seed=3)
+    assert outcome.faults == [] and sum(outcome.kills.values()) == len(POINTS) + 4

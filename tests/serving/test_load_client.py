@@ -7,6 +7,7 @@ import itertools
 import math
 import random
 import statistics
+import threading
 from pathlib import Path
 
 import httpx
@@ -128,7 +129,7 @@ def test_whole_batches_are_of_equal_steps_the_oldest_first_and_answer_all_or_fai
     from runtimes.inputs.request import Request
 
     batches: list[list[int]] = []
-    gate = __import__("threading").Event()
+    gate = threading.Event()
 
     def run(batch):
         gate.wait(10)

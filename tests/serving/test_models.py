@@ -6,6 +6,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,8 @@ from runtimes.inputs.request import Request
 from runtimes.serving.engine import models as models_module
 from runtimes.serving.engine.catalog import Catalog
 from runtimes.serving.engine.engine import Engine
-from runtimes.serving.engine.models import Loaded, Models, opener, resident_bytes
+from runtimes.serving.engine.models import Models, opener, resident_bytes
+from runtimes.serving.engine.sources import Loaded
 from tests.serving.tiny_bundles import copied, remark, tiny_bundle
 from tests.serving.worker_pipelines import fake
 
@@ -36,6 +38,15 @@ class Opened:
         self.closed = True
 
 
+def opened_one(offered) -> Any:
+    return Opened(offered)
+
+
+def closed(loaded: Loaded) -> bool:
+    pipeline: Any = loaded.pipeline
+    return bool(pipeline.closed)
+
+
 def found(models: Models, name: str) -> Loaded:
     """Ask until it is loaded, as the engine does."""
     until = time.monotonic() + 10
@@ -50,13 +61,18 @@ def names(models: Models) -> list[str]:
 
 
 def three(most_bytes: int = 250, **more) -> Models:
-    return Models({name: Offer(name) for name in "abc"}, most_bytes=most_bytes, opened=Opened, resident=lambda: 0,
+    return Models({name: Offer(name) for name in "abc"}, most_bytes=most_bytes, opened=opened_one, resident=lambda: 0,
                   **more)
 
 
 def test_a_bundle_is_loaded_when_it_is_asked_for_and_once():
     opened = []
-    models = Models({"a": Offer("1")}, opened=lambda offered: opened.append(offered) or Opened(offered))
+
+    def counted(offered):
+        opened.append(offered)
+        return opened_one(offered)
+
+    models = Models({"a": Offer("1")}, opened=counted)
     assert models.loaded() == []
     assert found(models, "a") is found(models, "a") and len(opened) == 1
     with pytest.raises(InputError, match="no model 'x'"):
@@ -68,21 +84,21 @@ def test_the_one_used_longest_ago_makes_way_and_is_closed():
     a, b = found(models, "a"), found(models, "b")
     found(models, "a")
     found(models, "c")
-    assert names(models) == ["a", "c"] and b.pipeline.closed and not a.pipeline.closed
+    assert names(models) == ["a", "c"] and closed(b) and not closed(a)
 
 
 def test_what_runs_is_not_unloaded_and_what_waits_for_its_room_is_known():
     models = three(most_bytes=150)
     a = found(models, "a")
     models.hold(a)
-    assert models.find("b") is None and models.blocked("b") and not a.pipeline.closed
+    assert models.find("b") is None and models.blocked("b") and not closed(a)
     models.release(a)
     found(models, "b")
-    assert names(models) == ["b"] and a.pipeline.closed and not models.blocked("b")
+    assert names(models) == ["b"] and closed(a) and not models.blocked("b")
 
 
 def test_a_bundle_larger_than_the_cap_is_refused_with_both_numbers():
-    models = Models({"a": Offer("1", 3_000_000)}, most_bytes=2_000_000, opened=Opened)
+    models = Models({"a": Offer("1", 3_000_000)}, most_bytes=2_000_000, opened=opened_one)
     models.find("a")
     with pytest.raises(OutOfMemoryError, match="takes 3 MB, and loaded bundles may take 2 MB"):
         models.find("a")
@@ -94,7 +110,7 @@ def test_what_the_process_grew_by_counts_where_it_is_more_than_the_files():
 
     def opened(offered):
         memory[0] += 180
-        return Opened(offered)
+        return opened_one(offered)
 
     models = Models({name: Offer(name) for name in "ab"}, most_bytes=300, opened=opened, resident=lambda: memory[0])
     a = found(models, "a")
@@ -115,7 +131,7 @@ def test_a_bundle_that_cannot_be_loaded_says_why_and_is_tried_again_when_it_chan
         tried.append(offered.digest)
         if offered.digest == "1":
             raise BundleError("it is damaged", where="/somewhere/unet")
-        return Opened(offered)
+        return opened_one(offered)
 
     models = Models(offers, opened=opened)
     for _ in range(3):
@@ -132,7 +148,7 @@ def test_what_the_machine_lacks_is_tried_again_after_a_while(monkeypatch):
     def opened(offered):
         if lacking[0]:
             raise MemoryError
-        return Opened(offered)
+        return opened_one(offered)
 
     models = Models({"a": Offer("1")}, opened=opened)
     with pytest.raises(OutOfMemoryError):
@@ -146,19 +162,19 @@ def test_what_the_machine_lacks_is_tried_again_after_a_while(monkeypatch):
 
 def test_new_requests_get_the_new_bundle_while_running_ones_finish_on_the_old():
     offers = {"a": Offer("1")}
-    models = Models(offers, opened=Opened)
+    models = Models(offers, opened=opened_one)
     old = found(models, "a")
     models.hold(old)
     offers["a"] = Offer("2")
     new = found(models, "a")
-    assert new.digest == "2" and not old.pipeline.closed and len(models.loaded()) == 2
+    assert new.digest == "2" and not closed(old) and len(models.loaded()) == 2
     models.release(old)
-    assert old.pipeline.closed and models.loaded() == [new]
+    assert closed(old) and models.loaded() == [new]
 
 
 def test_a_replaced_bundle_that_runs_nothing_is_unloaded_and_its_successor_loaded_before_it_is_asked_for():
     offers = {"a": Offer("1")}
-    models = Models(offers, opened=Opened)
+    models = Models(offers, opened=opened_one)
     old = found(models, "a")
     offers["a"] = Offer("2")
     models.tidy()
@@ -166,7 +182,7 @@ def test_a_replaced_bundle_that_runs_nothing_is_unloaded_and_its_successor_loade
     while [one.digest for one in models.loaded()] != ["2"]:
         assert time.monotonic() < until
         time.sleep(0.002)
-    assert old.pipeline.closed
+    assert closed(old)
 
 
 def test_what_is_wished_for_is_loaded_only_into_free_room():
@@ -239,19 +255,21 @@ def test_a_bundle_that_is_replaced_under_load_fails_no_request_and_gives_back_it
     models = Models(catalog, opened=opener(threads=1))
     digests = []
     with Engine(models) as engine:
-        tickets = []
-        for n in range(30):
+        tickets = [engine.submit(Request("a cat", steps=6, seed=0, output="numpy"), "m")]
+        tickets[0].result(60)
+        for n in range(1, 31):
             tickets.append(engine.submit(Request("a cat", steps=6, seed=n % 3, output="numpy"), "m"))
             if n in (8, 18):
+                tickets[-2].result(60)
                 remark(folder, f"build {n}")
                 time.sleep(0.05)  # requests meet the other bundle before the catalog does
                 assert catalog.refresh() == ["m"]
-            digests.append(catalog["m"].digest)
             time.sleep(0.01)
+            digests.append(catalog["m"].digest)
         results = [ticket.result(30) for ticket in tickets]
         assert len(engine.status().workers[0].models) == 1
     assert len(set(digests)) == 3 and {result.digest for result in results} == set(digests)
-    for result, twin in zip(results, [results[n % 3] for n in range(30)], strict=True):
+    for result, twin in zip(results, [results[n % 3] for n in range(31)], strict=True):
         assert (result.images == twin.images).all()  # only their digests differ
     models.close()
     assert models.loaded() == []

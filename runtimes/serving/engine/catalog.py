@@ -24,7 +24,7 @@ from runtimes.bundle.tensors import ShapeRange
 from runtimes.errors import DeployError, InputError, UnavailableError
 from runtimes.inputs import quality_presets
 from runtimes.inputs.aspect_ratios import nearest_size, parse_aspect
-from runtimes.inputs.resolved import pixel_limits
+from runtimes.inputs.resolved_request import pixel_limits
 from runtimes.pipeline.batch_facts import BatchFacts
 from runtimes.pipeline.initial_latents import inpaints
 from runtimes.schedulers import SCHEDULERS, from_config

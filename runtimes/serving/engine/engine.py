@@ -23,8 +23,9 @@ from runtimes.errors import CancelledError, DeployError, InputError, Unavailable
 from runtimes.inputs.noise import resolve_seeds
 from runtimes.serving.engine.contract import Generated, PoolStatus, WorkerStatus
 from runtimes.serving.engine.lanes import Lane, Lanes, Running
-from runtimes.serving.engine.models import GivenModels, Loaded, Source, Steppable, resident_bytes
+from runtimes.serving.engine.models import resident_bytes
 from runtimes.serving.engine.rate import Rate
+from runtimes.serving.engine.sources import GivenModels, Loaded, Source, Steppable
 from runtimes.serving.engine.ticket import Progress, Ticket
 from runtimes.serving.engine.waiting import Waiting
 
@@ -136,6 +137,7 @@ class Engine:
                     ticket.end(error=_fault(error))
                 for one in self._lanes.running():
                     self._end(one, error=_fault(error))
+                self.waiting.wait(IDLE_SECONDS, self.waiting.changes)  # or a lasting fault would fill the log
             self._call_began = None
         for ticket in (*self.waiting.drain(), *(one.ticket for one in self._lanes.running())):
             ticket.end(error=UnavailableError("the engine was shut down", where="engine", fix="ask again"))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from runtimes.serving.engine.models import Loaded
+from runtimes.serving.engine.sources import Loaded
 
 if TYPE_CHECKING:
     from runtimes.pipeline.job import Job

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from runtimes.inputs.request import Request
-    from runtimes.serving.engine.contract import Generated
+    from runtimes.serving.engine.results import Generated
 
 logger = logging.getLogger(__name__)
 _NUMBERS = itertools.count()

@@ -29,22 +29,35 @@ OPEN_BELOW = ("/studio/", "/v1/images/")
 CLIENT_GONE = 499
 
 
-class _Answer:
-    """What is sent, with the headers that every answer has."""
+class _Exchange:
+    """What is received, within the limit, and what is sent, with the headers that every answer has."""
 
-    def __init__(self, send: Send, identity: str, *, has_body: bool) -> None:
-        self._send, self._identity, self._unread = send, identity, has_body
+    def __init__(self, receive: Receive, send: Send, identity: str, headers: Headers, most: int) -> None:
+        self._receive, self._send, self._identity, self._most = receive, send, identity, most
+        self._unread = "content-length" in headers or "transfer-encoding" in headers
+        self._length, self._received = headers.get("content-length", ""), 0
         self.status, self.started = CLIENT_GONE, False
 
-    def receiving(self, receive: Receive) -> Receive:
-        """`receive`, noticing the end of the body."""
-        async def received() -> Message:
-            message = await receive()
-            if message["type"] != "http.request" or not message.get("more_body", False):
-                self._unread = False
-            return message
+    async def receive(self) -> Message:
+        """A part of the body; what is too large is refused before it is read, or as soon as it shows.
 
-        return received if self._unread else receive
+        Raises:
+            HttpError: 413.
+        """
+        if self._length.isdecimal() and int(self._length[:20]) > self._most:
+            raise self._too_large()
+        message = await self._receive()
+        if message["type"] == "http.request":
+            self._received += len(message.get("body", b""))
+            if self._received > self._most:
+                raise self._too_large()
+        if message["type"] != "http.request" or not message.get("more_body", False):
+            self._unread = False
+        return message
+
+    def _too_large(self) -> HttpError:
+        return HttpError(413, f"the body has more than {self._most:,} bytes", code="request_too_large",
+                         fix="send less, or start the server with a larger --max-body")
 
     async def send(self, message: Message) -> None:
         """Send a part of the answer."""
@@ -78,26 +91,26 @@ class Surroundings:
         self._place(scope)
         notes: dict[str, Any] = {}
         scope.setdefault("state", {})["noted"] = notes
-        answer = _Answer(send, identity, has_body="content-length" in headers or "transfer-encoding" in headers)
+        exchange = _Exchange(receive, send, identity, headers, self._service.max_body)
         try:
-            await self._entered(scope, headers, answer.receiving(receive), answer.send)
+            await self._entered(scope, headers, exchange.receive, exchange.send)
         except ClientGone:
             pass
         except Exception as error:
-            if not await self._failed(scope, receive, answer, error):
+            if not await self._failed(scope, exchange, error):
                 raise
         finally:
-            self._ended(scope, answer.status, time.perf_counter() - began, notes)
+            self._ended(scope, exchange.status, time.perf_counter() - began, notes)
             REQUEST_ID.reset(token)
 
     @staticmethod
-    async def _failed(scope: Scope, receive: Receive, answer: _Answer, error: Exception) -> bool:
+    async def _failed(scope: Scope, exchange: _Exchange, error: Exception) -> bool:
         """A fault of ours: the log has all of it, the client nothing but that. Whether it could be answered."""
         logger.error("an error of the server", exc_info=error)
         scope["state"]["reason"] = "internal_error"
-        if answer.started:
+        if exchange.started:
             return False
-        await failure_of(error).response()(scope, receive, answer.send)
+        await failure_of(error).response()(scope, exchange.receive, exchange.send)
         return True
 
     def _place(self, scope: Scope) -> None:

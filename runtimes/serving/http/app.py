@@ -6,11 +6,15 @@ uvicorn runs it with `connections.UVICORN`, whose bounds of headers, connections
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import hashlib
+import json
 import mimetypes
+from html import escape
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from fastapi import APIRouter, FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -29,6 +33,9 @@ from runtimes.serving.http.observed import CONTENT_TYPE, telemetry
 from runtimes.serving.http.service import Service
 
 STUDIO = Path(__file__).resolve().parents[1] / "studio"
+STYLE = ("body{font:16px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color-scheme:light "
+         "dark}table{border-collapse:collapse;width:100%;margin:1rem 0}td,th{border:1px solid #8886;padding:.25rem .5rem;"
+         "text-align:left;vertical-align:top;overflow-wrap:anywhere}pre{white-space:pre-wrap}")
 PAGE_POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
                "connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'")
 TITLE = "ldm-deploy"
@@ -49,7 +56,7 @@ def create_app(service: Service) -> FastAPI:
         service: the parts of the server; its `state` may change while it serves.
     """
     app = FastAPI(title=TITLE, description=DESCRIPTION, version=metadata.version("ldm-deploy"), docs_url=None,
-                  redoc_url=None, max_body_size=service.max_body, middleware=_layers(service),
+                  redoc_url=None, middleware=_layers(service),
                   telemetry=telemetry(service.options.telemetry, TITLE), redirect_slashes=False, openapi_tags=[
                       {"name": "images"}, {"name": "jobs"}, {"name": "models"}, {"name": "sdapi"},
                       {"name": "operations"}])
@@ -117,6 +124,57 @@ async def studio(request: Request, path: str = "index.html") -> Response:
     if request.headers.get("if-none-match") == tag:
         return Response(status_code=304, headers=headers)
     return Response(content, headers=headers)
+
+
+@operations.get("/docs", include_in_schema=False)
+async def docs(request: Request) -> Response:
+    """The description of the API as a page without scripts, which needs no network; /openapi.json has all of it."""
+    app: FastAPI = request.app
+    page = await asyncio.to_thread(_docs_page, app.openapi())
+    allowed = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
+    return Response(page, headers={"Content-Type": "text/html; charset=utf-8", "Cache-Control": "no-cache",
+                                   "Content-Security-Policy": f"default-src 'none'; style-src 'sha256-{allowed}'"})
+
+
+def _docs_page(description: dict[str, Any]) -> str:
+    parts = [f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+             f"<title>{TITLE}</title><style>{STYLE}</style><h1>{TITLE} {escape(description['info']['version'])}</h1>"
+             f"<pre>{escape(DESCRIPTION)}</pre><p>All of it, for programs: <a href=openapi.json>openapi.json</a>"]
+    for path, methods in description["paths"].items():
+        for method, said in methods.items():
+            parts.append(f"<h2>{method.upper()} {escape(path)}</h2><p>{escape(said.get('description', ''))}")
+            rows = [(field["name"], field["schema"], field.get("description", ""), field.get("required", False))
+                    for field in said.get("parameters", ())]
+            for kind, content in said.get("requestBody", {}).get("content", {}).items():
+                parts.append(f"<p>Body: {escape(kind)}")
+                rows += [(name, schema, schema.get("description", ""), name in content["schema"].get("required", ()))
+                         for name, schema in content["schema"].get("properties", {}).items()]
+            parts.append(_table(("field", "type", ""), [
+                (name + (" *" if required else ""), _type(schema), text) for name, schema, text, required in rows]))
+            parts.append(_table(("status", "", "example"), [
+                (status, answer.get("description", ""), json.dumps(answer.get("content", {}).get(
+                    "application/json", {}).get("example", "")).strip('"'))
+                for status, answer in said["responses"].items()]))
+    return "\n".join(parts)
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    if not rows:
+        return ""
+    lines = "".join(f"<tr>{''.join(f'<td>{escape(cell)}' for cell in row)}" for row in rows)
+    return f"<table><tr>{''.join(f'<th>{escape(cell)}' for cell in head)}{lines}</table>"
+
+
+def _type(schema: dict[str, Any]) -> str:
+    """In words: "integer, 1 to 64"."""
+    choices = [part for part in schema.get("anyOf", [schema]) if part.get("type") != "null"]
+    found = []
+    for part in choices:
+        text = " | ".join(map(str, part["enum"])) if "enum" in part else str(part.get("const", part.get("type", "")))
+        limits = [f"{word} {part[key]}" for key, word in (("minimum", "from"), ("exclusiveMinimum", "above"),
+                                                          ("maximum", "to")) if key in part]
+        found.append(" ".join([text, *limits]))
+    return " or ".join(found)
 
 
 def _studio_file(path: str) -> bytes:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.server import HANDLED_SIGNALS
 
 MOST_HEAD = 1 << 16  # bytes of a request's line and headers: httptools itself has no bound
 HEAD_SECONDS, BODY_SECONDS = 20.0, 120.0
@@ -87,6 +90,16 @@ class HttpServer(uvicorn.Server):
         """
         super().__init__(uvicorn.Config(app, root_path=root_path, **UVICORN))
         self._on_end = on_end
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """As uvicorn's, which besides raises the signal again at the end: before anything else could be ended."""
+        before = {sig: signal.signal(sig, self.handle_exit) for sig in HANDLED_SIGNALS}
+        try:
+            yield
+        finally:
+            for sig, handler in before.items():
+                signal.signal(sig, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal: the first drains, the second gives up."""

@@ -34,6 +34,7 @@ from runtimes.serving.http.schemas import (
     ModelList,
 )
 from runtimes.serving.http.service import Service
+from runtimes.serving.state.job_run import result_of
 from runtimes.serving.state.order import Order
 
 router = APIRouter(prefix="/v1")
@@ -105,8 +106,8 @@ async def _data(request: Request, service: Service, order: Order, result: Result
     """Each image with its seed, by its content or by an address."""
     if body.response_format == "url":
         files = [(image.content, image.kind) for image in result.images]
-        record = {"digest": result.digest, "seeds": [image.seed for image in result.images],
-                  "flagged": [image.flagged for image in result.images] if result.judged else []}
+        record = result_of([image.seed for image in result.images], [image.flagged for image in result.images],
+                           result.digest, judged=result.judged)
         await asyncio.to_thread(service.store.record, order.to_json(), files, record, model=order.model,
                                 owner=owner_of(request))
     found = []

@@ -193,18 +193,23 @@ def _news(last: JobProgress, now: JobProgress, shown: int) -> list[bytes]:
 
 def _answer(request: Request, job: StoredJob) -> dict[str, Any]:
     """A job as its client sees it. It asks the store, which may block."""
-    store = service_of(request).store
+    store, fields = service_of(request).store, job.request["fields"]
     progress = JobProgress(job.status) if job.status in ENDED else store.progress(job.id, owner=job.owner)
-    fields, result = dict(job.request.get("fields", {})), job.result
-    seeds, flags = fields.get("seed") or [], result.get("flagged") or []
-    images = [{"url": image_address(request, image.sha256, image.kind), "sha256": image.sha256, "kind": image.kind,
-               "bytes": image.bytes, "seed": seeds[place] if place < len(seeds) else 0,
-               "flagged": flags[place] if place < len(flags) else None} for place, image in enumerate(job.images)]
     return {"id": job.id, "object": "job", "status": job.status, "model": job.model, "created_at": int(job.created),
             "ended_at": None if job.ended is None else int(job.ended), "position": progress.position,
             "step": progress.step, "total": progress.total, "attempts": job.attempts, "reason": job.reason or None,
-            "digest": result.get("digest"), "request": {**fields, "output": job.request.get("output", {})},
-            "images": images}
+            "digest": job.result.get("digest"), "request": {**fields, "output": job.request["output"]},
+            "images": _images(request, job)}
+
+
+def _images(request: Request, job: StoredJob) -> list[dict[str, Any]]:
+    service, result = service_of(request), job.result
+    model, looks = service.catalog.get(job.model), service.options.safety != "off"
+    judged = result.get("judged", looks and model is not None and model.has_safety_checker)
+    return [{"url": image_address(request, image.sha256, image.kind), "sha256": image.sha256, "kind": image.kind,
+             "bytes": image.bytes, "seed": seed, "flagged": flagged if judged else None}
+            for image, seed, flagged in zip(job.images, result.get("seeds", ()), result.get("flagged", ()),
+                                            strict=False)]
 
 
 @router.head("/images/{sha256}.{kind}", include_in_schema=False)

@@ -21,8 +21,8 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from runtimes.errors import UnavailableError
-from runtimes.serving.engine.contract import Generated, PoolStatus, WorkerStatus
-from runtimes.serving.engine.ticket import Ticket
+from runtimes.inputs.request import Request
+from runtimes.serving.engine.contract import PoolStatus, WorkerStatus
 
 ACCESS = logging.getLogger("runtimes.serving.access")
 REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
@@ -50,27 +50,40 @@ class Metrics:
                                 ("route", "method", "status"), registry=registry)
         self.seconds = Histogram("ldm_http_seconds", "From a request's head to the end of its answer.", ("route",),
                                  buckets=SECONDS, registry=registry)
-        self.wait = Histogram("ldm_wait_seconds", "What a request waited before its first step.", buckets=SECONDS,
-                              registry=registry)
-        self.service = Histogram("ldm_service_seconds", "From a request's first step to its images.", buckets=SECONDS,
-                                 registry=registry)
-        self.batch = Histogram("ldm_batch_images", "Images that shared a denoiser call, mean over a request's steps.",
-                               buckets=BATCHES, registry=registry)
-        self.images = Counter("ldm_images", "Images that were generated.", ("model",), registry=registry)
-        self.steps = Counter("ldm_steps", "Denoising steps of all images; its rate is steps a second.", ("model",),
+        histograms = {
+            "wait": ("ldm_wait_seconds", "What a request or job waited in the queue.", SECONDS),
+            "service": ("ldm_service_seconds", "From a request's or job's first step to its images.", SECONDS),
+            "batch": ("ldm_batch_images", "Images that shared a denoiser call.", BATCHES),
+            "step": ("ldm_step_seconds", "One call of the denoiser and what belongs to it.", SECONDS),
+            "job wait": ("ldm_job_wait_seconds", "What a claimed job waited before its first step.", SECONDS),
+            "job service": ("ldm_job_service_seconds", "From a job's first step to its images.", SECONDS),
+            "write": ("ldm_job_write_seconds", "Writing a job's images to disk.", SECONDS)}
+        self._histograms = {figure: Histogram(name, text, buckets=buckets, registry=registry)
+                            for figure, (name, text, buckets) in histograms.items()}
+        self.images = Counter("ldm_images", "Images that were generated.", ("of",), registry=registry)
+        self.steps = Counter("ldm_steps", "Denoising steps of all images; its rate is steps a second.", ("of",),
                              registry=registry)
         self.failures = Counter("ldm_failures", "Requests without images, by reason.", ("reason",), registry=registry)
         self.cache = Counter("ldm_result_cache", "Look-ups in the cache of finished images.", ("result",),
                              registry=registry)
 
-    def served(self, ticket: Ticket, generated: Generated) -> None:
-        """A ticket has its images."""
-        began = ticket.started if ticket.started is not None else ticket.created
-        self.wait.observe(max(began - ticket.created, 0))
-        self.service.observe(generated.seconds)
-        self.batch.observe(generated.batch)
-        self.images.labels(ticket.model).inc(ticket.images)
-        self.steps.labels(ticket.model).inc(ticket.images * ticket.request.steps)
+    def observe(self, figure: str, value: float) -> None:
+        """What pools and the dispatcher report, given to them as `watch`.
+
+        Args:
+            figure: "wait", "service", "step", "job wait", "job service" and "write" in seconds; "batch" images;
+                "job images" and "job steps" of a job that has ended. Others are not shown.
+            value: of it.
+        """
+        if (histogram := self._histograms.get(figure)) is not None:
+            histogram.observe(value)
+        elif figure in ("job images", "job steps"):
+            (self.images if figure == "job images" else self.steps).labels("jobs").inc(value)
+
+    def served(self, request: Request) -> None:
+        """A synchronous request has its images."""
+        self.images.labels("requests").inc(request.count)
+        self.steps.labels("requests").inc(request.count * request.steps)
 
     def failed(self, reason: str) -> None:
         """A request got no images."""
@@ -173,7 +186,7 @@ def set_up_logs(form: str, stream: TextIO | None = None, level: int = logging.IN
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [], name != "uvicorn.access"
-    for noisy in ("python_multipart", "PIL", "httpx", "asyncio"):
+    for noisy in ("uvicorn.error", "python_multipart", "PIL", "httpx", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 

@@ -113,7 +113,7 @@ async def _parts(form: FormData, files: tuple[str, ...]) -> tuple[dict[str, Any]
 def _expect(request: Request, kind: str) -> None:
     given = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if given != kind:
-        raise HttpError(415, f"the body is {given or 'of no type'!r:.80}", code="unsupported_media_type",
+        raise HttpError(415, f"the body is of the type {given or 'none'!r:.80}", code="unsupported_media_type",
                         fix=f"send {kind}")
 
 

@@ -68,7 +68,7 @@ class Run:
         """
         self.service.check_open()
         digest = self.service.catalog[self.order.model].digest
-        if (cache := self.service.cache) is not None:
+        if (cache := self.service.cache) is not None and cache.most_bytes:
             found = await asyncio.to_thread(cache.get, self.order.key(digest))
             self.service.metrics.cache.labels("miss" if found is None else "hit").inc()
             if found is not None:
@@ -122,7 +122,7 @@ class Run:
         except DeployError as error:
             self.service.metrics.failed(reason_of(error))
             raise
-        self.service.metrics.served(self._ticket, generated)
+        self.service.metrics.served(self._ticket.request)
         return await asyncio.to_thread(self._written, generated)
 
     def progress(self) -> tuple[int, int, NDArray[np.uint8] | None]:
@@ -147,7 +147,7 @@ class Run:
             generated = replace(generated, digest=self.service.catalog[self.order.model].digest)
         images = written(generated, self.order, safety=options.safety, metadata=options.metadata)
         if self.service.cache is not None:
-            self.service.cache.put(self.order.key(generated.digest), images)
+            self.service.cache.put(self.order.key(generated.digest), tuple(images))
         return Result(images, generated.digest, self._judge and bool(generated.flagged))
 
 

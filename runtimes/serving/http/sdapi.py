@@ -159,9 +159,10 @@ def _order(service: Service, body: Text2Image, owner: str) -> Order:
     model = service.model(_model_in(body.override_settings), owner)
     fields: dict[str, Any] = {**model.preset("standard"), "prompt": body.prompt,
                               "images_per_prompt": (body.batch_size or 1) * (body.n_iter or 1)}
-    for name, value in (("negative_prompt", body.negative_prompt or None), ("steps", body.steps), ("eta", body.eta),
-                        ("guidance_scale", body.cfg_scale), ("scheduler", _scheduler(_sampler(body))),
-                        ("seed", None if body.seed in (None, -1) else body.seed)):
+    scheduler = _scheduler(_sampler(body))
+    for name, value in (("negative_prompt", body.negative_prompt or None), ("steps", body.steps),
+                        ("eta", _eta(body.eta, scheduler)), ("guidance_scale", body.cfg_scale),
+                        ("scheduler", scheduler), ("seed", None if body.seed in (None, -1) else body.seed)):
         if value is not None:
             fields[name] = value
     files = {}
@@ -232,15 +233,24 @@ def _sampler(body: Text2Image) -> str | None:
 
 
 def _scheduler(sampler: str | None) -> str | None:
-    """Our name of a sampler of the web UI; our own names are taken too.
-
-    Raises:
-        HttpError: 400: there is none, as of those with a noise schedule in their name.
-    """
+    """Our name of a sampler of the web UI; others are taken for our own, and refused later where they are not."""
     if sampler is None:
         return None
-    found = {shown.lower(): name for name, shown in SAMPLERS.items()}.get(sampler.lower(), sampler)
-    return found
+    return {shown.lower(): name for name, shown in SAMPLERS.items()}.get(sampler.lower(), sampler)
+
+
+def _eta(eta: float | None, scheduler: str | None) -> float | None:
+    """The share of fresh noise, which the web UI passes to ancestral samplers, whose 1 is ours, and to DDIM alone.
+
+    Raises:
+        HttpError: 400 for another one of an ancestral sampler.
+    """
+    if eta is None or scheduler in (None, "ddim", "tcd"):
+        return eta
+    if scheduler in ("euler-ancestral", "kdpm2-ancestral") and eta != 1:
+        raise HttpError(400, "ancestral samplers have an eta of 1 here", code="unsupported_field", where="eta",
+                        fix="leave it out, or give 1")
+    return None
 
 
 def _info(order: Order, result: Result, sampler: str) -> dict[str, Any]:

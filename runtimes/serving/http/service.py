@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from runtimes.errors import UnavailableError
 from runtimes.serving.engine.catalog import ServedModel
@@ -13,19 +13,9 @@ from runtimes.serving.http.errors import HttpError
 from runtimes.serving.http.keys import KeyRing, RateLimiter, Signer
 from runtimes.serving.http.observed import Metrics
 from runtimes.serving.options import ServerOptions
+from runtimes.serving.state.result_cache import ResultCache
 from runtimes.serving.state.store import Store
-from runtimes.serving.state.written_images import WrittenImage
 from runtimes.system.byte_sizes import parse_bytes
-
-
-class ImageCache(Protocol):
-    """Finished images by what they are made of. Its calls may block."""
-
-    def get(self, key: str) -> Sequence[WrittenImage] | None:
-        """The images of an order's key; None where there are none."""
-
-    def put(self, key: str, images: Sequence[WrittenImage]) -> None:
-        """Remember images, and forget others."""
 
 
 @dataclass
@@ -53,7 +43,7 @@ class Service:
     signer: Signer
     keys: KeyRing = field(default_factory=KeyRing)
     metrics: Metrics = field(default_factory=Metrics)
-    cache: ImageCache | None = None
+    cache: ResultCache | None = None
     state: str = "serving"
     chosen: dict[str, str] = field(default_factory=dict)
     runs: dict[str, list[Any]] = field(default_factory=dict)

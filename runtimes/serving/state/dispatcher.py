@@ -78,7 +78,8 @@ class Dispatcher:
             models: what is served now, by name; it may change.
             writing: how results are written.
             cache: of finished images, which the synchronous requests use too; None for none.
-            watch: receives figures by name: "job wait", "job service" and "write" in seconds.
+            watch: receives figures by name: "job wait", "job service" and "write" in seconds, "job images" and "job
+                steps" of all its images.
             on_full: called where the disk is full, so that somebody makes room.
         """
         self._store, self._pool, self._models = store, pool, models
@@ -295,6 +296,8 @@ class Dispatcher:
             self._watch("write", monotonic() - began)
             self._watch("job wait", max((run.ticket.started or began) - run.ticket.created, 0.0))
             self._watch("job service", began - (run.ticket.started or began))
+            self._watch("job images", len(images))
+            self._watch("job steps", len(images) * run.ticket.request.steps)
 
     def _complete(self, job: StoredJob, images: Sequence[WrittenImage], digest: str, measured: dict[str, Any]) -> bool:
         """Store images; a job that the disk has no room for is put back."""

@@ -69,7 +69,7 @@ class JobRun:
 
 
 def beside(pixels: NDArray[np.uint8]) -> bytes:
-    """Previews (B, h, w, 3) uint8 side by side, as one PNG file."""
+    """Previews side by side as one PNG file: (B, h, w, 3) uint8 colours, 0 to 255."""
     count, height, width, _ = pixels.shape
     return encoded(Image.fromarray(pixels.transpose(1, 0, 2, 3).reshape(height, count * width, 3)), "png")
 

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from runtimes.serving.engine.engine import Engine
-from runtimes.serving.engine.models import Models, Offered, Steppable, opener, resident_bytes
+from runtimes.serving.engine.models import Models, opener, resident_bytes
+from runtimes.serving.engine.sources import Offered, Steppable
 from runtimes.serving.engine.ticket import Progress, Ticket
+from runtimes.serving.workers.channel import Channel, Message, ProtocolError
 from runtimes.serving.workers.encoded import decoded_request, encoded_error, encoded_result
-from runtimes.serving.workers.messages import Channel, Message, ProtocolError
 
 logger = logging.getLogger(__name__)
 HEARTBEAT_SECONDS = 1.0
@@ -24,7 +25,7 @@ MOST_WAITING = 4096  # the server holds the queue; what it sends is taken
 
 @dataclass(frozen=True)
 class Offer:
-    """A bundle that requests may name: see `engine.models.Offered`."""
+    """A bundle that requests may name: see `engine.sources.Offered`."""
 
     folder: Path
     digest: str

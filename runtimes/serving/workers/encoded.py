@@ -23,7 +23,7 @@ from runtimes.errors import (
 from runtimes.inputs.request import Request
 from runtimes.serving.engine.contract import Generated
 from runtimes.serving.engine.ticket import Progress
-from runtimes.serving.workers.messages import DTYPES, Message, ProtocolError
+from runtimes.serving.workers.channel import DTYPES, Message, ProtocolError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -40,6 +40,7 @@ ARRAYS = ("image", "mask")
 def encoded_request(request: Request) -> tuple[dict[str, Any], Arrays]:
     """The fields of a request that are not their defaults, JSON-able, and what they refer to by number.
 
+    Every array keeps its shape and dtype; pixels of Pillow images are bytes, (n,) uint8.
     Files that it names are read now: the worker may be on another machine.
 
     Raises:
@@ -65,7 +66,7 @@ def encoded_request(request: Request) -> tuple[dict[str, Any], Arrays]:
 
 
 def decoded_request(fields: Mapping[str, Any], arrays: Sequence[NDArray[Any]]) -> Request:
-    """What `encoded_request` wrote.
+    """What `encoded_request` wrote; every array as it was, of any shape and dtype: pixels, latents or bytes.
 
     Raises:
         ProtocolError: an image that the message does not hold.
@@ -83,7 +84,7 @@ def decoded_request(fields: Mapping[str, Any], arrays: Sequence[NDArray[Any]]) -
 
 
 def encoded_result(result: Generated) -> tuple[dict[str, Any], Arrays]:
-    """Images as one array: (B, H, W, 3) uint8 of Pillow images, else as they are."""
+    """Images as one array: pixels (B, H, W, 3) uint8 of Pillow images, else as they are."""
     pillow = isinstance(result.images, list)
     pixels = np.stack([np.asarray(image) for image in result.images]) if pillow else result.images
     return {"pillow": pillow, "digest": result.digest, "flagged": list(result.flagged), "seconds": result.seconds,

@@ -16,7 +16,7 @@ from multiprocessing.context import AuthenticationError
 from pathlib import Path
 
 from runtimes.errors import InputError, UnavailableError
-from runtimes.serving.workers.messages import Channel
+from runtimes.serving.workers.channel import Channel
 
 logger = logging.getLogger(__name__)
 CHALLENGE_SECONDS = 5.0

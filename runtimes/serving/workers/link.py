@@ -10,8 +10,8 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol
 
 from runtimes.serving.engine.ticket import Ticket
+from runtimes.serving.workers.channel import Channel, Message, ProtocolError
 from runtimes.serving.workers.encoded import encoded_request
-from runtimes.serving.workers.messages import Channel, Message, ProtocolError
 
 if TYPE_CHECKING:
     from runtimes.inputs.request import Request

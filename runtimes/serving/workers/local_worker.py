@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from contextlib import suppress
 from time import monotonic
 
+from runtimes.serving.workers.channel import Channel, Message
 from runtimes.serving.workers.connected_engine import Offer, WorkerOptions
 from runtimes.serving.workers.link import Link
-from runtimes.serving.workers.messages import Channel, Message
 
-MODULE = "runtimes.serving.workers.worker"
+MODULE = "runtimes.serving.workers.engine_process"
 SETTLED_SECONDS = 60.0  # a worker that lived so long is started again at once
 
 

@@ -22,12 +22,12 @@ from runtimes.serving.engine.rate import Rate
 from runtimes.serving.engine.ticket import Ticket
 from runtimes.serving.engine.waiting import Waiting
 from runtimes.serving.options import ServerOptions
+from runtimes.serving.workers.channel import Channel, Message, ProtocolError
 from runtimes.serving.workers.connected_engine import Offer, WorkerOptions
 from runtimes.serving.workers.encoded import decoded_error, decoded_progress, decoded_result
 from runtimes.serving.workers.joining import Listener, read_key
 from runtimes.serving.workers.link import Link, can_run, choose
 from runtimes.serving.workers.local_worker import LocalWorker, described
-from runtimes.serving.workers.messages import Channel, Message, ProtocolError
 from runtimes.serving.workers.placement import placed
 
 if TYPE_CHECKING:

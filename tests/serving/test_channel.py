@@ -26,6 +26,7 @@ from runtimes.inputs.request import Request
 from runtimes.inputs.request_fields import SizeConditions
 from runtimes.serving.engine.contract import Generated
 from runtimes.serving.engine.waiting import QueueFullError
+from runtimes.serving.workers.channel import MOST_ARRAY_BYTES, PROTOCOL, Channel, Message, ProtocolError
 from runtimes.serving.workers.encoded import (
     decoded_error,
     decoded_progress,
@@ -35,7 +36,6 @@ from runtimes.serving.workers.encoded import (
     encoded_request,
     encoded_result,
 )
-from runtimes.serving.workers.messages import MOST_ARRAY_BYTES, PROTOCOL, Channel, Message, ProtocolError
 
 
 @pytest.fixture
@@ -72,9 +72,10 @@ def header(**changes) -> bytes:
 
 def test_messages_arrive_as_they_were_sent(pair):
     rng = np.random.default_rng(0)
-    arrays = [rng.integers(0, 255, (2, 64, 64, 3), np.uint8), rng.standard_normal((1, 4, 8, 8)).astype(np.float32),
-              np.zeros((0, 3), np.float64), np.float32(3).reshape(()), np.arange(6, dtype=np.int64)[::2],
-              np.arange(4, dtype=">f4")]
+    arrays: list[np.ndarray] = [
+        rng.integers(0, 255, (2, 64, 64, 3), np.uint8), rng.standard_normal((1, 4, 8, 8)).astype(np.float32),
+        np.zeros((0, 3), np.float64), np.full((), 3, np.float32), np.arange(6, dtype=np.int64)[::2],
+        np.arange(4, dtype=">f4")]
     received = sent(pair, Message("done", {"text": "ä\ud800\n", "n": 1, "x": 1.5, "none": None}, arrays))
     assert received.kind == "done" and received.fields == {"text": "ä\ud800\n", "n": 1, "x": 1.5, "none": None}
     for array, expected in zip(received.arrays, arrays, strict=True):

@@ -43,7 +43,7 @@ class Message:
     Attributes:
         kind: what it is about.
         fields: JSON-able.
-        arrays: of the dtypes in `DTYPES`, any shape.
+        arrays: pixels or latents, of the dtypes in `DTYPES` and any shape.
     """
 
     kind: str

@@ -1,7 +1,7 @@
 """The process of one worker.
 
-    python -m runtimes.serving.workers.worker --fd 7                                     # started by `WorkerPool`
-    python -m runtimes.serving.workers.worker --join HOST:PORT --key-file FILE BUNDLE... # an engine of another machine
+    python -m runtimes.serving.workers.engine_process --fd 7        # as `WorkerPool` starts it
+    python -m runtimes.serving.workers.engine_process --join HOST:PORT --key-file FILE BUNDLE...    # on another machine
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from runtimes.errors import DeployError, InputError
 from runtimes.serving.engine.catalog import Catalog
 from runtimes.serving.engine.models import Models
 from runtimes.serving.options import EngineOptions
+from runtimes.serving.workers.channel import Channel, Message, ProtocolError
 from runtimes.serving.workers.connected_engine import ConnectedEngine, Offer, WorkerOptions, loaded_by, offers_of
 from runtimes.serving.workers.joining import connect, read_key
-from runtimes.serving.workers.messages import Channel, Message, ProtocolError
 from runtimes.serving.workers.placement import placed
 
 logger = logging.getLogger(__name__)
-MODULE = "runtimes.serving.workers.worker"
+MODULE = "runtimes.serving.workers.engine_process"
 AGAIN_SECONDS, MOST_AGAIN_SECONDS = 1.0, 30.0
 
 
