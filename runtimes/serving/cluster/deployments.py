@@ -76,7 +76,7 @@ class RayServer:
             UnavailableError: the cluster has no node with the volume, or the application does not start.
         """
         refuse_what_is_not_honoured(options)
-        config = user_config(bundles, options.digest, options.device.split(",")[0])
+        config = user_config(bundles, options.digest, options.first_device)
         self.own = not os.environ.get("RAY_ADDRESS")  # whether the cluster is
         if not ray.is_initialized():
             own: dict[str, Any] = {"resources": {STATE_RESOURCE: 1}, "include_dashboard": False} if self.own else {}
@@ -151,6 +151,8 @@ def refuse_what_is_not_honoured(options: ServerOptions) -> None:
         if getattr(options, name) != getattr(ServerOptions, name):
             raise InputError(f"it has no effect with --ray: {reason}", where=f"--{name.replace('_', '-')}",
                              fix="leave it out")
+    if options.device == "none":
+        raise InputError("Ray's replicas are the engines", where="--device", fix="leave it out, or give cuda")
     if not options.state:
         raise InputError("several machines need one folder of jobs and images", where="--state",
                          fix=f"a folder on the node that has the resource {STATE_RESOURCE}")

@@ -89,7 +89,7 @@ class ClusterSettings:
     @property
     def device(self) -> str:
         """Of one engine; Ray gives it its own GPU, which is the first that it sees."""
-        return self.server.device.split(",")[0]
+        return self.server.first_device
 
 
 @dataclass

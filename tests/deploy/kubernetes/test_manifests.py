@@ -26,7 +26,8 @@ from deploy.kubernetes.manifests import (
 from deploy.kubernetes.options import KubernetesOptions
 from runtimes.bundle.folder import Bundle
 from runtimes.errors import InputError
-from runtimes.serving.options import ServerOptions
+from runtimes.serving.options import EngineOptions, ServerOptions
+from runtimes.serving.workers.placement import placed
 from tests.deploy.kubernetes.validation import KUBERNETES, RAY_SERVICE, faults
 from tests.runtimes.fakes import write_pipeline_bundle
 
@@ -232,6 +233,16 @@ def test_the_server_is_started_with_options_that_it_has(variant):
         made = ServerOptions(**{k.replace("-", "_"): v for k, v in {**given, **ports}.items() if k != "digest"})
         assert made.host == "0.0.0.0" and made.state == "/state", name
         assert (made.engine_port > 0) == (options.layout == "engines")
+        assert (made.device == "none") == (options.layout == "engines")
+
+
+def test_a_server_without_a_device_leaves_generating_to_engines_that_join():
+    joined = ServerOptions(device="none", engine_port=8001, engine_key_file="key")
+    assert placed(joined) == [] and joined.first_device == "cpu"
+    with pytest.raises(InputError, match="nothing would generate"):
+        ServerOptions(device="none")
+    with pytest.raises(InputError, match="an engine needs a device"):
+        placed(EngineOptions(device="none"))
 
 
 def test_ray_serves_configuration_is_one_that_ray_takes(bundles):
