@@ -41,7 +41,7 @@ def export_triton(
 
 def kubernetes_options() -> list[Option]:
     """The bundles, the folder, and the fields of `KubernetesOptions`."""
-    from deploy.kubernetes.options import KubernetesOptions
+    from deploy.kubernetes.kubernetes_options import KubernetesOptions
 
     return [Option("bundles", list[Path], "folders that `build` wrote", argument="BUNDLE...", required=True),
             Option("output", Path, "folder to write, required", flags=("-o", "--output"), required=True),
@@ -51,8 +51,8 @@ def kubernetes_options() -> list[Option]:
 def export_kubernetes(given: dict[str, Any]) -> None:
     """Write manifests that serve bundles on Kubernetes: one server, scaled engines, or Ray Serve under KubeRay."""
     from deploy.cli import console
-    from deploy.kubernetes.manifests import export_kubernetes
-    from deploy.kubernetes.options import KubernetesOptions
+    from deploy.kubernetes.kubernetes_files import export_kubernetes
+    from deploy.kubernetes.kubernetes_options import KubernetesOptions
     from runtimes.bundle.folder import Bundle
 
     bundles, output = given.pop("bundles"), given.pop("output")

@@ -16,9 +16,9 @@ import pytest
 
 from runtimes.errors import CancelledError, DeployError, InputError, UnavailableError
 from runtimes.inputs.request import Request
+from runtimes.serving.cluster.cluster_settings import ClusterSettings
 from runtimes.serving.cluster.engine_replica import Call, Message
 from runtimes.serving.cluster.ray_pool import MOST_ATTEMPTS, RayPool
-from runtimes.serving.cluster.settings import ClusterSettings
 from runtimes.serving.engine.contract import Generated
 from runtimes.serving.engine.ticket import Progress
 from runtimes.serving.engine.waiting import QueueFullError

@@ -21,9 +21,9 @@ from typing import Any
 
 from ray import serve
 
+from runtimes.serving.cluster.cluster_settings import ClusterSettings
 from runtimes.serving.cluster.engine_replica import EngineReplica
 from runtimes.serving.cluster.front import ENGINES, FRONT, Front
-from runtimes.serving.cluster.settings import ClusterSettings
 
 HEALTH_SECONDS, HEALTH_TIMEOUT_SECONDS = 5.0, 30.0
 MOST_CONNECTIONS = 1024  # of one front; followers of events stay connected
@@ -43,7 +43,7 @@ def built(settings: ClusterSettings, user_config: Mapping[str, Any] | None = Non
 
     Args:
         settings: of every part.
-        user_config: the bundles, as `settings.user_config` makes it; a configuration file has it itself.
+        user_config: the bundles, as `cluster_settings.user_config` makes it; a configuration file has it itself.
     """
     common: dict[str, Any] = {
         "user_config": user_config, "health_check_period_s": HEALTH_SECONDS,

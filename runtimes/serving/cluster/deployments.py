@@ -26,7 +26,13 @@ from ray.serve.schema import ApplicationStatus
 
 from runtimes.errors import InputError, UnavailableError
 from runtimes.serving.cluster.application import built
-from runtimes.serving.cluster.settings import APPLICATION, NAMESPACE, STATE_RESOURCE, ClusterSettings, user_config
+from runtimes.serving.cluster.cluster_settings import (
+    APPLICATION,
+    NAMESPACE,
+    STATE_RESOURCE,
+    ClusterSettings,
+    user_config,
+)
 from runtimes.serving.options import ServerOptions
 
 CORES = 8  # of one engine on the CPU, as of a worker of the server of one machine

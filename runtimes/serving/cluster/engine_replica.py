@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from runtimes.errors import DeployError, UnavailableError
-from runtimes.serving.cluster.settings import ClusterSettings, Offer
+from runtimes.serving.cluster.cluster_settings import ClusterSettings, Offer
 from runtimes.serving.engine.contract import Generated
 from runtimes.serving.engine.engine import Engine
 from runtimes.serving.engine.models import Models, opener

@@ -15,9 +15,9 @@ from ray import serve
 from ray.serve.exceptions import ReplicaUnavailableError
 
 from runtimes.errors import UnavailableError
+from runtimes.serving.cluster.cluster_settings import APPLICATION, ClusterSettings, Offer
 from runtimes.serving.cluster.engine_replica import Call, Message
 from runtimes.serving.cluster.ray_pool import RayPool, Stream
-from runtimes.serving.cluster.settings import APPLICATION, ClusterSettings, Offer
 from runtimes.serving.cluster.state_service import RemoteStore, state_actor
 from runtimes.serving.engine.contract import WorkerStatus
 from runtimes.serving.http.app import create_app

@@ -19,7 +19,7 @@ from typing import Any
 import ray
 
 from runtimes.errors import DeployError, UnavailableError
-from runtimes.serving.cluster.settings import NAMESPACE, STATE_ACTOR, STATE_RESOURCE, ClusterSettings
+from runtimes.serving.cluster.cluster_settings import NAMESPACE, STATE_ACTOR, STATE_RESOURCE, ClusterSettings
 from runtimes.serving.state.job_store import JobStore
 from runtimes.serving.state.store import LEASE_SECONDS, Changes, JobProgress, Store, StoredJob
 from runtimes.system.byte_sizes import parse_bytes

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from deploy.kubernetes.manifests import (
+from deploy.kubernetes.kubernetes_files import (
     KUBERAY_VERSION,
     KUBERNETES_VERSION,
     QUEUE_METRIC,
@@ -23,7 +23,7 @@ from deploy.kubernetes.manifests import (
     export_kubernetes,
     rendered,
 )
-from deploy.kubernetes.options import KubernetesOptions
+from deploy.kubernetes.kubernetes_options import KubernetesOptions
 from runtimes.bundle.folder import Bundle
 from runtimes.errors import InputError
 from runtimes.serving.options import EngineOptions, ServerOptions

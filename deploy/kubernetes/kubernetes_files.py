@@ -12,7 +12,7 @@ from pathlib import Path
 from textwrap import indent
 from typing import Any
 
-from deploy.kubernetes.options import KubernetesOptions
+from deploy.kubernetes.kubernetes_options import KubernetesOptions
 from runtimes.bundle.folder import Bundle
 from runtimes.errors import InputError, UnavailableError
 
