@@ -55,7 +55,7 @@ class EngineOptions:
     """
 
     device: str = option("cpu", "devices to run on, separated by commas: cpu, cuda:0, cuda:1, tensorrt:0; one worker "
-                         "each, of the CPU one for each group of cores")
+                         "each, of the CPU one for each group of cores; none leaves it to engines that join")
     workers: int = option(0, "worker processes on the CPU; the cores are divided among them", least=0,
                           default="one for every 8 cores")
     memory: str = option("", "memory that the loaded bundles of one worker may take, as 6GB; the one used longest ago "
@@ -72,6 +72,11 @@ class EngineOptions:
         check_ranges(self)
         if self.memory:
             parse_bytes(self.memory, "--memory")
+
+    @property
+    def first_device(self) -> str:
+        """That bundles are described for; the CPU where others have the devices."""
+        return "cpu" if self.device == "none" else self.device.split(",")[0]
 
 
 @dataclass(frozen=True)
@@ -131,6 +136,9 @@ class ServerOptions(EngineOptions):
         if self.host not in LOOPBACK and not self.api_key_file:
             raise InputError(f"{self.host} can be reached by others, and no key is asked for", where="--host",
                              fix="give --api-key-file, or listen on 127.0.0.1")
+        if self.device == "none" and not self.engine_port:
+            raise InputError("nothing would generate", where="--device",
+                             fix="give a device, or --engine-port for engines that join")
         if self.engine_port and not self.engine_key_file:
             raise InputError("engines of other machines need a key", where="--engine-port",
                              fix="give --engine-key-file")

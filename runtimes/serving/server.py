@@ -52,7 +52,7 @@ def run(bundles: Sequence[str], options: ServerOptions, say: Callable[[str], Non
     from runtimes.serving.http.observed import set_up_logs
 
     set_up_logs(options.log_format)
-    catalog = Catalog(bundles, options.digest, device=options.device.split(",")[0],
+    catalog = Catalog(bundles, options.digest, device=options.first_device,
                       deterministic=options.deterministic)
     with _listening(options) as listener, _service(catalog, options) as (service, pool):
         server = HttpServer(create_app(service), on_end=service.drain)
