@@ -115,8 +115,8 @@ _ERRORS = documented(400, 401, 404, 413, 415, 422, 429, 500, 503)
 def _documents(kind: type[BaseModel]) -> dict[str, Any]:
     """What the OpenAPI page says, the fields that are not honoured among it."""
     neutral = NEUTRAL | ({} if kind is Text2Image else NEUTRAL_WITH_MASK)
-    refused = ", ".join(f"{name} ({' or '.join(map(json.dumps, values)) or 'null'})" for name, values in neutral.items())
-    text = (f"As the web UI's endpoint of this name. Accepted without effect on the image: "
+    refused = ", ".join(f"{name} ({' or '.join(map(json.dumps, known)) or 'null'})" for name, known in neutral.items())
+    text = ("As the web UI's endpoint of this name. Accepted without effect on the image: "
             f"{', '.join(sorted(WITHOUT_EFFECT))}, and hr_* and firstphase_* while enable_hr is false. Refused by name "
             f"unless they change nothing: {refused}. Other fields are refused as unknown.")
     return {"description": text, "response_model": None, "responses": {200: {"model": Generated}, **_ERRORS},
