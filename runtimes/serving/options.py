@@ -64,6 +64,7 @@ class EngineOptions:
     deterministic: bool = option(False, "the same bytes for the same request whatever shares its calls, also where a "
                                  "network depends on the number of rows")
     reload_seconds: float = option(2.0, "how often bundles are looked at for changes; 0 never reloads", least=0)
+    log_format: str = option("text", "form of the log's lines", choices=LOG_FORMATS)
     engine_key_file: str = option("", "file with the key by which engines of other machines and their server know each "
                                   "other", default="none")
 
@@ -115,7 +116,6 @@ class ServerOptions(EngineOptions):
     max_images: int = option(8, "images of one request", least=1, most=64)
     max_steps: int = option(150, "denoising steps of one request", least=1)
 
-    log_format: str = option("text", "form of the log's lines", choices=LOG_FORMATS)
     telemetry: str = option("", "address that receives OpenTelemetry traces (OTLP over HTTP); needs the extra "
                             "[telemetry]", default="none")
     engine_port: int = option(0, "port on which engines of other machines may join, with --engine-key-file; see "

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from runtimes.errors import UnavailableError
 from runtimes.serving.engine.catalog import Catalog
+from runtimes.serving.logs import set_up_logs
 from runtimes.serving.options import ServerOptions
 from runtimes.serving.state.dispatcher import Dispatcher, Writing
 from runtimes.serving.state.job_store import JobStore
@@ -49,7 +50,6 @@ def run(bundles: Sequence[str], options: ServerOptions, say: Callable[[str], Non
     """
     from runtimes.serving.http.app import create_app
     from runtimes.serving.http.connections import HttpServer
-    from runtimes.serving.http.observed import set_up_logs
 
     set_up_logs(options.log_format)
     catalog = Catalog(bundles, options.digest, device=options.first_device,
@@ -104,8 +104,9 @@ def _service(catalog: Catalog, options: ServerOptions) -> Iterator[tuple[Service
         service = Service(catalog, pool, store, options, Signer.of(folder, hours=options.keep_hours), keys, cache=cache,
                           state="starting")
         retention = Retention(store, hours=options.keep_hours, image_bytes=keep)
-        dispatcher = Dispatcher(store, pool, catalog, writing=Writing(options.safety, options.metadata), cache=cache,
-                                on_full=retention.look)
+        dispatcher = Dispatcher(store, pool, catalog, writing=Writing(
+            options.safety, options.metadata, most_jobs=2 * options.batch * len(pool.status().workers) or options.batch),
+            cache=cache, on_full=retention.look)
         try:
             yield service, pool
         finally:

@@ -21,7 +21,8 @@ from runtimes.errors import UnavailableError
 from runtimes.serving.engine.contract import PoolStatus
 from runtimes.serving.http import app as app_module
 from runtimes.serving.http.app import STUDIO
-from runtimes.serving.http.observed import ACCESS, JsonFormatter, RequestIdFilter, TextFormatter, set_up_logs
+from runtimes.serving.http.observed import ACCESS
+from runtimes.serving.logs import JsonFormatter, RequestIdFilter, TextFormatter, set_up_logs
 from tests.serving.http_server import MODEL, Serving, serving, slow_pipeline, wait_for
 
 ASK = {"prompt": "a secret cat", "num_inference_steps": 2}

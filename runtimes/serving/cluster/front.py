@@ -22,8 +22,8 @@ from runtimes.serving.cluster.state_service import RemoteStore, state_actor
 from runtimes.serving.engine.contract import WorkerStatus
 from runtimes.serving.http.app import create_app
 from runtimes.serving.http.keys import KeyRing, Signer
-from runtimes.serving.http.observed import set_up_logs
 from runtimes.serving.http.service import Service
+from runtimes.serving.logs import set_up_logs
 from runtimes.serving.state.dispatcher import Dispatcher, Writing
 from runtimes.serving.state.result_cache import ResultCache
 from runtimes.system.byte_sizes import parse_bytes

@@ -96,6 +96,10 @@ class RemoteStore:
         return self._ask("accept", request, model=model, owner=owner, priority=priority, deadline=deadline,
                          idempotency_key=key, fingerprint=fingerprint, files=files)
 
+    def accepted(self, owner: str, idempotency_key: str, fingerprint: str) -> StoredJob | None:
+        """The job that this key was accepted as; see `Store`."""
+        return self._ask("accepted", owner, idempotency_key, fingerprint)
+
     def record(self, request: Mapping[str, Any], images: Sequence[tuple[bytes, str]], result: Mapping[str, Any], *,
                model: str, owner: str = "") -> StoredJob:
         """Store what was generated without a job; see `Store`."""

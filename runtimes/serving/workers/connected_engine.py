@@ -73,6 +73,7 @@ class WorkerOptions:
         company_seconds: how long the first request of an idle worker waits for others.
         heartbeat_seconds: between two signs of life.
         pipelines: `MODULE:FUNCTION` that gives the function that loads a bundle, for tests; "" for `runtimes.load`.
+        log_format: of its log's lines: "text" or "json".
     """
 
     name: str = ""
@@ -85,6 +86,7 @@ class WorkerOptions:
     company_seconds: float = COMPANY_SECONDS
     heartbeat_seconds: float = HEARTBEAT_SECONDS
     pipelines: str = ""
+    log_format: str = "text"
 
     @classmethod
     def from_message(cls, message: Message) -> WorkerOptions:

@@ -46,5 +46,6 @@ def placed(options: EngineOptions, machine: Machine | None = None) -> list[Worke
             name = f"{device.kind}:{device.index}" if KINDS[device.kind] else device.kind
             places.append((name, device, CoreGroup(machine.threads)))
     most = parse_bytes(options.memory, "--memory") if options.memory else machine.memory_each(len(places))
-    return [WorkerOptions(name, str(device), group.cores, group.threads, options.batch, most, options.deterministic)
+    return [WorkerOptions(name, str(device), group.cores, group.threads, options.batch, most, options.deterministic,
+                          log_format=options.log_format)
             for name, device, group in places]
