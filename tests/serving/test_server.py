@@ -117,7 +117,7 @@ def test_the_log_is_json_in_every_process(bundle, tmp_path):
         server.stop()
         lines = server.last_lines(200).split(" | ")
     said = [json.loads(line) for line in lines if not line.startswith("serving ")]
-    assert {line["logger"] for line in said} >= {"runtimes.serving.http.access", "runtimes.serving.engine.models"}
+    assert {line["logger"] for line in said} >= {"runtimes.serving.access", "runtimes.serving.engine.models"}
 
 
 def test_options_say_what_goes_together():
