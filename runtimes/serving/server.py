@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 LOOK_SECONDS = 0.5
+MOST_JOINED = 8  # engines of other machines that are kept busy with jobs
 DRAIN_SECONDS = 30.0  # for what runs at the end; Kubernetes' templates allow more before they kill
 
 
@@ -93,20 +94,23 @@ def _listening(options: ServerOptions) -> Iterator[socket.socket]:
 def _service(catalog: Catalog, options: ServerOptions) -> Iterator[tuple[Service, WorkerPool]]:
     """All parts, started in the order in which they need each other, and ended in the other."""
     from runtimes.serving.http.keys import KeyRing, Signer
+    from runtimes.serving.http.observed import Metrics
     from runtimes.serving.http.service import Service
 
     keys = KeyRing.read(options.api_key_file) if options.api_key_file else KeyRing()
     keep = parse_bytes(options.keep_bytes, "--keep-bytes", 0)
     cached = parse_bytes(options.cache_bytes, "--cache-bytes", 0)
     folder = state_folder(options)
-    with JobStore(folder) as store, WorkerPool.of(catalog, options) as pool:
+    metrics = Metrics()
+    with JobStore(folder) as store, WorkerPool.of(catalog, options, metrics.observe) as pool:
         cache = ResultCache(cached) if cached else None
-        service = Service(catalog, pool, store, options, Signer.of(folder, hours=options.keep_hours), keys, cache=cache,
-                          state="starting")
+        service = Service(catalog, pool, store, options, Signer.of(folder, hours=options.keep_hours), keys, metrics,
+                          cache, state="starting")
         retention = Retention(store, hours=options.keep_hours, image_bytes=keep)
-        dispatcher = Dispatcher(store, pool, catalog, writing=Writing(
-            options.safety, options.metadata, most_jobs=2 * options.batch * len(pool.status().workers) or options.batch),
-            cache=cache, on_full=retention.look)
+        workers = len(pool.status().workers) + (MOST_JOINED if options.engine_port else 0)
+        writing = Writing(options.safety, options.metadata, most_jobs=2 * options.batch * max(workers, 1))
+        dispatcher = Dispatcher(store, pool, catalog, writing=writing, cache=cache, watch=metrics.observe,
+                                on_full=retention.look)
         try:
             yield service, pool
         finally:

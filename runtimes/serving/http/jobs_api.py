@@ -176,10 +176,8 @@ async def _followed(request: Request, service: Service, identity: str, seen: str
                 answer = await asyncio.to_thread(lambda: _answer(request, store.job(identity, owner=owner)))
                 yield format_sse_event(event="end", id="end", data_str=json.dumps(answer))
                 return
-            if service_of(request).state == "draining":
-                return  # the client comes again, to the next server or this one's next start
             if service.state == "draining":
-                return
+                return  # the client comes again, to the next server or this one's next start
             last = now
             if time.monotonic() - quiet > KEEP_ALIVE_SECONDS:
                 quiet = time.monotonic()
