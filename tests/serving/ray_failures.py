@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections import Counter
@@ -106,10 +107,11 @@ def single_server(bundle: Path, state: Path) -> Iterator[str]:
     """`deploy serve` as it is without Ray."""
     command = [sys.executable, "-m", "deploy", "serve", f"emoji={bundle}", "--port", "0", "--state", str(state),
                "--workers", "1", "--deterministic"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
         try:
-            assert process.stdout is not None
-            line = process.stdout.readline()
+            assert process.stderr is not None
+            line = next(line for line in process.stderr if "http://" in line)
+            threading.Thread(target=process.stderr.read, daemon=True).start()  # a full pipe would stop it
             yield line[line.index("http://"):].strip()
         finally:
             process.terminate()
