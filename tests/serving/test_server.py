@@ -44,17 +44,21 @@ def test_a_signal_drains_it_and_the_next_start_goes_on(bundle, tmp_path):
     """What runs is answered or queued again, streams end, and the exit code is 0."""
     port, state = free_port(), tmp_path / "state"
     with Server(serve_command(bundle, port, state, "--batch", "1"), port) as server:
-        jobs = [httpx.post(f"{server.url}/v1/jobs", json={**LONG, "seed": n}, trust_env=False).json()["id"]
-                for n in range(4)]
         seen: list[str] = []
         answers: list[httpx.Response] = []
-        followed = threading.Thread(target=events, args=(server.url, jobs[-1], seen))
         asked = threading.Thread(target=lambda: answers.append(
             httpx.post(f"{server.url}/v1/images/generations", json=LONG, timeout=120, trust_env=False)))
-        followed.start(), asked.start()
+        asked.start()
         until = time.monotonic() + 30
-        while b"ldm_requests_running 0" in (page := httpx.get(f"{server.url}/metrics", trust_env=False).content):
+        while "ldm_running 0.0" in (page := httpx.get(f"{server.url}/metrics", trust_env=False).text):
             assert time.monotonic() < until, page
+        jobs = [httpx.post(f"{server.url}/v1/jobs", json={**LONG, "seed": n}, trust_env=False).json()["id"]
+                for n in range(60)]
+        followed = threading.Thread(target=events, args=(server.url, jobs[-1], seen))
+        followed.start()
+        while not seen:
+            assert time.monotonic() < until
+            time.sleep(0.01)
         os.kill(server.pid, signal.SIGTERM)
         followed.join(60), asked.join(120)
         assert server.wait(60) == 0
