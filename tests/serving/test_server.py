@@ -52,8 +52,8 @@ def test_a_signal_drains_it_and_the_next_start_goes_on(bundle, tmp_path):
         until = time.monotonic() + 30
         while "ldm_running 0.0" in (page := httpx.get(f"{server.url}/metrics", trust_env=False).text):
             assert time.monotonic() < until, page
-        jobs = [httpx.post(f"{server.url}/v1/jobs", json={**LONG, "seed": n}, trust_env=False).json()["id"]
-                for n in range(60)]
+        jobs = [httpx.post(f"{server.url}/v1/jobs", json={**LONG, "seed": n, "n": 8}, trust_env=False).json()["id"]
+                for n in range(12)]
         followed = threading.Thread(target=events, args=(server.url, jobs[-1], seen))
         followed.start()
         while not seen:
