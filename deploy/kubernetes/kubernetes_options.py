@@ -47,7 +47,7 @@ class KubernetesOptions:
                            "adapter for external metrics", choices=SCALE_ON)
     host: str = option("", "name under which an Ingress shows the server", default="no Ingress")
     storage: str = option("20Gi", "size of the volume of jobs and images")
-    storage_class: str = option("", "its class", default="the cluster's own")
+    storage_class: str = option("", "storage class of the volume", default="the cluster's own")
     secret: str = option("", "Secret that holds the API keys and the engine key", default="NAME-keys")
     drain_seconds: int = option(120, "how long requests under way may take when a pod ends", least=1, most=3600)
 

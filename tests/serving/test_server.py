@@ -37,13 +37,15 @@ def refused(*arguments: str) -> tuple[int, str]:
 
 def events(url: str, identity: str, seen: list[str]) -> None:
     with httpx.stream("GET", f"{url}/v1/jobs/{identity}/events", timeout=60, trust_env=False) as stream:
-        seen += [line.removeprefix("event: ") for line in stream.iter_lines() if line.startswith("event: ")]
+        for line in stream.iter_lines():
+            if line.startswith("event: "):
+                seen.append(line.removeprefix("event: "))
 
 
 def test_a_signal_drains_it_and_the_next_start_goes_on(bundle, tmp_path):
     """What runs is answered or queued again, streams end, and the exit code is 0."""
     port, state = free_port(), tmp_path / "state"
-    with Server(serve_command(bundle, port, state, "--batch", "1"), port) as server:
+    with Server(serve_command(bundle, port, state, "--batch", "1", "--max-images", "64"), port) as server:
         seen: list[str] = []
         answers: list[httpx.Response] = []
         asked = threading.Thread(target=lambda: answers.append(
@@ -52,15 +54,16 @@ def test_a_signal_drains_it_and_the_next_start_goes_on(bundle, tmp_path):
         until = time.monotonic() + 30
         while "ldm_running 0.0" in (page := httpx.get(f"{server.url}/metrics", trust_env=False).text):
             assert time.monotonic() < until, page
-        jobs = [httpx.post(f"{server.url}/v1/jobs", json={**LONG, "seed": n, "n": 8}, trust_env=False).json()["id"]
-                for n in range(12)]
+        jobs = [httpx.post(f"{server.url}/v1/jobs", json={**LONG, "seed": n, "n": 64}, trust_env=False).json()["id"]
+                for n in range(4)]
         followed = threading.Thread(target=events, args=(server.url, jobs[-1], seen))
         followed.start()
         while not seen:
             assert time.monotonic() < until
             time.sleep(0.01)
         os.kill(server.pid, signal.SIGTERM)
-        followed.join(60), asked.join(120)
+        followed.join(60)
+        asked.join(120)
         assert server.wait(60) == 0
         assert [answer.status_code for answer in answers] == [200]
         assert "end" not in seen
