@@ -49,11 +49,11 @@ def test_a_signal_drains_it_and_the_next_start_goes_on(bundle, tmp_path):
         seen: list[str] = []
         answers: list[httpx.Response] = []
         asked = threading.Thread(target=lambda: answers.append(
-            httpx.post(f"{server.url}/v1/images/generations", json=LONG, timeout=120, trust_env=False)))
+            httpx.post(f"{server.url}/v1/images/generations", json={**LONG, "n": 64}, timeout=120, trust_env=False)))
         asked.start()
         until = time.monotonic() + 30
-        while "ldm_running 0.0" in (page := httpx.get(f"{server.url}/metrics", trust_env=False).text):
-            assert time.monotonic() < until, page
+        while "ldm_running 0.0" in httpx.get(f"{server.url}/metrics", trust_env=False).text:
+            assert time.monotonic() < until, "nothing runs"
         jobs = [httpx.post(f"{server.url}/v1/jobs", json={**LONG, "seed": n, "n": 64}, trust_env=False).json()["id"]
                 for n in range(4)]
         followed = threading.Thread(target=events, args=(server.url, jobs[-1], seen))

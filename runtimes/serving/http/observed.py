@@ -49,7 +49,6 @@ class Metrics:
             "wait": ("ldm_wait_seconds", "What a request or job waited in the queue.", SECONDS),
             "service": ("ldm_service_seconds", "From a request's or job's first step to its images.", SECONDS),
             "batch": ("ldm_batch_images", "Images that shared a denoiser call.", BATCHES),
-            "step": ("ldm_step_seconds", "One call of the denoiser and what belongs to it.", SECONDS),
             "job wait": ("ldm_job_wait_seconds", "What a claimed job waited before its first step.", SECONDS),
             "job service": ("ldm_job_service_seconds", "From a job's first step to its images.", SECONDS),
             "write": ("ldm_job_write_seconds", "Writing a job's images to disk.", SECONDS)}
@@ -66,7 +65,7 @@ class Metrics:
         """What pools and the dispatcher report, given to them as `watch`.
 
         Args:
-            figure: "wait", "service", "step", "job wait", "job service" and "write" in seconds; "batch" images;
+            figure: "wait", "service", "job wait", "job service" and "write" in seconds; "batch" images;
                 "job images" and "job steps" of a job that has ended. Others are not shown.
             value: of it.
         """
