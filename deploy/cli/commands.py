@@ -176,6 +176,7 @@ def inspect(bundle: BundlePath, json: Json = False) -> None:
 
 app.command()(file_commands.convert)
 app.command("export-triton")(file_commands.export_triton)
+derived_command(app, file_commands.kubernetes_options)(file_commands.export_kubernetes)
 app.command()(machine_commands.doctor)
 app.add_typer(machine_commands.app, name="cache")
 

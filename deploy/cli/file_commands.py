@@ -1,13 +1,13 @@
-"""`convert` and `export-triton`, the commands that write one layout of files from another. Arguments only."""
+"""`convert` and the exports, the commands that write one layout of files from another. Arguments only."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from deploy.cli.derived_options import described
+from deploy.cli.derived_options import Option, described, from_dataclass
 
 
 def convert(
@@ -37,3 +37,24 @@ def export_triton(
 
     options = repository.TritonOptions(instances=instances, gpu=gpu)
     console.show_repository(output, repository.export_triton(Bundle.open(bundle), output, options))
+
+
+def kubernetes_options() -> list[Option]:
+    """The bundles, the folder, and the fields of `KubernetesOptions`."""
+    from deploy.kubernetes.kubernetes_options import KubernetesOptions
+
+    return [Option("bundles", list[Path], "folders that `build` wrote", argument="BUNDLE...", required=True),
+            Option("output", Path, "folder to write, required", flags=("-o", "--output"), required=True),
+            *from_dataclass(KubernetesOptions)]
+
+
+def export_kubernetes(given: dict[str, Any]) -> None:
+    """Write manifests that serve bundles on Kubernetes: one server, scaled engines, or Ray Serve under KubeRay."""
+    from deploy.cli import console
+    from deploy.kubernetes.kubernetes_files import export_kubernetes
+    from deploy.kubernetes.kubernetes_options import KubernetesOptions
+    from runtimes.bundle.folder import Bundle
+
+    bundles, output = given.pop("bundles"), given.pop("output")
+    options = KubernetesOptions(**given)
+    console.show_repository(output, export_kubernetes([Bundle.open(bundle) for bundle in bundles], output, options))

@@ -49,11 +49,14 @@ def serve(given: dict[str, Any]) -> None:
 
 def serve_engine(given: dict[str, Any]) -> None:
     """Run an engine for a server on another machine: it joins, and generates what the server sends."""
+    from runtimes.serving.logs import set_up_logs
     from runtimes.serving.options import EngineOptions
     from runtimes.serving.workers.engine_process import join
 
     server, bundles = given.pop("server"), given.pop("bundles")
-    join(server, bundles, EngineOptions(**as_tuples(given)))
+    options = EngineOptions(**as_tuples(given))
+    set_up_logs(options.log_format)
+    join(server, bundles, options)
 
 
 def reference() -> Path:

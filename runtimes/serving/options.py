@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from runtimes.errors import InputError
+from runtimes.system.byte_sizes import parse_bytes
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 SAFETY = ("off", "flag", "replace")
@@ -54,7 +55,7 @@ class EngineOptions:
     """
 
     device: str = option("cpu", "devices to run on, separated by commas: cpu, cuda:0, cuda:1, tensorrt:0; one worker "
-                         "each, of the CPU one for each group of cores")
+                         "each, of the CPU one for each group of cores; none leaves it to engines that join")
     workers: int = option(0, "worker processes on the CPU; the cores are divided among them", least=0,
                           default="one for every 8 cores")
     memory: str = option("", "memory that the loaded bundles of one worker may take, as 6GB; the one used longest ago "
@@ -63,12 +64,20 @@ class EngineOptions:
     deterministic: bool = option(False, "the same bytes for the same request whatever shares its calls, also where a "
                                  "network depends on the number of rows")
     reload_seconds: float = option(2.0, "how often bundles are looked at for changes; 0 never reloads", least=0)
+    log_format: str = option("text", "form of the log's lines", choices=LOG_FORMATS)
     engine_key_file: str = option("", "file with the key by which engines of other machines and their server know each "
                                   "other", default="none")
 
     def __post_init__(self) -> None:
         """Check every field."""
         check_ranges(self)
+        if self.memory:
+            parse_bytes(self.memory, "--memory")
+
+    @property
+    def first_device(self) -> str:
+        """That bundles are described for; the CPU where others have the devices."""
+        return "cpu" if self.device == "none" else self.device.split(",")[0]
 
 
 @dataclass(frozen=True)
@@ -107,7 +116,6 @@ class ServerOptions(EngineOptions):
     max_images: int = option(8, "images of one request", least=1, most=64)
     max_steps: int = option(150, "denoising steps of one request", least=1)
 
-    log_format: str = option("text", "form of the log's lines", choices=LOG_FORMATS)
     telemetry: str = option("", "address that receives OpenTelemetry traces (OTLP over HTTP); needs the extra "
                             "[telemetry]", default="none")
     engine_port: int = option(0, "port on which engines of other machines may join, with --engine-key-file; see "
@@ -119,9 +127,18 @@ class ServerOptions(EngineOptions):
     def __post_init__(self) -> None:
         """Check every field, then what fields say of each other."""
         super().__post_init__()
+        for name in ("keep_bytes", "cache_bytes"):
+            parse_bytes(getattr(self, name), f"--{name.replace('_', '-')}", least=0)
+        parse_bytes(self.max_body, "--max-body")
+        if self.telemetry and not self.telemetry.startswith(("http://", "https://")):
+            raise InputError(f"{self.telemetry!r} is no address", where="--telemetry",
+                             fix="for example http://127.0.0.1:4318/v1/traces")
         if self.host not in LOOPBACK and not self.api_key_file:
             raise InputError(f"{self.host} can be reached by others, and no key is asked for", where="--host",
                              fix="give --api-key-file, or listen on 127.0.0.1")
+        if self.device == "none" and not self.engine_port:
+            raise InputError("nothing would generate", where="--device",
+                             fix="give a device, or --engine-port for engines that join")
         if self.engine_port and not self.engine_key_file:
             raise InputError("engines of other machines need a key", where="--engine-port",
                              fix="give --engine-key-file")

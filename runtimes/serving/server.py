@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from runtimes.errors import UnavailableError
 from runtimes.serving.engine.catalog import Catalog
+from runtimes.serving.logs import set_up_logs
 from runtimes.serving.options import ServerOptions
 from runtimes.serving.state.dispatcher import Dispatcher, Writing
 from runtimes.serving.state.job_store import JobStore
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 LOOK_SECONDS = 0.5
+MOST_JOINED = 8  # engines of other machines that are kept busy with jobs
 DRAIN_SECONDS = 30.0  # for what runs at the end; Kubernetes' templates allow more before they kill
 
 
@@ -49,13 +51,12 @@ def run(bundles: Sequence[str], options: ServerOptions, say: Callable[[str], Non
     """
     from runtimes.serving.http.app import create_app
     from runtimes.serving.http.connections import HttpServer
-    from runtimes.serving.http.observed import set_up_logs
 
     set_up_logs(options.log_format)
-    catalog = Catalog(bundles, options.digest, device=options.device.split(",")[0],
+    catalog = Catalog(bundles, options.digest, device=options.first_device,
                       deterministic=options.deterministic)
     with _listening(options) as listener, _service(catalog, options) as (service, pool):
-        server = HttpServer(create_app(service), root_path=options.root_path, on_end=service.drain)
+        server = HttpServer(create_app(service), on_end=service.drain)
         host, port = listener.getsockname()[:2]
         address = f"http://{f'[{host}]' if ':' in host else host}:{port}{options.root_path}"
         threading.Thread(target=_open, args=(service, pool, lambda: say(f"serving {', '.join(catalog)} at {address}")),
@@ -93,18 +94,22 @@ def _listening(options: ServerOptions) -> Iterator[socket.socket]:
 def _service(catalog: Catalog, options: ServerOptions) -> Iterator[tuple[Service, WorkerPool]]:
     """All parts, started in the order in which they need each other, and ended in the other."""
     from runtimes.serving.http.keys import KeyRing, Signer
+    from runtimes.serving.http.observed import Metrics
     from runtimes.serving.http.service import Service
 
     keys = KeyRing.read(options.api_key_file) if options.api_key_file else KeyRing()
     keep = parse_bytes(options.keep_bytes, "--keep-bytes", 0)
     cached = parse_bytes(options.cache_bytes, "--cache-bytes", 0)
     folder = state_folder(options)
-    with JobStore(folder) as store, WorkerPool.of(catalog, options) as pool:
+    metrics = Metrics()
+    with JobStore(folder) as store, WorkerPool.of(catalog, options, metrics.observe) as pool:
         cache = ResultCache(cached) if cached else None
-        service = Service(catalog, pool, store, options, Signer.of(folder, hours=options.keep_hours), keys, cache=cache,
-                          state="starting")
+        service = Service(catalog, pool, store, options, Signer.of(folder, hours=options.keep_hours), keys, metrics,
+                          cache, state="starting")
         retention = Retention(store, hours=options.keep_hours, image_bytes=keep)
-        dispatcher = Dispatcher(store, pool, catalog, writing=Writing(options.safety, options.metadata), cache=cache,
+        workers = len(pool.status().workers) + (MOST_JOINED if options.engine_port else 0)
+        writing = Writing(options.safety, options.metadata, most_jobs=2 * options.batch * max(workers, 1))
+        dispatcher = Dispatcher(store, pool, catalog, writing=writing, cache=cache, watch=metrics.observe,
                                 on_full=retention.look)
         try:
             yield service, pool

@@ -34,7 +34,7 @@ from runtimes.serving.state.written_images import written
 from tests.peers.prepare import derived
 from tests.peers.results import new_report, save, show
 from tests.serving.load_client import percentile
-from tests.serving.server_process import Server, free_port, serve_command
+from tests.serving.server_process import Server, end_on_sigterm, free_port, serve_command
 
 AIM_SECONDS, MET = 0.003, "met: at most 3 ms"
 SETTLE_SECONDS = 0.25  # thread pools spin for a while after a run, and would take the next one's cores
@@ -121,6 +121,7 @@ class Contest:
 
 def main() -> int:
     """Measure, print, leave build/peers/serving_overhead.json."""
+    end_on_sigterm()
     options = arguments()
     bundle = (options.bundle or derived("bundle")).resolve()
     report: dict[str, Any] = new_report(pairs=options.pairs, steps=options.steps, threads=options.threads)

@@ -69,7 +69,8 @@ class Killed:
         Raises:
             AssertionError: a worker outlives its server.
         """
-        assert self._process is not None
+        if self._process is None:
+            return
         if self.alive:
             self._process.kill()
         self._process.wait(GONE_SECONDS)

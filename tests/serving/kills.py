@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import json
 import random
+import signal
 import statistics
 import sys
 import tempfile
@@ -50,9 +51,28 @@ class Outcome:
 
 
 def trial(bundle: Path, folder: Path, each: int, at_random: int, seed: int) -> Outcome:
-    """All kills, then the check."""
-    chance, outcome = random.Random(seed), Outcome()
+    """All kills, then the check. No server outlives it."""
+    outcome = Outcome()
     server, client = Killed(bundle, folder), Client(folder / "ledger.jsonl", seed)
+    try:
+        kill_all(server, client, each, at_random, seed, outcome)
+        server.start("", 0)
+        if not server.wait_until_ready(START_SECONDS):
+            outcome.faults.append("the server does not start after the last kill")
+            return outcome
+        drain(server, client, outcome)
+        check_answers(server, client, LoneRuns(bundle), outcome)
+        if (code := server.end()) != 0:
+            outcome.faults.append(f"SIGTERM ended the server with {code}")
+        check_folder(folder / "state", client, outcome)
+    finally:
+        server.kill()
+    return outcome
+
+
+def kill_all(server: Killed, client: Client, each: int, at_random: int, seed: int, outcome: Outcome) -> None:
+    """A server's life after the other, in one folder."""
+    chance = random.Random(seed)
     lives = [(point, 0 if point == RETENTION else chance.randint(0, 6)) for point in POINTS for _ in range(each)]
     for number, (point, count) in enumerate([*lives, *[("", 0)] * at_random]):
         server.start(point, count)
@@ -64,17 +84,6 @@ def trial(bundle: Path, folder: Path, each: int, at_random: int, seed: int) -> O
         outcome.kills[point or "random"] += 1
         if number % 20 == 19:
             print(f"{number + 1} of {len(lives) + at_random} kills, {len(client.accepted)} jobs accepted", flush=True)
-    server.start("", 0)
-    if not server.wait_until_ready(START_SECONDS):
-        outcome.faults.append("the server does not start after the last kill")
-        return outcome
-    drain(server, client, outcome)
-    check_answers(server, client, LoneRuns(bundle), outcome)
-    code = server.end()
-    if code != 0:
-        outcome.faults.append(f"SIGTERM ended the server with {code}")
-    check_folder(folder / "state", client, outcome)
-    return outcome
 
 
 def one_life(server: Killed, client: Client, seconds: float | None, outcome: Outcome) -> None:
@@ -153,6 +162,7 @@ def main() -> int:
     parser.add_argument("--bundle", type=Path, help="whose images do not depend on company [the reference model]")
     parser.add_argument("--seed", type=int, default=1)
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was started is ended
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="kills-") as folder:
         outcome = trial(given.bundle or reference(), Path(folder), given.each, given.random, given.seed)

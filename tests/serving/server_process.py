@@ -39,6 +39,11 @@ def serve_command(bundle: Path, port: int, state: Path, *options: str) -> list[s
     return [sys.executable, "-m", "deploy", "serve", str(bundle), "--port", str(port), "--state", str(state), *options]
 
 
+def end_on_sigterm() -> None:
+    """Let SIGTERM end this process as Ctrl-C does, so that the servers that it started are ended too."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
 class Server:
     """A process, with all that it starts, from its first answer until its end. A context manager."""
 
@@ -106,6 +111,10 @@ class Server:
             self._output = self._log.read().decode(errors="replace")
         lines = self._output.strip().splitlines()
         return " | ".join(line.strip() for line in lines[-count:]) or "no output"
+
+    def wait(self, seconds: float) -> int:
+        """Its exit code, once it ended by itself or by a signal."""
+        return self._process.wait(seconds)
 
     def stop(self) -> int:
         """Ask it to end, kill what is left of it after a while, and give its exit code."""

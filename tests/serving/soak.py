@@ -26,7 +26,7 @@ from rich.table import Table
 
 from tests.serving.ledger import ENDS, Ledger, growth
 from tests.serving.load_client import OK
-from tests.serving.server_process import ROOT, Server, free_port, serve_command
+from tests.serving.server_process import ROOT, Server, end_on_sigterm, free_port, serve_command
 from tests.serving.soak_client import GENERATIONS, JOBS, Client
 from tests.serving.soak_requests import wanted
 
@@ -239,4 +239,5 @@ def show(soak: Soak, broken: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    end_on_sigterm()
     sys.exit(main())

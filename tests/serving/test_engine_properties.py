@@ -17,6 +17,7 @@ from runtimes.pipeline.diffusion import Pipeline
 from runtimes.serving.engine.engine import Engine
 from runtimes.serving.engine.lanes import Lanes
 from runtimes.serving.engine.ticket import Ticket
+from runtimes.serving.engine.waiting import Waiting
 from tests.runtimes.fakes import calls_of
 from tests.serving.test_engine import pipeline, request, wait_for
 
@@ -172,9 +173,17 @@ def test_simultaneous_requests_share_every_call_and_are_encoded_and_decoded_toge
     assert [len(call["latent_sample"]) for call in calls_of(one, "vae_decoder")] == [4]
 
 
-def test_a_lone_request_does_not_wait_for_company_longer_than_it_may():
-    with Engine({"m": pipeline()}, company_seconds=0.05) as engine:
-        assert engine.submit(request(), "m").result(20).batch == 1.0
+def test_requests_that_come_one_by_one_wait_for_no_company(monkeypatch):
+    waits: list[float] = []
+    monkeypatch.setattr(Waiting, "wait_for_images", lambda self, images, seconds: waits.append(seconds))
+    with Engine({"m": pipeline()}, company_seconds=0.25) as engine:
+        for _ in range(3):
+            assert engine.submit(request(), "m").result(20).batch == 1.0
+        assert waits == [0.25]  # whether any comes is not known at first
+        both = [engine.submit(request(steps=200), "m") for _ in range(2)]
+        assert [ticket.result(20).images.shape for ticket in both] == [(1, 32, 32, 3)] * 2
+        engine.submit(request(), "m").result(20)
+        assert waits == [0.25, 0.25]
 
 
 def test_a_model_of_slow_steps_does_not_hold_up_a_quick_one():

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from runtimes.inputs.request import Request
-from runtimes.serving.http.errors import HttpError
+from runtimes.serving.http.failures import HttpError
 from runtimes.serving.http.keys import HOUR, Signer
 from tests.serving.hostile import b64, png
 from tests.serving.http_server import Serving, serving, slow_pipeline, wait_for
@@ -124,6 +124,16 @@ def test_who_connects_again_sees_the_end_and_is_then_sent_away(client):
     assert [kind for kind, _ in events(client, job["id"], **{"Last-Event-ID": "step-3"})] == ["end"]
     again = client.get(f"/v1/jobs/{job['id']}/events", headers={"Last-Event-ID": "end"})
     assert again.status_code == 204 and not again.content
+
+
+def test_streams_end_while_the_server_drains_so_that_it_can_end(tmp_path):
+    gate = threading.Event()
+    with serving(tmp_path, {"fake": slow_pipeline(gate=gate)}) as server:
+        job = accepted(server.client())
+        threading.Timer(0.3, server.service.drain).start()
+        kinds = [kind for kind, _ in events(server.client(), job["id"])]
+        assert "end" not in kinds and "error" not in kinds
+        gate.set()
 
 
 def test_jobs_are_listed_the_newest_first_page_by_page(tmp_path):

@@ -14,7 +14,7 @@ import pytest
 
 from runtimes.errors import InputError
 from runtimes.serving.http import connections
-from runtimes.serving.http.errors import HttpError, without_paths
+from runtimes.serving.http.failures import HttpError, without_paths
 from runtimes.serving.http.keys import KeyRing, RateLimiter, loopback_host
 from runtimes.serving.options import ServerOptions
 from runtimes.serving.state.result_cache import ResultCache

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import httpx
 import pytest
@@ -20,7 +21,8 @@ from runtimes.errors import UnavailableError
 from runtimes.serving.engine.contract import PoolStatus
 from runtimes.serving.http import app as app_module
 from runtimes.serving.http.app import STUDIO
-from runtimes.serving.http.observed import ACCESS, JsonFormatter, RequestIdFilter, TextFormatter, set_up_logs
+from runtimes.serving.http.observed import ACCESS
+from runtimes.serving.logs import JsonFormatter, RequestIdFilter, TextFormatter, set_up_logs
 from tests.serving.http_server import MODEL, Serving, serving, slow_pipeline, wait_for
 
 ASK = {"prompt": "a secret cat", "num_inference_steps": 2}
@@ -220,7 +222,8 @@ def test_pages_of_other_sites_may_use_it_only_where_the_server_says_so(tmp_path,
 
 
 def test_qualities_are_the_bundles_measured_settings_and_fields_beside_them_overrule(tmp_path):
-    presets = {"draft": {"steps": 3}, "standard": {"steps": 5, "scheduler": "euler"}, "high": {"steps": 9}}
+    presets: dict[str, dict[str, Any]] = {"draft": {"steps": 3}, "standard": {"steps": 5, "scheduler": "euler"},
+                                          "high": {"steps": 9}}
     with serving(tmp_path, models={"fake": replace(MODEL, presets=presets)}) as server:
         client = server.client()
         for quality, steps, shown in (("low", 3, "low"), ("draft", 3, "low"), ("auto", 5, "medium"),

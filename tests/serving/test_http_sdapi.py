@@ -84,7 +84,8 @@ def test_an_image_is_started_from_and_white_of_the_mask_painted(client):
     white = Image.new("L", (32, 32))
     white.paste(255, (0, 0, 16, 32))
     stream, other = io.BytesIO(), io.BytesIO()
-    noise.save(stream, "PNG"), white.save(other, "PNG")
+    noise.save(stream, "PNG")
+    white.save(other, "PNG")
     image, mask = b64(stream.getvalue()), b64(other.getvalue())
     fields = {"prompt": "a cat", "seed": 3, "steps": 4, "denoising_strength": 0.6, "init_images": [image]}
     plain = client.post("/sdapi/v1/img2img", json=fields)

@@ -85,17 +85,17 @@ def test_images_are_those_of_one_process_with_steps_previews_and_what_belongs_to
         assert result.digest == catalog["m"].digest and result.seconds > 0 and result.work_seconds > 0
         wait_for(lambda: seen and seen[-1] is None)
         steps = [event for event in seen if event is not None]
-        assert [event.index for event in steps] == list(range(steps[0].index, 6))
+        assert [event.index for event in steps] == [1, 2, 3, 4, 5]
         shown = [event for event in steps if event.preview is not None]
         assert [event.index for event in shown] == [2, 4]
         assert all(event.preview is not None and event.preview.shape == (1, 8, 8, 3) for event in shown)
         [image] = one.submit(Request("a cat", steps=4, seed=3), "m").result(30).images
         np.testing.assert_array_equal(np.asarray(image), np.asarray(fake(0.0)(Request("a cat", steps=4, seed=3))[0]))
         assert ticket.status == "completed" and asyncio.run(awaited(one)).images.shape == (1, 32, 32, 3)
-        status = one.status()
-        assert status.workers[0].name == "cpu-0" and status.workers[0].models == ("m",) and status.running == 0
+        # A ticket has ended a moment before its worker counts as free, and a worker says now and then what it holds.
+        wait_for(lambda: one.status().running == 0 and one.status().workers[0].models == ("m",))
         wait_for(lambda: one.status().workers[0].memory_bytes > 10_000_000)
-        assert status.images_per_second > 0
+        assert one.status().workers[0].name == "cpu-0" and one.status().images_per_second > 0
 
 
 async def awaited(one: WorkerPool):

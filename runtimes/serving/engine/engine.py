@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 MOST_WAITING, MOST_IMAGES = 256, 8
 IDLE_SECONDS = 0.5
-COMPANY_SECONDS = 0.001
+COMPANY_SECONDS = 0.002
 
 
 class Engine:
@@ -51,7 +51,8 @@ class Engine:
             models: pipelines by the name that requests give, or `models.Models` that loads them on demand.
             most_waiting: requests in the queue; more are refused.
             most_images: images that are denoised side by side.
-            company_seconds: how long the first request of an idle engine waits for others, which share all its calls.
+            company_seconds: how long the first request of an idle engine waits for others, which share all its calls;
+                not after a time in which requests came one by one.
             watch: receives figures by name: "batch" images of a step, "wait", "service" and "step" in seconds.
         """
         self.models: Source = GivenModels(models) if isinstance(models, Mapping) else models
@@ -61,6 +62,7 @@ class Engine:
         self._lanes, self._rate = Lanes(), Rate()
         self._stopping, self._draining, self._accepting = False, False, threading.Lock()
         self._call_began: float | None = None
+        self._had_company = True  # whether requests ran beside each other since the engine was idle
         self._worker = threading.Thread(target=self._work, name="engine", daemon=True)
         self._worker.start()
 
@@ -175,8 +177,9 @@ class Engine:
         room = self._most - sum(one.ticket.images for one in self._lanes.running())
         if not self._lanes:
             room = max(room, first.images)  # a request of more images than the engine's share runs by itself
-            if self._company:
+            if self._company and self._had_company:
                 self.waiting.wait_for_images(room, self._company)
+            self._had_company = False
         by_model: dict[str, list[Ticket]] = {}
         for ticket in self.waiting.take(ready, room):
             by_model.setdefault(ticket.model, []).append(ticket)
@@ -229,6 +232,7 @@ class Engine:
             self.models.hold(loaded)
             one = Running(ticket, job, loaded, preview_steps(ticket.previews, job.total))
             one.work_seconds = (monotonic() - began) / len(pairs)
+            self._had_company = self._had_company or bool(self._lanes)
             self._lanes.add(one)
 
     def _step(self, lane: Lane) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import logging
 import threading
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -65,7 +66,8 @@ class Ticket:
         self.cancelled = False
         self.future: Future[Generated] = Future()
         self.future.set_running_or_notify_cancel()  # a task that awaits it and is cancelled must not cancel this, too
-        self._watchers: list[Callable[[Progress | None], None]] = []
+        self._watchers: list[_Watcher] = []
+        self._steps: list[Progress] = []
         self._lock = threading.Lock()
 
     @property
@@ -100,15 +102,20 @@ class Ticket:
         self._on_cancel()
 
     def watch(self, watcher: Callable[[Progress | None], None]) -> None:
-        """Call `watcher` after every step from now on, in the engine's thread, and with None at the end."""
+        """Call `watcher` with every step, those so far now, later ones in the engine's thread, and None at the end.
+
+        After a worker died, the steps begin again.
+        """
         with self._lock:
-            if not self.future.done():
-                self._watchers.append(watcher)
-                return
-        watcher(None)
+            added = _Watcher(watcher, deque(self._steps))
+            if self.future.done():
+                added.events.append(None)
+            else:
+                self._watchers.append(added)
+        self._deliver([added])
 
     async def events(self) -> AsyncIterator[Progress]:
-        """Every step from now on; ends with the request, however that ends."""
+        """Every step; ends with the request, however that ends."""
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[Progress | None]()
 
         def put(event: Progress | None) -> None:
@@ -126,14 +133,19 @@ class Ticket:
 
     def restart(self) -> None:
         """It waits again, since the worker that ran it died."""
-        self.started, self.progress = None, None
+        with self._lock:
+            self.started, self.progress, self._steps = None, None, []
         self.attempts += 1
 
     def step(self, progress: Progress) -> None:
         """It went on."""
-        self.progress = progress
-        for watcher in list(self._watchers):
-            _call(watcher, progress)
+        with self._lock:
+            self.progress = progress
+            self._steps.append(progress)
+            watchers = list(self._watchers)
+            for watcher in watchers:
+                watcher.events.append(progress)
+        self._deliver(watchers)
 
     def end(self, result: Generated | None = None, error: BaseException | None = None) -> bool:
         """It has images, or an error.
@@ -151,14 +163,33 @@ class Ticket:
             else:
                 assert result is not None
                 self.future.set_result(result)
-        for watcher in watchers:
-            _call(watcher, None)
+            for watcher in watchers:
+                watcher.events.append(None)
+        self._deliver(watchers)
         return True
 
+    def _deliver(self, watchers: list[_Watcher]) -> None:
+        """Call watchers, without any lock; what comes meanwhile from another thread is delivered by the one that calls,
+        so that each watcher has the events one after the other."""
+        for watcher in watchers:
+            while True:
+                with self._lock:
+                    if watcher.busy or not watcher.events:
+                        break
+                    watcher.busy, event = True, watcher.events.popleft()
+                try:
+                    watcher.call(event)
+                except Exception:  # as that its event loop is closed: no fault of the engine
+                    logger.exception("a watcher of a request failed")
+                finally:
+                    with self._lock:
+                        watcher.busy = False
 
-def _call(watcher: Callable[[Progress | None], None], event: Progress | None) -> None:
-    """What a watcher raises, as that its event loop is closed, is no fault of the engine."""
-    try:
-        watcher(event)
-    except Exception:
-        logger.exception("a watcher of a request failed")
+
+@dataclass(eq=False)
+class _Watcher:
+    """Who is called, and what it has not heard yet."""
+
+    call: Callable[[Progress | None], None]
+    events: deque[Progress | None]
+    busy: bool = False

@@ -12,11 +12,12 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from runtimes.serving.http.errors import HttpError, failure_of
+from runtimes.serving.http.failures import HttpError, failure_of
 from runtimes.serving.http.keys import loopback_host
-from runtimes.serving.http.observed import REQUEST_ID, log_access, request_id
+from runtimes.serving.http.observed import log_access, request_id
 from runtimes.serving.http.running import ClientGone
 from runtimes.serving.http.service import Service
+from runtimes.serving.logs import REQUEST_ID
 from runtimes.serving.options import LOOPBACK
 
 logger = logging.getLogger(__name__)

@@ -28,13 +28,13 @@ from starlette.responses import JSONResponse, Response
 from runtimes.errors import DeployError
 from runtimes.serving.http import images_api, jobs_api, sdapi
 from runtimes.serving.http.access import Surroundings, service_of
-from runtimes.serving.http.errors import HttpError, answer_error, documented
+from runtimes.serving.http.failures import HttpError, answer_error, documented
 from runtimes.serving.http.observed import CONTENT_TYPE, telemetry
 from runtimes.serving.http.service import Service
 
 STUDIO = Path(__file__).resolve().parents[1] / "studio"
 STYLE = ("body{font:16px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color-scheme:light "
-         "dark}table{border-collapse:collapse;width:100%;margin:1rem 0}td,th{border:1px solid #8886;padding:.25rem .5rem;"
+         "dark}table{border-collapse:collapse;width:100%;margin:1rem 0}td,th{border:1px solid #8886;padding:.3rem;"
          "text-align:left;vertical-align:top;overflow-wrap:anywhere}pre{white-space:pre-wrap}")
 PAGE_POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
                "connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'")

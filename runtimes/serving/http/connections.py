@@ -80,15 +80,14 @@ UVICORN: dict[str, Any] = {
 class HttpServer(uvicorn.Server):
     """uvicorn, which says that it is asked to end before it waits for the requests that are under way."""
 
-    def __init__(self, app: Any, *, root_path: str, on_end: Callable[[], None]) -> None:
+    def __init__(self, app: Any, *, on_end: Callable[[], None]) -> None:
         """Serve an ASGI application.
 
         Args:
-            app: the application.
-            root_path: where a proxy shows it.
+            app: the application, which knows itself below which path a proxy shows it.
             on_end: called by the first signal, in the thread of the event loop.
         """
-        super().__init__(uvicorn.Config(app, root_path=root_path, **UVICORN))
+        super().__init__(uvicorn.Config(app, **UVICORN))
         self._on_end = on_end
 
     @contextmanager

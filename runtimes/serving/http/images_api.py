@@ -19,8 +19,8 @@ from runtimes.bundle.manifest import DEFAULT_STEPS
 from runtimes.bundle.tensors import ShapeRange
 from runtimes.serving.engine.catalog import ServedModel
 from runtimes.serving.http.access import image_address, noted, owner_of, service_of
-from runtimes.serving.http.errors import HttpError, documented, failure_of
-from runtimes.serving.http.orders import openai_order
+from runtimes.serving.http.asked_for import openai_order
+from runtimes.serving.http.failures import HttpError, documented, failure_of
 from runtimes.serving.http.received import FORM, JSON, Files, form_body, form_schema, json_body
 from runtimes.serving.http.running import Result, Run, preview_files, result_while_connected
 from runtimes.serving.http.schemas import (
@@ -188,8 +188,10 @@ def _model(service: Service, model: ServedModel) -> dict[str, Any]:
         "id": model.name, "object": "model", "created": model.created, "owned_by": "ldm-deploy", "digest": model.digest,
         "family": model.family, "precision": model.precision, "size": f"{model.width}x{model.height}",
         "heights": _span(*model.heights), "widths": _span(*model.widths), "schedulers": list(model.schedulers),
-        "qualities": list(model.presets), "edits": model.edits, "inpaints": model.inpaints,
-        "takes_prompt": model.takes_prompt, "safety_checker": model.has_safety_checker,
+        "qualities": list(model.presets),
+        "presets": {quality: dict(fields) for quality, fields in model.presets.items()},
+        "edits": model.edits, "inpaints": model.inpaints, "takes_prompt": model.takes_prompt,
+        "safety_checker": model.has_safety_checker,
         "steps": model.presets.get("standard", {}).get("steps", DEFAULT_STEPS),
         "limits": {"images": options.max_images, "pixels": options.max_pixels, "steps": options.max_steps}}
 

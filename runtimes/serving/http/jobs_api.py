@@ -17,13 +17,13 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from runtimes.serving.http.access import image_address, noted, owner_of, service_of
-from runtimes.serving.http.errors import HttpError, documented, failure_of
-from runtimes.serving.http.orders import openai_order
+from runtimes.serving.http.asked_for import openai_order
+from runtimes.serving.http.failures import HttpError, documented, failure_of
 from runtimes.serving.http.received import FORM, JSON, Files, form_body, form_schema, from_base64, json_body
 from runtimes.serving.http.schemas import JobAnswer, JobBody, JobList, Kind
 from runtimes.serving.http.service import Service
 from runtimes.serving.state.order import sha256
-from runtimes.serving.state.store import ENDED, JobProgress, Store, StoredJob
+from runtimes.serving.state.store import ENDED, JobProgress, StoredJob
 
 router = APIRouter(prefix="/v1")
 STREAM = "text/event-stream"
@@ -51,10 +51,13 @@ async def accept(request: Request, idempotency_key: IdempotencyKey = None) -> Re
     """Takes a request to be carried out. When this answers, the job survives the end of the server."""
     body, files = await _received(request)
     service, owner = service_of(request), owner_of(request)
-    service.check_open()
+    service.check_open(journaled=True)
     fingerprint = sha256(json.dumps([body.model_dump(exclude={"image", "mask"}),
                                      {name: sha256(content) for name, content in files.items()}],
                                     sort_keys=True).encode())
+    if idempotency_key is not None and (before := await asyncio.to_thread(
+            service.store.accepted, owner, idempotency_key, fingerprint)) is not None:
+        return await _accepted(request, before)  # whatever the queue and the client's rate say now
     order = await asyncio.to_thread(openai_order, service, body, files, owner)
     _check_room(service, await asyncio.to_thread(service.store.counts))
     service.rates.take(owner, body.n or 1)
@@ -68,6 +71,10 @@ async def accept(request: Request, idempotency_key: IdempotencyKey = None) -> Re
 
     job = await asyncio.to_thread(accepted)
     noted(request, model=order.model, images=body.n or 1, job=job.id)
+    return await _accepted(request, job)
+
+
+async def _accepted(request: Request, job: StoredJob) -> Response:
     answer = await asyncio.to_thread(_answer, request, job)
     return Response(pydantic_core.to_json(answer), 202, {"Location": f"/v1/jobs/{job.id}"}, JSON)
 
@@ -150,12 +157,13 @@ async def events(request: Request, identity: Identity, last_event_id: Annotated[
     found = await asyncio.to_thread(service.store.job, identity, owner=owner)
     if last_event_id == "end" and found.status in ENDED:
         return Response(status_code=204)  # tells an EventSource not to come again
-    return StreamingResponse(_followed(request, service.store, identity, last_event_id or ""), media_type=STREAM,
+    return StreamingResponse(_followed(request, service, identity, last_event_id or ""), media_type=STREAM,
                              headers=STREAM_HEADERS)
 
 
-async def _followed(request: Request, store: Store, identity: str, seen: str) -> AsyncIterator[bytes]:
-    owner, last, quiet = owner_of(request), JobProgress(""), time.monotonic()
+async def _followed(request: Request, service: Service, identity: str, seen: str) -> AsyncIterator[bytes]:
+    """Events until the job ends, or the server does: then the client comes again to the next one."""
+    store, owner, last, quiet = service.store, owner_of(request), JobProgress(""), time.monotonic()
     shown = int(seen.partition("-")[2]) if seen.startswith("preview-") and seen[8:].isdecimal() else 0
     try:
         while True:
@@ -168,6 +176,8 @@ async def _followed(request: Request, store: Store, identity: str, seen: str) ->
                 answer = await asyncio.to_thread(lambda: _answer(request, store.job(identity, owner=owner)))
                 yield format_sse_event(event="end", id="end", data_str=json.dumps(answer))
                 return
+            if service.state == "draining":
+                return  # the client comes again, to the next server or this one's next start
             last = now
             if time.monotonic() - quiet > KEEP_ALIVE_SECONDS:
                 quiet = time.monotonic()
@@ -198,7 +208,8 @@ def _answer(request: Request, job: StoredJob) -> dict[str, Any]:
     return {"id": job.id, "object": "job", "status": job.status, "model": job.model, "created_at": int(job.created),
             "ended_at": None if job.ended is None else int(job.ended), "position": progress.position,
             "step": progress.step, "total": progress.total, "attempts": job.attempts, "reason": job.reason or None,
-            "digest": job.result.get("digest"), "request": {**fields, "output": job.request["output"]},
+            "digest": job.result.get("digest"), "seconds": job.result.get("seconds"),
+            "request": {**fields, "files": job.request["files"], "output": job.request["output"]},
             "images": _images(request, job)}
 
 

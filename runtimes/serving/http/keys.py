@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from runtimes.errors import InputError
-from runtimes.serving.http.errors import HttpError
+from runtimes.serving.http.failures import HttpError
 
 KEY_FILE = "signing.key"
 KEY_BYTES = 32

@@ -5,15 +5,11 @@ Prompts, keys and the queries of addresses are never logged. Every line that is 
 
 from __future__ import annotations
 
-import json
 import logging
 import re
-import sys
-import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
-from contextvars import ContextVar
-from typing import Any, TextIO
+from typing import Any
 
 from fastapi.telemetry import TelemetryConfig
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -25,7 +21,6 @@ from runtimes.inputs.request import Request
 from runtimes.serving.engine.contract import PoolStatus, WorkerStatus
 
 ACCESS = logging.getLogger("runtimes.serving.access")
-REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
 SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -54,7 +49,6 @@ class Metrics:
             "wait": ("ldm_wait_seconds", "What a request or job waited in the queue.", SECONDS),
             "service": ("ldm_service_seconds", "From a request's or job's first step to its images.", SECONDS),
             "batch": ("ldm_batch_images", "Images that shared a denoiser call.", BATCHES),
-            "step": ("ldm_step_seconds", "One call of the denoiser and what belongs to it.", SECONDS),
             "job wait": ("ldm_job_wait_seconds", "What a claimed job waited before its first step.", SECONDS),
             "job service": ("ldm_job_service_seconds", "From a job's first step to its images.", SECONDS),
             "write": ("ldm_job_write_seconds", "Writing a job's images to disk.", SECONDS)}
@@ -71,7 +65,7 @@ class Metrics:
         """What pools and the dispatcher report, given to them as `watch`.
 
         Args:
-            figure: "wait", "service", "step", "job wait", "job service" and "write" in seconds; "batch" images;
+            figure: "wait", "service", "job wait", "job service" and "write" in seconds; "batch" images;
                 "job images" and "job steps" of a job that has ended. Others are not shown.
             value: of it.
         """
@@ -129,65 +123,7 @@ class _Live(Collector):
         yield jobs
 
 
-# ---- the log ---------------------------------------------------------------------------------------------------------
-
-
-class RequestIdFilter(logging.Filter):
-    """Gives every record the id of the request during which it was written."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Nothing is left out."""
-        record.request_id = REQUEST_ID.get()
-        return True
-
-
-class TextFormatter(logging.Formatter):
-    """`2026-01-31T12:00:00.123Z INFO access POST /v1/images/generations status=200 ... id=4f1c`."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """One line, and a traceback if there is one."""
-        fields = {**_fields(record), "id": getattr(record, "request_id", "")}
-        said = " ".join(f"{name}={value}" for name, value in fields.items() if value not in ("", None))
-        name = record.name.rpartition(".")[2]
-        line = " ".join(filter(None, (_time(record), record.levelname, name, _one_line(record.getMessage()), said)))
-        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
-
-
-class JsonFormatter(logging.Formatter):
-    """One JSON object a line."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """One line, a traceback within it."""
-        values = {"time": _time(record), "level": record.levelname.lower(), "logger": record.name,
-                  "message": record.getMessage(), "request_id": getattr(record, "request_id", "") or None,
-                  **_fields(record)}
-        if record.exc_info:
-            values["traceback"] = self.formatException(record.exc_info)
-        return json.dumps({name: value for name, value in values.items() if value is not None}, ensure_ascii=False,
-                          default=str)
-
-
-def set_up_logs(form: str, stream: TextIO | None = None, level: int = logging.INFO) -> None:
-    """Let every logger of the process write so; uvicorn's own access lines are left out, since ours say more.
-
-    Args:
-        form: "text" or "json".
-        stream: standard error by default.
-        level: from which on.
-    """
-    handler = logging.StreamHandler(stream or sys.stderr)
-    handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
-    handler.addFilter(RequestIdFilter())
-    root = logging.getLogger()
-    for old in list(root.handlers):
-        root.removeHandler(old)
-    root.addHandler(handler)
-    root.setLevel(level)
-    for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
-        logger = logging.getLogger(name)
-        logger.handlers, logger.propagate = [], name != "uvicorn.access"
-    for noisy in ("uvicorn.error", "python_multipart", "PIL", "httpx", "asyncio"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+# ---- the log --------------------------------------------------------------------------------------------------------
 
 
 def request_id(given: str | None) -> str:
@@ -208,20 +144,6 @@ def log_access(method: str, path: str, status: int, seconds: float, **fields: An
     if ACCESS.isEnabledFor(logging.INFO):
         ACCESS.info("%s %s", method, path, extra={"fields": {"status": status, "ms": round(1000 * seconds, 2),
                                                              **fields}})
-
-
-def _fields(record: logging.LogRecord) -> dict[str, Any]:
-    found: dict[str, Any] = getattr(record, "fields", {})
-    return found
-
-
-def _time(record: logging.LogRecord) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
-
-
-def _one_line(text: str) -> str:
-    """Nobody writes a line of the log by a newline in an address."""
-    return text.replace("\r", "\\r").replace("\n", "\\n")
 
 
 # ---- spans -------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
-from runtimes.serving.http.errors import HttpError
+from runtimes.serving.http.failures import HttpError
 from runtimes.serving.state.order import opened
 
 BodyType = TypeVar("BodyType", bound=BaseModel)

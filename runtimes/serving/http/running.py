@@ -15,7 +15,7 @@ from starlette.requests import Request
 from runtimes.errors import DeployError
 from runtimes.serving.engine.contract import Generated
 from runtimes.serving.engine.ticket import Progress, Ticket
-from runtimes.serving.http.errors import reason_of
+from runtimes.serving.http.failures import reason_of
 from runtimes.serving.http.service import Service
 from runtimes.serving.state.order import Order
 from runtimes.serving.state.written_images import WrittenImage, encoded, written
@@ -93,7 +93,7 @@ class Run:
         return ticket
 
     async def previews(self) -> AsyncIterator[NDArray[np.uint8] | None]:
-        """Previews as they come, (B, h, w, 3) uint8 colours, and None now and then while nothing happens; ends with
+        """Previews as they come, (B, h, w, 3) uint8 pixels, and None now and then while nothing happens; ends with
         the order, however that ends."""
         if self._ticket is None:
             return
@@ -126,7 +126,7 @@ class Run:
         return await asyncio.to_thread(self._written, generated)
 
     def progress(self) -> tuple[int, int, NDArray[np.uint8] | None]:
-        """Finished steps, all of them, and the last preview, (B, h, w, 3) uint8 colours."""
+        """Finished steps, all of them, and the last preview, (B, h, w, 3) uint8 pixels."""
         now = None if self._ticket is None else self._ticket.progress
         return (0, 0, None) if now is None else (now.index, now.total, self._preview)
 
@@ -182,7 +182,7 @@ def preview_files(preview: NDArray[np.uint8], width: int, height: int, kind: str
     """Previews as image files of full size.
 
     Args:
-        preview: (B, h, w, 3) uint8 colours.
+        preview: (B, h, w, 3) uint8 pixels.
         width, height: in pixels.
         kind: "png", "jpeg" or "webp".
     """

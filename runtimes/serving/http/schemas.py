@@ -200,6 +200,8 @@ class ModelAnswer(BaseModel):
     widths: dict[str, int]
     schedulers: list[str]
     qualities: list[str] = Field(description="draft, standard and high as far as they were measured.")
+    presets: dict[str, dict[str, Any]] = Field(description="What each quality stands for: steps, scheduler and further "
+                                               "fields of a request; empty for the model's defaults.")
     edits: bool = Field(description="Whether it takes an image, and a mask over one.")
     inpaints: bool = Field(description="Whether it was trained for masks.")
     takes_prompt: bool
@@ -241,7 +243,9 @@ class JobAnswer(BaseModel):
     attempts: int
     reason: str | None = Field(description="Why it failed or was cancelled.")
     digest: str | None = Field(description="Of the bundle that made the images.")
-    request: dict[str, Any] = Field(description="Fields as they decide the images, the seeds among them.")
+    seconds: float | None = Field(description="From the first step to the last decoded image; null where none ran.")
+    request: dict[str, Any] = Field(description="Fields as they decide the images, the seeds among them; files by "
+                                    "their sha256.")
     images: list[JobImage]
 
 

@@ -23,8 +23,8 @@ from starlette.responses import JSONResponse, Response
 from runtimes.bundle.manifest import DEFAULT_STEPS
 from runtimes.serving.engine.catalog import ServedModel
 from runtimes.serving.http.access import noted, owner_of, service_of
-from runtimes.serving.http.errors import HttpError, documented
-from runtimes.serving.http.orders import check_size, order_of
+from runtimes.serving.http.asked_for import check_size, order_of
+from runtimes.serving.http.failures import HttpError, documented
 from runtimes.serving.http.received import from_base64, image_file, json_body, mask_of_white, png
 from runtimes.serving.http.running import Result, Run, preview_files, result_while_connected
 from runtimes.serving.http.schemas import MOST_N, MOST_STEPS, MOST_TEXT
@@ -113,7 +113,13 @@ _ERRORS = documented(400, 401, 404, 413, 415, 422, 429, 500, 503)
 
 
 def _documents(kind: type[BaseModel]) -> dict[str, Any]:
-    return {"response_model": None, "responses": {200: {"model": Generated}, **_ERRORS},
+    """What the OpenAPI page says, the fields that are not honoured among it."""
+    neutral = NEUTRAL | ({} if kind is Text2Image else NEUTRAL_WITH_MASK)
+    refused = ", ".join(f"{name} ({' or '.join(map(json.dumps, known)) or 'null'})" for name, known in neutral.items())
+    text = ("As the web UI's endpoint of this name. Accepted without effect on the image: "
+            f"{', '.join(sorted(WITHOUT_EFFECT))}, and hr_* and firstphase_* while enable_hr is false. Refused by name "
+            f"unless they change nothing: {refused}. Other fields are refused as unknown.")
+    return {"description": text, "response_model": None, "responses": {200: {"model": Generated}, **_ERRORS},
             "openapi_extra": {"requestBody": {"required": True, "content": {JSON: {
                 "schema": kind.model_json_schema()}}}}}
 
@@ -305,7 +311,7 @@ def _options(model: ServedModel) -> dict[str, Any]:
 @router.get("/sd-models", summary="List bundles", response_model=None,
             responses={200: {"model": list[dict[str, Any]]}, **documented(401, 500)})
 async def sd_models(request: Request) -> Response:
-    """The served bundles; their files' names are not told to anybody."""
+    """The served bundles; no file is named."""
     return JSONResponse([{"title": model.name, "model_name": model.name, "hash": model.digest[:10],
                           "sha256": model.digest, "filename": model.name, "config": None}
                          for model in service_of(request).catalog.values()])

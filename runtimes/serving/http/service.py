@@ -9,7 +9,7 @@ from typing import Any
 from runtimes.errors import UnavailableError
 from runtimes.serving.engine.catalog import ServedModel
 from runtimes.serving.engine.contract import Pool
-from runtimes.serving.http.errors import HttpError
+from runtimes.serving.http.failures import HttpError
 from runtimes.serving.http.keys import KeyRing, RateLimiter, Signer
 from runtimes.serving.http.observed import Metrics
 from runtimes.serving.options import ServerOptions
@@ -75,11 +75,14 @@ class Service:
         """Take nothing more: /health/ready says so, and streams of jobs end."""
         self.state = "draining"
 
-    def check_open(self) -> None:
+    def check_open(self, *, journaled: bool = False) -> None:
         """Refuse work while it could not be done.
+
+        Args:
+            journaled: whether it is a job, which waits on disk where the workers are not there yet.
 
         Raises:
             UnavailableError: the server is starting or shutting down.
         """
-        if self.state != "serving":
+        if self.state != "serving" and not (journaled and self.state == "starting"):
             raise UnavailableError(f"the server is {self.state}", where="server", fix="ask again")

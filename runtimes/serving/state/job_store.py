@@ -111,6 +111,12 @@ class JobStore:
         self._board.note(job.id, QUEUED)
         return job
 
+    def accepted(self, owner: str, idempotency_key: str, fingerprint: str) -> StoredJob | None:
+        """The job that this key was accepted as; see `Store`."""
+        with self._lock:
+            before = rows.known(self._database, owner, idempotency_key, fingerprint)
+            return None if before is None else rows.read(self._database, before)
+
     def record(self, request: Mapping[str, Any], images: Sequence[tuple[bytes, str]], result: Mapping[str, Any], *,
                model: str, owner: str = "") -> StoredJob:
         """Store what was generated without a job; see `Store`."""

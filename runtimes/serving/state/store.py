@@ -138,6 +138,18 @@ class Store(Protocol):
             IdempotencyError: the key came with another request before.
         """
 
+    def accepted(self, owner: str, idempotency_key: str, fingerprint: str) -> StoredJob | None:
+        """The job that a request with this key was accepted as; None for a new one.
+
+        Args:
+            owner: whose key of the server it came with.
+            idempotency_key: of the request.
+            fingerprint: of its body.
+
+        Raises:
+            IdempotencyError: the key came with another body.
+        """
+
     def record(self, request: Mapping[str, Any], images: Sequence[tuple[bytes, str]], result: Mapping[str, Any], *,
                model: str, owner: str = "") -> StoredJob:
         """Store what was generated without a job as one that is completed, so that its images have an address.

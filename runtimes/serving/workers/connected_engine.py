@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runtimes.serving.engine.engine import Engine
+from runtimes.serving.engine.engine import COMPANY_SECONDS, Engine
 from runtimes.serving.engine.models import Models, opener, resident_bytes
 from runtimes.serving.engine.sources import Offered, Steppable
 from runtimes.serving.engine.ticket import Progress, Ticket
@@ -73,6 +73,7 @@ class WorkerOptions:
         company_seconds: how long the first request of an idle worker waits for others.
         heartbeat_seconds: between two signs of life.
         pipelines: `MODULE:FUNCTION` that gives the function that loads a bundle, for tests; "" for `runtimes.load`.
+        log_format: of its log's lines: "text" or "json".
     """
 
     name: str = ""
@@ -82,9 +83,10 @@ class WorkerOptions:
     batch: int = 8
     most_bytes: int = 0
     deterministic: bool = False
-    company_seconds: float = 0.001
+    company_seconds: float = COMPANY_SECONDS
     heartbeat_seconds: float = HEARTBEAT_SECONDS
     pipelines: str = ""
+    log_format: str = "text"
 
     @classmethod
     def from_message(cls, message: Message) -> WorkerOptions:

@@ -20,7 +20,8 @@ from contextlib import suppress
 from runtimes.errors import DeployError, InputError
 from runtimes.serving.engine.catalog import Catalog
 from runtimes.serving.engine.models import Models
-from runtimes.serving.options import EngineOptions
+from runtimes.serving.logs import set_up_logs
+from runtimes.serving.options import LOG_FORMATS, EngineOptions
 from runtimes.serving.workers.channel import Channel, Message, ProtocolError
 from runtimes.serving.workers.connected_engine import ConnectedEngine, Offer, WorkerOptions, loaded_by, offers_of
 from runtimes.serving.workers.joining import connect, read_key
@@ -42,7 +43,9 @@ def work(fd: int) -> None:
     channel = Channel(socket.socket(fileno=fd))
     with suppress(OSError, EOFError):  # the parent is gone: nobody waits for what runs
         start = channel.receive()
-        ConnectedEngine(channel, WorkerOptions.from_message(start), offers_of(start)).run()
+        options = WorkerOptions.from_message(start)
+        set_up_logs(options.log_format)
+        ConnectedEngine(channel, options, offers_of(start)).run()
     sys.stderr.flush()
     os._exit(0)  # a network that is still computing is not waited for
 
@@ -137,7 +140,7 @@ def _address(server: str) -> tuple[str, int]:
 def _again(options: EngineOptions) -> list[str]:
     """The options of a place, for the process that runs it."""
     given = ["--device", options.device, "--workers", str(options.workers), "--batch", str(options.batch)]
-    given += ["--memory", options.memory] if options.memory else []
+    given += ["--log-format", options.log_format, *(["--memory", options.memory] if options.memory else [])]
     return [*given, "--deterministic"] if options.deterministic else given
 
 
@@ -150,15 +153,17 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--place", type=int, default=-1, help="which of the devices or groups of cores; all by default")
     for name, kind in (("device", str), ("memory", str), ("workers", int), ("batch", int), ("reload-seconds", float)):
         parser.add_argument(f"--{name}", type=kind, default=None, help="as of `deploy serve-engine`")
+    parser.add_argument("--log-format", choices=LOG_FORMATS, default="text", help="as of `deploy serve-engine`")
     parser.add_argument("--deterministic", action="store_true", help="as of `deploy serve-engine`")
     parser.add_argument("bundles", nargs="*", help="FOLDER or NAME=FOLDER")
     given = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    set_up_logs(given.log_format)
     if given.fd >= 0:
         work(given.fd)
     chosen = {name: getattr(given, name) for name in ("device", "memory", "workers", "batch", "reload_seconds")
               if getattr(given, name) is not None}
-    options = EngineOptions(**chosen, deterministic=given.deterministic, engine_key_file=given.key_file)
+    options = EngineOptions(**chosen, deterministic=given.deterministic, engine_key_file=given.key_file,
+                            log_format=given.log_format)
     try:
         if given.place < 0:
             join(given.join, given.bundles, options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from runtimes.errors import InputError
-from runtimes.serving.options import EngineOptions
+from runtimes.serving.options import EngineOptions, ServerOptions
 from runtimes.serving.workers.connected_engine import WorkerOptions
 from runtimes.serving.workers.machine import CoreGroup, Machine
 from runtimes.system.byte_sizes import parse_bytes
@@ -22,6 +22,10 @@ def placed(options: EngineOptions, machine: Machine | None = None) -> list[Worke
     Raises:
         InputError: a device that is none or is named twice, or more workers than can be.
     """
+    if options.device == "none":
+        if isinstance(options, ServerOptions):
+            return []
+        raise InputError("an engine needs a device", where="--device", fix="leave it out for the CPU, or give cuda:0")
     machine = machine or Machine.here()
     devices = [Device.parse(name) for name in options.device.split(",")]
     if len(set(devices)) < len(devices):
@@ -42,5 +46,6 @@ def placed(options: EngineOptions, machine: Machine | None = None) -> list[Worke
             name = f"{device.kind}:{device.index}" if KINDS[device.kind] else device.kind
             places.append((name, device, CoreGroup(machine.threads)))
     most = parse_bytes(options.memory, "--memory") if options.memory else machine.memory_each(len(places))
-    return [WorkerOptions(name, str(device), group.cores, group.threads, options.batch, most, options.deterministic)
+    return [WorkerOptions(name, str(device), group.cores, group.threads, options.batch, most, options.deterministic,
+                          log_format=options.log_format)
             for name, device, group in places]

@@ -31,7 +31,7 @@ from tests.peers.serving.contestants import APART, CONTESTANTS, DIFFUSERS, OURS,
 from tests.peers.serving.measure import Cell, loaded
 from tests.peers.serving.queueing import Rates
 from tests.serving.load_client import OK, STEPS, Ask, Plan, sender
-from tests.serving.server_process import Server
+from tests.serving.server_process import Server, end_on_sigterm
 
 SAME_IMAGE_DB = 40.0
 FIRST = Ask("a red apple", 10, 7)
@@ -69,6 +69,7 @@ class Run:
 
 def main() -> int:
     """Measure, print, leave build/peers/serving.json."""
+    end_on_sigterm()
     options = arguments()
     report = new_report(seconds=options.seconds, rounds=options.rounds, threads=options.threads, steps=STEPS)
     run = Run(options, options.bundle or derived("bundle"), report)

@@ -12,7 +12,7 @@ from runtimes.bundle.manifest import DEFAULT_STEPS
 from runtimes.bundle.tensors import ShapeRange
 from runtimes.errors import InputError, UnavailableError
 from runtimes.serving.engine.catalog import ServedModel
-from runtimes.serving.http.errors import HttpError
+from runtimes.serving.http.failures import HttpError
 from runtimes.serving.http.received import Files, image_file, mask_file
 from runtimes.serving.http.schemas import QUALITIES, ImageBody
 from runtimes.serving.http.service import Service
