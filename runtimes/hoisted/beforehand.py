@@ -75,7 +75,7 @@ class Beforehand:
 
         Args:
             sessions: the networks as the request may run them.
-            rows: of each prompt what it became, as feeds of one row, (1, ...) with dtype and meaning of the TensorSpecs.
+            rows: of each prompt what it became, as feeds of one row: (1, ...), dtype and meaning of the TensorSpecs.
 
         Returns:
             arrays (...) of features of any scale, in the dtype of the TensorSpec.
