@@ -97,7 +97,7 @@ class BuildSpec(PruningOptions):
         "ARM, avx2: x86 without VNNI, where weights have 7 bits, lest sums of products overflow"))
     range_estimator: RangeEstimator = Field(
         default="mse", description="how the range of an activation follows from samples")
-    hoist: bool = Field(default=True, description=(
+    hoist: bool = Field(default=False, description=(
         "compute whatever the sample does not decide once a prompt or schedule, not at every step"))
     step_cache: bool = Field(default=False, description=(
         "add the step cache, a second and shallow denoiser graph, for `generate --cache-interval`"))

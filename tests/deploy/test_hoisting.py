@@ -29,6 +29,7 @@ from tests.exporters.family_pipelines import write_pipeline_of
 
 SHAPES = {"batch": "1:1:4", "height": "32:32:64", "width": "32:32:64"}
 Build = Callable[..., Bundle]
+SLOW = pytest.mark.slow
 KINDS = {"sd2": {PER_PROMPT, PER_STEP}, "xl": {PER_PROMPT, PER_REQUEST}, "ldm": {PER_STEP}}
 
 
@@ -38,6 +39,7 @@ def build(tmp_path_factory: pytest.TempPathFactory, build_cache: Path) -> Build:
     folder, made = tmp_path_factory.mktemp("hoisting"), dict[str, Bundle]()
 
     def bundle(family: str, **options: Any) -> Bundle:
+        options = {"hoist": True, **options}
         key = "-".join([family, *(f"{k}={v}" for k, v in sorted(options.items()))])
         if not (folder / family).exists():
             write_pipeline_of(family, folder / family)
@@ -59,7 +61,7 @@ def assert_close(pair: list[np.ndarray[Any, Any]], within: float = 1e-5) -> None
     np.testing.assert_allclose(pair[0], pair[1], rtol=within, atol=within)
 
 
-@pytest.mark.parametrize("family", KINDS)
+@pytest.mark.parametrize("family", ["sd2", pytest.param("xl", marks=SLOW), pytest.param("ldm", marks=SLOW)])
 def test_the_same_bits_as_in_one_piece(build: Build, family: str):
     """On this machine: a product may round otherwise with another number of rows, so 1e-5 is what is promised."""
     apart, whole = build(family), build(family, hoist=False)
@@ -73,6 +75,7 @@ def test_the_same_bits_as_in_one_piece(build: Build, family: str):
         assert_close(pair)
 
 
+@SLOW
 def test_parity_is_that_of_the_parts_together(build: Build):
     bundle = build("xl", verify="components")
     parity = bundle.component("unet").parity
@@ -80,6 +83,7 @@ def test_parity_is_that_of_the_parts_together(build: Build):
     assert bundle.manifest.verified and bundle.component("unet_per_request").parity is None
 
 
+@SLOW
 def test_the_whole_denoiser_takes_what_the_source_takes(build: Build):
     apart, whole = build("xl"), build("xl", hoist=False)
     with open_whole(apart, "unet", SessionOptions()) as one, open_session(whole, "unet", SessionOptions()) as other:
@@ -88,7 +92,7 @@ def test_the_whole_denoiser_takes_what_the_source_takes(build: Build):
         np.testing.assert_allclose(one.run(feeds)["out_sample"], other.run(feeds)["out_sample"], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("family", ["sd2", "xl"])
+@pytest.mark.parametrize("family", ["sd2", pytest.param("xl", marks=SLOW)])
 def test_jobs_of_any_kind_advanced_together_equal_lone_runs(build: Build, family: str):
     """Other prompts, steps, samplers, guidance and numbers of images: each row its own timestep and values."""
     pipeline = runtimes.load(build(family), deterministic=True)
@@ -107,11 +111,13 @@ def test_jobs_of_any_kind_advanced_together_equal_lone_runs(build: Build, family
         np.testing.assert_array_equal(found, expected)
 
 
+@SLOW
 def test_large_images_in_tiles(build: Build):
     pair = [latents(build("xl", hoist=hoist), height=96, width=80, tile=64) for hoist in (True, False)]
     assert_close(pair)
 
 
+@SLOW
 def test_both_entries_of_a_step_cache_take_the_values(build: Build):
     apart, whole = (build("sd2", step_cache=True, hoist=hoist) for hoist in (True, False))
     entries = apart.manifest.pipeline.denoiser.entries
@@ -173,6 +179,7 @@ def test_a_prompt_and_a_schedule_are_computed_once(build: Build, monkeypatch: py
     assert sorted(runs[3:]) == ["unet_per_prompt", "unet_per_step"]
 
 
+@SLOW
 def test_where_memory_is_short_their_weights_are_given_back(build: Build):
     bundle = build("xl")
     pipeline, sessions = assembled(bundle, release=True)
@@ -187,7 +194,7 @@ def test_where_memory_is_short_their_weights_are_given_back(build: Build):
 def test_the_plan_waits_for_the_graph(build: Build):
     manifest = build("sd2", hoist=False).manifest
     assert isinstance(Hoist().plan(manifest, BuildSpec(hoist=False)), Skip)
-    step = Hoist().plan(manifest, BuildSpec())
+    step = Hoist().plan(manifest, BuildSpec(hoist=True))
     assert isinstance(step, Step) and step.after.components == manifest.components
     order = [instance.name for instance in load_passes(PASSES)]
     assert [name for name, _ in itertools.groupby(order)] == order

@@ -17,7 +17,6 @@ from deploy.building.builder import load_source
 from deploy.building.run_build import run_build
 from deploy.core.pass_cache import Cache
 from deploy.core.spec import BuildSpec, make_spec
-from deploy.core.whole_denoiser import whole_component
 from deploy.model.source_bundle import open_origin
 from deploy.parity.reference.torch_sessions import reference_sessions
 from deploy.parity.reference.trajectories import assemble_pipeline
@@ -114,13 +113,10 @@ def test_its_parity_is_with_the_merged_network_and_the_manifest_says_swap(swappa
     assert {"unet", "text_encoder"} <= set(parity["components"])
     record = next(p for p in manifest.passes if p.name == "adapters").config
     assert record["lora_mode"] == "swap" and record["lora"][0]["scale"] == 0.8
-    taken = {name: set(own.targets) for name in manifest.pipeline.pieces("unet")
-             if (own := manifest.components[name].details.lora) is not None}
-    hoisted = {place for place in PLACES["unet"] if "time_emb_proj" in place}
-    assert taken == {"unet": set(PLACES["unet"]) - hoisted, "unet_per_step": hoisted}, "each takes what it computes"
+    inputs = manifest.components["unet"].details.lora
+    assert inputs is not None and set(inputs.targets) == set(PLACES["unet"])
     assert "lora/unet.safetensors" in manifest.files
-    assert [spec.name for spec in whole_component("unet", manifest.components, manifest.pipeline).inputs] == [
-        "sample", "timestep", "encoder_hidden_states"]
+    assert [spec.name for spec in manifest.components["unet"].inputs] == ["sample", "timestep", "encoder_hidden_states"]
 
 
 def test_another_lora_in_its_place_generates_as_if_that_one_had_been_merged(
