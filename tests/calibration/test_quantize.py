@@ -16,11 +16,16 @@ from calibration.graphs.layers import assign, check_patterns, find_layers, match
 from calibration.graphs.qdq_placement import quantize, tensors_to_observe
 from calibration.integers.ranges import Scheme, estimate
 from calibration.trajectory.inner_tensors import compare, observe
+from deploy.core.doctor import sums_in_32_bits
 from runtimes.backends.openvino_session import openvino_core
 from runtimes.errors import InputError
 from tests.calibration.graphs import calls, write_graph
 
-ORT, OPENVINO, TENSORRT = Scheme(quantize_outputs=True), Scheme(give_biases=True), Scheme(signed=True)
+# As builds for this CPU have it: without VNNI its sums of products have 16 bits, and 8-bit weights overflow them.
+EXACT = sums_in_32_bits()
+LIMIT = {} if EXACT else {"weight_limit": 63}
+ORT, OPENVINO = Scheme(quantize_outputs=True, **LIMIT), Scheme(give_biases=True, **LIMIT)
+TENSORRT = Scheme(signed=True, **LIMIT)  # a GPU needs no limit; this CPU computes it here
 
 
 def load(file: Path):
@@ -50,7 +55,7 @@ def test_a_quantized_graph_is_small_and_close_to_the_original(graph, recipe, sch
     result = quantized(graph, recipe, scheme)
     assert result.stat().st_size < 0.45 * graph.stat().st_size  # a graph this small has names and biases to carry
     # on calls it was not calibrated on
-    assert 0 < compare(graph, result, lambda: calls(4, seed=9)) < 0.06
+    assert 0 < compare(graph, result, lambda: calls(4, seed=9)) < (0.06 if EXACT else 0.08)
 
 
 def test_dynamic_quantizes_products_and_only_stores_convolutions(graph):
@@ -73,7 +78,7 @@ def test_onnxruntime_runs_static_convolutions_as_integers(graph, tmp_path):
 
 
 def test_hybrid_leaves_the_first_convolution_alone_and_weights_are_stored_as_int8(graph):
-    model = onnx.load(quantized(graph, "hybrid", ORT))
+    model = onnx.load(quantized(graph, "hybrid", Scheme(quantize_outputs=True)))
     kinds = {t.name: t.data_type for t in model.graph.initializer}
     assert kinds["conv_in.weight"] == onnx.TensorProto.FLOAT
     assert kinds["mid.weight/int8"] == onnx.TensorProto.INT8

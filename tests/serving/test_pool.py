@@ -188,13 +188,13 @@ def test_killing_workers_under_load_loses_no_request_and_changes_no_image(catalo
     with pool(catalog, 2) as one:
         requests = [request(steps=10 + n % 7, seed=n) for n in range(40)]
         tickets = [one.submit(asked, "m") for asked in requests]
-        for round_ in range(3):
+        for round_ in range(2):  # a third could meet a request that had met both
             time.sleep(0.3)
             os.kill(pids(one)[round_ % 2], signal.SIGKILL)
             wait_for(lambda: all(worker.alive for worker in one.status().workers))
         for asked, ticket in zip(requests, tickets, strict=True):
             np.testing.assert_array_equal(ticket.result(60).images, lone(asked))
-        assert sum(worker.restarts for worker in one.status().workers) == 3
+        assert sum(worker.restarts for worker in one.status().workers) == 2
 
 
 def test_a_request_that_kills_its_worker_fails_by_itself_and_takes_nobody_along(catalog):
