@@ -41,7 +41,8 @@ def check_ranges(options: Any) -> None:
                              fix=f"one of {', '.join(said['choices'])}")
         bounds = {word: said[key] for key, word in (("least", "at least"), ("most", "at most"), ("above", "above"))
                   if key in said}
-        if value < said.get("least", value) or value > said.get("most", value) or value == said.get("above"):
+        if value < said.get("least", value) or value > said.get("most", value) or (
+                "above" in said and value <= said["above"]):
             raise InputError(f"{value} is out of range", where=where,
                              fix=", ".join(f"{word} {bound}" for word, bound in bounds.items()))
 

@@ -94,6 +94,7 @@ def test_a_port_that_is_taken(bundle, tmp_path):
     (["--host", "0.0.0.0"], "--api-key-file"),
     (["--port", "70000"], "at most 65535"),
     (["--keep-hours", "0"], "above 0"),
+    (["--keep-hours", "-1"], "above 0"),
     (["--safety", "maybe"], "off, flag, replace"),
     (["--keep-bytes", "much"], "--keep-bytes"),
     (["--max-body", "much"], "--max-body"),
