@@ -159,17 +159,3 @@ def wait_for(condition: Callable[[], Any], seconds: float = 20.0) -> None:
     while not condition():
         assert time.monotonic() < until, "it did not come about"
         time.sleep(0.005)
-
-
-def tiny_bundle(folder: Path) -> Path:
-    """A bundle of ONNX graphs of a few nodes, with a tokenizer of its own."""
-    from transformers import CLIPTokenizer
-
-    from runtimes.text.clip_tokenizer import prepare_tokenizer
-    from tests.runtimes.fakes import TOKENS, write_pipeline_bundle
-    from tests.runtimes.vocabulary import make_vocabulary
-
-    words, merges = make_vocabulary()
-    CLIPTokenizer(vocab=words, merges=merges, model_max_length=TOKENS).save_pretrained(folder / "source")
-    prepare_tokenizer(folder / "source", folder / "bundle" / "tokenizer")
-    return write_pipeline_bundle(folder / "bundle", len(words) + 1).path

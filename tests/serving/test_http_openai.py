@@ -16,7 +16,8 @@ import runtimes
 from runtimes.inputs.request import Request
 from runtimes.serving.engine.catalog import Catalog
 from runtimes.serving.engine.engine import Engine
-from tests.serving.http_server import MODEL, Serving, serving, slow_pipeline, tiny_bundle, wait_for
+from tests.serving.http_server import MODEL, Serving, serving, slow_pipeline, wait_for
+from tests.serving.tiny_bundles import tiny_bundle
 
 
 @pytest.fixture(scope="module")
@@ -272,7 +273,7 @@ def test_a_fault_in_the_middle_of_a_stream_is_the_clients_exception(tmp_path):
 
 def test_a_bundle_of_graphs_is_served(tmp_path):
     """The whole of it: a catalog that reads the manifest, ONNX Runtime, files with the bundle's digest in them."""
-    folder = tiny_bundle(tmp_path)
+    folder = tiny_bundle(tmp_path / "bundle")
     catalog, pool = Catalog([f"tiny={folder}"]), Engine({"tiny": runtimes.load(folder)})
     with serving(tmp_path / "state", pool, models=catalog) as server:
         answer = server.openai().images.generate(prompt="a cat", extra_body={"seed": 3, "num_inference_steps": 3})

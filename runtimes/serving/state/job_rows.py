@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import sqlite3
@@ -276,11 +275,6 @@ def as_text(values: object) -> str:
 def clean(text: str) -> str:
     """Text that a database takes: without halves of surrogate pairs."""
     return text.encode("utf-8", "replace").decode()
-
-
-def sha256(content: bytes) -> str:
-    """64 hexadecimal digits."""
-    return hashlib.sha256(content).hexdigest()
 
 
 def _marks(values: Collection[object]) -> str:

@@ -22,6 +22,7 @@ from typing import Any
 from runtimes.errors import UnavailableError
 from runtimes.serving.state import job_rows as rows
 from runtimes.serving.state.content_folder import ContentFolder
+from runtimes.serving.state.order import sha256 as hash_of
 from runtimes.serving.state.progress_board import ProgressBoard
 from runtimes.serving.state.state_folder import connected, owned
 from runtimes.serving.state.store import (
@@ -300,7 +301,7 @@ class JobStore:
         Raises:
             FullError: one does not fit.
         """
-        named = [(rows.sha256(content), content, suffix) for content, suffix in contents]
+        named = [(hash_of(content), content, suffix) for content, suffix in contents]
         keys = {(sha256, suffix) for sha256, _, suffix in named}
         with self._lock:
             self._in_use.update(keys)
